@@ -1,0 +1,38 @@
+"""Text encoders in JAX: packed, sharded, resumable, small enough to read.
+
+The public names, by what they are for. Everything else may move.
+"""
+
+# Settings
+from flax_encoder.config import (
+    ConfigError,
+    DataConfig,
+    EncoderConfig,
+    MaskingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+
+# Modules and ops
+from flax_encoder.nn.encoder import Encoder, EncoderLayer
+from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead
+from flax_encoder.objectives import Classifier, MaskedLM
+from flax_encoder.objectives.loss import LossSum
+from flax_encoder.ops.attention import attention
+from flax_encoder.ops.linear import linear
+
+# Trained runs
+from flax_encoder.run import LoadedRun, load_run
+
+# Training
+from flax_encoder.training.optimizer import make_optimizer, make_schedule
+from flax_encoder.training.sharding import logical_axes, make_mesh, put_batch
+from flax_encoder.training.step import TrainState, init_train_state, make_eval_step, make_train_step
+
+__all__ = [
+    "ClassificationHead", "Classifier", "ConfigError", "DataConfig", "Encoder", "EncoderConfig", "EncoderLayer",
+    "LoadedRun", "LossSum", "MaskedLM", "MaskedLMHead", "MaskingConfig", "MeshConfig", "OptimizerConfig", "RunConfig",
+    "TrainState", "attention", "init_train_state", "linear", "load_run", "logical_axes", "make_eval_step", "make_mesh",
+    "make_optimizer", "make_schedule", "make_train_step", "put_batch",
+]  # fmt: skip

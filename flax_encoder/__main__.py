@@ -1,0 +1,3 @@
+from flax_encoder.cli import main
+
+main()

@@ -1,0 +1,303 @@
+"""Every setting of a run, its default, and the rules it must satisfy, in one tree of frozen dataclasses.
+
+`configs/NAME.py` builds a `RunConfig`; `train.py` turns the same tree into typed command-line overrides; a
+checkpoint stores it as JSON. The first lines of a field's comment are its `--help`.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting breaks a rule. The message gives the rule, the values and a way out."""
+
+
+def _require(condition: bool, rule: str) -> None:
+    if not condition:
+        raise ConfigError(rule)
+
+
+def _require_rates(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0.0 <= value <= 1.0, f"{name} is a probability between 0 and 1: got {value}.")
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{name} must be above 0: got {value}.")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The architecture. Axes are B batch, T length, N heads, K key/value heads, H head_dim, D embed, F MLP."""
+
+    vocab_size: int = 0
+    """Rows of the embedding table; 0 takes the tokenizer's size."""
+    num_layers: int = 12
+    embed_dim: int = 768
+    """D, the width of the residual stream."""
+    num_heads: int = 12
+    """N; head_dim is embed_dim / num_heads."""
+    num_kv_heads: int | None = None
+    """K, key/value heads shared by num_heads / K query heads each; None is num_heads."""
+    mlp_dim: int = 3072
+    """F, the inner width of the feed-forward block (of each half, if gated)."""
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
+    gated: bool = False
+    """act(x W_gate) * (x W_up): with gelu it is GeGLU, with silu SwiGLU (Shazeer, arXiv 2002.05202)."""
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm_placement: Literal["pre", "post"] = "post"
+    """post normalises after each residual sum (BERT); pre normalises each block's input and the final output."""
+    norm_epsilon: float = 1e-12
+    position: Literal["learned", "sinusoidal", "rope", "none"] = "learned"
+    max_length: int = 512
+    """Longest row that learned positions can serve; the other kinds have no such limit."""
+    rope_theta: float = 10_000.0
+    window: int | None = None
+    """Each token sees this many tokens to either side; None sees its whole document."""
+    global_every: int = 1
+    """With a window: layers 0, global_every, 2 global_every ... see the whole document instead; 0 means none does."""
+    use_bias: bool = True
+    """Biases in linear layers and in layer norm."""
+    init_std: float = 0.02
+    """Standard deviation of the truncated normal that kernels and embeddings start from."""
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """Operands of matrix products. Parameters, accumulation, norms, softmax and loss are always float32."""
+    attention_implementation: Literal["reference", "chunked"] | None = None
+    """None picks the fastest that can serve."""
+    scan_layers: bool = True
+    """Run the stacked layers by `lax.scan` (quick to compile) or unrolled (quicker to run); same parameters."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or everything in a layer."""
+
+    def __post_init__(self):
+        _require_positive(self, "num_layers", "embed_dim", "num_heads", "mlp_dim", "norm_epsilon", "max_length",
+                          "rope_theta", "init_std")
+        _require_rates(self, "dropout_rate", "attention_dropout_rate")
+        _require(self.vocab_size >= 0, f"vocab_size must be at least 0 (0 is the tokenizer's): got {self.vocab_size}.")
+        _require(self.embed_dim % self.num_heads == 0,
+                 f"num_heads must divide embed_dim: got {self.num_heads} for {self.embed_dim}; "
+                 f"{_nearest_divisors(self.embed_dim, self.num_heads)} do.")
+        _require(self.num_kv_heads is None or (self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0),
+                 f"num_kv_heads must divide num_heads: got {self.num_kv_heads} for {self.num_heads}.")
+        _require(self.position != "rope" or self.head_dim % 2 == 0,
+                 f"rope turns pairs of features, so head_dim must be even: got {self.head_dim}.")
+        _require(self.window is None or self.window >= 0, f"window must be at least 0 tokens: got {self.window}.")
+        _require(self.global_every >= 0, f"global_every must be at least 0: got {self.global_every}.")
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Each layer's window; None sees the whole document."""
+        is_global = [self.global_every > 0 and i % self.global_every == 0 for i in range(self.num_layers)]
+        return tuple(None if self.window is None or g else self.window for g in is_global)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows."""
+
+    source: str = "tfds:python_docs"
+    """`tfds:NAME[/CONFIG]`, or files: a path or quoted glob ending in .txt, .jsonl or .parquet."""
+    text_column: str | None = None
+    """None takes the column `text`, or the only column of strings."""
+    label_column: str = "label"
+    """The column that classification predicts."""
+    text_unit: Literal["paragraph", "line", "file"] = "paragraph"
+    """What one document is in a .txt file; paragraphs are separated by blank lines."""
+    held_out_rate: float = 0.02
+    """Share of documents kept for evaluation, chosen by a hash of their text; unused if the source has a test split."""
+    tokenizer: str | None = None
+    """A tokenizer.json; None takes that of init_from, else trains a WordPiece on the training text."""
+    vocab_size: int = 8192
+    """Size of a tokenizer that is trained here."""
+    row_length: int = 128
+    """T, tokens in a row; documents are packed into rows, and longer ones split (classification: cut)."""
+    packing: Literal["best-fit", "one-per-row"] = "best-fit"
+    cache_dir: str | None = None
+    """Prepared text; None is $FLAX_ENCODER_CACHE, else ~/.cache/flax_encoder."""
+
+    def __post_init__(self):
+        _require_rates(self, "held_out_rate")
+        _require_positive(self, "vocab_size")
+        _require(self.row_length >= 3, f"a row holds [CLS], one token and [SEP] at least: got row_length {self.row_length}.")
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Masked-LM corruption (Devlin et al., arXiv 1810.04805, section 3.1)."""
+
+    rate: float = 0.15
+    """Share of a row's ordinary tokens that are predicted in training."""
+    eval_rate: float = 0.15
+    mask_rate: float = 0.8
+    """Of those, the share replaced by [MASK] ..."""
+    random_rate: float = 0.1
+    """... and by a random token; the rest stay as they are."""
+
+    def __post_init__(self):
+        _require_rates(self, "rate", "eval_rate", "mask_rate", "random_rate")
+        _require(self.rate > 0 and self.eval_rate > 0, "rate and eval_rate must be above 0: nothing would be learned.")
+        _require(self.mask_rate + self.random_rate <= 1.0,
+                 f"mask_rate + random_rate is at most 1: got {self.mask_rate} + {self.random_rate}.")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon (Jordan et al. 2024) takes the layers' matrices and leaves embeddings, head, norms and biases to adamw."""
+    learning_rate: float = 5e-4
+    """Peak rate of adamw."""
+    muon_learning_rate: float = 0.02
+    """Peak rate of muon's matrices."""
+    b1: float = 0.9
+    b2: float = 0.98
+    epsilon: float = 1e-6
+    muon_momentum: float = 0.95
+    weight_decay: float = 0.01
+    """Decoupled, on matrices and embeddings; never on biases and norms."""
+    clip_norm: float | None = 1.0
+    """Gradients with a larger global norm are scaled down to it; None never clips."""
+    schedule: Literal["linear", "cosine", "constant_then_decay"] = "linear"
+    """After the warm-up: straight or cosine to the final rate, or constant and then straight over decay_rate."""
+    warmup_rate: float = 0.06
+    """Share of all steps spent rising from 0."""
+    decay_rate: float = 0.2
+    """With constant_then_decay: share of all steps spent falling."""
+    final_rate: float = 0.0
+    """The last step's learning rate as a share of the peak."""
+
+    def __post_init__(self):
+        _require_rates(self, "warmup_rate", "decay_rate", "final_rate", "b1", "b2", "muon_momentum")
+        _require(self.learning_rate >= 0 and self.muon_learning_rate >= 0, "learning rates are at least 0: got "
+                 f"{self.learning_rate} and {self.muon_learning_rate}.")
+        _require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm must be above 0 or None: got {self.clip_norm}.")
+        _require(self.schedule != "constant_then_decay" or self.warmup_rate + self.decay_rate <= 1.0,
+                 f"warmup_rate + decay_rate is at most 1: got {self.warmup_rate} + {self.decay_rate}.")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; the product is the number of devices used."""
+
+    data: int = -1
+    """Rows are split, parameters copied. -1 takes the devices that the other axes leave."""
+    fsdp: int = 1
+    """Rows and parameters are both split."""
+    tensor: int = 1
+    """Heads, MLP and vocabulary are split."""
+
+    def __post_init__(self):
+        _require(self.data == -1 or self.data > 0, f"mesh.data is at least 1, or -1 for all that are left: got {self.data}.")
+        _require_positive(self, "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run: what is learned, from what, how, and where it is written."""
+
+    run_dir: str = "runs/run"
+    """Holds config.json, tokenizer.json, metrics.jsonl, checkpoints/ and TensorBoard events. Run again to resume."""
+    init_from: str | None = None
+    """A run folder whose encoder (and tokenizer) to start from; parts that differ, such as the head, start fresh."""
+    objective: Literal["masked_lm", "classification"] = "masked_lm"
+    steps: int = 1000
+    batch_size: int = 32
+    """Rows in a step, over all devices."""
+    num_microbatches: int = 1
+    """Gradients are accumulated over this many equal parts of a batch; the update is the same."""
+    seed: int = 0
+    pooling: Literal["cls", "mean"] = "cls"
+    """What classification reads of a document: its first token, or the mean of its tokens."""
+    compare_with_scratch: bool = False
+    """After a run with init_from, train the same model without it, and report both."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int | None = None
+    """Steps between evaluations on held-out text; None evaluates once, at the end."""
+    eval_batches: int | None = None
+    """Batches of each evaluation; None reads all held-out text."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is also written at the end and before a signal stops the run."""
+    keep_checkpoints: int = 2
+    model: EncoderConfig = field(default_factory=EncoderConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        _require_positive(self, "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every",
+                          "keep_checkpoints")
+        for name in ("eval_every", "eval_batches"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} must be above 0 or None: got {value}.")
+        _require(self.batch_size % self.num_microbatches == 0,
+                 f"num_microbatches must divide batch_size: got {self.num_microbatches} for {self.batch_size}; "
+                 f"{_nearest_divisors(self.batch_size, self.num_microbatches)} do.")
+        _require(self.model.position != "learned" or self.data.row_length <= self.model.max_length,
+                 f"learned positions reach max_length: got data.row_length {self.data.row_length} for "
+                 f"model.max_length {self.model.max_length}.")
+
+
+def _nearest_divisors(n: int, near: int) -> str:
+    divisors = sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - near))
+    return " and ".join(map(str, sorted(divisors[:2])))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The tree as JSON-ready dictionaries; `from_dict` is its inverse."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
+    """Build `cls` from nested dictionaries. An unknown name or a wrong type is a ConfigError that names it."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(f"unknown field {path}{unknown[0]}; known are {', '.join(sorted(known))}.")
+    parsed = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            parsed[name] = from_dict(hint, value, f"{path}{name}.")  # type: ignore[arg-type]
+        else:
+            parsed[name] = _checked(value, hint, path + name)
+    return cls(**parsed)
+
+
+def _checked(value: Any, hint: Any, name: str) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            if value in typing.get_args(option):
+                return value
+        elif option is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        elif type(value) is option:
+            return value
+    raise ConfigError(f"{name} must be {hint}: got {value!r}.")
+
+
+def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Fields (dotted) whose values differ between two trees of one type."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for f in dataclasses.fields(a):
+        left, right = getattr(a, f.name), getattr(b, f.name)
+        if dataclasses.is_dataclass(left):
+            found |= differences(left, right, f"{path}{f.name}.")
+        elif left != right:
+            found[path + f.name] = (left, right)
+    return found

@@ -1,0 +1,75 @@
+"""What can be had without a model: guesses from counts, to hold a model's held-out numbers against."""
+
+import numpy as np
+
+from flax_encoder.data.batches import Batch, Batches, SPECIAL_PER_PIECE, assemble
+from flax_encoder.data.packing import PackingPlan
+
+
+class NeighbourCounts:
+    """The most frequent token between two given neighbours; else after the left, else before the right, else of all.
+
+    Counted on training rows without masks, special tokens as neighbours included. A masked neighbour tells nothing,
+    so the guess falls back to the other.
+    """
+
+    def __init__(self, split, tokenizer, row_length: int):
+        plan = PackingPlan(split.lengths, row_length, SPECIAL_PER_PIECE)
+        special = {role: tokenizer.special(role) for role in ("pad", "first", "last")}
+        pieces = plan.rows(np.arange(plan.rows_per_epoch), 0)
+        rows = assemble(split, pieces, plan.rows_per_epoch, row_length, special)
+        tokens, segments = rows["tokens"].astype(np.int64), rows["segment_ids"]
+        left, middle, right = tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
+        inside = (segments[:, :-2] == segments[:, 2:]) & (segments[:, 1:-1] > 0)
+        left, middle, right = left[inside], middle[inside], right[inside]
+        self._vocab_size = V = tokenizer.vocab_size
+        self._mask = tokenizer.special("mask")
+        self._tables = [_best(left * V + right, middle), _best(left, middle), _best(right, middle)]
+        ordinary = np.bincount(middle, minlength=V)
+        ordinary[tokenizer.special_ids] = 0
+        self._frequency = (ordinary + 1) / (ordinary + 1).sum()
+
+    def score(self, batches: Batches) -> dict[str, dict[str, float]]:
+        """Accuracy of both guesses on the batches' targets, and the loss of always giving the tokens' frequencies."""
+        hits, best, nats, count = 0.0, 0.0, 0.0, 0.0
+        likeliest = int(self._frequency.argmax())
+        for i in range(len(batches)):
+            batch = batches[i]
+            weights, targets = batch["target_weights"], batch["targets"]
+            best += float((weights * (targets == likeliest)).sum())
+            hits += float((weights * (self._guess(batch) == targets)).sum())
+            nats -= float((weights * np.log(self._frequency[targets])).sum())
+            count += float(weights.sum())
+        return {
+            "most_frequent": {"accuracy": best / count, "loss": nats / count, "perplexity": float(np.exp(nats / count))},
+            "neighbours": {"accuracy": hits / count},
+        }
+
+    def _guess(self, batch: Batch) -> np.ndarray:
+        tokens = np.pad(batch["tokens"].astype(np.int64), ((0, 0), (1, 1)))
+        left = np.take_along_axis(tokens, batch["target_positions"], 1)
+        right = np.take_along_axis(tokens, batch["target_positions"] + 2, 1)
+        knows_left, knows_right = left != self._mask, right != self._mask
+        asked = ((left * self._vocab_size + right, knows_left & knows_right), (left, knows_left), (right, knows_right))
+        guess = np.full(left.shape, int(self._frequency.argmax()))
+        for (keys, values), (wanted, known) in zip(reversed(self._tables), reversed(asked), strict=True):
+            at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            guess = np.where(known & (keys[at] == wanted), values[at], guess)
+        return guess
+
+
+def _best(context: np.ndarray, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted distinct contexts, and the most frequent token in each."""
+    pairs, counts = np.unique(np.stack([context, token]), axis=1, return_counts=True)
+    order = np.lexsort((counts, pairs[0]))
+    contexts, tokens = pairs[:, order]
+    last = np.flatnonzero(np.diff(contexts, append=-1))
+    return contexts[last], tokens[last]
+
+
+def majority_class(train_labels: np.ndarray, test_labels: np.ndarray, num_classes: int) -> dict[str, float]:
+    """Always guessing the most frequent training label."""
+    guess = int(np.bincount(train_labels, minlength=num_classes).argmax())
+    accuracy = float((test_labels == guess).mean())
+    classes = len(np.unique(np.append(test_labels, guess)))
+    return {"accuracy": accuracy, "macro_f1": 2 * accuracy / (1 + accuracy) / classes}

@@ -1,0 +1,24 @@
+"""Layer norm and RMS norm as modules."""
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flax_encoder.config import EncoderConfig
+from flax_encoder.nn.partition import ones, param, zeros
+from flax_encoder.ops.norm import layer_norm, rms_norm
+
+
+class Norm(nnx.Module):
+    """`config.norm` over the last axis."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.epsilon = config.norm_epsilon
+        self.is_rms = config.norm == "rms_norm"
+        self.scale = param(rngs, ones, features=config.embed_dim)
+        has_bias = config.use_bias and not self.is_rms
+        self.bias = param(rngs, zeros, features=config.embed_dim) if has_bias else None
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        if self.is_rms:
+            return rms_norm(x, self.scale[...], self.epsilon)
+        return layer_norm(x, self.scale[...], None if self.bias is None else self.bias[...], self.epsilon)

@@ -1,0 +1,68 @@
+"""Where arrays live: every parameter axis has a logical name, and one table maps names to mesh axes."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "classes": None,
+    "features": None,  # vectors as long as the residual stream: too small to be worth splitting
+}
+
+
+def partition_spec(*names: str) -> PartitionSpec:
+    """The mesh axes of an array whose axes have these logical names; an unknown name lists those that are known."""
+    if unknown := [n for n in names if n not in MESH_AXES]:
+        raise ValueError(f"unknown logical axis {unknown[0]!r}; known are {', '.join(MESH_AXES)}.")
+    return PartitionSpec(*(MESH_AXES[n] for n in names))
+
+
+def round_up_vocab(size: int) -> int:
+    """The rows an embedding table is stored with: a multiple of 128, which suits matrix units and any usual mesh."""
+    return -(-size // 128) * 128
+
+
+def constrain(x: Array, *names: str) -> Array:
+    """Pin an activation's sharding, under `jax.set_mesh`; without a mesh there is nothing to pin."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(*names))
+
+
+def normal(std: float) -> Callable[..., Array]:
+    """Normal draws cut at two standard deviations, as BERT's are."""
+    return lambda key, shape: std * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
+
+
+def zeros(key: Array, shape: tuple[int, ...]) -> Array:
+    return jnp.zeros(shape, jnp.float32)
+
+
+def ones(key: Array, shape: tuple[int, ...]) -> Array:
+    return jnp.ones(shape, jnp.float32)
+
+
+def param(rngs: nnx.Rngs, init: Callable[..., Array], **axes: int) -> nnx.Param:
+    """A float32 parameter with one keyword an axis: its logical name and its size."""
+    # Eager sharding would need a mesh at birth; parameters are born sharded by `jit` instead (training/sharding.py).
+    return nnx.Param(init(rngs.params(), tuple(axes.values())), out_sharding=tuple(axes), eager_sharding=False)
+
+
+def abstract_model(make_model: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
+    """(graphdef, parameters as shapes), with nothing computed."""
+    # Under a mesh Flax would take logical names for the mesh's own.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return nnx.split(nnx.eval_shape(make_model), nnx.Param)

@@ -1,0 +1,82 @@
+"""Matrix products with bfloat16 operands and float32 accumulation, in the layouts that a CPU's matrix unit takes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float
+
+
+def on_cpu() -> bool:
+    """Whether traced code is for the CPU; read at trace time."""
+    return jax.default_backend() == "cpu"
+
+
+def linear(
+    x: Float[Array, "*B D"],
+    kernel: Float[Array, "D *F"] | Float[Array, "*F D"],
+    bias: Float[Array, "*F"] | None = None,
+    *,
+    contract_last: bool = False,
+    dtype: str = "float32",
+) -> Float[Array, "..."]:
+    """x @ kernel + bias: operands rounded to `dtype`, accumulated and returned in float32.
+
+    Args:
+      x: batch axes, then D.
+      kernel: [D, ...], or with `contract_last` [..., D], as a tied vocabulary head has it.
+      dtype: of the operands, in the backward pass too; the gradients come back in the operands' own dtypes.
+    """
+    D, features = (kernel.shape[-1], kernel.shape[:-1]) if contract_last else (kernel.shape[0], kernel.shape[1:])
+    matrix = kernel.reshape((-1, D) if contract_last else (D, -1))
+    product = _bfloat16_product if dtype == "bfloat16" else _plain_product
+    y = product(x.reshape(-1, D), matrix, contract_last).reshape(*x.shape[:-1], *features)
+    return y if bias is None else y + bias
+
+
+def _plain_product(x, kernel, transposed: bool):
+    """The reference."""
+    return _dot(x.astype(jnp.float32), kernel.astype(jnp.float32), (1, 1 if transposed else 0))
+
+
+def _dot(a, b, contract: tuple[int, int]):
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _row_major(x):
+    # XLA:CPU reaches AMX only from row-major operands and result: 900 GFLOP/s against 150 (LOG.md). Without the
+    # constraint its layout assignment may choose otherwise, and for some bf16 products then fails at run time.
+    return with_layout_constraint(x, Layout((0, 1))) if on_cpu() else x
+
+
+def _rows_dot(a, b, contract: tuple[int, int]):
+    return _row_major(_dot(_row_major(a.astype(jnp.bfloat16)), _row_major(b.astype(jnp.bfloat16)), contract))
+
+
+def _rows_dot_over_rows(a, b):
+    """a^T b. The transpose is made explicit, since a product over the leading axis misses the fast path."""
+    return _rows_dot(a.astype(jnp.bfloat16).T, b, (1, 0))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _bfloat16_product(x, kernel, transposed):
+    return _rows_dot(x, kernel, (1, 1 if transposed else 0))
+
+
+def _bfloat16_forward(x, kernel, transposed):
+    # What is kept for the backward pass is already bfloat16: half the memory, and the cast is not made twice.
+    x_low, kernel_low = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    dtypes = jnp.zeros((), x.dtype), jnp.zeros((), kernel.dtype)
+    return _rows_dot(x_low, kernel_low, (1, 1 if transposed else 0)), (x_low, kernel_low, dtypes)
+
+
+def _bfloat16_backward(transposed, residuals, g):
+    x, kernel, (x_like, kernel_like) = residuals
+    d_x = _rows_dot(g, kernel, (1, 0 if transposed else 1))
+    d_kernel = _rows_dot_over_rows(g, x) if transposed else _rows_dot_over_rows(x, g)
+    return d_x.astype(x_like.dtype), d_kernel.astype(kernel_like.dtype)
+
+
+_bfloat16_product.defvjp(_bfloat16_forward, _bfloat16_backward)

@@ -1,0 +1,1 @@
+"""From a loss to a trained model: shardings, optimizer, step, checkpoints, metrics."""

@@ -1,0 +1,112 @@
+"""Checkpoints through Orbax. Each stands alone: parameters, optimizer state, and the run's settings as JSON.
+
+    RUN_DIR/checkpoints/STEP/params       float32 parameters, by path
+    RUN_DIR/checkpoints/STEP/optimizer    step and optimizer state
+    RUN_DIR/checkpoints/STEP/run          {config, tokenizer, label_names, step}, which locates the data too
+"""
+
+import json
+import logging
+import pathlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from flax_encoder.training.step import TrainState
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read. The message names it, the reason and a way out."""
+
+
+@contextmanager
+def _explained(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever Orbax, TensorStore or the disk raises, the user needs the same to go on
+        raise CheckpointError(f"{doing}: {type(error).__name__}: {error}") from error
+
+
+class Checkpoints:
+    """The checkpoints of one run, the last `keep` of them. A save is atomic: killed half-way, it never was.
+
+    A checkpoint that is not wanted any more is deleted only after a newer one is whole.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, keep: int):
+        self._folder = (run_dir / "checkpoints").resolve()
+        # Orbax reports every save at length through this logger; ours says what a person needs.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        policies = ocp.training.preservation_policies
+        self._orbax = ocp.training.Checkpointer(
+            self._folder, preservation_policy=policies.LatestN(keep), cleanup_tmp_directories=True
+        )
+
+    def latest_step(self) -> int | None:
+        return self._orbax.latest.step if self._orbax.latest else None
+
+    def save(self, state: TrainState, step: int, run: dict[str, Any]) -> None:
+        """Write in the background; an error of the previous save is raised here."""
+        if step == self.latest_step():
+            return
+        items = {
+            "params": state.params,
+            "optimizer": {"step": state.step, "opt_state": state.opt_state},
+            "run": {"json": json.dumps(run | {"step": step})},
+        }
+        with _explained(f"checkpoint {self._folder / str(step)} could not be written, the last whole one is step "
+                        f"{self.latest_step()}; free some space and run the same command again"):
+            self._orbax.save_checkpointables_async(step, items, force=True)
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of a step, on the shardings of `like`, which may be another mesh than it was saved from."""
+        optimizer = {"step": like.step, "opt_state": like.opt_state}
+        with _explained(f"checkpoint {self._folder / str(step)} could not be read"):
+            found = self._orbax.load_checkpointables(step, {"params": like.params, "optimizer": optimizer})
+        return TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["opt_state"])
+
+    def close(self) -> None:
+        """Wait for the last save; its error is raised here."""
+        with _explained(f"the last checkpoint in {self._folder} could not be written"):
+            self._orbax.close()
+
+
+def _checkpoint_folder(path: pathlib.Path) -> pathlib.Path:
+    """A checkpoint, or the newest one of a run folder.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    if (path / "params").is_dir():
+        return path.resolve()
+    # Saves under way have other names; only whole checkpoints are plain numbers.
+    steps = [p for p in (path / "checkpoints").glob("*") if p.name.isdigit() and (p / "params").is_dir()]
+    if not steps:
+        raise CheckpointError(
+            f"no checkpoint in {path}. Give a run folder (it has a folder `checkpoints`) or one checkpoint in it."
+        )
+    return max(steps, key=lambda p: int(p.name)).resolve()
+
+
+def read_run(path: pathlib.Path) -> dict[str, Any]:
+    """What a checkpoint, or a run's newest one, says of its run: {config, tokenizer, label_names, step}."""
+    folder = _checkpoint_folder(path)
+    with _explained(f"checkpoint {folder} could not be read"):
+        return json.loads(ocp.load_checkpointables(folder, {"run": None})["run"]["json"])
+
+
+def read_params(path: pathlib.Path, like: Any | None = None) -> Any:
+    """The parameters, on the shardings of `like`; without it as they were saved, on one device."""
+    folder = _checkpoint_folder(path)
+    with _explained(f"checkpoint {folder} could not be read"):
+        if like is None:
+            metadata = ocp.checkpointables_metadata(folder).metadata["params"]
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), metadata)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ocp.load_checkpointables(folder, {"params": like})["params"]

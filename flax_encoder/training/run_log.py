@@ -1,0 +1,148 @@
+"""What a run tells: metrics.jsonl and TensorBoard for later, a progress line for whoever is watching."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Clock:
+    """Throughput between two readings: real tokens a second, and the share of time spent waiting for data."""
+
+    def __init__(self, tokens: int = 0):
+        self.tokens, self.steps = tokens, 0
+        self.seconds_per_step = 0.0
+        self._began, self._waited = time.monotonic(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is time that the device may have had nothing to do."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here does not count."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
+
+    def read(self) -> dict[str, float]:
+        """Figures since the last reading, which starts anew here."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        if self.steps:
+            self.seconds_per_step = seconds / self.steps
+        values = {"tokens_per_second": self.tokens / seconds, "data_wait_fraction": self._waited / seconds}
+        self.tokens, self.steps = 0, 0
+        self._began, self._waited = time.monotonic(), 0.0
+        return values
+
+
+class RunLog:
+    """Metrics and messages of one run.
+
+    Opened at a step that a run resumes from, it first drops what was logged after that step, so that the file is the
+    same as an uninterrupted run's. On a terminal the progress line is live; elsewhere a line is printed every ten
+    seconds or so.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, *, steps: int, resume_step: int, is_main: bool = True):
+        self._steps, self._is_main = steps, is_main
+        self._console = Console(highlight=False, soft_wrap=True, quiet=not is_main)
+        self._progress: Progress | None = None
+        self._last_line = 0.0
+        if not is_main:
+            return
+        path = run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(run_dir) if line["step"] <= resume_step]
+        if resume_step == steps:  # the last evaluation is made, and written, again
+            kept = [line for line in kept if line["step"] < steps or "eval/loss" not in line]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a")
+        from tensorboardX import SummaryWriter  # slow to import, and only needed here
+
+        self._tensorboard = SummaryWriter(str(run_dir), purge_step=resume_step + 1, write_to_disk=True)
+
+    def say(self, message: str) -> None:
+        self._console.print(message, markup=False)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and a TensorBoard point for every number."""
+        if not self._is_main:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def progress(self, step: int, values: dict[str, float], seconds_left: float) -> None:
+        """Show where the run is: step, loss, masked accuracy, tokens/s, data wait, time left."""
+        if not self._is_main:
+            return
+        text = (
+            f"loss {values['loss']:.3f}  accuracy {values['accuracy']:.3f}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s  data wait {values['data_wait_fraction']:.1%}  "
+            f"{_duration(seconds_left)} left"
+        )
+        if self._console.is_terminal:
+            if self._progress is None:
+                columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(24), TextColumn("{task.description}")
+                self._progress = Progress(*columns, console=self._console)
+                self._progress.start()
+                self._task = self._progress.add_task("", total=self._steps)
+            self._progress.update(self._task, completed=step, description=text)
+        elif (now := time.monotonic()) - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._steps:
+            self._last_line = now
+            self.say(f"step {step}/{self._steps}  {text}")
+
+    def end_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        sys.stdout.flush()
+
+    def close(self, message: str | None = None) -> None:
+        self.end_progress()
+        if message:
+            self.say(message)
+        if self._is_main:
+            self._file.close()
+            self._tensorboard.close()
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """The whole text or the old file, whenever the program dies."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def read_metrics(run_dir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; one that a kill cut short is left out."""
+    lines = []
+    try:
+        content = (run_dir / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    for line in content.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines

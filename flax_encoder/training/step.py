@@ -1,0 +1,133 @@
+"""The training step: loss sums over microbatches, one mean, one update, the old state donated."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from flax_encoder.nn.partition import abstract_model
+from flax_encoder.objectives.loss import LossSum
+from flax_encoder.training.sharding import BATCH_SPEC, logical_axes, sharding_tree
+
+Batch = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """All that an update reads and writes. `step` counts updates made; parameters are float32."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+    loss: LossSum
+    grad_norm: Float[Array, ""]
+
+
+def init_train_state(
+    make_model: Callable[[], nnx.Module], tx: optax.GradientTransformation, mesh: Mesh | None = None
+) -> tuple[Any, TrainState, Any]:
+    """Make parameters and optimizer state, born sharded on `mesh`.
+
+    Returns:
+      (graphdef, state, shardings): `nnx.merge(graphdef, state.params)` is the model; shardings is None without a mesh.
+    """
+    graphdef, _ = abstract_model(make_model)
+
+    def init():
+        params = nnx.to_pure_dict(nnx.split(make_model(), nnx.Param)[1])
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+    shardings = None if mesh is None else state_shardings(make_model, tx, mesh, jax.eval_shape(init))
+    return graphdef, jax.jit(init, out_shardings=shardings)(), shardings
+
+
+def state_shardings(make_model, tx: optax.GradientTransformation, mesh: Mesh, abstract: TrainState) -> TrainState:
+    """What the optimizer keeps for a parameter lies where the parameter lies; everything else is copied."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = sharding_tree(mesh, logical_axes(make_model), abstract.params)
+    by_path = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(abstract.params)[0]}
+
+    def like_its_parameter(path, leaf):
+        # Optax keeps moments in trees shaped like the parameters, so a moment's path ends with its parameter's.
+        tails = (path[i:] for i in range(len(path)))
+        return next((by_path[t] for t in tails if t in by_path and shapes[t] == leaf.shape), everywhere)
+
+    opt_state = jax.tree_util.tree_map_with_path(like_its_parameter, abstract.opt_state)
+    return TrainState(everywhere, params, opt_state)
+
+
+def make_train_step(
+    graphdef: Any,
+    tx: optax.GradientTransformation,
+    *,
+    seed: int = 0,
+    num_microbatches: int = 1,
+    shardings: TrainState | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """A jitted `step(state, batch) -> (state, metrics)`. The state passed in is donated: use the one returned.
+
+    The model's `loss(batch, key=)` gives sums, so any split into microbatches or over devices makes the same update
+    up to float32 rounding. The dropout key is a function of (seed, step).
+
+    Args:
+      graphdef, shardings: from `init_train_state`.
+      num_microbatches: must divide the batch's rows; gradients are summed over them in float32.
+    """
+
+    def loss_fn(params, batch, key):
+        loss = nnx.merge(graphdef, params).loss(batch, key=key)
+        return loss.sum, loss
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if num_microbatches == 1:
+            grads, loss = grad_fn(state.params, batch, key)
+        else:
+            # Rows are dealt out, not cut into runs, so that each microbatch still lies evenly on all devices.
+            parts = jax.tree.map(lambda x: rearrange(x, "(B parts) ... -> parts B ...", parts=num_microbatches), batch)
+            part_keys = jax.random.split(key, num_microbatches)
+
+            def accumulate(total, xs):
+                return jax.tree.map(jnp.add, total, grad_fn(state.params, *xs)), None
+
+            shapes = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], parts), key)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            (grads, loss), _ = jax.lax.scan(accumulate, zeros, (parts, part_keys))
+        grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        return new_state, StepMetrics(loss, optax.global_norm(grads))
+
+    jit = partial(jax.jit, donate_argnums=0)
+    if shardings is None:
+        return jit(step)
+    everywhere = shardings.step
+    return jit(step, in_shardings=(shardings, _rows(everywhere.mesh)), out_shardings=(shardings, everywhere))
+
+
+def make_eval_step(graphdef: Any, shardings: TrainState | None = None) -> Callable[[Any, Batch], LossSum]:
+    """A jitted `eval_step(params, batch) -> LossSum`, without dropout."""
+
+    def step(params, batch):
+        return nnx.merge(graphdef, params).loss(batch)
+
+    if shardings is None:
+        return jax.jit(step)
+    everywhere = shardings.step
+    return jax.jit(step, in_shardings=(shardings.params, _rows(everywhere.mesh)), out_shardings=everywhere)
+
+
+def _rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, BATCH_SPEC)

@@ -1,0 +1,252 @@
+"""Train a text encoder: python train.py [--config configs/NAME.py] [--any.setting VALUE ...]
+
+A run, top to bottom: settings, data, model, loop, evaluation, report. The same command again resumes it.
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_encoder.cli import failing_clearly, parse_run_config
+from flax_encoder.config import ConfigError, RunConfig, differences, from_dict, to_dict
+from flax_encoder.data.pipeline import RunData, open_data
+from flax_encoder.data.tokenizer import TextTokenizer
+from flax_encoder.nn.partition import round_up_vocab
+from flax_encoder.objectives import OBJECTIVES
+from flax_encoder.report import show_report
+from flax_encoder.run import model_factory
+from flax_encoder.training.checkpoint import Checkpoints, read_params, read_run
+from flax_encoder.training.optimizer import make_optimizer, make_schedule
+from flax_encoder.training.run_log import Clock, RunLog, write_atomically
+from flax_encoder.training.runtime import StopSignals, set_up_runtime
+from flax_encoder.training.sharding import check_batch, logical_axes, make_mesh, put_batch
+from flax_encoder.training.step import init_train_state, make_eval_step, make_train_step
+
+# Settings that do not change what is computed: a resumed run may differ in them.
+FREE_ON_RESUME = (
+    "run_dir", "init_from", "compare_with_scratch", "log_every", "eval_every", "eval_batches", "checkpoint_every",
+    "keep_checkpoints", "mesh.", "data.cache_dir", "data.tokenizer", "model.scan_layers", "model.remat",
+    "model.attention_implementation",
+)  # fmt: skip
+# Settings of a model that its parameters do not depend on: a run keeps its own when it starts from another's.
+FREE_ON_INIT = ("dropout_rate", "attention_dropout_rate", "dtype", "attention_implementation", "scan_layers", "remat")
+STEPS_IN_FLIGHT = 2  # how far the host runs ahead of the device: enough to keep it busy, little enough to stop soon
+
+
+class Diverged(ValueError):
+    """The loss or the gradient is no finite number any more."""
+
+
+def train(config: RunConfig) -> dict[str, float] | None:
+    """Train, or go on training, to config.steps. Returns the final held-out metrics, or None if a signal stopped it."""
+    set_up_runtime()
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, config.num_microbatches, mesh)
+    run_dir, is_main = pathlib.Path(config.run_dir), jax.process_index() == 0
+    run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(run_dir, config.keep_checkpoints)
+    start = checkpoints.latest_step() or 0
+    log = RunLog(run_dir, steps=config.steps, resume_step=start, is_main=is_main)
+
+    # Data. What is settled already (tokenizer, order of labels, architecture) stays so.
+    config, settled = settle(config, run_dir, start, log)
+    data = open_data(
+        config,
+        tokenizer=TextTokenizer(settled["tokenizer"]) if "tokenizer" in settled else None,
+        label_names=settled.get("label_names"),
+        progress=log.say,
+        process=(jax.process_index(), jax.process_count()),
+    )
+    config = with_vocab_size(config, data.tokenizer.vocab_size)
+    log.say(describe(data))
+    run = {"config": to_dict(config), "tokenizer": data.tokenizer.json, "label_names": data.store.label_names}
+    if is_main:
+        write_atomically(run_dir / "tokenizer.json", data.tokenizer.json)
+        write_atomically(run_dir / "config.json", json.dumps(run["config"], indent=1) + "\n")
+
+    # Model, optimizer and state, born on the mesh.
+    make_model = model_factory(config, data.store.label_names)
+    tx = make_optimizer(config.optimizer, config.steps, logical_axes(make_model))
+    schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
+    report = OBJECTIVES[config.objective].report
+    with jax.set_mesh(mesh), StopSignals() as stop:
+        graphdef, state, shardings = init_train_state(make_model, tx, mesh)
+        if start:
+            state = checkpoints.restore(start, state)
+            log.say(f"resuming {run_dir} from step {start}")
+        elif config.init_from:
+            state = state._replace(params=start_from(pathlib.Path(config.init_from), state.params, log))
+        log.say(f"model: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters on {describe_mesh(mesh)}")
+        step_fn = make_train_step(
+            graphdef, tx, seed=config.seed, num_microbatches=config.num_microbatches, shardings=shardings
+        )
+        eval_fn = make_eval_step(graphdef, shardings)
+
+        def evaluate(step: int) -> dict[str, float]:
+            parts = (eval_fn(state.params, put_batch(data.evaluation[i], mesh)) for i in range(len(data.evaluation)))
+            total = next(parts)
+            for part in parts:
+                total = total + part
+            metrics = {f"eval/{name}": value for name, value in report(jax.device_get(total)).items()}
+            log.write(step, metrics)
+            return metrics
+
+        # The loop. Metrics are fetched one log interval late, so that the device never waits for the host.
+        clock = Clock()
+        unlogged: collections.deque[tuple[int, Any]] = collections.deque()
+        in_flight: collections.deque[jax.Array] = collections.deque()
+        batches = data.train.iterate(start)
+        for step in range(start + 1, config.steps + 1):
+            with clock.waiting():
+                rows = next(batches)
+                batch = put_batch(rows, mesh)
+            clock.tokens += int(np.count_nonzero(rows["segment_ids"])) * jax.process_count()
+            if step == start + 1:
+                began = time.monotonic()
+                step_fn = step_fn.lower(state, batch).compile()
+                log.say(f"compiled the step in {time.monotonic() - began:.1f} s")
+                clock = Clock(clock.tokens)
+            state, step_metrics = step_fn(state, batch)
+            clock.steps += 1
+            in_flight.append(step_metrics.grad_norm)
+            if len(in_flight) > STEPS_IN_FLIGHT:
+                in_flight.popleft().block_until_ready()
+
+            if step % config.log_every == 0 or step == config.steps:
+                unlogged.append((step, step_metrics))
+            is_last = stop.requested is not None or step == config.steps
+            is_saved = is_last or step % config.checkpoint_every == 0
+            while unlogged and (is_saved or len(unlogged) > 1):  # before a save, so that a resumed run's log is whole
+                at, device_metrics = unlogged.popleft()
+                values = report(jax.device_get(device_metrics.loss)) | {"grad_norm": float(device_metrics.grad_norm)}
+                stop_if_diverged(values, at, config.log_every, run_dir, checkpoints.latest_step())
+                values |= {"learning_rate": float(schedule(at - 1))} | clock.read()
+                log.write(at, values)
+                log.progress(at, values, seconds_left=clock.seconds_per_step * (config.steps - step))
+            if config.eval_every and step % config.eval_every == 0 and not is_last:
+                with clock.paused():
+                    values = evaluate(step)
+                    log.say("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+            if is_saved:
+                checkpoints.save(state, step, run)
+            if is_last:
+                break
+        checkpoints.close()
+        log.end_progress()
+        if stop.requested and start < config.steps and step < config.steps:
+            log.close(f"stopped by {stop.requested} after step {step}, which is saved. The same command resumes.")
+            return None
+        metrics = evaluate(config.steps)
+    log.close()
+    return metrics
+
+
+def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) -> tuple[RunConfig, dict[str, Any]]:
+    """The config and what else is fixed by the checkpoint that is resumed, or by the run that init_from names.
+
+    Raises:
+      ConfigError: a resumed run's settings that matter differ from before.
+    """
+    if start:
+        run = read_run(run_dir)
+        before = from_dict(RunConfig, run["config"])
+        known = dataclasses.replace(config, model=dataclasses.replace(config.model, **architecture(before)))
+        changed = {
+            name: values
+            for name, values in differences(before, config if config.init_from is None else known).items()
+            if not name.startswith(FREE_ON_RESUME) and not (name == "model.vocab_size" and values[1] == 0)
+        }
+        if changed:
+            lines = "".join(f"\n  {name}: {was} before, {now} now" for name, (was, now) in changed.items())
+            raise ConfigError(
+                f"a run resumes with the settings it began with; {run_dir} has a checkpoint at step {start}, and these "
+                f"differ:{lines}\nGive the same, or another --run-dir (with --init-from {run_dir} to start from its model)."
+            )
+        return dataclasses.replace(known, init_from=before.init_from), run
+    if config.init_from:
+        run = read_run(pathlib.Path(config.init_from))
+        ours, theirs = config.model, architecture(from_dict(RunConfig, run["config"]))
+        model = dataclasses.replace(ours, **theirs)
+        for name, (was, now) in differences(ours, model).items():
+            log.say(f"model.{name} is {now}, from {config.init_from} (the config has {was})")
+        keep = {"tokenizer": run["tokenizer"]}
+        if config.objective == "classification" and run["label_names"]:
+            keep["label_names"] = run["label_names"]
+        return dataclasses.replace(config, model=model), keep
+    if (run_dir / "tokenizer.json").exists() and config.data.tokenizer is None:  # killed before its first checkpoint
+        return config, {"tokenizer": (run_dir / "tokenizer.json").read_text("utf-8")}
+    return config, {}
+
+
+def architecture(config: RunConfig) -> dict[str, Any]:
+    """The model's settings that its parameters depend on."""
+    return {name: value for name, value in vars(config.model).items() if name not in FREE_ON_INIT}
+
+
+def with_vocab_size(config: RunConfig, tokenizer_size: int) -> RunConfig:
+    """Settle model.vocab_size, rounded up so that any usual mesh divides it."""
+    size = config.model.vocab_size or round_up_vocab(tokenizer_size)
+    if tokenizer_size > size:
+        raise ConfigError(f"model.vocab_size must hold the tokenizer's {tokenizer_size} tokens: got {size}.")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def start_from(origin: pathlib.Path, params: Any, log: RunLog) -> Any:
+    """`params` with every parameter that `origin` has too, by name and shape, taken from there; the rest is named."""
+    found = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(read_params(origin))}
+    fresh = []
+
+    def pick(path, own):
+        theirs = found.get(jax.tree_util.keystr(path))
+        if theirs is None or theirs.shape != own.shape:
+            fresh.append(".".join(key.key for key in path))
+            return own
+        return jax.device_put(theirs, own.sharding)
+
+    picked = jax.tree_util.tree_map_with_path(pick, params)
+    log.say(f"started from {origin}; new parameters: {', '.join(fresh) or 'none'}")
+    return picked
+
+
+def stop_if_diverged(values: dict[str, float], step: int, interval: int, run_dir, saved: int | None) -> None:
+    if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
+        way_out = f"{run_dir} holds step {saved}, from before" if saved else "no checkpoint was made yet"
+        raise Diverged(
+            f"the loss must stay finite: it is {values['loss']} and the gradient norm {values['grad_norm']} at step "
+            f"{step}; it broke after step {max(step - interval, 0)}. {way_out}. A lower learning rate, a longer warm-up "
+            f"or a smaller optimizer.clip_norm often helps."
+        )
+
+
+def describe(data: RunData) -> str:
+    train, test = data.store.manifest["splits"]["train"], data.store.manifest["splits"]["test"]
+    dropped = ", ".join(f"{count:,} {kind}" for kind, count in data.store.manifest["dropped"].items() if count)
+    return (
+        f"data: {train['documents']:,} documents, {train['tokens']:,} tokens; held out {test['documents']:,} and "
+        f"{test['tokens']:,}{'; dropped ' + dropped if dropped else ''}; vocabulary {data.tokenizer.vocab_size:,}; "
+        f"{data.train_plan.rows_per_epoch:,} rows an epoch, {data.train_plan.fill_rate:.1%} full"
+    )
+
+
+def describe_mesh(mesh) -> str:
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}{': ' + axes if axes else ''}"
+
+
+def main() -> None:
+    with failing_clearly():
+        config = parse_run_config(sys.argv[1:], default="configs/quickstart.py")
+        metrics = train(config)
+        if metrics is not None and jax.process_index() == 0:
+            show_report(config, metrics, train)
+
+
+if __name__ == "__main__":
+    main()
