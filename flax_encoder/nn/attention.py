@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.config import EncoderConfig
-from flax_encoder.nn.linear import Linear
+from flax_encoder.nn.linear import Linear, packed
 from flax_encoder.ops.attention import Window, attention
 from flax_encoder.ops.dropout import dropout
 from flax_encoder.ops.position import RopeTables, apply_rope
@@ -34,7 +34,7 @@ class SelfAttention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """`window` is an argument, not a setting of the layer, so that stacked layers can differ in it."""
         config = self.config
-        query, keys, value = self.query(x), self.key(x), self.value(x)
+        query, keys, value = packed(x, self.query, self.key, self.value)
         if rope is not None:
             query, keys = apply_rope(query, rope), apply_rope(keys, rope)
         attention_key, output_key = (None, None) if key is None else jax.random.split(key)

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flax_encoder.config import EncoderConfig
-from flax_encoder.nn.linear import Linear
+from flax_encoder.nn.linear import Linear, packed
 from flax_encoder.ops.dropout import dropout
 
 ACTIVATIONS = {
@@ -31,5 +31,9 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], *, key: Array | None = None) -> Float[Array, "B T D"]:
         activation = ACTIVATIONS[self.config.activation]
-        hidden = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
+        if self.gate is None:
+            hidden = activation(self.up(x))
+        else:
+            gate, up = packed(x, self.gate, self.up)
+            hidden = activation(gate) * up
         return dropout(self.down(hidden), self.config.dropout_rate, key)

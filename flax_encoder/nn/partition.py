@@ -42,6 +42,13 @@ def constrain(x: Array, *names: str) -> Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(*names))
 
 
+def is_split(name: str) -> bool:
+    """Whether the mesh at hand splits this axis over several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = MESH_AXES[name] or ()
+    return not mesh.empty and any(mesh.shape[a] > 1 for a in ((axes,) if isinstance(axes, str) else axes))
+
+
 def normal(std: float) -> Callable[..., Array]:
     """Normal draws cut at two standard deviations, as BERT's are."""
     return lambda key, shape: std * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)

