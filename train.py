@@ -167,7 +167,7 @@ def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) ->
             lines = "".join(f"\n  {name}: {was} before, {now} now" for name, (was, now) in changed.items())
             raise ConfigError(
                 f"a run resumes with the settings it began with; {run_dir} has a checkpoint at step {start}, and these "
-                f"differ:{lines}\nGive the same, or another --run-dir (with --init-from {run_dir} to start from its model)."
+                f"differ:{lines}\nGive the same, or another --run-dir (--init-from {run_dir} starts from its model)."
             )
         return dataclasses.replace(known, init_from=before.init_from), run
     if config.init_from:
@@ -220,8 +220,8 @@ def stop_if_diverged(values: dict[str, float], step: int, interval: int, run_dir
         way_out = f"{run_dir} holds step {saved}, from before" if saved else "no checkpoint was made yet"
         raise Diverged(
             f"the loss must stay finite: it is {values['loss']} and the gradient norm {values['grad_norm']} at step "
-            f"{step}; it broke after step {max(step - interval, 0)}. {way_out}. A lower learning rate, a longer warm-up "
-            f"or a smaller optimizer.clip_norm often helps."
+            f"{step}; it broke after step {max(step - interval, 0)}. {way_out}. A lower learning rate, a longer "
+            f"warm-up or a smaller optimizer.clip_norm often helps."
         )
 
 

@@ -1,6 +1,7 @@
 """The command line: a recipe plus typed overrides for training, and the commands that ask a trained model."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -63,15 +64,15 @@ def parse_run_config(argv: list[str], default: str) -> RunConfig:
     first.add_argument("--config", default=default)
     known, rest = first.parse_known_args(argv)
     config = load_recipe(known.config)
-    if known.config != default or config.run_dir == RunConfig.run_dir:
-        pass
+    if config.run_dir == RunConfig.run_dir:
+        config = dataclasses.replace(config, run_dir=f"runs/{pathlib.Path(known.config).stem}")
     return tyro.cli(
         RunConfig,
         default=config,
         args=rest,
         prog="train.py",
-        description=f"Train a text encoder. Defaults are those of the recipe {known.config} (--config PATH picks another). "
-        "The same command again resumes a run.",
+        description=f"Train a text encoder. Defaults are those of the recipe {known.config}; --config PATH picks "
+        "another. The same command again resumes a run.",
     )
 
 

@@ -80,17 +80,32 @@ class EncoderConfig:
     """What the backward pass recomputes: nothing, all but matrix products, or everything in a layer."""
 
     def __post_init__(self):
-        _require_positive(self, "num_layers", "embed_dim", "num_heads", "mlp_dim", "norm_epsilon", "max_length",
-                          "rope_theta", "init_std")
+        _require_positive(
+            self,
+            "num_layers",
+            "embed_dim",
+            "num_heads",
+            "mlp_dim",
+            "norm_epsilon",
+            "max_length",
+            "rope_theta",
+            "init_std",
+        )
         _require_rates(self, "dropout_rate", "attention_dropout_rate")
         _require(self.vocab_size >= 0, f"vocab_size must be at least 0 (0 is the tokenizer's): got {self.vocab_size}.")
-        _require(self.embed_dim % self.num_heads == 0,
-                 f"num_heads must divide embed_dim: got {self.num_heads} for {self.embed_dim}; "
-                 f"{_nearest_divisors(self.embed_dim, self.num_heads)} do.")
-        _require(self.num_kv_heads is None or (self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0),
-                 f"num_kv_heads must divide num_heads: got {self.num_kv_heads} for {self.num_heads}.")
-        _require(self.position != "rope" or self.head_dim % 2 == 0,
-                 f"rope turns pairs of features, so head_dim must be even: got {self.head_dim}.")
+        _require(
+            self.embed_dim % self.num_heads == 0,
+            f"num_heads must divide embed_dim: got {self.num_heads} for {self.embed_dim}; "
+            f"{_nearest_divisors(self.embed_dim, self.num_heads)} do.",
+        )
+        _require(
+            self.num_kv_heads is None or (self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0),
+            f"num_kv_heads must divide num_heads: got {self.num_kv_heads} for {self.num_heads}.",
+        )
+        _require(
+            self.position != "rope" or self.head_dim % 2 == 0,
+            f"rope turns pairs of features, so head_dim must be even: got {self.head_dim}.",
+        )
         _require(self.window is None or self.window >= 0, f"window must be at least 0 tokens: got {self.window}.")
         _require(self.global_every >= 0, f"global_every must be at least 0: got {self.global_every}.")
 
@@ -132,7 +147,9 @@ class DataConfig:
     def __post_init__(self):
         _require_rates(self, "held_out_rate")
         _require_positive(self, "vocab_size")
-        _require(self.row_length >= 3, f"a row holds [CLS], one token and [SEP] at least: got row_length {self.row_length}.")
+        _require(
+            self.row_length >= 3, f"a row holds [CLS], one token and [SEP] at least: got row_length {self.row_length}."
+        )
 
 
 @dataclass(frozen=True)
@@ -150,8 +167,10 @@ class MaskingConfig:
     def __post_init__(self):
         _require_rates(self, "rate", "eval_rate", "mask_rate", "random_rate")
         _require(self.rate > 0 and self.eval_rate > 0, "rate and eval_rate must be above 0: nothing would be learned.")
-        _require(self.mask_rate + self.random_rate <= 1.0,
-                 f"mask_rate + random_rate is at most 1: got {self.mask_rate} + {self.random_rate}.")
+        _require(
+            self.mask_rate + self.random_rate <= 1.0,
+            f"mask_rate + random_rate is at most 1: got {self.mask_rate} + {self.random_rate}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -181,11 +200,17 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _require_rates(self, "warmup_rate", "decay_rate", "final_rate", "b1", "b2", "muon_momentum")
-        _require(self.learning_rate >= 0 and self.muon_learning_rate >= 0, "learning rates are at least 0: got "
-                 f"{self.learning_rate} and {self.muon_learning_rate}.")
-        _require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm must be above 0 or None: got {self.clip_norm}.")
-        _require(self.schedule != "constant_then_decay" or self.warmup_rate + self.decay_rate <= 1.0,
-                 f"warmup_rate + decay_rate is at most 1: got {self.warmup_rate} + {self.decay_rate}.")
+        _require(
+            self.learning_rate >= 0 and self.muon_learning_rate >= 0,
+            f"learning rates are at least 0: got {self.learning_rate} and {self.muon_learning_rate}.",
+        )
+        _require(
+            self.clip_norm is None or self.clip_norm > 0, f"clip_norm must be above 0 or None: got {self.clip_norm}."
+        )
+        _require(
+            self.schedule != "constant_then_decay" or self.warmup_rate + self.decay_rate <= 1.0,
+            f"warmup_rate + decay_rate is at most 1: got {self.warmup_rate} + {self.decay_rate}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -200,7 +225,9 @@ class MeshConfig:
     """Heads, MLP and vocabulary are split."""
 
     def __post_init__(self):
-        _require(self.data == -1 or self.data > 0, f"mesh.data is at least 1, or -1 for all that are left: got {self.data}.")
+        _require(
+            self.data == -1 or self.data > 0, f"mesh.data is at least 1, or -1 for all that are left: got {self.data}."
+        )
         _require_positive(self, "fsdp", "tensor")
 
 
@@ -209,7 +236,8 @@ class RunConfig:
     """A run: what is learned, from what, how, and where it is written."""
 
     run_dir: str = "runs/run"
-    """Holds config.json, tokenizer.json, metrics.jsonl, checkpoints/ and TensorBoard events. Run again to resume."""
+    """Holds config.json, tokenizer.json, metrics.jsonl, checkpoints/ and TensorBoard events. Run again to resume.
+    A recipe that leaves it has runs/NAME, after its own."""
     init_from: str | None = None
     """A run folder whose encoder (and tokenizer) to start from; parts that differ, such as the head, start fresh."""
     objective: Literal["masked_lm", "classification"] = "masked_lm"
@@ -239,17 +267,22 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
-        _require_positive(self, "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every",
-                          "keep_checkpoints")
+        _require_positive(
+            self, "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every", "keep_checkpoints"
+        )
         for name in ("eval_every", "eval_batches"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be above 0 or None: got {value}.")
-        _require(self.batch_size % self.num_microbatches == 0,
-                 f"num_microbatches must divide batch_size: got {self.num_microbatches} for {self.batch_size}; "
-                 f"{_nearest_divisors(self.batch_size, self.num_microbatches)} do.")
-        _require(self.model.position != "learned" or self.data.row_length <= self.model.max_length,
-                 f"learned positions reach max_length: got data.row_length {self.data.row_length} for "
-                 f"model.max_length {self.model.max_length}.")
+        _require(
+            self.batch_size % self.num_microbatches == 0,
+            f"num_microbatches must divide batch_size: got {self.num_microbatches} for {self.batch_size}; "
+            f"{_nearest_divisors(self.batch_size, self.num_microbatches)} do.",
+        )
+        _require(
+            self.model.position != "learned" or self.data.row_length <= self.model.max_length,
+            f"learned positions reach max_length: got data.row_length {self.data.row_length} for "
+            f"model.max_length {self.model.max_length}.",
+        )
 
 
 def _nearest_divisors(n: int, near: int) -> str:

@@ -1,7 +1,6 @@
 """What a person sees at the end of a run: the numbers beside baselines, examples, and what to type next."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 
@@ -9,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from flax_encoder.config import ConfigError, RunConfig, from_dict
+from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.data.baselines import NeighbourCounts, majority_class
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.run import LoadedRun, load_run
@@ -51,7 +50,9 @@ def _masked_lm_rows(config, run: LoadedRun, data: RunData, metrics, train) -> di
 
 
 def _classification_rows(config, run: LoadedRun, data: RunData, metrics, train) -> dict[str, dict[str, float]]:
-    rows = {"majority class": majority_class(data.store.train.labels, data.store.test.labels, len(run.label_names or []))}
+    rows = {
+        "majority class": majority_class(data.store.train.labels, data.store.test.labels, len(run.label_names or []))
+    }
     if config.compare_with_scratch and run.config.init_from:
         run_dir = pathlib.Path(config.run_dir)
         scratch = train(dataclasses.replace(
@@ -119,7 +120,9 @@ def plot_runs(run_dirs: list[pathlib.Path], out: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for color, run_dir in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(run_dirs), run_dirs, strict=False):
+    for color, run_dir in zip(
+        plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(run_dirs), run_dirs, strict=False
+    ):
         lines = read_metrics(run_dir)
         if not lines:
             raise ConfigError(f"no metrics in {run_dir}: a run folder has a metrics.jsonl.")

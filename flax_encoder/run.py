@@ -58,7 +58,11 @@ class LoadedRun:
             tokens[row, :end] = [special["first"], *ids, special["last"]]
             segment_ids[row, :end] = 1
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-        return {"tokens": jnp.asarray(tokens), "segment_ids": jnp.asarray(segment_ids), "positions": jnp.asarray(positions)}
+        return {
+            "tokens": jnp.asarray(tokens),
+            "segment_ids": jnp.asarray(segment_ids),
+            "positions": jnp.asarray(positions),
+        }
 
     def _probabilities(self, batch: dict[str, jax.Array]) -> np.ndarray:
         return np.asarray(jax.nn.softmax(jax.jit(lambda model, batch: model(batch))(self.model, batch)))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from flax_encoder.data.batches import Batch, Batches, SPECIAL_PER_PIECE, assemble
+from flax_encoder.data.batches import SPECIAL_PER_PIECE, Batch, Batches, assemble
 from flax_encoder.data.packing import PackingPlan
 
 
@@ -41,7 +41,11 @@ class NeighbourCounts:
             nats -= float((weights * np.log(self._frequency[targets])).sum())
             count += float(weights.sum())
         return {
-            "most_frequent": {"accuracy": best / count, "loss": nats / count, "perplexity": float(np.exp(nats / count))},
+            "most_frequent": {
+                "accuracy": best / count,
+                "loss": nats / count,
+                "perplexity": float(np.exp(nats / count)),
+            },
             "neighbours": {"accuracy": hits / count},
         }
 

@@ -56,8 +56,15 @@ def masked_lm_targets(tokenizer: TextTokenizer, masking: MaskingConfig, rate: fl
 
     def targets(rows: Batch, pieces: Pieces, numbers: np.ndarray) -> Batch:
         return mask_tokens(
-            rows["tokens"], numbers, rate=rate, mask_rate=masking.mask_rate, random_rate=masking.random_rate,
-            mask_id=mask_id, vocab_size=vocab_size, special_ids=special_ids, seed=seed,
+            rows["tokens"],
+            numbers,
+            rate=rate,
+            mask_rate=masking.mask_rate,
+            random_rate=masking.random_rate,
+            mask_id=mask_id,
+            vocab_size=vocab_size,
+            special_ids=special_ids,
+            seed=seed,
         )
 
     return targets

@@ -1,9 +1,9 @@
 """Packing as an index: which pieces of which documents fill which row, from lengths, seed and epoch alone.
 
 Documents of one length are interchangeable to a packer, so only the histogram of lengths is packed (Krell et al.,
-arXiv 2107.02027): into a few hundred recipes, such as "two pieces of 57 and one of 14", each used many times. Recipes are
-the same every epoch; which document fills which slot, and the order of rows, are permutations that the seed and epoch
-pick. So an epoch costs nothing to start, any row can be asked for by its number, and no process needs another's rows.
+arXiv 2107.02027): into a few hundred recipes, such as "two pieces of 57 and one of 14", each used many times. Recipes
+are the same every epoch; which document fills which slot, and the order of rows, are permutations that the seed and
+epoch pick. So an epoch costs nothing to start, and any row can be asked for by its number, without the others.
 """
 
 import bisect
@@ -16,7 +16,7 @@ from flax_encoder.data.randomness import permute, random_bits
 
 @dataclass(frozen=True)
 class Pieces:
-    """What fills rows: document[i]'s tokens [start[i], start[i] + length[i]), for row number row[i] of those asked for."""
+    """What fills rows: document[i]'s tokens [start[i], start[i] + length[i]), for the row[i]-th row asked for."""
 
     row: np.ndarray
     document: np.ndarray

@@ -22,32 +22,51 @@ import tensorflow_datasets as tfds
 
 # Chapters of the Python library reference, and the top-level modules that stand in them.
 AREAS: dict[str, str] = {
-    "text": "string re difflib textwrap unicodedata stringprep readline rlcompleter codecs encodings struct _codecs locale "
-            "gettext sre_compile sre_parse sre_constants _sre _struct pprint reprlib shlex cmd",
-    "data types": "datetime zoneinfo calendar collections _collections _collections_abc heapq _heapq bisect _bisect array "
-                  "weakref _weakref _weakrefset types copy enum graphlib _datetime _zoneinfo _strptime builtins functools "
-                  "_functools itertools operator _operator",
-    "numbers": "numbers math cmath decimal _decimal _pydecimal fractions random _random statistics _statistics colorsys "
-               "secrets hashlib hmac uuid _md5 _sha1 _sha256 _sha512 _sha2 _sha3 _blake2 _hashlib",
-    "files": "pathlib fileinput stat _stat filecmp tempfile glob fnmatch linecache shutil pickle pickletools _pickle "
-             "copyreg shelve marshal dbm sqlite3 _sqlite3 zlib gzip bz2 _bz2 lzma _lzma zipfile tarfile csv _csv "
-             "configparser tomllib netrc plistlib io _io _pyio _compression posixpath ntpath genericpath chunk wave aifc "
-             "sunau sndhdr imghdr",
-    "system": "os posix time argparse getopt logging getpass curses _curses platform errno ctypes _ctypes optparse fcntl "
-              "resource pwd grp termios tty pty syslog mmap signal select selectors sched _posixsubprocess nt subprocess "
-              "_winapi winreg msvcrt sysconfig site",
-    "concurrency": "asyncio _asyncio threading _thread multiprocessing _multiprocessing concurrent queue _queue "
-                   "contextvars _contextvars _threading_local _posixshmem",
-    "network": "socket _socket ssl _ssl urllib http ftplib poplib imaplib smtplib smtpd socketserver xmlrpc ipaddress "
-               "wsgiref cgi cgitb nntplib telnetlib webbrowser asyncore asynchat",
-    "mail and markup": "email json _json mailbox mailcap mimetypes base64 binascii quopri uu html xml pyexpat "
-                       "_elementtree _markupbase",
-    "graphics": "tkinter _tkinter turtle",
-    "development": "typing _typing pydoc doctest unittest bdb faulthandler pdb timeit trace tracemalloc _tracemalloc "
-                   "profile cProfile _lsprof pstats distutils venv zipapp ensurepip",
-    "language": "sys sysconfig importlib zipimport pkgutil modulefinder runpy ast _ast inspect dis opcode _opcode "
-                "tokenize token symtable _symtable tabnanny pyclbr py_compile compileall codeop code abc _abc contextlib "
-                "dataclasses atexit traceback gc warnings _warnings __future__ keyword keyword imp _imp",
+    "text": (
+        "string re difflib textwrap unicodedata stringprep readline rlcompleter codecs encodings struct "
+        "_codecs locale gettext sre_compile sre_parse sre_constants _sre _struct pprint reprlib shlex cmd"
+    ),
+    "data types": (
+        "datetime zoneinfo calendar collections _collections _collections_abc heapq _heapq bisect _bisect "
+        "array weakref _weakref _weakrefset types copy enum graphlib _datetime _zoneinfo _strptime builtins "
+        "functools _functools itertools operator _operator"
+    ),
+    "numbers": (
+        "numbers math cmath decimal _decimal _pydecimal fractions random _random statistics _statistics "
+        "colorsys secrets hashlib hmac uuid _md5 _sha1 _sha256 _sha512 _sha2 _sha3 _blake2 _hashlib"
+    ),
+    "files": (
+        "pathlib fileinput stat _stat filecmp tempfile glob fnmatch linecache shutil pickle pickletools "
+        "_pickle copyreg shelve marshal dbm sqlite3 _sqlite3 zlib gzip bz2 _bz2 lzma _lzma zipfile tarfile "
+        "csv _csv configparser tomllib netrc plistlib io _io _pyio _compression posixpath ntpath genericpath "
+        "chunk wave aifc sunau sndhdr imghdr"
+    ),
+    "system": (
+        "os posix time argparse getopt logging getpass curses _curses platform errno ctypes _ctypes optparse "
+        "fcntl resource pwd grp termios tty pty syslog mmap signal select selectors sched _posixsubprocess nt "
+        "subprocess _winapi winreg msvcrt sysconfig site"
+    ),
+    "concurrency": (
+        "asyncio _asyncio threading _thread multiprocessing _multiprocessing concurrent queue _queue "
+        "contextvars _contextvars _threading_local _posixshmem"
+    ),
+    "network": (
+        "socket _socket ssl _ssl urllib http ftplib poplib imaplib smtplib smtpd socketserver xmlrpc "
+        "ipaddress wsgiref cgi cgitb nntplib telnetlib webbrowser asyncore asynchat"
+    ),
+    "mail and markup": (
+        "email json _json mailbox mailcap mimetypes base64 binascii quopri uu html xml pyexpat _elementtree _markupbase"
+    ),
+    "graphics": ("tkinter _tkinter turtle"),
+    "development": (
+        "typing _typing pydoc doctest unittest bdb faulthandler pdb timeit trace tracemalloc _tracemalloc "
+        "profile cProfile _lsprof pstats distutils venv zipapp ensurepip"
+    ),
+    "language": (
+        "sys sysconfig importlib zipimport pkgutil modulefinder runpy ast _ast inspect dis opcode _opcode "
+        "tokenize token symtable _symtable tabnanny pyclbr py_compile compileall codeop code abc _abc "
+        "contextlib dataclasses atexit traceback gc warnings _warnings __future__ keyword imp _imp"
+    ),
 }
 _AREA_OF = {module: area for area, modules in AREAS.items() for module in modules.split()}
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data", "antigravity", "this"}

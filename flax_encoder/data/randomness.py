@@ -24,7 +24,7 @@ def random_bits(*address: int | np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int | np.ndarray, *address: int | np.ndarray) -> np.ndarray:
-    """Where `index` goes in a random permutation of range(size) that the address picks; nothing of length `size` is made.
+    """Where `index` goes in a random permutation of range(size) that the address picks; no array of `size` is made.
 
     A Feistel network on the next even power of two, walked until it lands inside (Black and Rogaway 2002). `size` and
     the address broadcast against `index`, so one call serves many permutations.

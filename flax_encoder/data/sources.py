@@ -48,7 +48,9 @@ def open_source(config: DataConfig, *, with_labels: bool, cache_dir: pathlib.Pat
         raise DataError(f"no file matches data.source {config.source!r}. It is a path or quoted glob, or tfds:NAME.")
     kinds = {p.suffix for p in paths}
     if len(kinds) > 1 or not kinds <= set(_READERS):
-        raise DataError(f"data.source must match files of one kind, {', '.join(_READERS)}: got {', '.join(sorted(kinds))}.")
+        raise DataError(
+            f"data.source must match files of one kind, {', '.join(_READERS)}: got {', '.join(sorted(kinds))}."
+        )
     read = _READERS[kinds.pop()]
 
     def documents() -> Iterator[Record]:
@@ -99,9 +101,13 @@ def _read_jsonl(path: pathlib.Path, config: DataConfig, label: str | None) -> It
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"every line of a .jsonl file must be a JSON object: {path}, line {number}: {error}.") from None
+            raise DataError(
+                f"every line of a .jsonl file must be a JSON object: {path}, line {number}: {error}."
+            ) from None
         if not isinstance(row, dict):
-            raise DataError(f"every line of a .jsonl file must be a JSON object: {path}, line {number} is {line[:60]!r}.")
+            raise DataError(
+                f"every line of a .jsonl file must be a JSON object: {path}, line {number} is {line[:60]!r}."
+            )
         strings = [name for name, value in row.items() if isinstance(value, str)]
         text = _text_column(config.text_column, list(row), strings, f"{path}, line {number}")
         yield _record(row, text, label, f"{path}, line {number}")

@@ -1,9 +1,9 @@
 """Tokenized documents on disk: flat tokens plus offsets, read by memory map.
 
-    STORE/manifest.json         counts, hashes, label names
-    STORE/{train,test}/tokens.bin    uint16 or uint32, all documents end to end
-    STORE/{train,test}/offsets.npy   int64 [documents + 1]
-    STORE/{train,test}/labels.npy    int32 [documents], where the source is labelled
+STORE/manifest.json         counts, hashes, label names
+STORE/{train,test}/tokens.bin    uint16 or uint32, all documents end to end
+STORE/{train,test}/offsets.npy   int64 [documents + 1]
+STORE/{train,test}/labels.npy    int32 [documents], where the source is labelled
 """
 
 import functools
@@ -140,8 +140,9 @@ def _write(work, source: Source, tokenizer: TextTokenizer, held_out_rate, label_
                 files[to].write(ids.astype(dtype).tobytes())
                 lengths[to].append(len(ids))
                 labels[to].append(label)
-            progress(f"tokenized {sum(map(len, lengths.values())):,} documents, "
-                     f"{sum(map(sum, lengths.values())):,} tokens")
+            progress(
+                f"tokenized {sum(map(len, lengths.values())):,} documents, {sum(map(sum, lengths.values())):,} tokens"
+            )
     if not lengths["train"]:
         raise DataError("the source must have at least one document to train on: every one was empty or held out.")
     names = label_names or source.label_names or _names(labels)

@@ -122,8 +122,12 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     # differ. As special tokens they have fixed ids; afterwards they are made ordinary again.
     inner = [_PREFIX + c for c in alphabet]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=names + inner, initial_alphabet=alphabet, limit_alphabet=len(alphabet),
-        show_progress=False, min_frequency=2,
+        vocab_size=vocab_size,
+        special_tokens=names + inner,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+        min_frequency=2,
     )
     tokenizer.train_from_iterator(texts, trainer)
     content = json.loads(tokenizer.to_str())

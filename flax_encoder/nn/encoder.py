@@ -21,7 +21,7 @@ REMAT_POLICIES = {
 
 
 class EncoderLayer(nnx.Module):
-    """Attention, then feed-forward, each in a residual branch that is normalised before (pre) or after (post) its sum."""
+    """Attention, then feed-forward, each in residual branches normalised before (pre) or after (post) the sum."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.is_pre_norm = config.norm_placement == "pre"

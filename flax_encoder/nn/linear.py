@@ -3,7 +3,6 @@
 import math
 
 import jax.numpy as jnp
-
 from flax import nnx
 from jaxtyping import Array, Float
 

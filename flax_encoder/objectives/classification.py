@@ -63,7 +63,7 @@ class Classifier(nnx.Module):
 
 
 def macro_f1(confusion: np.ndarray) -> float:
-    """Mean over classes of 2 TP / (actual + predicted), from counts [actual, predicted]; absent classes are left out."""
+    """Mean over classes of 2 TP / (actual + predicted), from counts [actual, predicted], without absent classes."""
     both = confusion.sum(0) + confusion.sum(1)
     f1 = 2 * np.diag(confusion)[both > 0] / both[both > 0]
     return float(f1.mean()) if f1.size else 0.0

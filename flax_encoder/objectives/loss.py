@@ -19,9 +19,7 @@ class LossSum(NamedTuple):
         return LossSum(self.sum + other.sum, self.count + other.count, metrics)
 
 
-def target_loss(
-    logits: Float[Array, "B M V"], targets: Int[Array, "B M"], weights: Float[Array, "B M"]
-) -> LossSum:
+def target_loss(logits: Float[Array, "B M V"], targets: Int[Array, "B M"], weights: Float[Array, "B M"]) -> LossSum:
     """Cross-entropy in float32, and how many targets no other class beats, both summed by weight."""
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)

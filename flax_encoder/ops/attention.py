@@ -82,7 +82,9 @@ def attention(
     if implementation is None:
         implementation = _choose(S, rate)
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown attention implementation {implementation!r}; known are {', '.join(IMPLEMENTATIONS)}.")
+        raise ValueError(
+            f"unknown attention implementation {implementation!r}; known are {', '.join(IMPLEMENTATIONS)}."
+        )
     visibility = Visibility(*segments, jnp.asarray((T + S, T + S) if window is None else window, jnp.int32))
     grouped = rearrange(query, "B T (K G) H -> B K G T H", K=K)
     key, value = rearrange(key, "B S K H -> B K S H"), rearrange(value, "B S K H -> B K S H")

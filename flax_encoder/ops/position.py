@@ -32,13 +32,15 @@ def apply_rope(x: Float[Array, "B T N H"], tables: RopeTables) -> Float[Array, "
     (Su et al., arXiv 2104.09864, equation 34, with pairs split by halves as in GPT-NeoX and ModernBERT.)
     """
     cos, sin = tables
-    # Swapping halves by a reversal of an axis of two, not by a concatenation, keeps the loops and their gradients plain.
-    swapped = rearrange(jnp.flip(rearrange(x, "B T N (two H) -> B T N two H", two=2), axis=3), "B T N two H -> B T N (two H)")
+    # Halves are swapped by reversing an axis of two: a concatenation would make slower loops, backward above all.
+    swapped = rearrange(
+        jnp.flip(rearrange(x, "B T N (two H) -> B T N two H", two=2), axis=3), "B T N two H -> B T N (two H)"
+    )
     return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
 
 
 def sinusoidal(positions: Int[Array, "B T"], embed_dim: int) -> Float[Array, "B T D"]:
-    """sin and cos of position / 10000^(2i/D), interleaved (Vaswani et al., arXiv 1706.03762, section 3.5). D is even."""
+    """sin and cos of position / 10000^(2i/D), interleaved (Vaswani et al., arXiv 1706.03762, section 3.5); D even."""
     rates = 10_000.0 ** (-jnp.arange(0, embed_dim, 2, dtype=jnp.float32) / embed_dim)
     angle = positions[..., None].astype(jnp.float32) * rates
     return rearrange(jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1), "B T D two -> B T (D two)")

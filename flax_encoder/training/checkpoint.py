@@ -1,8 +1,8 @@
 """Checkpoints through Orbax. Each stands alone: parameters, optimizer state, and the run's settings as JSON.
 
-    RUN_DIR/checkpoints/STEP/params       float32 parameters, by path
-    RUN_DIR/checkpoints/STEP/optimizer    step and optimizer state
-    RUN_DIR/checkpoints/STEP/run          {config, tokenizer, label_names, step}, which locates the data too
+RUN_DIR/checkpoints/STEP/params       float32 parameters, by path
+RUN_DIR/checkpoints/STEP/optimizer    step and optimizer state
+RUN_DIR/checkpoints/STEP/run          {config, tokenizer, label_names, step}, which locates the data too
 """
 
 import json
@@ -58,8 +58,10 @@ class Checkpoints:
             "optimizer": {"step": state.step, "opt_state": state.opt_state},
             "run": {"json": json.dumps(run | {"step": step})},
         }
-        with _explained(f"checkpoint {self._folder / str(step)} could not be written, the last whole one is step "
-                        f"{self.latest_step()}; free some space and run the same command again"):
+        with _explained(
+            f"checkpoint {self._folder / str(step)} could not be written, the last whole one is step "
+            f"{self.latest_step()}; free some space and run the same command again"
+        ):
             self._orbax.save_checkpointables_async(step, items, force=True)
 
     def restore(self, step: int, like: TrainState) -> TrainState:

@@ -35,7 +35,9 @@ def muon_dimensions(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
     if axes[0] != "layers" or "embed" not in axes or len(axes) < 3:
         return None
     matrix = tuple(range(1, len(axes)))
-    return MuonDimensionNumbers((1,), matrix[1:]) if axes[1] == "embed" else MuonDimensionNumbers(matrix[:-1], matrix[-1:])
+    return (
+        MuonDimensionNumbers((1,), matrix[1:]) if axes[1] == "embed" else MuonDimensionNumbers(matrix[:-1], matrix[-1:])
+    )
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:

@@ -96,7 +96,11 @@ class RunLog:
         )
         if self._console.is_terminal:
             if self._progress is None:
-                columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(24), TextColumn("{task.description}")
+                columns = (
+                    TextColumn("step {task.completed}/{task.total}"),
+                    BarColumn(24),
+                    TextColumn("{task.description}"),
+                )
                 self._progress = Progress(*columns, console=self._console)
                 self._progress.start()
                 self._task = self._progress.add_task("", total=self._steps)

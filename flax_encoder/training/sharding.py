@@ -28,13 +28,14 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
             f"and there are {len(devices)}. On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={product} "
             f"gives {product} virtual devices."
         )
-    # Auto: the compiler propagates shardings from the jit boundary and from `constrain`. `make_mesh` defaults to Explicit.
-    return jax.make_mesh((data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3,
-                         devices=devices)
+    # Auto: the compiler propagates shardings from the jit boundary and `constrain`; the default would be Explicit.
+    return jax.make_mesh(
+        (data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices
+    )
 
 
 def logical_axes(make_model: Callable[[], nnx.Module]) -> dict[str, Any]:
-    """The names of every parameter's axes, as a tree shaped like the parameters. A parameter without names is an error."""
+    """The names of every parameter's axes, shaped like the parameters; one without names is an error."""
     names: dict[tuple, Any] = {}
     for path, leaf in nnx.to_flat_state(abstract_model(make_model)[1]):
         axes = leaf.get_metadata().get("out_sharding")

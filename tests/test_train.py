@@ -1,0 +1,340 @@
+"""The real thing, end to end: train, stop, kill, resume, shard, fine-tune, ask."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, MeshConfig, OptimizerConfig, RunConfig
+from flax_encoder.run import load_run
+from flax_encoder.training.checkpoint import CheckpointError
+from flax_encoder.training.run_log import read_metrics
+from train import Diverged, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+WORDS = [
+    "the",
+    "list",
+    "returns",
+    "a",
+    "value",
+    "of",
+    "each",
+    "item",
+    "in",
+    "order",
+    "and",
+    "then",
+    "calls",
+    "the",
+    "given",
+    "function",
+    "once",
+    "more",
+]
+
+TINY = RunConfig(
+    steps=24,
+    batch_size=8,
+    log_every=3,
+    checkpoint_every=6,
+    mesh=MeshConfig(data=1),
+    model=EncoderConfig(
+        num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, position="rope", norm_placement="pre", norm_epsilon=1e-6
+    ),
+    data=DataConfig(vocab_size=256, row_length=32, held_out_rate=0.1, text_unit="line"),
+    optimizer=OptimizerConfig(learning_rate=3e-3),
+)
+
+
+def with_fields(config: RunConfig, **fields) -> RunConfig:
+    """`replace` that reaches into sections: model__dtype="bfloat16"."""
+    for name, value in fields.items():
+        section, _, inner = name.partition("__")
+        value = dataclasses.replace(getattr(config, section), **{inner: value}) if inner else value
+        config = dataclasses.replace(config, **{section: value})
+    return config
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> pathlib.Path:
+    """Six hundred made-up sentences with a label each."""
+    rng = random.Random(7)
+    path = tmp_path_factory.mktemp("corpus")
+    rows = []
+    for i in range(600):
+        words = [rng.choice(WORDS) for _ in range(rng.randint(4, 19))]
+        label = rng.choice(["first", "second", "third"])
+        rows.append({"text": " ".join([*words, label, str(i)]), "label": label})
+    (path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (path / "lines.txt").write_text("".join(r["text"] + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """`train` on the first of the suite's virtual devices."""
+    import jax
+
+    devices = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *args: devices[:1])
+
+
+def tiny(corpus: pathlib.Path, run_dir: pathlib.Path, **fields) -> RunConfig:
+    return with_fields(TINY, run_dir=str(run_dir), data__source=str(corpus / "lines.txt"), **fields)
+
+
+def losses(run_dir: pathlib.Path) -> dict[int, tuple[float, float]]:
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in read_metrics(run_dir) if "loss" in line}
+
+
+def command(config: RunConfig, *extra: str) -> list[str]:
+    """The command line that gives this config, from the quickstart recipe."""
+    flags = []
+    for name, (_, value) in _against_quickstart(config).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            head, _, tail = flag[2:].rpartition(".")
+            flags.append(f"--{head}{'.' if head else ''}{'' if value else 'no-'}{tail}")
+        else:
+            flags += [flag, str(value)]
+    return [sys.executable, str(ROOT / "train.py"), *flags, *extra]
+
+
+def _against_quickstart(config: RunConfig) -> dict:
+    from flax_encoder.cli import load_recipe
+    from flax_encoder.config import differences
+
+    return differences(load_recipe(str(ROOT / "configs/quickstart.py")), config)
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "COLUMNS": "100"}
+
+
+def run(arguments: list[str], devices: int = 1, status: int = 0) -> str:
+    done = subprocess.run(arguments, cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=500)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def start(config: RunConfig) -> subprocess.Popen:
+    return subprocess.Popen(command(config), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: pathlib.Path, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while not any(at >= step for at in losses(run_dir)):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory) -> tuple[RunConfig, dict]:
+    config = tiny(corpus, tmp_path_factory.mktemp("whole") / "run", steps=120, model__dropout_rate=0.1)
+    run(command(config))
+    return config, losses(pathlib.Path(config.run_dir))
+
+
+@pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_resume_after_a_signal_is_bitwise_identical(uninterrupted, tmp_path, signal_number):
+    config = dataclasses.replace(uninterrupted[0], run_dir=str(tmp_path / "run"))
+    process = start(config)
+    wait_for_step(process, tmp_path / "run", 9)
+    process.send_signal(signal_number)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    stopped_at = load_run(tmp_path / "run").step
+    assert 9 <= stopped_at < config.steps, "it must stop before its end for this to show anything"
+    assert f"after step {stopped_at}" in output
+    run(command(config))
+    assert losses(tmp_path / "run") == uninterrupted[1]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("resume")
+def test_resume_after_kill_at_any_moment_is_bitwise_identical(uninterrupted, tmp_path):
+    rng = random.Random(11)
+    config = dataclasses.replace(uninterrupted[0], run_dir=str(tmp_path / "run"))
+    for _ in range(4):
+        process = start(config)
+        time.sleep(rng.uniform(0.5, 12.0))  # from imports to, on a quick machine, the last step
+        process.kill()
+        process.communicate()
+    run(command(config))
+    assert losses(tmp_path / "run") == uninterrupted[1]
+    assert load_run(tmp_path / "run").step == config.steps
+
+
+def test_a_finished_run_reports_again_and_trains_no_more(corpus, tmp_path, one_device):
+    config = tiny(corpus, tmp_path / "run", steps=6)
+    first = train(config)
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    assert train(config) == first
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_metrics_and_run_folder_are_complete(corpus, tmp_path, one_device):
+    config = tiny(corpus, tmp_path / "run", eval_every=12, eval_batches=2)
+    train(config)
+    lines = read_metrics(tmp_path / "run")
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(3, 25, 3))
+    names = {"loss", "accuracy", "perplexity", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_fraction"}
+    assert all(names <= set(line) for line in training)
+    evaluations = [line for line in lines if "eval/loss" in line]
+    assert [line["step"] for line in evaluations] == [12, 24]
+    assert {"eval/loss", "eval/accuracy", "eval/perplexity"} <= set(evaluations[0])
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.json", "tokenizer.json", "checkpoints", "metrics.jsonl"} <= files
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    assert json.loads((tmp_path / "run/config.json").read_text())["model"]["vocab_size"] == 256
+
+
+def test_a_checkpoint_stands_alone(corpus, tmp_path, one_device):
+    config = tiny(corpus, tmp_path / "run", steps=6)
+    train(config)
+    (tmp_path / "run/checkpoints/6").rename(tmp_path / "alone")
+    loaded = load_run(tmp_path / "alone")
+    assert loaded.step == 6 and loaded.config.steps == 6
+    assert len(loaded.fill_mask("the list returns a [MASK] of each item")[0]) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sharded_training_equals_single_device(corpus, tmp_path, optimizer):
+    config = tiny(corpus, tmp_path / "one", steps=9, optimizer__name=optimizer)
+    run(command(config))
+    sharded = with_fields(config, run_dir=str(tmp_path / "many"), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    output = run(command(sharded), devices=8)
+    assert "data 2 x fsdp 2 x tensor 2" in output
+    one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
+    assert one.keys() == many.keys()
+    for step in one:
+        np.testing.assert_allclose(many[step], one[step], rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_resume_on_another_mesh(corpus, tmp_path):
+    whole = tiny(corpus, tmp_path / "whole", steps=12)
+    run(command(whole))
+    config = with_fields(whole, run_dir=str(tmp_path / "run"))
+    process = start(config)
+    wait_for_step(process, tmp_path / "run", 3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    run(command(with_fields(config, mesh=MeshConfig(data=2, fsdp=2, tensor=1))), devices=4)
+    one, two = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    assert one.keys() == two.keys()
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=2e-5)
+
+
+def test_fine_tuning_starts_from_the_pretrained_encoder(corpus, tmp_path, one_device):
+    train(tiny(corpus, tmp_path / "pretrained", steps=6))
+    config = tiny(
+        corpus, tmp_path / "tuned", steps=60, objective="classification", pooling="mean",
+        init_from=str(tmp_path / "pretrained"), model__num_layers=1,  # the pretrained architecture wins
+    )  # fmt: skip
+    config = with_fields(config, data__source=str(corpus / "rows.jsonl"))
+    metrics = train(config)
+    assert metrics["eval/accuracy"] > 0.9  # the label stands in the text
+    loaded = load_run(tmp_path / "tuned")
+    assert loaded.config.model.num_layers == 2
+    assert loaded.tokenizer.json == load_run(tmp_path / "pretrained").tokenizer.json
+    labels = loaded.classify("calls the given function second 5")
+    assert labels[0]["label"] == "second" and abs(sum(x["probability"] for x in labels) - 1) < 1e-5
+
+
+def test_resuming_with_other_settings_is_refused(corpus, tmp_path, one_device):
+    config = tiny(corpus, tmp_path / "run", steps=6)
+    train(config)
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.003 before, 0.1 now") as caught:
+        train(with_fields(config, optimizer__learning_rate=0.1))
+    assert "--init-from" in str(caught.value)
+    train(with_fields(config, model__remat="full", log_every=1))  # changes nothing that is computed
+
+
+def test_divergence_stops_the_run_and_names_the_steps(corpus, tmp_path, one_device):
+    config = tiny(corpus, tmp_path / "run", optimizer__learning_rate=1e30, optimizer__clip_norm=None)
+    with pytest.raises(Diverged, match=r"at step \d+; it broke after step \d+"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config", "configs/nothing.py"], "recipes in configs/ are: configs/quickstart.py"),
+        (["--data.source", "nothing/*.txt"], "no file matches data.source 'nothing/*.txt'"),
+        (["--init-from", "nothing"], "no checkpoint in nothing"),
+        (["--mesh.tensor", "3"], "is 3, and there are 1"),
+        (["--batch-size", "10", "--num-microbatches", "4"], "got 4 for 10; 2 and 5 do"),
+        (["--model.num-heads", "5"], "got 5 for 256; 4 and 8 do"),
+        (["--model.colour", "blue"], "--model.colour"),
+    ],
+)
+def test_bad_settings_end_with_a_message(tmp_path, arguments, expected):
+    done = subprocess.run(
+        [sys.executable, "train.py", "--run-dir", str(tmp_path / "run"), *arguments],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    said = " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert done.returncode not in (0, -9) and expected in said, said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_the_quickstart_path_small(tmp_path):
+    """Both recipes on the real corpus, cut to seconds, with every command that the report gives."""
+    run_dir, tuned_dir = str(tmp_path / "pretrained"), str(tmp_path / "tuned")
+    small = ["--model.num-layers", "2", "--model.embed-dim", "64", "--model.mlp-dim", "64"]
+    output = run([sys.executable, "train.py", "--run-dir", run_dir, "--steps", "40", *small])
+    for expected in (
+        "most frequent token",
+        "guess from two neighbours",
+        "this model",
+        "it says",
+        "fill-mask",
+        "--init-from",
+    ):
+        assert expected in output
+    ask = [sys.executable, "-m", "flax_encoder"]
+    guesses = json.loads(run([*ask, "fill-mask", run_dir, "Return the [MASK] of the list.", "--json"]))
+    assert len(guesses) == 5 and set(guesses[0]) == {"token", "probability"}
+    assert "probability" in run([*ask, "fill-mask", run_dir, "Return the [MASK] of the list."])
+    assert "at least one [MASK]" in run([*ask, "fill-mask", run_dir, "Return the list."], status=1)
+
+    recipe = [
+        "--config",
+        "configs/quickstart_classify.py",
+        "--run-dir",
+        tuned_dir,
+        "--init-from",
+        run_dir,
+        "--steps",
+        "20",
+    ]
+    output = run([sys.executable, "train.py", *recipe])
+    for expected in ("majority class", "same model from scratch", "fine-tuned", "macro f1"):
+        assert expected in output
+    labels = json.loads(run([*ask, "classify", tuned_dir, "Send a message to the server.", "--json"]))
+    assert len(labels) >= 8 and set(labels[0]) == {"label", "probability"}
+    assert "needs a classification run" in run([*ask, "classify", run_dir, "text"], status=1)
+    run([*ask, "plot", run_dir, tuned_dir, "--out", str(tmp_path / "curve.png")])
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_a_checkpoint_folder_without_checkpoints_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        load_run(tmp_path)
