@@ -5,7 +5,9 @@ A run, top to bottom: settings, data, model, loop, evaluation, report. The same 
 
 import collections
 import dataclasses
+import functools
 import json
+import operator
 import pathlib
 import sys
 import time
@@ -27,7 +29,7 @@ from flax_encoder.training.optimizer import make_optimizer, make_schedule
 from flax_encoder.training.run_log import Clock, RunLog, write_atomically
 from flax_encoder.training.runtime import StopSignals, set_up_runtime
 from flax_encoder.training.sharding import check_batch, logical_axes, make_mesh, put_batch
-from flax_encoder.training.step import init_train_state, make_eval_step, make_train_step
+from flax_encoder.training.step import StepMetrics, init_train_state, make_eval_step, make_train_step
 
 # Settings that do not change what is computed: a resumed run may differ in them.
 FREE_ON_RESUME = (
@@ -49,14 +51,19 @@ def train(config: RunConfig) -> dict[str, float] | None:
     set_up_runtime()
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.num_microbatches, mesh)
-    run_dir, is_main = pathlib.Path(config.run_dir), jax.process_index() == 0
+    run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(run_dir, config.keep_checkpoints)
-    start = checkpoints.latest_step() or 0
-    log = RunLog(run_dir, steps=config.steps, resume_step=start, is_main=is_main)
+    with Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
+        start = checkpoints.latest_step() or 0
+        with RunLog(run_dir, steps=config.steps, resume_step=start, is_main=jax.process_index() == 0) as log:
+            config, settled = settle(config, run_dir, start, log)
+            with jax.set_mesh(mesh):
+                return run(config, settled, start, run_dir, checkpoints, log, mesh)
 
-    # Data. What is settled already (tokenizer, order of labels, architecture) stays so.
-    config, settled = settle(config, run_dir, start, log)
+
+def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh):
+    """The run itself, from step `start`, with everything open and settled."""
+    # Data. What is settled already (tokenizer, order of labels) stays so.
     data = open_data(
         config,
         tokenizer=TextTokenizer(settled["tokenizer"]) if "tokenizer" in settled else None,
@@ -66,43 +73,41 @@ def train(config: RunConfig) -> dict[str, float] | None:
     )
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     log.say(describe(data))
-    run = {"config": to_dict(config), "tokenizer": data.tokenizer.json, "label_names": data.store.label_names}
-    if is_main:
+    settings = {"config": to_dict(config), "tokenizer": data.tokenizer.json, "label_names": data.store.label_names}
+    if jax.process_index() == 0:
         write_atomically(run_dir / "tokenizer.json", data.tokenizer.json)
-        write_atomically(run_dir / "config.json", json.dumps(run["config"], indent=1) + "\n")
+        write_atomically(run_dir / "config.json", json.dumps(settings["config"], indent=1) + "\n")
 
     # Model, optimizer and state, born on the mesh.
     make_model = model_factory(config, data.store.label_names)
     tx = make_optimizer(config.optimizer, config.steps, logical_axes(make_model))
     schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
     report = OBJECTIVES[config.objective].report
-    with jax.set_mesh(mesh), StopSignals() as stop:
-        graphdef, state, shardings = init_train_state(make_model, tx, mesh)
-        if start:
-            state = checkpoints.restore(start, state)
-            log.say(f"resuming {run_dir} from step {start}")
-        elif config.init_from:
-            state = state._replace(params=start_from(pathlib.Path(config.init_from), state.params, log))
-        log.say(f"model: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters on {describe_mesh(mesh)}")
-        step_fn = make_train_step(
-            graphdef, tx, seed=config.seed, num_microbatches=config.num_microbatches, shardings=shardings
-        )
-        eval_fn = make_eval_step(graphdef, shardings)
+    graphdef, state, shardings = init_train_state(make_model, tx, mesh)
+    if start:
+        state = checkpoints.restore(start, state)
+        log.say(f"resuming {run_dir} from step {start}")
+    elif config.init_from:
+        state = state._replace(params=start_from(pathlib.Path(config.init_from), state.params, log))
+    log.say(f"model: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters on {describe_mesh(mesh)}")
+    step_fn = make_train_step(
+        graphdef, tx, seed=config.seed, num_microbatches=config.num_microbatches, shardings=shardings
+    )
+    eval_fn = make_eval_step(graphdef, shardings)
 
-        def evaluate(step: int) -> dict[str, float]:
-            parts = (eval_fn(state.params, put_batch(data.evaluation[i], mesh)) for i in range(len(data.evaluation)))
-            total = next(parts)
-            for part in parts:
-                total = total + part
-            metrics = {f"eval/{name}": value for name, value in report(jax.device_get(total)).items()}
-            log.write(step, metrics)
-            return metrics
+    def evaluate(step: int) -> dict[str, float]:
+        parts = (eval_fn(state.params, put_batch(data.evaluation[i], mesh)) for i in range(len(data.evaluation)))
+        total = functools.reduce(operator.add, parts)
+        metrics = {f"eval/{name}": value for name, value in report(jax.device_get(total)).items()}
+        log.write(step, metrics)
+        return metrics
 
-        # The loop. Metrics are fetched one log interval late, so that the device never waits for the host.
-        clock = Clock()
-        unlogged: collections.deque[tuple[int, Any]] = collections.deque()
-        in_flight: collections.deque[jax.Array] = collections.deque()
-        batches = data.train.iterate(start)
+    # The loop. Metrics are fetched one log interval late, so that the device never waits for the host.
+    clock = Clock()
+    unlogged: collections.deque[tuple[int, StepMetrics]] = collections.deque()
+    in_flight: collections.deque[jax.Array] = collections.deque()
+    batches = data.train.iterate(start)
+    with StopSignals() as stop:
         for step in range(start + 1, config.steps + 1):
             with clock.waiting():
                 rows = next(batches)
@@ -123,29 +128,27 @@ def train(config: RunConfig) -> dict[str, float] | None:
                 unlogged.append((step, step_metrics))
             is_last = stop.requested is not None or step == config.steps
             is_saved = is_last or step % config.checkpoint_every == 0
+            throughput = None
             while unlogged and (is_saved or len(unlogged) > 1):  # before a save, so that a resumed run's log is whole
-                at, device_metrics = unlogged.popleft()
-                values = report(jax.device_get(device_metrics.loss)) | {"grad_norm": float(device_metrics.grad_norm)}
+                at, metrics = unlogged.popleft()
+                throughput = throughput or clock.read()
+                values = report(jax.device_get(metrics.loss)) | {"grad_norm": float(metrics.grad_norm)}
                 stop_if_diverged(values, at, config.log_every, run_dir, checkpoints.latest_step())
-                values |= {"learning_rate": float(schedule(at - 1))} | clock.read()
+                values |= {"learning_rate": float(schedule(at - 1))} | throughput
                 log.write(at, values)
                 log.progress(at, values, seconds_left=clock.seconds_per_step * (config.steps - step))
             if config.eval_every and step % config.eval_every == 0 and not is_last:
                 with clock.paused():
-                    values = evaluate(step)
-                    log.say("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+                    log.say("  ".join(f"{name} {value:.4f}" for name, value in evaluate(step).items()))
             if is_saved:
-                checkpoints.save(state, step, run)
-            if is_last:
-                break
-        checkpoints.close()
-        log.end_progress()
-        if stop.requested and start < config.steps and step < config.steps:
-            log.close(f"stopped by {stop.requested} after step {step}, which is saved. The same command resumes.")
-            return None
-        metrics = evaluate(config.steps)
-    log.close()
-    return metrics
+                checkpoints.save(state, step, settings)
+            if is_last and step < config.steps:
+                checkpoints.wait()
+                log.say(f"stopped by {stop.requested} after step {step}, which is saved. The same command resumes.")
+                return None
+    checkpoints.wait()
+    log.end_progress()
+    return evaluate(config.steps)
 
 
 def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) -> tuple[RunConfig, dict[str, Any]]:
@@ -174,7 +177,7 @@ def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) ->
         run = read_run(pathlib.Path(config.init_from))
         ours, theirs = config.model, architecture(from_dict(RunConfig, run["config"]))
         model = dataclasses.replace(ours, **theirs)
-        for name, (was, now) in differences(ours, model).items():
+        for name, (was, now) in differences(dataclasses.replace(ours, vocab_size=model.vocab_size), model).items():
             log.say(f"model.{name} is {now}, from {config.init_from} (the config has {was})")
         keep = {"tokenizer": run["tokenizer"]}
         if config.objective == "classification" and run["label_names"]:

@@ -71,10 +71,16 @@ class Checkpoints:
             found = self._orbax.load_checkpointables(step, {"params": like.params, "optimizer": optimizer})
         return TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["opt_state"])
 
-    def close(self) -> None:
-        """Wait for the last save; its error is raised here."""
+    def wait(self) -> None:
+        """Return when the last save is whole; its error is raised here."""
         with _explained(f"the last checkpoint in {self._folder} could not be written"):
-            self._orbax.close()
+            self._orbax.wait()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._orbax.close()
 
 
 def _checkpoint_folder(path: pathlib.Path) -> pathlib.Path:

@@ -115,10 +115,11 @@ class RunLog:
             self._progress = None
         sys.stdout.flush()
 
-    def close(self, message: str | None = None) -> None:
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
         self.end_progress()
-        if message:
-            self.say(message)
         if self._is_main:
             self._file.close()
             self._tensorboard.close()

@@ -108,7 +108,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        return new_state, StepMetrics(loss, optax.global_norm(grads))
+        return new_state, StepMetrics(loss, optax.tree.norm(grads))
 
     jit = partial(jax.jit, donate_argnums=0)
     if shardings is None:

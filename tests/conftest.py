@@ -1,0 +1,40 @@
+"""What every test runs under: eight virtual CPU devices, shapes checked at run time, caches in a temporary folder."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("flax_encoder", "beartype.beartype")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+def pytest_configure(config):
+    # Flax annotates with typing.Hashable, which is deprecated in favour of collections.abc's.
+    config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """One cache for the session, shared by its workers and by the programs that tests start; never the user's own."""
+    base = tmp_path_factory.getbasetemp()
+    folder: pathlib.Path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "flax_encoder_cache"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLAX_ENCODER_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes_in_ops(request):
+    """Ops say each change of dtype themselves: under `strict` an implicit promotion is an error."""
+    promotion = "strict" if request.path.parent.name == "ops" else "standard"
+    with jax.numpy_dtype_promotion(promotion):
+        yield

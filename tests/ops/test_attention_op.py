@@ -1,0 +1,292 @@
+"""attention: every implementation is the definition, forward and backward."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_encoder.ops import attention as attention_module
+from flax_encoder.ops.attention import IMPLEMENTATIONS, attention
+
+B, K, G, T, S, H = 2, 3, 5, 13, 7, 17
+N = K * G
+LARGE = 512
+
+# (implementation, length of a block of keys): 4 divides neither 13 nor 7.
+BACKENDS = [(name, LARGE) for name in IMPLEMENTATIONS] + [("chunked", 4)]
+SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0], [1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]], np.int32)
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda backend: f"{backend[0]}-{backend[1]}")
+def implementation(request, monkeypatch):
+    name, block = request.param
+    monkeypatch.setattr(attention_module, "_KEY_BLOCK", block)
+    return name
+
+
+def draw(*shapes, seed=0, dtype=np.float32):
+    generator = np.random.default_rng(seed)
+    return [generator.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def visible_keys(T, S, segments=None, window=None):
+    """[B, T, S] of 0 and 1, one pair at a time."""
+    grid = np.zeros((B, T, S))
+    for b, t, s in np.ndindex(*grid.shape):
+        same = segments is None or segments[b, t] == segments[b, s] != 0
+        near = window is None or -window[0] <= s - t <= window[1]
+        grid[b, t, s] = same and near
+    return grid
+
+
+def attention_and_gradients(query, key, value, d_out, visible, bias=None, scale=None):
+    """The definition in float64: (out, d_query, d_key, d_value, d_bias)."""
+    query, key, value, d_out = (np.asarray(x, np.float64) for x in (query, key, value, d_out))
+    groups = query.shape[2] // key.shape[2]
+    key, value = np.repeat(key, groups, axis=2), np.repeat(value, groups, axis=2)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = scale * np.einsum("btnh,bsnh->bnts", query, key) + (0 if bias is None else bias)
+    weights = np.exp(logits) * visible[:, None]
+    weights = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    d_weights = np.einsum("btnh,bsnh->bnts", d_out, value)
+    d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+
+    def shared(x):
+        return x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(3)
+
+    d_bias = None
+    if bias is not None:
+        d_bias = d_logits.sum(tuple(a for a in (0, 1) if bias.shape[a] == 1), keepdims=True)
+    return (
+        np.einsum("bnts,bsnh->btnh", weights, value),
+        scale * np.einsum("bnts,bsnh->btnh", d_logits, key),
+        shared(scale * np.einsum("bnts,btnh->bsnh", d_logits, query)),
+        shared(np.einsum("bnts,btnh->bsnh", weights, d_out)),
+        d_bias,
+    )
+
+
+def assert_close(got, want, dtype=np.float32, terms=64):
+    """Rounding of `terms` additions of numbers as large as the largest."""
+    want = np.asarray(want, np.float64)
+    tolerance = float(jnp.finfo(dtype).eps) * terms**0.5 * max(1.0, np.abs(want).max())
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=tolerance)
+
+
+CASES = {
+    "whole row": {},
+    "segments": {"segments": SEGMENTS},
+    "symmetric window": {"window": (2, 2)},
+    "asymmetric window": {"window": (3, 1)},
+    "one-sided window": {"window": (0, 4)},
+    "segments and window": {"segments": SEGMENTS, "window": (1, 2)},
+    "one head": {"heads": (1, 1)},
+    "plain heads": {"heads": (K, K), "segments": SEGMENTS},
+    "one key head": {"heads": (K, 1), "segments": SEGMENTS},
+    "fewer keys": {"lengths": (T, S)},
+    "more keys": {"lengths": (S, T)},
+    "fewer keys and window": {"lengths": (T, S), "window": (2, 1)},
+    "bias 1 1": {"bias": (1, 1), "segments": SEGMENTS},
+    "bias B 1": {"bias": (B, 1)},
+    "bias 1 N": {"bias": (1, N), "window": (3, 1)},
+    "bias B N": {"bias": (B, N), "segments": SEGMENTS},
+    "bias, fewer keys": {"bias": (1, N), "lengths": (T, S)},
+    "scale": {"scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_and_gradients_equal_the_definition(implementation, case):
+    case = CASES[case]
+    (t, s), (n, k) = case.get("lengths", (T, T)), case.get("heads", (N, K))
+    query, key, value, d_out = draw((B, t, n, H), (B, s, k, H), (B, s, k, H), (B, t, n, H))
+    bias = draw((*case["bias"], t, s), seed=1)[0] if "bias" in case else None
+    segments, window, scale = (case.get(name) for name in ("segments", "window", "scale"))
+
+    @jax.jit
+    def out_and_gradients(query, key, value, bias, d_out):
+        call = lambda query, key, value, bias: attention(  # noqa: E731
+            query, key, value, bias=bias, segment_ids=segments, window=window, scale=scale, implementation=implementation
+        )
+        out, vjp = jax.vjp(call, query, key, value, bias)
+        return out, *vjp(d_out)
+
+    segments = None if segments is None else jnp.asarray(segments)
+    got = out_and_gradients(query, key, value, bias, d_out)
+    visible = visible_keys(t, s, case.get("segments"), window)
+    want = attention_and_gradients(query, key, value, d_out, visible, bias, scale)
+    for name, g, w in zip(("out", "d_query", "d_key", "d_value", "d_bias"), got, want, strict=True):
+        if w is None:
+            continue
+        assert g.dtype == jnp.float32, name
+        assert_close(g, w)
+
+
+def test_window_may_be_traced(implementation):
+    query, key, value = draw((B, T, N, H), (B, T, K, H), (B, T, K, H))
+
+    @jax.jit
+    def windowed(left, right):
+        return attention(query, key, value, window=(left, right), implementation=implementation)
+
+    query, key, value = map(jnp.asarray, (query, key, value))
+    for window in ((0, 0), (3, 1), (T, T)):
+        want = attention_and_gradients(query, key, value, query, visible_keys(T, T, window=window))[0]
+        assert_close(windowed(*map(jnp.int32, window)), want)
+    assert windowed._cache_size() == 1
+
+
+# Row 1 1 1 2 2 2 0; a query's row shows the keys it sees.
+GRIDS = {
+    None: [
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+    ],
+    (1, 1): [
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+    ],
+    (2, 0): [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+    ],
+}
+
+
+@pytest.mark.parametrize("window", GRIDS)
+def test_a_query_sees_the_keys_of_the_grid(implementation, window):
+    """With equal logits and one-hot values, the output is each query's visible keys over their number."""
+    grid = np.array(GRIDS[window])
+    length = len(grid)
+    query = jnp.zeros((1, length, 1, length))
+    value = jnp.eye(length)[None, :, None]
+    segments = jnp.array([[1, 1, 1, 2, 2, 2, 0]], jnp.int32)
+    out = attention(query, query, value, segment_ids=segments, window=window, implementation=implementation)
+    np.testing.assert_allclose(out[0, :, 0], grid / np.maximum(grid.sum(1, keepdims=True), 1), rtol=1e-6)
+
+
+def out_and_gradients_function(implementation, segments, window=None):
+    @jax.jit
+    def function(query, key, value, d_out):
+        call = lambda *qkv: attention(  # noqa: E731
+            *qkv, segment_ids=jnp.asarray(segments), window=window, implementation=implementation
+        )
+        out, vjp = jax.vjp(call, query, key, value)
+        return out, *vjp(d_out)
+
+    return function
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_document_neither_changes_nor_moves_another(implementation, dtype):
+    """Bitwise, outputs and gradients, when everything about the other documents of the row changes."""
+    shapes = (B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)
+    arrays, others = draw(*shapes, dtype=dtype), draw(*shapes, seed=1, dtype=dtype)
+    mine = (SEGMENTS == 2)[..., None, None]
+    mixed = [np.where(mine, a, 1000 * o) for a, o in zip(arrays, others, strict=True)]
+    function = out_and_gradients_function(implementation, SEGMENTS)
+    for before, after in zip(function(*arrays), function(*mixed), strict=True):
+        before, after = np.asarray(before), np.asarray(after)
+        np.testing.assert_array_equal(before[SEGMENTS == 2], after[SEGMENTS == 2])
+        assert not np.array_equal(before[SEGMENTS == 1], after[SEGMENTS == 1])
+
+
+@pytest.mark.parametrize("window", [None, (1, 2)])
+def test_padding_comes_out_as_zeros_with_zero_gradients(implementation, window):
+    query, key, value, d_out = (1e3 * x for x in draw((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)))
+    for x in out_and_gradients_function(implementation, SEGMENTS, window)(query, key, value, d_out):
+        assert np.isfinite(x).all()
+        assert (np.asarray(x)[SEGMENTS == 0] == 0).all()
+
+
+def test_a_row_of_padding_is_zeros(implementation):
+    query, key, value, d_out = draw((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))
+    for x in out_and_gradients_function(implementation, np.zeros((B, T), np.int32))(query, key, value, d_out):
+        assert (np.asarray(x) == 0).all()
+
+
+def test_bfloat16_is_float32_rounded(implementation):
+    arrays = draw((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H), dtype=jnp.bfloat16)
+    function = out_and_gradients_function(implementation, SEGMENTS)
+    low = function(*arrays)
+    high = function(*(x.astype(np.float32) for x in arrays))
+    for got, want in zip(low, high, strict=True):
+        assert got.dtype == jnp.bfloat16 and want.dtype == jnp.float32
+        assert_close(got, want, jnp.bfloat16, terms=1)
+
+
+def test_float32_logits_may_be_huge(implementation):
+    """exp never overflows: the softmax of one dominant logit is that key's value."""
+    query = 1e4 * jnp.eye(T)[None, :, None]
+    value = jnp.arange(T, dtype=jnp.float32)[None, :, None, None] * jnp.ones((1, T, 1, T))
+    out = attention(query, query, value, implementation=implementation)
+    np.testing.assert_array_equal(out, value)
+
+
+def test_dropout_keeps_the_mean():
+    rate, draws = 0.3, 2000
+    query, key, value = map(jnp.asarray, draw((1, 5, 2, 3), (1, 5, 2, 3), (1, 5, 2, 3)))
+    call = lambda key_: attention(query, key, value, dropout_rate=rate, dropout_key=key_)  # noqa: E731
+    outs = np.asarray(jax.jit(jax.vmap(call))(jax.random.split(jax.random.key(0), draws)), np.float64)
+    whole = attention(query, key, value, dropout_rate=rate)
+    assert outs.std(0).min() > 0
+    assert (np.abs(outs.mean(0) - np.asarray(whole)) < 5 * outs.std(0) / draws**0.5).all()
+
+
+def test_inputs_that_cannot_be_served_say_why():
+    q, k, cross = jnp.zeros((B, T, N, H)), jnp.zeros((B, T, K, H)), jnp.zeros((B, S, K, H))
+    with pytest.raises(ValueError, match=rf"must divide query heads: got {K} for {N - 1}"):
+        attention(q[:, :, 1:], k, k)
+    with pytest.raises(ValueError, match=r"unknown attention implementation 'fast'; known are reference, chunked"):
+        attention(q, k, k, implementation="fast")
+    with pytest.raises(ValueError, match=r"'chunked' has no dropout: use 'reference'"):
+        attention(q, k, k, dropout_rate=0.1, dropout_key=jax.random.key(0), implementation="chunked")
+    with pytest.raises(ValueError, match=rf"T = S: got T {T}, S {S}"):
+        attention(q, cross, cross, segment_ids=jnp.asarray(SEGMENTS))
+
+
+def test_a_rate_without_a_key_is_deterministic_on_every_implementation(implementation):
+    query, key, value = map(jnp.asarray, draw((B, T, N, H), (B, T, K, H), (B, T, K, H)))
+    calls = [attention(query, key, value, dropout_rate=r, implementation=implementation) for r in (0.0, 0.5)]
+    np.testing.assert_array_equal(*calls)
+
+
+def test_none_picks_chunked_for_long_rows_and_logs_it_once(monkeypatch, caplog):
+    monkeypatch.setattr(attention_module, "_KEY_BLOCK", 3)
+    attention_module._log_choice.cache_clear()
+    query, key = jnp.ones((B, T, N, H)), jnp.ones((B, T, K, H))
+    with caplog.at_level(logging.INFO, logger=attention_module.__name__):
+        for _ in range(2):
+            attention(query, key, key)
+    assert [r.getMessage() for r in caplog.records] == [f"attention over rows of {T} uses the 'chunked' implementation"]
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("chunked", 1.0, 5.5), ("reference", 10.0, 100.0)])
+def test_only_chunked_memory_is_linear_in_length(name, least, most):
+    """Temporaries of forward and backward as compiled, for four times the length."""
+
+    def temporary_bytes(length):
+        array = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float32)
+        segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        loss = lambda q, k, v, s: attention(q, k, v, segment_ids=s, implementation=name).sum()  # noqa: E731
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(array, array, array, segments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert least < temporary_bytes(8192) / temporary_bytes(2048) < most
