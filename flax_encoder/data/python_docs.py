@@ -63,7 +63,7 @@ AREAS: dict[str, str] = {
         "profile cProfile _lsprof pstats distutils venv zipapp ensurepip"
     ),
     "language": (
-        "sys sysconfig importlib zipimport pkgutil modulefinder runpy ast _ast inspect dis opcode _opcode "
+        "sys importlib zipimport pkgutil modulefinder runpy ast _ast inspect dis opcode _opcode "
         "tokenize token symtable _symtable tabnanny pyclbr py_compile compileall codeop code abc _abc "
         "contextlib dataclasses atexit traceback gc warnings _warnings __future__ keyword imp _imp"
     ),

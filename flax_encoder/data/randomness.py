@@ -5,6 +5,8 @@ Everything is counter-based on the finaliser of SplitMix64 (Steele, Lea and Floo
 
 import numpy as np
 
+# Four rounds would do for large sizes; on five places they favour some by a third, eight by less than one can see.
+_ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -32,7 +34,7 @@ def permute(index: np.ndarray, size: int | np.ndarray, *address: int | np.ndarra
     index, size = np.broadcast_arrays(np.asarray(index, np.int64), np.asarray(size, np.int64))
     half = np.ceil(np.log2(np.maximum(size, 2)) / 2).astype(np.uint64)
     mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = [np.broadcast_to(random_bits(*address, r), index.shape) for r in range(4)]
+    keys = [np.broadcast_to(random_bits(*address, r), index.shape) for r in range(_ROUNDS)]
     out = index.astype(np.uint64)
     todo = np.ones(index.shape, bool)
     while todo.any():

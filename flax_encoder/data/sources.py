@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from filelock import FileLock
+
 from flax_encoder.config import DataConfig
 
 Record = dict[str, Any]
@@ -42,7 +44,8 @@ def open_source(config: DataConfig, *, with_labels: bool, cache_dir: pathlib.Pat
     label = config.label_column if with_labels else None
     if config.source.startswith("tfds:"):
         return _open_tfds(config.source.removeprefix("tfds:"), config.text_column, label, cache_dir)
-    paths = [pathlib.Path(p) for p in sorted(glob.glob(config.source, recursive=True))]
+    exact = pathlib.Path(config.source)  # a file whose name looks like a pattern is still a file
+    paths = [exact] if exact.is_file() else [pathlib.Path(p) for p in sorted(glob.glob(config.source, recursive=True))]
     paths = [p for p in paths if p.is_file()]
     if not paths:
         raise DataError(f"no file matches data.source {config.source!r}. It is a path or quoted glob, or tfds:NAME.")
@@ -95,6 +98,7 @@ def _read_txt(path: pathlib.Path, config: DataConfig, label: str | None) -> Iter
 
 
 def _read_jsonl(path: pathlib.Path, config: DataConfig, label: str | None) -> Iterator[Record]:
+    text = None
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -109,7 +113,8 @@ def _read_jsonl(path: pathlib.Path, config: DataConfig, label: str | None) -> It
                 f"every line of a .jsonl file must be a JSON object: {path}, line {number} is {line[:60]!r}."
             )
         strings = [name for name, value in row.items() if isinstance(value, str)]
-        text = _text_column(config.text_column, list(row), strings, f"{path}, line {number}")
+        if text is None:  # the first row decides for the file
+            text = _text_column(config.text_column, list(row), strings, f"{path}, line {number}")
         yield _record(row, text, label, f"{path}, line {number}")
 
 
@@ -126,9 +131,12 @@ def _read_parquet(path: pathlib.Path, config: DataConfig, label: str | None) -> 
     text = _text_column(config.text_column, schema.names, strings, str(path))
     if label is not None and label not in schema.names:
         raise _no_column(label, schema.names, str(path))
-    for batch in file.iter_batches(columns=[text] if label is None else [text, label]):
-        for row in batch.to_pylist():
-            yield _record(row, text, label, str(path))
+    try:
+        for batch in file.iter_batches(columns=[text] if label is None else [text, label]):
+            for row in batch.to_pylist():
+                yield _record(row, text, label, str(path))
+    except OSError as error:  # a damaged page
+        raise DataError(f"a Parquet file cannot be read to its end: {path}: {error}.") from None
 
 
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -154,18 +162,33 @@ def _text_column(asked: str | None, columns: list[str], strings: list[str], wher
 
 
 def _record(row: Record, text: str, label: str | None, where: str) -> Record:
-    value = row[text]
-    if isinstance(value, bytes):
-        value = value.decode("utf-8")
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"the text column must hold strings: column {text!r} of {where} holds {value!r}.")
-    record: Record = {"text": value or ""}
+    for column in (text, label) if label else (text,):
+        if column not in row:
+            raise _no_column(column, list(row), where)
+    record: Record = {
+        "text": _string(row[text], "text", f"column {text!r} of {where}") if row[text] is not None else ""
+    }
     if label is not None:
-        if label not in row:
-            raise _no_column(label, list(row), where)
         named = row[label]
-        record["label"] = named.decode() if isinstance(named, bytes) else named
+        record["label"] = (
+            named
+            if named is None or isinstance(named, int)
+            else _string(named, "label", f"column {label!r} of {where}")
+        )
     return record
+
+
+def _string(value: Any, role: str, where: str) -> str:
+    try:
+        value = value.decode("utf-8") if isinstance(value, bytes) else value
+        if isinstance(value, str):
+            value.encode("utf-8")  # JSON can spell half a surrogate pair
+            return value
+    except UnicodeError as error:
+        raise DataError(f"the {role} column must hold Unicode text: {where} holds {value[:40]!r}: {error}.") from None
+    raise DataError(
+        f"the {role} column must hold strings{' or integers' * (role == 'label')}: {where} holds {value!r}."
+    )
 
 
 def _open_tfds(name: str, text: str | None, label: str | None, cache_dir: pathlib.Path) -> Source:
@@ -179,7 +202,9 @@ def _open_tfds(name: str, text: str | None, label: str | None, cache_dir: pathli
     data_dir = cache_dir / "tfds" / (f"python-{python}" if name.split("/")[0] == "python_docs" else "any")
     tfds.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # its own notices; ours say what is going on
+        data_dir.mkdir(parents=True, exist_ok=True)
+        # One process builds, others wait and find it built. Its own notices are dropped; ours say what is going on.
+        with FileLock(data_dir / ".lock"), contextlib.redirect_stdout(io.StringIO()):
             builder = tfds.builder(name, data_dir=os.fspath(data_dir), file_format="array_record")
             builder.download_and_prepare()
             splits = builder.as_data_source()
@@ -190,7 +215,7 @@ def _open_tfds(name: str, text: str | None, label: str | None, cache_dir: pathli
     column = _text_column(text, list(features), strings, f"tfds:{name}")
     if label is not None and label not in features:
         raise _no_column(label, list(features), f"tfds:{name}")
-    label_feature = features.get(label) if label else None
+    label_feature = features[label] if label else None
     names = list(label_feature.names) if isinstance(label_feature, tfds.features.ClassLabel) else None
 
     def reader(split: str) -> Callable[[], Iterator[Record]]:

@@ -6,6 +6,7 @@ STORE/{train,test}/offsets.npy   int64 [documents + 1]
 STORE/{train,test}/labels.npy    int32 [documents], where the source is labelled
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -68,23 +69,23 @@ def prepare(
     """
     identity = repr((_FORMAT, source.fingerprint, tokenizer.hash, held_out_rate, label_names))
     folder = cache_dir / "stores" / hashlib.sha256(identity.encode()).hexdigest()[:24]
-    if not (folder / "manifest.json").exists():
+    if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = pathlib.Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
         try:
             _write(work, source, tokenizer, held_out_rate, label_names, progress)
-            with_replaced(work, folder)
+            _move(work, folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return open_store(folder)
 
 
-def with_replaced(work: pathlib.Path, folder: pathlib.Path) -> None:
+def _move(work: pathlib.Path, folder: pathlib.Path) -> None:
     """Move a finished folder into place; if another process was first, its identical one stays."""
     try:
         os.rename(work, folder)
     except OSError:
-        if not (folder / "manifest.json").exists():
+        if not folder.exists():
             raise
 
 
@@ -92,10 +93,15 @@ def open_store(folder: pathlib.Path) -> Store:
     """Map a store's files.
 
     Raises:
-      DataError: a file's size does not fit the manifest.
+      DataError: a file is missing, damaged, or does not fit the manifest.
     """
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return Store(_open_split(folder / "train", manifest), _open_split(folder / "test", manifest), manifest)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return Store(_open_split(folder / "train", manifest), _open_split(folder / "test", manifest), manifest)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"prepared text is damaged: {error}. Delete {folder}; it is made again.") from error
 
 
 def _open_split(folder: pathlib.Path, manifest: dict) -> Split:
@@ -109,7 +115,7 @@ def _open_split(folder: pathlib.Path, manifest: dict) -> Split:
             f"Delete {folder.parent}; it is made again."
         )
     tokens = np.memmap(path, dtype, "r") if expected else np.zeros(0, dtype)
-    labels = np.load(folder / "labels.npy") if (folder / "labels.npy").exists() else None
+    labels = np.load(folder / "labels.npy") if manifest["label_names"] is not None else None
     return Split(tokens, offsets, labels)
 
 
@@ -117,39 +123,44 @@ def _write(work, source: Source, tokenizer: TextTokenizer, held_out_rate, label_
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     dropped = {"empty": 0, "duplicate": 0}
     seen: set[bytes] = set()
-    files, lengths, labels = {}, {"train": [], "test": []}, {"train": [], "test": []}
-    for split in lengths:
-        (work / split).mkdir()
-        files[split] = (work / split / "tokens.bin").open("wb")
-    for split, records in source.splits.items():
-        for batch in _batched(records(), _BATCH_DOCUMENTS):
-            kept = []
-            for record in batch:
-                text = record["text"].strip()
-                digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-                if not text or digest in seen:
-                    dropped["duplicate" if text else "empty"] += 1
-                    continue
-                seen.add(digest)
-                is_held_out = "test" not in source.splits and _share(digest) < held_out_rate
-                kept.append((text, "test" if is_held_out else split, record.get("label")))
-            for (_, to, label), ids in zip(kept, tokenizer.encode_batch([text for text, *_ in kept]), strict=True):
-                if not len(ids):
-                    dropped["empty"] += 1
-                    continue
-                files[to].write(ids.astype(dtype).tobytes())
-                lengths[to].append(len(ids))
-                labels[to].append(label)
-            progress(
-                f"tokenized {sum(map(len, lengths.values())):,} documents, {sum(map(sum, lengths.values())):,} tokens"
-            )
+    lengths: dict[str, list[int]] = {"train": [], "test": []}
+    labels: dict[str, list] = {"train": [], "test": []}
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for split in lengths:
+            (work / split).mkdir()
+            files[split] = stack.enter_context((work / split / "tokens.bin").open("wb"))
+        for split, records in source.splits.items():
+            for batch in _batched(records(), _BATCH_DOCUMENTS):
+                kept = []
+                for record in batch:
+                    text = record["text"].strip()
+                    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+                    if not text or digest in seen:
+                        dropped["duplicate" if text else "empty"] += 1
+                        continue
+                    seen.add(digest)
+                    is_held_out = "test" not in source.splits and _share(digest) < held_out_rate
+                    kept.append((text, "test" if is_held_out else split, record.get("label")))
+                for (_, to, label), ids in zip(kept, tokenizer.encode_batch([text for text, *_ in kept]), strict=True):
+                    if not len(ids):
+                        dropped["empty"] += 1
+                        continue
+                    files[to].write(ids.astype(dtype).tobytes())
+                    lengths[to].append(len(ids))
+                    labels[to].append(label)
+                documents, tokens = sum(map(len, lengths.values())), sum(map(sum, lengths.values()))
+                progress(f"tokenized {documents:,} documents, {tokens:,} tokens")
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
     if not lengths["train"]:
         raise DataError("the source must have at least one document to train on: every one was empty or held out.")
+    if source.label_names is not None:  # its integers are indices of its own names
+        known = dict(enumerate(source.label_names))
+        labels = {split: [known.get(label, label) for label in values] for split, values in labels.items()}
     names = label_names or source.label_names or _names(labels)
     for split in lengths:
-        files[split].flush()
-        os.fsync(files[split].fileno())
-        files[split].close()
         np.save(work / split / "offsets.npy", np.concatenate([[0], np.cumsum(lengths[split], dtype=np.int64)]))
         if names is not None:
             np.save(work / split / "labels.npy", _label_ids(labels[split], names))
@@ -179,19 +190,15 @@ def _names(labels: dict[str, list]) -> list[str] | None:
     values = set(labels["train"]) | set(labels["test"])
     if values == {None}:
         return None
-    if None in values:
-        raise DataError("every document must have a label: some have none.")
     is_number = all(isinstance(v, int) for v in values)
-    return [str(v) for v in sorted(values, key=None if is_number else str)]
+    return [str(v) for v in sorted(values)] if is_number else sorted({str(v) for v in values - {None}})
 
 
 def _label_ids(labels: list, names: list[str]) -> np.ndarray:
     by_name = {name: i for i, name in enumerate(names)}
-    ids = np.empty(len(labels), np.int32)
-    for i, label in enumerate(labels):
-        # An integer is an index where the source names its labels, and otherwise one of the names.
-        found = by_name.get(str(label), label if isinstance(label, int) and 0 <= label < len(names) else None)
-        if found is None:
+    for label in labels:
+        if label is None:
+            raise DataError("every document must have a label: some have none.")
+        if str(label) not in by_name:
             raise DataError(f"unknown label {label!r}; known are {', '.join(names)}.")
-        ids[i] = found
-    return ids
+    return np.array([by_name[str(label)] for label in labels], np.int32)

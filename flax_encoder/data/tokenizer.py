@@ -75,7 +75,7 @@ class TextTokenizer:
     def token(self, token_id: int) -> str:
         return self._tokenizer.id_to_token(int(token_id)) or ""
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 

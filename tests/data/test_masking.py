@@ -43,7 +43,7 @@ def test_choice_equals_a_plain_reference(rate, row_length, seed):
     batch = mask(tokens, numbers, rate, seed)
     for b, row in enumerate(tokens):
         used = batch["target_weights"][b] > 0
-        expected = plain_choice(row, numbers[b], rate, seed)
+        expected = plain_choice(row, int(numbers[b]), rate, seed)
         assert batch["target_positions"][b, used].tolist() == expected
         assert batch["targets"][b, used].tolist() == row[expected].tolist()
 

@@ -21,10 +21,15 @@ def realistic_lengths(num_documents=20_011):
     return np.random.default_rng(0).lognormal(5.0, 1.0, num_documents).astype(int) + 1
 
 
+def plan_of(lengths, capacity, **options):
+    return PackingPlan(np.asarray(lengths, np.int64), capacity, OVERHEAD, **options)
+
+
 def as_rows(pieces):
     """Each row's pieces as a list of (document, start, length)."""
     rows = [[] for _ in range(int(pieces.row.max()) + 1)]
-    for row, *piece in zip(*(x.tolist() for x in (pieces.row, pieces.document, pieces.start, pieces.length)), strict=True):
+    columns = (pieces.row, pieces.document, pieces.start, pieces.length)
+    for row, *piece in zip(*(x.tolist() for x in columns), strict=True):
         rows[row].append(tuple(piece))
     return rows
 
@@ -42,7 +47,7 @@ def times_seen(rows, lengths):
 @few
 @lengths_and_capacity
 def test_every_token_is_in_exactly_one_place_each_epoch(lengths, capacity, split_long, one_per_row, epoch):
-    plan = PackingPlan(lengths, capacity, OVERHEAD, split_long=split_long, one_per_row=one_per_row)
+    plan = plan_of(lengths, capacity, split_long=split_long, one_per_row=one_per_row)
     R = plan.rows_per_epoch
     rows = as_rows(plan.rows(np.arange(epoch * R, (epoch + 1) * R), seed=11))
     for seen in times_seen(rows, lengths):
@@ -53,7 +58,7 @@ def test_every_token_is_in_exactly_one_place_each_epoch(lengths, capacity, split
 @few
 @lengths_and_capacity
 def test_rows_are_never_empty_and_never_exceed_capacity(lengths, capacity, split_long, one_per_row, epoch):
-    plan = PackingPlan(lengths, capacity, OVERHEAD, split_long=split_long, one_per_row=one_per_row)
+    plan = plan_of(lengths, capacity, split_long=split_long, one_per_row=one_per_row)
     R = plan.rows_per_epoch
     rows = as_rows(plan.rows(np.arange(epoch * R, (epoch + 1) * R), seed=11))
     used = [sum(length + OVERHEAD for *_, length in row) for row in rows]
@@ -87,24 +92,24 @@ def test_histogram_packing_is_best_fit_decreasing(counts, capacity):
 
 
 def test_long_documents_are_cut_into_full_rows_and_a_remainder():
-    plan = PackingPlan([23, 10, 3], 12, OVERHEAD)
+    plan = plan_of([23, 10, 3], 12)
     rows = as_rows(plan.rows(np.arange(plan.rows_per_epoch), seed=0))
     assert sorted(map(sorted, rows)) == [[(0, 0, 10)], [(0, 10, 10)], [(0, 20, 3), (2, 0, 3)], [(1, 0, 10)]]
 
 
 def test_a_row_does_not_depend_on_the_other_rows_asked_for():
-    plan = PackingPlan(realistic_lengths(997), 128, OVERHEAD)
+    plan = plan_of(realistic_lengths(997), 128)
     numbers = np.random.default_rng(1).integers(0, 5 * plan.rows_per_epoch, 101)
     together = as_rows(plan.rows(numbers, seed=3))
-    assert together == [as_rows(plan.rows([number], seed=3))[0] for number in numbers]
+    assert together == [as_rows(plan.rows(numbers[i : i + 1], seed=3))[0] for i in range(len(numbers))]
 
 
 def test_epochs_and_seeds_differ_and_a_seed_repeats_itself():
     lengths = np.random.default_rng(0).choice([7, 13, 29, 47], 1009)
-    plan = PackingPlan(lengths, 61, OVERHEAD)
+    plan = plan_of(lengths, 61)
     first, second = np.arange(plan.rows_per_epoch), np.arange(plan.rows_per_epoch, 2 * plan.rows_per_epoch)
     rows = as_rows(plan.rows(first, seed=3))
-    assert rows == as_rows(PackingPlan(lengths, 61, OVERHEAD).rows(first, seed=3))
+    assert rows == as_rows(plan_of(lengths, 61).rows(first, seed=3))
     for other in (as_rows(plan.rows(second, seed=3)), as_rows(plan.rows(first, seed=4))):
         assert sum(a == b for a, b in zip(rows, other, strict=True)) < 0.02 * len(rows)
         mates, other_mates = ({frozenset(row) for row in r if len(row) > 1} for r in (rows, other))
@@ -112,7 +117,7 @@ def test_epochs_and_seeds_differ_and_a_seed_repeats_itself():
 
 
 def test_the_longest_piece_stands_anywhere_in_its_row():
-    plan = PackingPlan(realistic_lengths(997), 128, OVERHEAD)
+    plan = plan_of(realistic_lengths(997), 128)
     rows = as_rows(plan.rows(np.arange(plan.rows_per_epoch), seed=0))
     pairs = [row for row in rows if len(row) == 2 and row[0][2] != row[1][2]]
     longest_first = sum(a[2] > b[2] for a, b in pairs)
@@ -120,11 +125,11 @@ def test_the_longest_piece_stands_anywhere_in_its_row():
 
 
 def test_realistic_lengths_fill_at_least_99_percent():
-    plan = PackingPlan(realistic_lengths(), 512, OVERHEAD)
+    plan = plan_of(realistic_lengths(), 512)
     pieces = plan.rows(np.arange(plan.rows_per_epoch), seed=0)
     assert (pieces.length + OVERHEAD).sum() / (512 * plan.rows_per_epoch) >= 0.99
 
 
 def test_no_documents_is_an_error():
     with pytest.raises(ValueError, match="no document"):
-        PackingPlan([], 12, OVERHEAD)
+        plan_of([], 12)

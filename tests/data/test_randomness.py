@@ -18,7 +18,7 @@ def test_permutations_in_one_call_equal_permutations_one_by_one():
     index, epoch = rng.integers(sizes), rng.integers(5, size=(7, 1))
     together = permute(index, sizes, 13, epoch, 2)
     for i, j in np.ndindex(sizes.shape):
-        assert together[i, j] == permute([index[i, j]], sizes[i, j], 13, epoch[i, 0], 2)[0]
+        assert together[i, j] == permute(index[i, j : j + 1], int(sizes[i, j]), 13, int(epoch[i, 0]), 2)[0]
 
 
 def test_every_part_of_an_address_counts_and_so_does_its_order():
@@ -35,7 +35,7 @@ def test_every_bit_is_fair():
     assert np.all(np.abs(bits.sum(0) - n / 2) < 5 * np.sqrt(n / 4))
 
 
-@pytest.mark.parametrize("size", [2, 5, 17])
+@pytest.mark.parametrize("size", [3, 5, 17])
 def test_every_index_goes_everywhere_equally_often(size):
     n = 20_011
     for index in range(size):

@@ -1,0 +1,101 @@
+"""Guesses from counts against a dictionary and arithmetic by hand."""
+
+import math
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+from flax_encoder.config import MaskingConfig
+from flax_encoder.data.baselines import NeighbourCounts, majority_class
+from flax_encoder.data.batches import SPECIAL_PER_PIECE, Batches, masked_lm_targets, one_pass
+from flax_encoder.data.packing import PackingPlan
+from flax_encoder.data.store import Split
+from flax_encoder.data.tokenizer import train_wordpiece
+
+T = 23
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_wordpiece(["a b c d e f g"] * 2, 41)
+
+
+def split_of(tokenizer, lengths, seed):
+    """Documents in which the next token mostly follows from the last one."""
+    rng = np.random.default_rng(seed)
+    ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.special_ids)
+    tokens = np.cumsum(rng.choice([1, 2, 5], sum(lengths), p=[0.7, 0.2, 0.1])) % 11
+    return Split(ordinary[tokens].astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def training_pieces(split, tokenizer):
+    """Every piece with its frame, cut as rows of T cut it."""
+    room = T - SPECIAL_PER_PIECE
+    for a, b in zip(split.offsets[:-1], split.offsets[1:], strict=True):
+        for start in range(a, b, room):
+            piece = split.tokens[start : min(start + room, b)].tolist()
+            yield [tokenizer.special("first"), *piece, tokenizer.special("last")]
+
+
+def slow_score(split, batches, tokenizer):
+    both, after, before = (defaultdict(Counter) for _ in range(3))
+    totals = Counter()
+    for piece in training_pieces(split, tokenizer):
+        for left, token, right in zip(piece, piece[1:], piece[2:], strict=False):
+            both[left, right][token] += 1
+            after[left][token] += 1
+            before[right][token] += 1
+            totals[token] += 1
+    special = set(tokenizer.special_ids.tolist())
+    smoothed = {t: 1 + (0 if t in special else totals[t]) for t in range(tokenizer.vocab_size)}
+
+    def best(counter):
+        return max(counter, key=lambda t: (counter[t], t))
+
+    mask, likeliest = tokenizer.special("mask"), max(smoothed, key=smoothed.get)
+    hits, likeliest_hits, nats = [], [], []
+    for batch in batches:
+        for row, positions, targets, weights in zip(
+            *(batch[k].tolist() for k in ("tokens", "target_positions", "targets", "target_weights")), strict=True
+        ):
+            for at, target, weight in zip(positions, targets, weights, strict=True):
+                if not weight:
+                    continue
+                left, right = row[at - 1], row[at + 1]
+                if mask not in (left, right) and (left, right) in both:
+                    guess = best(both[left, right])
+                elif left != mask and left in after:
+                    guess = best(after[left])
+                elif right != mask and right in before:
+                    guess = best(before[right])
+                else:
+                    guess = likeliest
+                hits.append(guess == target)
+                likeliest_hits.append(likeliest == target)
+                nats.append(-math.log(smoothed[target] / sum(smoothed.values())))
+    return np.mean(hits), np.mean(likeliest_hits), np.mean(nats)
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.6])
+def test_neighbour_counts_equal_a_slow_reference(tokenizer, rate):
+    rng = np.random.default_rng(0)
+    train, test = (split_of(tokenizer, rng.integers(1, 53, n).tolist(), n) for n in (29, 41))
+    plan = PackingPlan(test.lengths, T, SPECIAL_PER_PIECE)
+    targets = masked_lm_targets(tokenizer, MaskingConfig(), rate, 3)
+    batches = Batches(test, plan, targets, tokenizer, row_length=T, batch_size=7, seed=3, **one_pass(plan, 7))
+    score = NeighbourCounts(train, tokenizer, T).score(batches)
+    hits, likeliest_hits, nats = slow_score(train, [batches[i] for i in range(len(batches))], tokenizer)
+    assert score["neighbours"]["accuracy"] == pytest.approx(hits, rel=1e-12)
+    assert score["most_frequent"]["accuracy"] == pytest.approx(likeliest_hits, rel=1e-12)
+    assert score["most_frequent"]["loss"] == pytest.approx(nats, rel=1e-12)
+    assert score["most_frequent"]["perplexity"] == pytest.approx(math.exp(nats), rel=1e-12)
+    assert hits > likeliest_hits
+
+
+def test_majority_class_by_hand():
+    train = np.array([2, 2, 0, 1, 2])
+    # Always 2 on four texts, of which one is a 2: precision 1/4, recall 1, so F1 is 2/5, and 0 for the other classes.
+    assert majority_class(train, np.array([2, 0, 1, 1]), 5) == pytest.approx({"accuracy": 1 / 4, "macro_f1": 2 / 5 / 3})
+    assert majority_class(train, np.array([2, 2]), 5) == {"accuracy": 1.0, "macro_f1": 1.0}
+    assert majority_class(train, np.array([0, 1]), 5) == {"accuracy": 0.0, "macro_f1": 0.0}

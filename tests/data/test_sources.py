@@ -1,0 +1,145 @@
+"""Files and data sets as documents, and what is said when they cannot be read."""
+
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flax_encoder.config import DataConfig
+from flax_encoder.data.sources import DataError, open_source
+
+TEXT = "First line.\r\nSecond line.\n\n \t\nThird, née alone.\n\n\n  indented\nlast without an end"
+
+
+def read(source, tmp_path, with_labels=False, **options):
+    config = DataConfig(source=str(source), **options)
+    return list(open_source(config, with_labels=with_labels, cache_dir=tmp_path / "cache").splits["train"]())
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def parquet(path, *rows):
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    return path
+
+
+def both_kinds(tmp_path, *rows):
+    return jsonl(tmp_path / "a.jsonl", *rows), parquet(tmp_path / "a.parquet", *rows)
+
+
+@pytest.mark.parametrize(
+    ("unit", "documents"),
+    [
+        ("paragraph", ["First line.\nSecond line.", "Third, née alone.", "  indented\nlast without an end"]),
+        ("line", ["First line.", "Second line.", "Third, née alone.", "  indented", "last without an end"]),
+        ("file", [TEXT]),
+    ],
+)
+def test_txt_units(tmp_path, unit, documents):
+    (tmp_path / "a.txt").write_bytes(TEXT.encode())
+    found = [record["text"] for record in read(tmp_path / "a.txt", tmp_path, text_unit=unit)]
+    assert [text for text in found if text.strip()] == documents
+
+
+def test_a_glob_reads_its_files_in_order_of_their_names(tmp_path):
+    for name in ("b", "a", "sub/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}")
+    (tmp_path / "z.txt").mkdir()
+    assert [r["text"] for r in read(tmp_path / "*.txt", tmp_path)] == ["text of a", "text of b"]
+    assert [r["text"] for r in read(tmp_path / "**/*.txt", tmp_path)] == ["text of a", "text of b", "text of sub/c"]
+
+
+def test_jsonl_and_parquet_give_the_same_records(tmp_path):
+    rows = [{"text": "née", "label": 3}, {"text": None, "label": 1}, {"text": "two\nlines", "label": 3}]
+    sources = both_kinds(tmp_path, *rows)
+    sources[0].write_text(sources[0].read_text("utf-8") + "\n  \n", "utf-8")
+    for source in sources:
+        assert read(source, tmp_path) == [{"text": row["text"] or ""} for row in rows]
+        labelled = read(source, tmp_path, with_labels=True)
+        assert labelled == [{"text": row["text"] or "", "label": row["label"]} for row in rows]
+
+
+def test_the_text_is_the_column_asked_for_else_text_else_the_only_strings(tmp_path):
+    for source in both_kinds(tmp_path, {"text": "a", "body": "b", "stars": 5}):
+        assert read(source, tmp_path) == [{"text": "a"}]
+        assert read(source, tmp_path, text_column="body") == [{"text": "b"}]
+        labelled = read(source, tmp_path, with_labels=True, text_column="body", label_column="stars")
+        assert labelled == [{"text": "b", "label": 5}]
+        with pytest.raises(DataError, match=r"must hold strings: column 'stars' of .* holds 5"):
+            read(source, tmp_path, text_column="stars")
+    for source in both_kinds(tmp_path, {"body": "b", "stars": 5}):
+        assert read(source, tmp_path) == [{"text": "b"}]
+
+
+def test_a_missing_column_is_an_error_that_lists_the_columns(tmp_path):
+    for source in both_kinds(tmp_path, {"title": "a", "body": "b", "stars": 5}):
+        with pytest.raises(DataError, match=r"which column is the text\? .* has title, body, stars.*text-column"):
+            read(source, tmp_path)
+        with pytest.raises(DataError, match=r"no column 'txt' in .*a\.\w+.*; the columns are title, body, stars"):
+            read(source, tmp_path, text_column="txt")
+        with pytest.raises(DataError, match=r"no column 'label' in .*; the columns are title, body, stars"):
+            read(source, tmp_path, with_labels=True, text_column="body")
+
+
+def test_files_that_are_missing_mixed_or_of_another_kind_are_errors(tmp_path):
+    with pytest.raises(DataError, match=r"no file matches data\.source '.*gone\.txt'"):
+        read(tmp_path / "gone.txt", tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    jsonl(tmp_path / "a.jsonl", {"text": "a"})
+    (tmp_path / "b.csv").write_text("a")
+    with pytest.raises(DataError, match=r"files of one kind, \.txt, \.jsonl, \.parquet: got \.jsonl, \.txt"):
+        read(tmp_path / "a.*", tmp_path)
+    with pytest.raises(DataError, match=r"got \.csv"):
+        read(tmp_path / "b.csv", tmp_path)
+
+
+@pytest.mark.parametrize("unit", ["paragraph", "line", "file"])
+def test_undecodable_bytes_are_an_error_that_names_file_and_offset(tmp_path, unit):
+    good = "née\nsecond ".encode()
+    (tmp_path / "a.txt").write_bytes(good + b"caf\xe9 au lait\n")
+    with pytest.raises(DataError, match=rf"{tmp_path / 'a.txt'} has byte 0xe9 at offset {len(good) + 3}\."):
+        read(tmp_path / "a.txt", tmp_path, text_unit=unit)
+
+
+@pytest.mark.parametrize("line", ['{"text": "cut', "[1, 2]", "3"])
+def test_a_bad_json_line_is_an_error_that_names_the_line(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n' + line + "\n")
+    with pytest.raises(DataError, match=rf"must be a JSON object: {tmp_path / 'a.jsonl'}, line 3"):
+        read(tmp_path / "a.jsonl", tmp_path)
+
+
+def test_a_parquet_file_that_is_none_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"not this")
+    with pytest.raises(DataError, match=rf"not a Parquet file: {tmp_path / 'a.parquet'}"):
+        read(tmp_path / "a.parquet", tmp_path)
+
+
+def test_txt_with_labels_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match=r"a \.txt file has no labels"):
+        read(tmp_path / "a.txt", tmp_path, with_labels=True)
+
+
+def test_an_unknown_data_set_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(DataError, match="TensorFlow Datasets cannot give 'no_such_data_set'"):
+        read("tfds:no_such_data_set", tmp_path)
+
+
+def test_the_fingerprint_changes_with_the_files_and_with_what_is_read_of_them(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"text": "a", "body": "b", "label": 1})
+
+    def fingerprint(with_labels=False, **options):
+        config = DataConfig(source=str(path), **options)
+        return open_source(config, with_labels=with_labels, cache_dir=tmp_path).fingerprint
+
+    first = fingerprint()
+    assert first == fingerprint(vocab_size=97, row_length=31)
+    assert len({first, fingerprint(True), fingerprint(text_column="body"), fingerprint(text_unit="line")}) == 4
+    os.utime(path, ns=(1, 1))
+    assert fingerprint() != first
