@@ -106,6 +106,10 @@ class EncoderConfig:
             self.position != "rope" or self.head_dim % 2 == 0,
             f"rope turns pairs of features, so head_dim must be even: got {self.head_dim}.",
         )
+        _require(
+            self.position != "sinusoidal" or self.embed_dim % 2 == 0,
+            f"sinusoids come in pairs of sine and cosine, so embed_dim must be even: got {self.embed_dim}.",
+        )
         _require(self.window is None or self.window >= 0, f"window must be at least 0 tokens: got {self.window}.")
         _require(self.global_every >= 0, f"global_every must be at least 0: got {self.global_every}.")
 
@@ -196,7 +200,7 @@ class OptimizerConfig:
     decay_rate: float = 0.2
     """With constant_then_decay: share of all steps spent falling."""
     final_rate: float = 0.0
-    """The last step's learning rate as a share of the peak."""
+    """What the learning rate falls to, as a share of the peak."""
 
     def __post_init__(self):
         _require_rates(self, "warmup_rate", "decay_rate", "final_rate", "b1", "b2", "muon_momentum")
@@ -295,8 +299,10 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
+def from_dict(cls: type[T], values: Any, path: str = "") -> T:
     """Build `cls` from nested dictionaries. An unknown name or a wrong type is a ConfigError that names it."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.rstrip('.') or cls.__name__} must be a section of settings: got {values!r}.")
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):

@@ -38,3 +38,15 @@ def strict_dtypes_in_ops(request):
     promotion = "strict" if request.path.parent.name == "ops" else "standard"
     with jax.numpy_dtype_promotion(promotion):
         yield
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """Compile whole models without LLVM's optimisations, which takes a third of the time.
+
+    Their laws hold of the program, however well it is vectorised. The ops, and the runs of test_train.py, are compiled
+    as they are for users.
+    """
+    jax.config.update("jax_disable_most_optimizations", request.path.parent.name in ("nn", "objectives", "training"))
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -41,9 +41,13 @@ class Checkpoints:
         self._folder = (run_dir / "checkpoints").resolve()
         # Orbax reports every save at length through this logger; ours says what a person needs.
         logging.getLogger("absl").setLevel(logging.ERROR)
-        policies = ocp.training.preservation_policies
+        # Made in the background, a folder that cannot be made leaves threads that wait for it for minutes.
+        context = ocp.Context(async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
         self._orbax = ocp.training.Checkpointer(
-            self._folder, preservation_policy=policies.LatestN(keep), cleanup_tmp_directories=True
+            self._folder,
+            context=context,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
         )
 
     def latest_step(self) -> int | None:
@@ -79,8 +83,14 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._orbax.close()
+    def __exit__(self, kind: type | None, *exc_info: object) -> None:
+        try:
+            self.wait()
+        except CheckpointError:
+            if kind is None:  # or else the first error is the one to hear of
+                raise
+        finally:
+            self._orbax.close()
 
 
 def _checkpoint_folder(path: pathlib.Path) -> pathlib.Path:

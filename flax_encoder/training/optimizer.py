@@ -19,7 +19,7 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Sch
     elif config.schedule == "linear":
         after = [(rest, optax.linear_schedule(peak, final, rest))]
     else:
-        decay = max(round(config.decay_rate * steps), 1)
+        decay = min(max(round(config.decay_rate * steps), 1), rest)
         after = [(rest - decay, optax.constant_schedule(peak)), (decay, optax.linear_schedule(peak, final, decay))]
     pieces = [(warmup, optax.linear_schedule(0.0, peak, warmup))] * (warmup > 0) + after
     boundaries = [sum(n for n, _ in pieces[: i + 1]) for i in range(len(pieces) - 1)]
@@ -46,29 +46,43 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.Grad
     `axes` is the tree of logical axes (training/sharding.py). Optimizer state is float32. AdamW is Loshchilov and
     Hutter, arXiv 1711.05101; Muon is Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
-    schedule = make_schedule(config, steps, config.learning_rate)
     decayed = jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key not in ("bias", "scale"), axes, is_leaf=_is_axes
     )
-    adam = {"b1": config.b1, "b2": config.b2, "weight_decay": config.weight_decay}
-    if config.name == "adamw":
-        update = optax.adamw(schedule, eps=config.epsilon, mask=decayed, **adam)
-    else:
+    update = optax.adamw(
+        make_schedule(config, steps, config.learning_rate),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=lambda params: _like(params, decayed),
+    )
+    if config.name == "muon":
         dimensions = jax.tree.map(muon_dimensions, axes, is_leaf=_is_axes)
-        update = optax.contrib.muon(
+        muon = optax.contrib.muon(
             make_schedule(config, steps, config.muon_learning_rate),
             beta=config.muon_momentum,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
-            adam_learning_rate=schedule,
-            muon_weight_dimension_numbers=dimensions,
+            muon_weight_dimension_numbers=lambda params: _like(params, dimensions),
         )
+        # Optax's muon has an adamw inside for the rest, but with Nesterov momentum and no mask for the decay.
+        kinds = jax.tree.map(lambda a: "adamw" if muon_dimensions(a) is None else "muon", axes, is_leaf=_is_axes)
+        update = optax.partition({"adamw": update, "muon": muon}, kinds)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
     return optax.chain(*clip, update)
+
+
+def _like(params: Any, values: Any) -> Any:
+    """`values`, a tree like all parameters, at the paths that `params` has: a partition sees some of them only."""
+
+    def at(path, _):
+        value = values
+        for key in path:
+            value = value[key.key]
+        return value
+
+    return jax.tree_util.tree_map_with_path(at, params)
 
 
 def _is_axes(x: Any) -> bool:

@@ -12,18 +12,14 @@ from flax_encoder.ops.attention import IMPLEMENTATIONS, attention
 
 B, K, G, T, S, H = 2, 3, 5, 13, 7, 17
 N = K * G
-LARGE = 512
-
-# (implementation, length of a block of keys): 4 divides neither 13 nor 7.
-BACKENDS = [(name, LARGE) for name in IMPLEMENTATIONS] + [("chunked", 4)]
+KEY_BLOCK = 4  # divides neither T nor S
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0], [1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]], np.int32)
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda backend: f"{backend[0]}-{backend[1]}")
+@pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request, monkeypatch):
-    name, block = request.param
-    monkeypatch.setattr(attention_module, "_KEY_BLOCK", block)
-    return name
+    monkeypatch.setattr(attention_module, "_KEY_BLOCK", KEY_BLOCK)
+    return request.param
 
 
 def draw(*shapes, seed=0, dtype=np.float32):
@@ -76,24 +72,17 @@ def assert_close(got, want, dtype=np.float32, terms=64):
 
 
 CASES = {
-    "whole row": {},
+    "plain heads, own scale": {"heads": (K, K), "scale": 0.3},
     "segments": {"segments": SEGMENTS},
-    "symmetric window": {"window": (2, 2)},
     "asymmetric window": {"window": (3, 1)},
-    "one-sided window": {"window": (0, 4)},
     "segments and window": {"segments": SEGMENTS, "window": (1, 2)},
-    "one head": {"heads": (1, 1)},
-    "plain heads": {"heads": (K, K), "segments": SEGMENTS},
-    "one key head": {"heads": (K, 1), "segments": SEGMENTS},
-    "fewer keys": {"lengths": (T, S)},
-    "more keys": {"lengths": (S, T)},
+    "one key head, one-sided window": {"heads": (K, 1), "window": (0, 4)},
     "fewer keys and window": {"lengths": (T, S), "window": (2, 1)},
+    "more keys": {"lengths": (S, T)},
     "bias 1 1": {"bias": (1, 1), "segments": SEGMENTS},
-    "bias B 1": {"bias": (B, 1)},
+    "bias B 1": {"bias": (B, 1), "lengths": (S, T)},
     "bias 1 N": {"bias": (1, N), "window": (3, 1)},
-    "bias B N": {"bias": (B, N), "segments": SEGMENTS},
-    "bias, fewer keys": {"bias": (1, N), "lengths": (T, S)},
-    "scale": {"scale": 0.3},
+    "bias B N": {"bias": (B, N), "lengths": (T, S)},
 }
 
 
@@ -104,11 +93,12 @@ def test_attention_and_gradients_equal_the_definition(implementation, case):
     query, key, value, d_out = draw((B, t, n, H), (B, s, k, H), (B, s, k, H), (B, t, n, H))
     bias = draw((*case["bias"], t, s), seed=1)[0] if "bias" in case else None
     segments, window, scale = (case.get(name) for name in ("segments", "window", "scale"))
+    options = {"window": window, "scale": scale, "implementation": implementation}
 
     @jax.jit
     def out_and_gradients(query, key, value, bias, d_out):
         call = lambda query, key, value, bias: attention(  # noqa: E731
-            query, key, value, bias=bias, segment_ids=segments, window=window, scale=scale, implementation=implementation
+            query, key, value, bias=bias, segment_ids=segments, **options
         )
         out, vjp = jax.vjp(call, query, key, value, bias)
         return out, *vjp(d_out)
@@ -241,7 +231,7 @@ def test_float32_logits_may_be_huge(implementation):
 
 
 def test_dropout_keeps_the_mean():
-    rate, draws = 0.3, 2000
+    rate, draws = 0.3, 500
     query, key, value = map(jnp.asarray, draw((1, 5, 2, 3), (1, 5, 2, 3), (1, 5, 2, 3)))
     call = lambda key_: attention(query, key, value, dropout_rate=rate, dropout_key=key_)  # noqa: E731
     outs = np.asarray(jax.jit(jax.vmap(call))(jax.random.split(jax.random.key(0), draws)), np.float64)
@@ -260,6 +250,16 @@ def test_inputs_that_cannot_be_served_say_why():
         attention(q, k, k, dropout_rate=0.1, dropout_key=jax.random.key(0), implementation="chunked")
     with pytest.raises(ValueError, match=rf"T = S: got T {T}, S {S}"):
         attention(q, cross, cross, segment_ids=jnp.asarray(SEGMENTS))
+
+
+def test_one_block_and_many_give_the_same(monkeypatch):
+    query, key, value = map(jnp.asarray, draw((B, T, N, H), (B, T, K, H), (B, T, K, H)))
+    outs = []
+    for block in (512, T, KEY_BLOCK, 1):
+        monkeypatch.setattr(attention_module, "_KEY_BLOCK", block)
+        outs.append(attention(query, key, value, implementation="chunked"))
+    for out in outs[1:]:
+        assert_close(out, outs[0])
 
 
 def test_a_rate_without_a_key_is_deterministic_on_every_implementation(implementation):

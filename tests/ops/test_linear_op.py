@@ -1,0 +1,64 @@
+"""linear: products of operands rounded to dtype, accumulated in float32, both ways round."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_encoder.ops.linear import linear
+
+BATCH, D, F = (2, 3), 7, (5, 11)
+
+
+def rounded(x, dtype):
+    return np.asarray(x).astype(dtype).astype(np.float64)
+
+
+def assert_close(got, want, dtype=np.float32):
+    """Rounding of at most 64 additions, in float32, of numbers as large as the largest."""
+    tolerance = float(jnp.finfo(dtype).eps) * 8 * max(1.0, np.abs(want).max())
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("contract_last", [False, True])
+@pytest.mark.parametrize("features", [(11,), F], ids=["vector", "matrix"])
+@pytest.mark.parametrize("operands", ["float32", "bfloat16"])
+def test_linear_and_gradients_equal_numpy(dtype, contract_last, features, operands):
+    generator = np.random.default_rng(0)
+    shape = (*features, D) if contract_last else (D, *features)
+    x, kernel = (generator.standard_normal(s).astype(jnp.dtype(operands)) for s in ((*BATCH, D), shape))
+    bias, d_y = (generator.standard_normal(s).astype(np.float32) for s in (features, (*BATCH, *features)))
+
+    @jax.jit
+    def out_and_gradients(x, kernel, bias, d_y):
+        y, vjp = jax.vjp(lambda *a: linear(*a, contract_last=contract_last, dtype=dtype), x, kernel, bias)
+        return y, *vjp(d_y)
+
+    y, d_x, d_kernel, d_bias = out_and_gradients(x, kernel, bias, d_y)
+    assert y.dtype == d_bias.dtype == jnp.float32
+    assert d_x.dtype == d_kernel.dtype == jnp.dtype(operands)
+
+    low_x, low_kernel, low_d_y = (rounded(a, dtype) for a in (x, kernel, d_y))
+    names = "fgd" if contract_last else "dfg"
+    if len(features) == 1:
+        names = names.replace("g", "")
+    out = names.replace("d", "")
+    assert_close(y, np.einsum(f"abd,{names}->ab{out}", low_x, low_kernel) + bias)
+    assert_close(d_x, np.einsum(f"ab{out},{names}->abd", low_d_y, low_kernel), operands)
+    assert_close(d_kernel, np.einsum(f"abd,ab{out}->{names}", low_x, low_d_y), operands)
+    assert_close(d_bias, d_y.astype(np.float64).sum((0, 1)))
+
+
+def test_accumulation_is_float32():
+    """In bfloat16, whose spacing is 2 from 256 on, a sum of ones would stop there."""
+    y = linear(jnp.ones((1, 1031)), jnp.ones((1031, 3)), dtype="bfloat16")
+    np.testing.assert_array_equal(y, np.full((1, 3), 1031.0, np.float32))
+    d_kernel = jax.grad(lambda k: linear(jnp.ones((1031, 3)), k, dtype="bfloat16").sum())(jnp.ones((3, 2)))
+    np.testing.assert_array_equal(d_kernel, np.full((3, 2), 1031.0, np.float32))
+
+
+def test_both_layouts_of_a_kernel_give_the_same():
+    generator = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(generator.standard_normal(s), jnp.float32) for s in ((*BATCH, D), (D, 11)))
+    np.testing.assert_allclose(linear(x, kernel), linear(x, kernel.T, contract_last=True), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,51 @@
+"""layer_norm and rms_norm against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_encoder.ops.norm import layer_norm, rms_norm
+
+B, T, D = 2, 3, 31
+EPSILON = 1e-5
+
+
+def arrays(dtype=np.float32):
+    generator = np.random.default_rng(0)
+    x = (3 * generator.standard_normal((B, T, D)) + 2).astype(dtype)
+    return x, *(generator.standard_normal(D).astype(np.float32) for _ in range(2))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norms_equal_their_definitions(dtype):
+    x, scale, bias = arrays(dtype)
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    layer = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPSILON) * scale
+    rms = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + EPSILON) * scale
+    x, scale, bias = map(jnp.asarray, (x, scale, bias))
+    for got, want in (
+        (layer_norm(x, scale, bias, EPSILON), layer + np.asarray(bias)),
+        (layer_norm(x, scale, None, EPSILON), layer),
+        (rms_norm(x, scale, EPSILON), rms),
+    ):
+        assert got.dtype == dtype
+        atol = 8 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=atol)
+
+
+def test_layer_norm_forgets_shift_and_size_and_rms_norm_size():
+    x, scale, bias = map(jnp.asarray, arrays())
+    np.testing.assert_allclose(
+        layer_norm(5 * x + 7, scale, bias, 1e-12), layer_norm(x, scale, bias, 1e-12), rtol=0, atol=1e-5
+    )
+    np.testing.assert_allclose(rms_norm(5 * x, scale, 1e-12), rms_norm(x, scale, 1e-12), rtol=0, atol=1e-5)
+
+
+def test_constant_rows_come_out_as_the_bias_with_finite_gradients():
+    _, scale, bias = map(jnp.asarray, arrays())
+    x = jnp.zeros((B, T, D))
+    np.testing.assert_array_equal(layer_norm(x, scale, bias, 1e-12), jnp.broadcast_to(bias, x.shape))
+    assert jnp.isfinite(jax.grad(lambda x: (layer_norm(x, scale, bias, 1e-12) ** 2).sum())(x)).all()
+    assert jnp.isfinite(jax.grad(lambda x: (rms_norm(x, scale, 1e-12) ** 2).sum())(x)).all()

@@ -1,0 +1,148 @@
+"""Settings: every rule says its values, every name is checked, every field is read."""
+
+import ast
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+import flax_encoder
+from flax_encoder.config import (
+    ConfigError,
+    DataConfig,
+    EncoderConfig,
+    MaskingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    differences,
+    from_dict,
+    to_dict,
+)
+
+PACKAGE = pathlib.Path(flax_encoder.__file__).parent
+UNUSUAL = RunConfig(
+    init_from="runs/other",
+    eval_every=7,
+    num_microbatches=4,
+    model=EncoderConfig(num_kv_heads=3, window=5, position="rope", attention_implementation="chunked"),
+    data=DataConfig(source="texts/*.txt", text_column="body"),
+    masking=MaskingConfig(rate=0.3),
+    optimizer=OptimizerConfig(name="muon", clip_norm=None),
+    mesh=MeshConfig(fsdp=2),
+)
+
+
+@pytest.mark.parametrize("config", [RunConfig(), UNUSUAL])
+def test_a_config_survives_the_way_through_json(config):
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_fields_left_out_take_their_defaults():
+    assert from_dict(RunConfig, {"model": {"num_layers": 3}}) == RunConfig(model=EncoderConfig(num_layers=3))
+
+
+def test_whole_numbers_serve_as_floats():
+    value = from_dict(OptimizerConfig, {"learning_rate": 1}).learning_rate
+    assert value == 1.0 and type(value) is float
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 1}, "unknown field stepz; known are batch_size, checkpoint_every, "),
+        ({"model": {"depth": 1}}, r"unknown field model\.depth; known are activation, "),
+        ({"steps": "many"}, "steps must be .*int.*: got 'many'"),
+        ({"steps": 1.5}, r"steps must be .*int.*: got 1\.5"),
+        ({"steps": True}, "steps must be .*int.*: got True"),
+        ({"steps": None}, "steps must be .*int.*: got None"),
+        ({"compare_with_scratch": 1}, "compare_with_scratch must be .*bool.*: got 1"),
+        ({"eval_every": "2"}, "eval_every must be int | None: got '2'"),
+        ({"optimizer": {"learning_rate": "1e-3"}}, r"optimizer\.learning_rate must be .*float.*: got '1e-3'"),
+        ({"optimizer": {"learning_rate": True}}, r"optimizer\.learning_rate must be .*float.*: got True"),
+        ({"model": {"norm": "batch_norm"}}, r"model\.norm must be .*layer_norm.*: got 'batch_norm'"),
+        ({"model": 3}, "model must be .*: got 3"),
+        ({"model": None}, "model must be .*: got None"),
+    ],
+)
+def test_unknown_names_and_wrong_types_are_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict(RunConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        *[(EncoderConfig, {name: 0}, f"{name} must be above 0: got 0") for name in (
+            "num_layers", "embed_dim", "num_heads", "mlp_dim", "max_length"
+        )],
+        *[(EncoderConfig, {name: 0.0}, rf"{name} must be above 0: got 0\.0") for name in (
+            "norm_epsilon", "rope_theta", "init_std"
+        )],
+        (EncoderConfig, {"dropout_rate": 1.5}, r"dropout_rate is a probability between 0 and 1: got 1\.5"),
+        (EncoderConfig, {"attention_dropout_rate": -0.1}, r"attention_dropout_rate is a probability .*: got -0\.1"),
+        (EncoderConfig, {"vocab_size": -1}, "vocab_size must be at least 0 .*: got -1"),
+        (EncoderConfig, {"embed_dim": 100, "num_heads": 8}, "got 8 for 100; 5 and 10 do"),
+        (EncoderConfig, {"num_kv_heads": 5}, "num_kv_heads must divide num_heads: got 5 for 12"),
+        (EncoderConfig, {"num_kv_heads": 0}, "num_kv_heads must divide num_heads: got 0 for 12"),
+        (EncoderConfig, {"embed_dim": 21, "num_heads": 3, "position": "rope"}, "head_dim must be even: got 7"),
+        (EncoderConfig, {"embed_dim": 21, "num_heads": 3, "position": "sinusoidal"}, "embed_dim must be even: got 21"),
+        (EncoderConfig, {"window": -1}, "window must be at least 0 tokens: got -1"),
+        (EncoderConfig, {"global_every": -1}, "global_every must be at least 0: got -1"),
+        (DataConfig, {"held_out_rate": 2.0}, r"held_out_rate is a probability .*: got 2\.0"),
+        (DataConfig, {"vocab_size": 0}, "vocab_size must be above 0: got 0"),
+        (DataConfig, {"row_length": 2}, "got row_length 2"),
+        (MaskingConfig, {"rate": 0.0}, "rate and eval_rate must be above 0"),
+        (MaskingConfig, {"eval_rate": 0.0}, "rate and eval_rate must be above 0"),
+        (MaskingConfig, {"mask_rate": 1.2}, r"mask_rate is a probability .*: got 1\.2"),
+        (MaskingConfig, {"mask_rate": 0.7, "random_rate": 0.6}, r"at most 1: got 0\.7 \+ 0\.6"),
+        (OptimizerConfig, {"b1": 1.1}, r"b1 is a probability .*: got 1\.1"),
+        (OptimizerConfig, {"learning_rate": -1.0}, r"at least 0: got -1\.0 and 0\.02"),
+        (OptimizerConfig, {"clip_norm": 0.0}, r"clip_norm must be above 0 or None: got 0\.0"),
+        (OptimizerConfig, {"schedule": "constant_then_decay", "warmup_rate": 0.9}, r"at most 1: got 0\.9 \+ 0\.2"),
+        (MeshConfig, {"data": 0}, "at least 1, or -1 for all that are left: got 0"),
+        (MeshConfig, {"fsdp": 0}, "fsdp must be above 0: got 0"),
+        (MeshConfig, {"tensor": -1}, "tensor must be above 0: got -1"),
+        *[(RunConfig, {name: 0}, f"{name} must be above 0: got 0") for name in (
+            "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every", "keep_checkpoints"
+        )],
+        (RunConfig, {"eval_every": 0}, "eval_every must be above 0 or None: got 0"),
+        (RunConfig, {"eval_batches": -3}, "eval_batches must be above 0 or None: got -3"),
+        (RunConfig, {"batch_size": 32, "num_microbatches": 3}, "got 3 for 32; 2 and 4 do"),
+        (RunConfig, {"data": DataConfig(row_length=513)}, "got data.row_length 513 for model.max_length 512"),
+    ],
+)  # fmt: skip
+def test_each_rule_says_its_values(cls, values, message):
+    with pytest.raises(ConfigError, match=message):
+        cls(**values)
+
+
+def test_differences_are_the_fields_that_differ():
+    other = dataclasses.replace(UNUSUAL, seed=3, mesh=MeshConfig(fsdp=4))
+    assert differences(UNUSUAL, UNUSUAL) == {}
+    assert differences(UNUSUAL, other) == {"seed": (0, 3), "mesh.fsdp": (2, 4)}
+
+
+def fields(cls):
+    for field in dataclasses.fields(cls):
+        yield cls, field.name
+        if dataclasses.is_dataclass(field.default_factory):
+            yield from fields(field.default_factory)
+
+
+def attributes_read(tree):
+    """Names after a dot, outside __post_init__, which checks a field without using it."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == "__post_init__":
+            continue
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            yield node.attr
+        yield from attributes_read(node)
+
+
+def test_every_field_is_read_by_something():
+    files = [*PACKAGE.rglob("*.py"), PACKAGE.parent / "train.py"]
+    read = {name for file in files for name in attributes_read(ast.parse(file.read_text("utf-8")))}
+    unread = [f"{cls.__name__}.{name}" for cls, name in fields(RunConfig) if name not in read]
+    assert not unread

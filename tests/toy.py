@@ -1,0 +1,42 @@
+"""A small model and small batches that several tests share. Sizes differ, so that a swapped axis cannot pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flax_encoder.config import EncoderConfig
+from flax_encoder.nn.partition import abstract_model
+
+B, T, V, L, N, H, F = 2, 23, 37, 3, 5, 6, 41
+D = N * H
+SMALL = EncoderConfig(vocab_size=V, num_layers=L, embed_dim=D, num_heads=N, mlp_dim=F, max_length=29)
+
+
+def split_model(make_model, seed: int = 0):
+    """(graphdef, parameters), the latter drawn here: models start with zeros and ones, which hide mistakes."""
+    graphdef, abstract = abstract_model(make_model)
+    generator = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        std = 0.1 if path[-1].key in ("bias", "scale") else 0.2
+        return jnp.asarray((path[-1].key == "scale") + std * generator.standard_normal(leaf.shape), leaf.dtype)
+
+    return graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(abstract))
+
+
+def random_tokens(shape, seed: int = 0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, V, shape), jnp.int32)
+
+
+def assert_trees_close(got, want, scale_eps: float = 100.0):
+    """Each leaf within `scale_eps` float32 roundings of its own largest value, or of a hundredth of the tree's.
+
+    The latter is for gradients that are zero but for rounding, such as those of key biases.
+    """
+    top = max(float(np.abs(w).max()) for w in jax.tree.leaves(want))
+    got, want = (jax.tree_util.tree_leaves_with_path(tree) for tree in (got, want))
+    assert [path for path, _ in got] == [path for path, _ in want]
+    for (path, g), (_, w) in zip(got, want, strict=True):
+        atol = scale_eps * np.finfo(np.float32).eps * max(float(np.abs(w).max()), top / 100)
+        np.testing.assert_allclose(g, w, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))

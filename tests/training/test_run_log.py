@@ -1,0 +1,84 @@
+"""metrics.jsonl of a resumed run is that of one that never stopped; signals ask before they insist."""
+
+import json
+import signal
+
+import pytest
+
+from flax_encoder.training.run_log import Clock, RunLog, read_metrics, write_atomically
+from flax_encoder.training.runtime import StopSignals
+
+
+def write_run(run_dir, resume_step, steps, total=7):
+    with RunLog(run_dir, steps=total, resume_step=resume_step) as log:
+        for step in steps:
+            log.write(step, {"loss": 10.0 / step})
+        if steps[-1] == total:
+            log.write(total, {"eval/loss": 3.0})
+
+
+def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path):
+    """Lines after the resume step are dropped, and so is one that a kill cut short."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for run_dir in (whole, resumed):
+        run_dir.mkdir()
+    write_run(whole, 0, range(1, 8))
+    write_run(resumed, 0, range(1, 6))
+    with (resumed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    write_run(resumed, 3, range(4, 8))
+    assert (resumed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert [line["step"] for line in read_metrics(resumed)] == [1, 2, 3, 4, 5, 6, 7, 7]
+
+
+def test_a_finished_run_opened_again_writes_its_last_evaluation_once(tmp_path):
+    write_run(tmp_path, 0, range(1, 8))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with RunLog(tmp_path, steps=7, resume_step=7) as log:
+        log.write(7, {"eval/loss": 3.0})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_without_a_log_has_no_metrics(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with RunLog(tmp_path, steps=7, resume_step=0, is_main=False) as log:
+        log.write(1, {"loss": 1.0})
+        log.progress(1, {"loss": 1.0}, 0.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_atomically_leaves_the_text_and_nothing_else(tmp_path):
+    for text in ("old", json.dumps({"new": "ü"})):
+        write_atomically(tmp_path / "file.json", text)
+        assert (tmp_path / "file.json").read_text("utf-8") == text
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_the_clock_counts_tokens_over_the_time_that_counts(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = Clock()
+    with clock.waiting():
+        now[0] += 1
+    now[0] += 3
+    with clock.paused():
+        now[0] += 100
+    clock.tokens, clock.steps = 800, 2
+    assert clock.read() == {"tokens_per_second": 200.0, "data_wait_fraction": 0.25}
+    assert clock.seconds_per_step == 2.0
+    assert clock.tokens == clock.steps == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_stops(number):
+    before = signal.getsignal(number)
+    with StopSignals() as stop:
+        assert stop.requested is None
+        signal.raise_signal(number)
+        assert stop.requested == number.name
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
