@@ -11,24 +11,25 @@ import jax
 from flax_encoder.data.pipeline import default_cache_dir
 
 # glibc's mallopt parameters, from malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def set_up_runtime() -> None:
-    """Keep compiled programs between runs, and on CPUs keep freed memory between steps."""
-    is_cpu = jax.default_backend() == "cpu"
-    # XLA:CPU warns at length of every cached program that it loads, even on the machine that made it.
-    if not is_cpu and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
-    if sys.platform == "linux" and is_cpu:
-        # XLA:CPU allocates a step's temporaries anew each step. By default glibc gives such blocks back to the kernel,
-        # which then clears every page again: 15% of a small model's step (LOG.md).
+    """Keep freed memory between steps, and on accelerators compiled programs between runs. Call before JAX starts."""
+    if sys.platform == "linux":
+        # XLA:CPU allocates a step's temporaries anew each step, on whichever thread. By default glibc gives such blocks
+        # back to the kernel, which then clears every page again: a fifth of a small model's step (LOG.md). Threads must
+        # share one arena, since only that one can grow to such sizes, and it must be so before they start.
         try:
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(_M_MMAP_MAX, 0)
-            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
         except (OSError, AttributeError):
             pass  # another C library: as fast as it is
+        else:
+            for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+                mallopt(parameter, value)
+    # XLA:CPU warns at length of every cached program that it loads, even on the machine that made it.
+    if jax.default_backend() != "cpu" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
 
 
 class StopSignals:
