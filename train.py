@@ -88,7 +88,7 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
         state = checkpoints.restore(start, state)
         log.say(f"resuming {run_dir} from step {start}")
     elif config.init_from:
-        state = state._replace(params=start_from(pathlib.Path(config.init_from), state.params, log))
+        state = state._replace(params=start_from(config, state.params, log))
     log.say(f"model: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters on {describe_mesh(mesh)}")
     step_fn = make_train_step(
         graphdef, tx, seed=config.seed, num_microbatches=config.num_microbatches, shardings=shardings
@@ -201,13 +201,15 @@ def with_vocab_size(config: RunConfig, tokenizer_size: int) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def start_from(origin: pathlib.Path, params: Any, log: RunLog) -> Any:
-    """`params` with every parameter that `origin` has too, by name and shape, taken from there; the rest is named."""
+def start_from(config: RunConfig, params: Any, log: RunLog) -> Any:
+    """`params` with the encoder of init_from, and its head too if that was made for the same; what is new is named."""
+    origin = pathlib.Path(config.init_from)
+    keeps_head = read_run(origin)["config"]["objective"] == config.objective
     found = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(read_params(origin))}
     fresh = []
 
     def pick(path, own):
-        theirs = found.get(jax.tree_util.keystr(path))
+        theirs = found.get(jax.tree_util.keystr(path)) if keeps_head or path[0].key == "encoder" else None
         if theirs is None or theirs.shape != own.shape:
             fresh.append(".".join(key.key for key in path))
             return own
