@@ -9,7 +9,7 @@ from flax_encoder.config import DataConfig, EncoderConfig, MaskingConfig, Optimi
 
 config = RunConfig(
     run_dir="runs/quickstart",
-    steps=1350,
+    steps=1450,
     batch_size=16,
     log_every=10,
     checkpoint_every=250,

@@ -290,8 +290,9 @@ class RunConfig:
 
 
 def _nearest_divisors(n: int, near: int) -> str:
-    divisors = sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - near))
-    return " and ".join(map(str, sorted(divisors[:2])))
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    below, above = [d for d in divisors if d < near], [d for d in divisors if d > near]
+    return " and ".join(map(str, below[-1:] + above[:1]))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

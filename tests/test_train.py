@@ -244,8 +244,8 @@ def test_resume_on_another_mesh(corpus, tmp_path):
 def test_fine_tuning_starts_from_the_pretrained_encoder(corpus, tmp_path, one_device):
     train(tiny(corpus, tmp_path / "pretrained", steps=6))
     config = tiny(
-        corpus, tmp_path / "tuned", steps=150, objective="classification", pooling="mean",
-        init_from=str(tmp_path / "pretrained"), model__num_layers=1,  # the pretrained architecture wins
+        corpus, tmp_path / "tuned", steps=200, optimizer__learning_rate=1e-2, objective="classification",
+        pooling="mean", init_from=str(tmp_path / "pretrained"), model__num_layers=1,  # the pretrained architecture wins
     )  # fmt: skip
     config = with_fields(config, data__source=str(corpus / "rows.jsonl"))
     metrics = train(config)

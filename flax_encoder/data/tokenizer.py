@@ -72,7 +72,7 @@ class TextTokenizer:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(e.ids, np.int32) for e in encodings]
 
-    def token(self, token_id: int) -> str:
+    def token(self, token_id: int | np.integer) -> str:
         return self._tokenizer.id_to_token(int(token_id)) or ""
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
