@@ -30,9 +30,13 @@ from flax_encoder.training.optimizer import make_optimizer, make_schedule
 from flax_encoder.training.sharding import logical_axes, make_mesh, put_batch
 from flax_encoder.training.step import TrainState, init_train_state, make_eval_step, make_train_step
 
+# Published weights
+from flax_encoder.weights import WeightsError, read_weights, write_weights
+
 __all__ = [
     "ClassificationHead", "Classifier", "ConfigError", "DataConfig", "Encoder", "EncoderConfig", "EncoderLayer",
     "LoadedRun", "LossSum", "MaskedLM", "MaskedLMHead", "MaskingConfig", "MeshConfig", "OptimizerConfig", "RunConfig",
-    "TrainState", "attention", "init_train_state", "linear", "load_run", "logical_axes", "make_eval_step", "make_mesh",
-    "make_optimizer", "make_schedule", "make_train_step", "put_batch",
+    "TrainState", "WeightsError", "attention", "init_train_state", "linear", "load_run", "logical_axes",
+    "make_eval_step", "make_mesh", "make_optimizer", "make_schedule", "make_train_step", "put_batch", "read_weights",
+    "write_weights",
 ]  # fmt: skip
