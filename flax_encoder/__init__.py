@@ -14,6 +14,9 @@ from flax_encoder.config import (
     RunConfig,
 )
 
+# Data
+from flax_encoder.data.tokenizer_files import read_tokenizer
+
 # Modules and ops
 from flax_encoder.nn.encoder import Encoder, EncoderLayer
 from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead
@@ -37,6 +40,6 @@ __all__ = [
     "ClassificationHead", "Classifier", "ConfigError", "DataConfig", "Encoder", "EncoderConfig", "EncoderLayer",
     "LoadedRun", "LossSum", "MaskedLM", "MaskedLMHead", "MaskingConfig", "MeshConfig", "OptimizerConfig", "RunConfig",
     "TrainState", "WeightsError", "attention", "init_train_state", "linear", "load_run", "logical_axes",
-    "make_eval_step", "make_mesh", "make_optimizer", "make_schedule", "make_train_step", "put_batch", "read_weights",
-    "write_weights",
+    "make_eval_step", "make_mesh", "make_optimizer", "make_schedule", "make_train_step", "put_batch", "read_tokenizer",
+    "read_weights", "write_weights",
 ]  # fmt: skip
