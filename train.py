@@ -20,6 +20,7 @@ from flax_encoder.cli import failing_clearly, parse_run_config
 from flax_encoder.config import ConfigError, RunConfig, differences, from_dict, to_dict
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.data.tokenizer import TextTokenizer
+from flax_encoder.data.word_vectors import embedding_from_vectors, word_level_tokenizer
 from flax_encoder.nn.partition import round_up_vocab
 from flax_encoder.objectives import OBJECTIVES
 from flax_encoder.report import show_report
@@ -34,8 +35,8 @@ from flax_encoder.training.step import StepMetrics, init_train_state, make_eval_
 # Settings that do not change what is computed: a resumed run may differ in them.
 FREE_ON_RESUME = (
     "run_dir", "init_from", "compare_with_scratch", "log_every", "eval_every", "eval_batches", "checkpoint_every",
-    "keep_checkpoints", "mesh.", "data.cache_dir", "data.tokenizer", "model.scan_layers", "model.remat",
-    "model.attention_implementation",
+    "keep_checkpoints", "mesh.", "data.cache_dir", "data.tokenizer", "data.word_vectors", "model.scan_layers",
+    "model.remat", "model.attention_implementation",
 )  # fmt: skip
 # Settings of a model that its parameters do not depend on: a run keeps its own when it starts from another's.
 FREE_ON_INIT = ("dropout_rate", "attention_dropout_rate", "dtype", "attention_implementation", "scan_layers", "remat")
@@ -89,6 +90,8 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
         log.say(f"resuming {run_dir} from step {start}")
     elif config.init_from:
         state = state._replace(params=start_from(config, state.params, log))
+    elif config.data.word_vectors:
+        state = state._replace(params=with_word_vectors(config.data.word_vectors, data.tokenizer, state.params, log))
     log.say(f"model: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters on {describe_mesh(mesh)}")
     step_fn = make_train_step(
         graphdef, tx, seed=config.seed, num_microbatches=config.num_microbatches, shardings=shardings
@@ -185,6 +188,8 @@ def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) ->
         return dataclasses.replace(config, model=model), keep
     if (run_dir / "tokenizer.json").exists() and config.data.tokenizer is None:  # killed before its first checkpoint
         return config, {"tokenizer": (run_dir / "tokenizer.json").read_text("utf-8")}
+    if config.data.word_vectors and config.data.tokenizer is None:
+        return config, {"tokenizer": word_level_tokenizer(config.data.word_vectors, config.data.vocab_size).json}
     return config, {}
 
 
@@ -218,6 +223,22 @@ def start_from(config: RunConfig, params: Any, log: RunLog) -> Any:
     picked = jax.tree_util.tree_map_with_path(pick, params)
     log.say(f"started from {origin}; new parameters: {', '.join(fresh) or 'none'}")
     return picked
+
+
+def with_word_vectors(path: str, tokenizer: TextTokenizer, params: Any, log: RunLog) -> Any:
+    """`params` with the file's vectors as rows of the token embedding; the rows of other tokens stay as they are."""
+    rows = embedding_from_vectors(path, tokenizer)
+    token = params["encoder"]["embedding"]["token"]
+    if (found := rows.vectors.shape[1]) != token.shape[1]:
+        raise ConfigError(
+            f"word vectors must be as long as the token embedding: {path} has {found} numbers a word, the model "
+            f"{token.shape[1]}."
+        )
+    place = jax.jit(lambda token, rows: token.at[rows[0]].set(rows[1]), out_shardings=token.sharding)
+    token = place(token, (rows.ids, rows.vectors))
+    log.say(f"token embedding: {len(rows.ids):,} rows from {path}, {rows.num_missing:,} tokens are not there")
+    embedding = params["encoder"]["embedding"] | {"token": token}
+    return params | {"encoder": params["encoder"] | {"embedding": embedding}}
 
 
 def stop_if_diverged(values: dict[str, float], step: int, interval: int, run_dir, saved: int | None) -> None:

@@ -141,7 +141,10 @@ class DataConfig:
     tokenizer: str | None = None
     """A tokenizer.json; None takes that of init_from, else trains a WordPiece on the training text."""
     vocab_size: int = 8192
-    """Size of a tokenizer that is trained here."""
+    """Size of a tokenizer that is made here."""
+    word_vectors: str | None = None
+    """A GloVe or word2vec file, text or binary, whose vectors the token embedding starts from. Without data.tokenizer
+    its first vocab_size words are the tokens."""
     row_length: int = 128
     """T, tokens in a row; documents are packed into rows, and longer ones split (classification: cut)."""
     packing: Literal["best-fit", "one-per-row"] = "best-fit"
@@ -191,6 +194,8 @@ class OptimizerConfig:
     muon_momentum: float = 0.95
     weight_decay: float = 0.01
     """Decoupled, on matrices and embeddings; never on biases and norms."""
+    freeze_embedding: bool = False
+    """Leave the token embedding as it starts, such as from data.word_vectors or init_from."""
     clip_norm: float | None = 1.0
     """Gradients with a larger global norm are scaled down to it; None never clips."""
     schedule: Literal["linear", "cosine", "constant_then_decay"] = "linear"
@@ -281,6 +286,10 @@ class RunConfig:
             self.batch_size % self.num_microbatches == 0,
             f"num_microbatches must divide batch_size: got {self.num_microbatches} for {self.batch_size}; "
             f"{_nearest_divisors(self.batch_size, self.num_microbatches)} do.",
+        )
+        _require(
+            self.data.word_vectors is None or self.init_from is None,
+            "the token embedding starts from data.word_vectors or from init_from: got both.",
         )
         _require(
             self.model.position != "learned" or self.data.row_length <= self.model.max_length,

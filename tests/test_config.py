@@ -110,6 +110,7 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
         (RunConfig, {"eval_every": 0}, "eval_every must be above 0 or None: got 0"),
         (RunConfig, {"eval_batches": -3}, "eval_batches must be above 0 or None: got -3"),
         (RunConfig, {"batch_size": 32, "num_microbatches": 3}, "got 3 for 32; 2 and 4 do"),
+        (RunConfig, {"data": DataConfig(word_vectors="v"), "init_from": "r"}, "from init_from: got both"),
         (RunConfig, {"data": DataConfig(row_length=513)}, "got data.row_length 513 for model.max_length 512"),
     ],
 )  # fmt: skip
