@@ -20,6 +20,7 @@ from flax_encoder.data.tokenizer_files import read_tokenizer
 # Modules and ops
 from flax_encoder.nn.encoder import Encoder, EncoderLayer
 from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead
+from flax_encoder.nn.recurrent import RecurrentLayer
 from flax_encoder.objectives import Classifier, MaskedLM
 from flax_encoder.objectives.loss import LossSum
 from flax_encoder.ops.attention import attention
@@ -38,8 +39,8 @@ from flax_encoder.weights import WeightsError, read_weights, write_weights
 
 __all__ = [
     "ClassificationHead", "Classifier", "ConfigError", "DataConfig", "Encoder", "EncoderConfig", "EncoderLayer",
-    "LoadedRun", "LossSum", "MaskedLM", "MaskedLMHead", "MaskingConfig", "MeshConfig", "OptimizerConfig", "RunConfig",
-    "TrainState", "WeightsError", "attention", "init_train_state", "linear", "load_run", "logical_axes",
-    "make_eval_step", "make_mesh", "make_optimizer", "make_schedule", "make_train_step", "put_batch", "read_tokenizer",
-    "read_weights", "write_weights",
+    "LoadedRun", "LossSum", "MaskedLM", "MaskedLMHead", "MaskingConfig", "MeshConfig", "OptimizerConfig",
+    "RecurrentLayer", "RunConfig", "TrainState", "WeightsError", "attention", "init_train_state", "linear",
+    "load_run", "logical_axes", "make_eval_step", "make_mesh", "make_optimizer", "make_schedule", "make_train_step",
+    "put_batch", "read_tokenizer", "read_weights", "write_weights",
 ]  # fmt: skip

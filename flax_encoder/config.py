@@ -39,6 +39,15 @@ def _require_positive(config: Any, *names: str) -> None:
         _require(value > 0, f"{name} must be above 0: got {value}.")
 
 
+# Settings that recurrent layers, and what stands around them, read.
+_OF_RECURRENT = (
+    "vocab_size", "layer", "bidirectional", "num_layers", "num_layer_groups", "embed_dim", "embedding_dim",
+    "num_token_types", "activation", "norm", "norm_placement", "norm_epsilon", "embedding_norm", "position",
+    "max_length", "position_offset", "position_scale", "use_bias", "norm_bias", "init_std", "dropout_rate", "dtype",
+    "scan_layers", "remat",
+)  # fmt: skip
+
+
 class Biases(NamedTuple):
     attention: bool
     mlp: bool
@@ -52,6 +61,10 @@ class EncoderConfig:
 
     vocab_size: int = 0
     """Rows of the embedding table; 0 takes the tokenizer's size."""
+    layer: Literal["attention", "rnn", "lstm", "gru"] = "attention"
+    """What a layer is: attention and feed-forward, or Elman's network (of activation tanh or relu), LSTM or GRU."""
+    bidirectional: bool = True
+    """Recurrent layers: half of embed_dim reads each row forward and half backward, not all of it forward."""
     num_layers: int = 12
     num_layer_groups: int | None = None
     """Sets of parameters, each run by num_layers / num_layer_groups layers in succession (ALBERT has 1); None is one
@@ -157,8 +170,9 @@ class EncoderConfig:
             value = getattr(self, name)
             _require(value >= 0, f"{name} must be at least 0: got {value}.")
         _require(self.vocab_size >= 0, f"vocab_size must be at least 0 (0 is the tokenizer's): got {self.vocab_size}.")
+        self._check_layer()
         _require(
-            self.attention_head_dim is not None or self.embed_dim % self.num_heads == 0,
+            self.layer != "attention" or self.attention_head_dim is not None or self.embed_dim % self.num_heads == 0,
             f"num_heads must divide embed_dim: got {self.num_heads} for {self.embed_dim}; "
             f"{_nearest_divisors(self.embed_dim, self.num_heads)} do, and with attention_head_dim set any does.",
         )
@@ -227,6 +241,35 @@ class EncoderConfig:
             self.local_rope_theta is None or self.window is not None,
             f"local_rope_theta is of layers with a window: got {self.local_rope_theta} and window None.",
         )
+
+    def _check_layer(self) -> None:
+        if self.layer == "attention":
+            _require(self.bidirectional, "attention sees both sides: bidirectional is for recurrent layers.")
+            return
+        for f in dataclasses.fields(self):
+            _require(
+                f.name in _OF_RECURRENT or getattr(self, f.name) == f.default,
+                f"{f.name} is not for layers of {self.layer}: leave it at {f.default}; got {getattr(self, f.name)}.",
+            )
+        _require(
+            (self.activation in ("tanh", "relu")) if self.layer == "rnn" else self.activation == "gelu",
+            f"activation is of rnn layers, tanh or relu, and of no other recurrent layer: got {self.activation} for "
+            f"{self.layer}.",
+        )
+        _require(self.position != "rope", "rope is for attention: position must be another for recurrent layers.")
+        _require(
+            self.embed_dim % self.num_directions == 0,
+            f"embed_dim is shared by both directions, so it must be even: got {self.embed_dim}.",
+        )
+
+    @property
+    def num_directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def num_cells(self) -> int:
+        """Cells a direction of a recurrent layer."""
+        return self.embed_dim // self.num_directions
 
     @property
     def head_dim(self) -> int:

@@ -356,3 +356,11 @@ def test_word_vectors_are_where_training_starts(corpus, tmp_path, one_device, is
     assert np.array_equal(rows, vectors) == is_frozen
     with pytest.raises(ConfigError, match=r"must be as long as the token .* has 32 numbers a word, the model 64"):
         train(with_fields(config, run_dir=str(tmp_path / "other"), model__embed_dim=64))
+
+
+def test_a_recurrent_encoder_trains_and_is_asked_like_any_other(corpus, tmp_path, one_device):
+    model = EncoderConfig(layer="lstm", num_layers=1, embed_dim=32, position="none", embedding_norm=False)
+    train(tiny(corpus, tmp_path / "run", model=model, steps=9, optimizer__learning_rate=1e-2))
+    first, *_, last = (loss for loss, _ in losses(tmp_path / "run").values())
+    assert last < first
+    assert len(load_run(tmp_path / "run").fill_mask("the list [MASK] a value")[0]) == 5

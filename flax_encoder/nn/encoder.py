@@ -14,6 +14,7 @@ from flax_encoder.nn.embedding import Embedding
 from flax_encoder.nn.feed_forward import FeedForward
 from flax_encoder.nn.normalization import Norm
 from flax_encoder.nn.partition import constrain
+from flax_encoder.nn.recurrent import RecurrentLayer
 from flax_encoder.ops.attention import Window
 from flax_encoder.ops.position import rope_tables
 
@@ -75,11 +76,13 @@ class Encoder(nnx.Module):
         self.embedding = Embedding(config, rngs=rngs)
         self.relative = RelativePosition(config, rngs=rngs) if config.relative_position != "none" else None
 
+        make_layer = EncoderLayer if config.layer == "attention" else RecurrentLayer
+
         def make_layers(count, is_first):
             @nnx.split_rngs(splits=count)
             @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
             def make(rngs):
-                return EncoderLayer(config, is_first, rngs=rngs)
+                return make_layer(config, is_first, rngs=rngs)
 
             return make(rngs)
 

@@ -22,6 +22,9 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "distances": None,
     "width": None,
     "token_types": None,
+    "directions": None,
+    "gates": None,
+    "cells": None,
     "features": None,  # vectors as long as the residual stream: too small to be worth splitting
 }
 

@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from toy import SMALL, B, D, F, H, L, N, T, assert_trees_close, random_tokens, split_model
+from toy import SMALL, B, D, F, H, L, N, T, V, assert_trees_close, random_tokens, split_model
 
+from flax_encoder.config import EncoderConfig
 from flax_encoder.nn.encoder import Encoder
 
 PRE = dataclasses.replace(SMALL, norm_placement="pre")
+LSTM = EncoderConfig(
+    vocab_size=V, layer="lstm", num_layers=L, embed_dim=D, max_length=29, position="none", embedding_norm=False
+)
 VARIANTS = {
     "bert": SMALL,
     "pre-norm": PRE,
@@ -47,6 +51,9 @@ VARIANTS = {
         PRE, position="rope", gated=True, use_bias=False, window=2, global_every=2, local_rope_theta=100.0,
         embedding_norm=True, first_attention_norm=False,
     ),
+    "rnn": dataclasses.replace(LSTM, layer="rnn", activation="tanh", position="learned"),
+    "lstm": dataclasses.replace(LSTM, embedding_dim=13, norm_placement="pre"),
+    "gru, one direction": dataclasses.replace(LSTM, layer="gru", bidirectional=False),
     "crammed-like": dataclasses.replace(PRE, position="sinusoidal", position_scale=True, embedding_norm=True),
 }  # fmt: skip
 

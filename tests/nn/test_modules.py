@@ -12,7 +12,7 @@ from flax import nnx
 from optax import sgd
 from toy import SMALL, B, D, T, assert_trees_close, random_tokens, split_model
 
-from flax_encoder.config import Activation
+from flax_encoder.config import Activation, EncoderConfig
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.feed_forward import ACTIVATIONS
 from flax_encoder.nn.heads import gather_rows
@@ -29,6 +29,7 @@ CONFIGS = {
     "deberta": dataclasses.replace(
         SMALL, relative_position="disentangled", conv_width=3, share_relative_projections=False, num_token_types=2
     ),
+    "gru": EncoderConfig(vocab_size=37, layer="gru", num_layers=2, embed_dim=30, max_length=29),
     "crammed": dataclasses.replace(SMALL, position="sinusoidal", position_scale=True, embedding_dim=12),
 }
 MODELS = {
