@@ -42,9 +42,9 @@ def _require_positive(config: Any, *names: str) -> None:
 # Settings that recurrent layers, and what stands around them, read.
 _OF_RECURRENT = (
     "vocab_size", "layer", "bidirectional", "num_layers", "num_layer_groups", "embed_dim", "embedding_dim",
-    "num_token_types", "activation", "norm", "norm_placement", "norm_epsilon", "embedding_norm", "position",
-    "max_length", "position_offset", "position_scale", "use_bias", "norm_bias", "init_std", "dropout_rate", "dtype",
-    "scan_layers", "remat",
+    "embedding_scale", "num_token_types", "activation", "norm", "norm_placement", "norm_epsilon", "embedding_norm",
+    "position", "max_length", "position_offset", "position_scale", "use_bias", "norm_bias", "init_std", "dropout_rate",
+    "dtype", "scan_layers", "remat",
 )  # fmt: skip
 
 
@@ -74,6 +74,8 @@ class EncoderConfig:
     embedding_dim: int | None = None
     """Width of the embeddings, which a linear map then brings to embed_dim (ALBERT, ELECTRA); None embeds in
     embed_dim."""
+    embedding_scale: float = 1.0
+    """Factor of the token vectors before anything is added (Vaswani et al.: embed_dim ** 0.5)."""
     num_token_types: int = 0
     """Kinds of tokens with a vector each, such as BERT's sentence A and B; 0 has none."""
     num_heads: int = 12
@@ -160,6 +162,7 @@ class EncoderConfig:
             "max_length",
             "rope_theta",
             "relative_max_distance",
+            "embedding_scale",
             "init_std",
         )
         for name in ("num_layer_groups", "embedding_dim", "attention_head_dim", "attention_scale", "local_rope_theta"):
@@ -319,6 +322,25 @@ class HeadConfig:
             f"activation, norm and dense_bias are the transform's: got {self.activation}, {self.norm} and "
             f"{self.dense_bias} without it.",
         )
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder behind an encoder, of layers like the encoder's that also read its output."""
+
+    num_layers: int | None = None
+    """None is as many as the encoder has."""
+    tied: bool = True
+    """Logits are products with the token embedding; else with a table of their own."""
+    logit_scale: float = 1.0
+    """Factor of the vectors that logits are made of (T5, where tied: embed_dim ** -0.5)."""
+
+    def __post_init__(self):
+        _require(
+            self.num_layers is None or self.num_layers > 0,
+            f"num_layers must be above 0 or None: got {self.num_layers}.",
+        )
+        _require_positive(self, "logit_scale")
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class Embedding(nnx.Module):
           ValueError: token_types for a model that has none.
         """
         x = jnp.take(self.token[...], tokens, axis=0)
+        x = x if self.config.embedding_scale == 1.0 else self.config.embedding_scale * x
         if self.token_type is not None:
             x = x + (self.token_type[0] if token_types is None else jnp.take(self.token_type[...], token_types, axis=0))
         elif token_types is not None:

@@ -8,6 +8,7 @@ Tables are ordered by offset j - i of key j from query i, from -(T - 1) to T - 1
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -48,25 +49,38 @@ def alibi_bias(num_heads: int, length: int) -> Float[Array, "1 N T T"]:
     return -jnp.asarray(alibi_slopes(num_heads), jnp.float32)[None, :, None, None] * jnp.asarray(distance, jnp.float32)
 
 
-def t5_buckets(offset: Int[np.ndarray, "P"], num_buckets: int, max_distance: int) -> Int[np.ndarray, "P"]:
+def t5_buckets(
+    offset: Int[np.ndarray, "P"], num_buckets: int, max_distance: int, is_causal: bool = False
+) -> Int[np.ndarray, "P"]:
     """Half the buckets for keys after the query; of each half, half for single distances and half in log steps.
 
+    A causal decoder has all of them for keys before the query, and those after, which it does not see, in the first.
     (Raffel et al., arXiv 1910.10683, section 2.1.) float32 throughout: at its edges a bucket follows from rounding,
     and published weights were trained with float32's.
     """
-    side = num_buckets // 2
+    side = num_buckets if is_causal else num_buckets // 2
     exact = side // 2
-    distance = np.abs(offset)
+    distance = np.maximum(-offset, 0) if is_causal else np.abs(offset)
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     steps = ratio / np.float32(math.log(max_distance / exact)) * np.float32(side - exact)
     far = np.minimum(exact + steps.astype(np.int64), side - 1)
-    return np.where(offset > 0, side, 0) + np.where(distance < exact, distance, far)
+    return np.where((offset > 0) & (not is_causal), side, 0) + np.where(distance < exact, distance, far)
 
 
-def t5_bias(table: Float[Array, "R N"], length: int, max_distance: int) -> Float[Array, "1 N T T"]:
+def t5_bias(
+    table: Float[Array, "R N"], length: int, max_distance: int, is_causal: bool = False
+) -> Float[Array, "1 N T T"]:
     """A learned scalar a head and bucket; R buckets."""
-    values = table[t5_buckets(offsets(length), table.shape[0], max_distance)].T
+    values = table[t5_buckets(offsets(length), table.shape[0], max_distance, is_causal)].T
     return to_pairs(jnp.broadcast_to(values[None, :, None, :], (1, table.shape[1], length, 2 * length - 1)))
+
+
+def t5_bias_row(
+    table: Float[Array, "R N"], length: int, max_distance: int, query: Int[Array, ""]
+) -> Float[Array, "1 N 1 T"]:
+    """A causal decoder's bias of one query, whose place may be traced, to each of `length` keys."""
+    values = table[t5_buckets(offsets(length), table.shape[0], max_distance, is_causal=True)].T
+    return jax.lax.dynamic_slice_in_dim(values, length - 1 - query, length, axis=1)[None, :, None, :]
 
 
 def disentangled_buckets(distance: Int[np.ndarray, "P"], num_buckets: int, max_distance: int) -> Int[np.ndarray, "P"]:

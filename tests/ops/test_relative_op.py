@@ -12,6 +12,7 @@ from flax_encoder.ops.relative import (
     disentangled_buckets,
     offsets,
     t5_bias,
+    t5_bias_row,
     t5_buckets,
     to_pairs,
 )
@@ -100,3 +101,17 @@ def test_gradients_flow_to_the_tables():
     gradient = jax.grad(lambda table: (t5_bias(table, T, 16) * draw(1, N, T, T)).sum())(draw(8, N))
     counts = np.bincount(t5_buckets(offsets(T), 8, 16), minlength=8)
     assert ((np.abs(gradient).sum(1) > 0) == (counts > 0)).all()
+
+
+def test_a_causal_t5_decoder_has_all_buckets_for_the_past():
+    """8 buckets: 4 for distances 0 to 3 and 4 in log steps to 16; what comes after is in the first."""
+    got = t5_buckets(np.array([-40, -16, -11, -8, -5, -4, -3, -2, -1, 0, 1, 9]), 8, 16, is_causal=True)
+    np.testing.assert_array_equal(got, [7, 7, 6, 6, 4, 4, 3, 2, 1, 0, 0, 0])
+
+
+def test_a_row_of_the_causal_bias_is_that_of_the_whole():
+    table = draw(R, N)
+    whole = t5_bias(table, T, 16, is_causal=True)
+    for query in range(T):
+        row = jax.jit(lambda query: t5_bias_row(table, T, 16, query))(jnp.int32(query))
+        np.testing.assert_array_equal(row, whole[:, :, query : query + 1])
