@@ -39,6 +39,12 @@ def _require_positive(config: Any, *names: str) -> None:
         _require(value > 0, f"{name} must be above 0: got {value}.")
 
 
+# Settings of an EncoderConfig that its parameters do not depend on.
+FREE_OF_PARAMETERS = (
+    "dropout_rate", "attention_dropout_rate", "dtype", "attention_implementation", "scan_layers", "remat"
+)  # fmt: skip
+
+
 class Biases(NamedTuple):
     attention: bool
     mlp: bool
