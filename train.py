@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from flax_encoder.cli import failing_clearly, parse_run_config
-from flax_encoder.config import ConfigError, RunConfig, differences, from_dict, to_dict
+from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, RunConfig, differences, from_dict, to_dict
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.data.tokenizer import TextTokenizer
 from flax_encoder.data.word_vectors import embedding_from_vectors, word_level_tokenizer
@@ -38,8 +38,6 @@ FREE_ON_RESUME = (
     "keep_checkpoints", "mesh.", "data.cache_dir", "data.tokenizer", "data.word_vectors", "model.scan_layers",
     "model.remat", "model.attention_implementation",
 )  # fmt: skip
-# Settings of a model that its parameters do not depend on: a run keeps its own when it starts from another's.
-FREE_ON_INIT = ("dropout_rate", "attention_dropout_rate", "dtype", "attention_implementation", "scan_layers", "remat")
 STEPS_IN_FLIGHT = 2  # how far the host runs ahead of the device: enough to keep it busy, little enough to stop soon
 
 
@@ -194,8 +192,8 @@ def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) ->
 
 
 def architecture(config: RunConfig) -> dict[str, Any]:
-    """The model's settings that its parameters depend on."""
-    return {name: value for name, value in vars(config.model).items() if name not in FREE_ON_INIT}
+    """The model's settings that its parameters depend on: a run keeps the others when it starts from another's."""
+    return {name: value for name, value in vars(config.model).items() if name not in FREE_OF_PARAMETERS}
 
 
 def with_vocab_size(config: RunConfig, tokenizer_size: int) -> RunConfig:

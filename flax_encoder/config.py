@@ -46,6 +46,10 @@ _OF_RECURRENT = (
     "position", "max_length", "position_offset", "position_scale", "use_bias", "norm_bias", "init_std", "dropout_rate",
     "dtype", "scan_layers", "remat",
 )  # fmt: skip
+# Settings of an EncoderConfig that its parameters do not depend on.
+FREE_OF_PARAMETERS = (
+    "dropout_rate", "attention_dropout_rate", "dtype", "attention_implementation", "scan_layers", "remat"
+)  # fmt: skip
 
 
 class Biases(NamedTuple):

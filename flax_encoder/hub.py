@@ -1,0 +1,487 @@
+"""Published weight folders: load them, ask them, start runs from them, and write them.
+
+A folder holds config.json, weights and a tokenizer; `families` says what their fields and tensors mean. What is not
+understood is an error that names it, and what is left out or made up is named in a log line.
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, HeadConfig, RunConfig, to_dict
+from flax_encoder.data.sources import DataError
+from flax_encoder.data.tokenizer import TextTokenizer
+from flax_encoder.data.tokenizer_files import SENTENCEPIECE_FILES, read_tokenizer
+from flax_encoder.families import FAMILIES, find_family
+from flax_encoder.families.mapping import (
+    Family,
+    Imported,
+    export_tensors,
+    import_tensors,
+    read_config,
+    read_head,
+    write_config,
+)
+from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead
+from flax_encoder.nn.partition import abstract_model
+from flax_encoder.objectives.classification import segment_mean
+from flax_encoder.run import LoadedRun, load_run, model_factory
+from flax_encoder.training.checkpoint import Checkpoints, read_params, read_run
+from flax_encoder.training.run_log import write_atomically
+from flax_encoder.training.step import TrainState
+from flax_encoder.weights import read_weights, write_weights
+
+logger = logging.getLogger(__name__)
+
+Task = Literal["masked_lm", "classification", "token_classification", "question_answering", "discriminator"]
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", *SENTENCEPIECE_FILES)
+# Buffers that older files carry: positions 0, 1, 2 ..., masks and rotations, which follow from the config.
+BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|freqs_cis|alibi)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """NumPy, float32. At padding, the rows of states and of logits mean nothing."""
+
+    last_hidden_state: Float[np.ndarray, "B T D"]
+    hidden_states: tuple[Float[np.ndarray, "B T D"], ...]
+    """The embeddings and what each layer leaves; the last is last_hidden_state."""
+    pooler_output: Float[np.ndarray, "B D"] | None
+    logits: Float[np.ndarray, "..."] | None
+    """[B, T, V], [B, C] (classification), [B, T, C], [B, T, 2] (question answering: start, end) or [B, T]
+    (discriminator)."""
+
+
+class PretrainedModel(nnx.Module):
+    """An encoder with what a folder has on it: the head of its task, a pooler. Paths are those of the objectives."""
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        task: Task | None = None,
+        head: HeadConfig | None = None,
+        num_outputs: int = 0,
+        pooling: str = "cls",
+        has_pooler: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.task, self.pooling = task, pooling
+        self.encoder = Encoder(config, rngs=rngs)
+        if task == "masked_lm":
+            self.head = MaskedLMHead(config, head, rngs=rngs)
+        else:
+            self.head = ClassificationHead(config, num_outputs, head, rngs=rngs) if task else None
+        self.pooler = ClassificationHead(config, 0, rngs=rngs) if has_pooler else None
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        token_types: Int[Array, "B T"] | None = None,
+    ) -> dict[str, Array | None]:
+        """One document a row; the fields of `Output`, the states stacked."""
+        hidden, states = self.encoder(tokens, segment_ids, positions, token_types, every_layer=True)
+        # A document's first token is where BERT's [CLS] is, whichever side is padded.
+        first = (segment_ids > 0).argmax(1)[:, None]
+        pooled = jnp.take_along_axis(hidden, first[..., None], axis=1)
+        logits = None
+        if self.task == "masked_lm":
+            logits = self.head(hidden, self.encoder.embedding.token[...])
+        elif self.task == "classification" and self.pooling == "late":
+            logits = segment_mean(self.head(hidden), segment_ids, first)[:, 0]
+        elif self.task == "classification":
+            mean = segment_mean(hidden, segment_ids, first)
+            logits = self.head(mean if self.pooling == "mean" else pooled)[:, 0]
+        elif self.task is not None:
+            logits = self.head(hidden)
+            logits = logits[..., 0] if self.task == "discriminator" else logits
+        pooler_output = None if self.pooler is None else self.pooler(pooled)[:, 0]
+        return {"last_hidden_state": hidden, "hidden_states": states, "pooler_output": pooler_output, "logits": logits}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    model: PretrainedModel
+    config: EncoderConfig
+    tokenizer: TextTokenizer | None
+    """None where the folder has no file of one."""
+    family: Family
+    task: Task | None
+    head: HeadConfig
+    pooling: str
+    label_names: list[str] | None
+    pad_id: int
+    fresh: tuple[str, ...]
+    """Paths of the parameters that the folder did not have."""
+
+    @cached_property
+    def _apply(self):
+        graphdef, _ = nnx.split(self.model)
+        return jax.jit(lambda params, *rows: nnx.merge(graphdef, params)(*rows))
+
+    def __call__(
+        self,
+        input_ids: Int[np.ndarray, "B T"],
+        attention_mask: Int[np.ndarray, "B T"] | None = None,
+        token_type_ids: Int[np.ndarray, "B T"] | None = None,
+    ) -> Output:
+        """What transformers computes of the same arrays. Rows may be padded on either side.
+
+        Args:
+          attention_mask: 1 at tokens, 0 at padding; None is all tokens.
+
+        Raises:
+          DataError: ids that the embedding has not, or rows longer than the model takes.
+        """
+        ids = np.asarray(input_ids, np.int32)
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.config.vocab_size:
+            raise DataError(f"token ids must lie in 0 .. {self.config.vocab_size - 1}: got {ids.min()} .. {ids.max()}.")
+        if self.config.position == "learned" and ids.shape[1] > self.config.max_length:
+            raise DataError(f"the model takes rows of {self.config.max_length} tokens: got {ids.shape[1]}.")
+        mask = np.ones_like(ids) if attention_mask is None else (np.asarray(attention_mask) > 0).astype(np.int32)
+        positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+        if self.family.counts_real_tokens:
+            is_real = (ids != self.pad_id).astype(np.int32)
+            positions = np.cumsum(is_real, axis=1, dtype=np.int32) * is_real - 1
+        types = None
+        if token_type_ids is not None and self.config.num_token_types:
+            types = jnp.asarray(np.asarray(token_type_ids, np.int32))
+        _, params = nnx.split(self.model)
+        out = self._apply(params, *map(jnp.asarray, (ids, mask, positions)), types)
+        out = {name: None if value is None else np.asarray(value) for name, value in out.items()}
+        return Output(**out | {"hidden_states": tuple(out["hidden_states"])})
+
+
+def is_published(path: str | pathlib.Path) -> bool:
+    """Whether a folder is a published one, rather than a run's."""
+    try:
+        return "model_type" in json.loads((pathlib.Path(path) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def load_pretrained(
+    folder: str | pathlib.Path,
+    *,
+    task: Task | None = None,
+    num_labels: int | None = None,
+    allow_unused: bool = False,
+    seed: int = 0,
+) -> Pretrained:
+    """Load a published folder: config.json, safetensors or pickled tensors, and whatever tokenizer it has.
+
+    Args:
+      task: the head to load; None is that of config.json's architectures, or else the one that the weights hold.
+      num_labels: classes of a head that is not in the folder; None is config.json's.
+      allow_unused: leave out tensors that nothing here reads, rather than refuse them.
+      seed: for heads that the folder has not.
+
+    Raises:
+      ConfigError: an unknown model_type or architecture, a config field or a tensor that is not understood, a tensor
+        of the wrong shape.
+      WeightsError: weights that are missing, truncated or corrupt.
+      DataError: a tokenizer that cannot be read, or has more tokens than the embedding.
+    """
+    folder = pathlib.Path(folder)
+    published = _read_json(folder / "config.json")
+    family = find_family(published)
+    config = read_config(family, published)
+    tensors = {name: w for name, w in read_weights(folder).items() if not BUFFERS.search(name)}
+    task = task or _task(family, published, tensors)
+    if task is not None and task not in family.heads:
+        raise ConfigError(f"{family.model_type} has no {task} head; it has {', '.join(family.heads)}.")
+    head, pooling = read_head(family, task, published) if task else (HeadConfig(), "cls")
+    label_names = [str(name) for _, name in sorted((published.get("id2label") or {}).items(), key=lambda x: int(x[0]))]
+    num_outputs = num_labels or len(label_names) or published.get("num_labels") or 2
+    if task and family.heads[task].num_outputs:
+        num_outputs = family.heads[task].num_outputs
+    plain_names = {name.removeprefix(family.prefix) for name in tensors}
+    head_names = {
+        n.removeprefix(family.prefix) for row in (family.heads[task].rows if task else ()) for n in row.theirs
+    }
+    has_pooler = any(row.theirs[0] in plain_names - head_names for row in family.pooler)
+
+    def make_model():
+        return PretrainedModel(config, task, head, num_outputs, pooling, has_pooler, rngs=nnx.Rngs(seed))
+
+    graphdef, abstract = abstract_model(make_model)
+    shapes = {path: leaf.shape for path, leaf in _flat(nnx.to_pure_dict(abstract)).items()}
+    imported = import_tensors(family, task, tensors, shapes, config.num_heads)
+    fresh = tuple(sorted(set(shapes) - set(imported.params)))
+    _check_complete(folder, family, imported, fresh, allow_unused)
+    if fresh:
+        made = _flat(nnx.to_pure_dict(nnx.split(make_model())[1]))
+        imported.params.update({path: np.asarray(made[path]) for path in fresh})
+        logger.warning("%s has no %s: made anew from seed %d", folder, ", ".join(fresh), seed)
+    model = nnx.merge(graphdef, _nested({path: jnp.asarray(value) for path, value in imported.params.items()}))
+    tokenizer = None
+    if any((folder / name).exists() for name in TOKENIZER_FILES):
+        tokenizer = read_tokenizer(folder)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise DataError(
+                f"the embedding must hold every token: the tokenizer in {folder} has {tokenizer.vocab_size} and the "
+                f"embedding {config.vocab_size}."
+            )
+    pad_id = published.get("pad_token_id")
+    pad_id = config.position_offset - 1 if family.counts_real_tokens else pad_id or 0
+    names = label_names if len(label_names) == num_outputs else [f"LABEL_{i}" for i in range(num_outputs)]
+    return Pretrained(
+        model,
+        config,
+        tokenizer,
+        family,
+        task,
+        head,
+        pooling,
+        names if task == "classification" else None,
+        pad_id,
+        fresh,
+    )
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"no published model in {path.parent}: {path.name}: {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must be a JSON object: got {type(value).__name__}.")
+    return value
+
+
+def _task(family: Family, published: Mapping[str, Any], tensors: Mapping[str, Any]) -> Task | None:
+    """What a folder is for: what its config says, or else the first head of which it has every tensor's first name."""
+    architecture = (published.get("architectures") or [None])[0]
+    known = {name: task for task, head in family.heads.items() for name in head.architectures}
+    if architecture is not None and architecture not in (*known, family.base):
+        raise ConfigError(
+            f"architecture {architecture!r} of {family.model_type} is not known; known are "
+            f"{', '.join([family.base, *known])}. Give task= to load it as one of them."
+        )
+    if architecture is not None:
+        return known.get(architecture)
+    has = {task: any(row.theirs[0] in tensors for row in head.rows) for task, head in family.heads.items()}
+    return next((task for task in has if has[task]), None)
+
+
+def _check_complete(
+    folder: pathlib.Path, family: Family, imported: Imported, fresh: tuple[str, ...], allow_unused: bool
+) -> None:
+    if lost := [path for path in fresh if path.startswith("encoder.")]:
+        names = [
+            name
+            for name in imported.missing
+            if not any(name in row.theirs for h in family.heads.values() for row in h.rows)
+        ]
+        raise ConfigError(f"{folder} lacks tensors of the encoder: {', '.join((names or lost)[:8])}.")
+    known = {name.removeprefix(family.prefix) for h in family.heads.values() for row in h.rows for name in row.theirs}
+    known |= {h.tied for h in family.heads.values()} | {n for row in family.pooler for n in row.theirs}
+    expected = [
+        name for name in imported.unused
+        if name.removeprefix(family.prefix) in known or any(re.search(p, name) for p in family.leftovers)
+    ]  # fmt: skip
+    if expected:
+        logger.warning("%s: left out %s, of heads that are not loaded", folder, ", ".join(expected))
+    if (unknown := sorted(set(imported.unused) - set(expected))) and not allow_unused:
+        raise ConfigError(
+            f"{folder} has tensors that nothing here reads: {', '.join(unknown[:8])}"
+            f"{' ...' if len(unknown) > 8 else ''}. allow_unused=True leaves them out."
+        )
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {".".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def as_run(loaded: Pretrained) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what a checkpoint says of its run, the parameters that the folder had), as `read_run` and `read_params` give.
+
+    Raises:
+      DataError: no tokenizer, without which there is no run.
+    """
+    if loaded.tokenizer is None:
+        raise DataError(f"a run needs a tokenizer, and the folder has none: looked for {', '.join(TOKENIZER_FILES)}.")
+    is_classifier = loaded.task == "classification"
+    length = loaded.config.max_length if loaded.config.position == "learned" else DataConfig.row_length
+    config = RunConfig(
+        objective="classification" if is_classifier else "masked_lm",
+        model=loaded.config,
+        head=loaded.head if loaded.task in ("masked_lm", "classification") else HeadConfig(),
+        pooling=loaded.pooling,
+        data=DataConfig(row_length=min(DataConfig.row_length, length)),
+    )
+    run = {
+        "config": to_dict(config),
+        "tokenizer": loaded.tokenizer.json,
+        "label_names": loaded.label_names,
+        "step": 0,
+    }
+    params = _flat(nnx.to_pure_dict(nnx.split(loaded.model)[1]))
+    kept = ("encoder.", "head.") if loaded.task in ("masked_lm", "classification") else ("encoder.",)
+    return run, _nested({p: v for p, v in params.items() if p.startswith(kept) and p not in loaded.fresh})
+
+
+def read_origin(path: str | pathlib.Path, task: Task | None = None) -> tuple[dict[str, Any], Any]:
+    """(run, parameters) of what `init_from` names: a run folder, a checkpoint or a published folder.
+
+    `task` is the head to load of a published folder, as far as it has it; a run folder has its own.
+    """
+    path = pathlib.Path(path)
+    return as_run(load_pretrained(path, task=task)) if is_published(path) else (read_run(path), read_params(path))
+
+
+def open_model(path: str | pathlib.Path) -> LoadedRun:
+    """A run folder, a checkpoint or a published folder, ready to be asked.
+
+    Raises:
+      DataError: a published folder whose head is not of a run's objectives, or not there.
+    """
+    path = pathlib.Path(path)
+    if not is_published(path):
+        return load_run(path)
+    loaded = load_pretrained(path)
+    if loaded.task not in ("masked_lm", "classification") or loaded.fresh:
+        raise DataError(f"{path} has no head of a masked_lm or classification run: it has {loaded.task or 'none'}.")
+    run, params = as_run(loaded)
+    config = RunConfig(
+        objective=run["config"]["objective"], model=loaded.config, head=loaded.head, pooling=loaded.pooling,
+        data=DataConfig(**run["config"]["data"]),
+    )  # fmt: skip
+    graphdef, _ = abstract_model(model_factory(config, loaded.label_names))
+    return LoadedRun(nnx.merge(graphdef, params), config, loaded.tokenizer, loaded.label_names, 0)
+
+
+def import_folder(folder: str | pathlib.Path, out: str | pathlib.Path) -> None:
+    """Make a run folder of a published one: what is trained, asked or exported like any other.
+
+    Raises:
+      ConfigError: `out` has something in it already. And whatever `load_pretrained` raises.
+    """
+    out = pathlib.Path(out)
+    _refuse_filled(out)
+    model = open_model(folder)
+    config = to_dict(dataclasses.replace(model.config, run_dir=str(out)))
+    settings = {"config": config, "tokenizer": model.tokenizer.json, "label_names": model.label_names}
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "tokenizer.json", model.tokenizer.json)
+    write_atomically(out / "config.json", json.dumps(config, indent=1) + "\n")
+    with Checkpoints(out, keep=1) as checkpoints:
+        params = nnx.to_pure_dict(nnx.split(model.model)[1])
+        checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, {}), 0, settings)
+
+
+def export_run(
+    run_dir: str | pathlib.Path,
+    out: str | pathlib.Path,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    model_type: str | None = None,
+) -> str:
+    """Write a run, or a checkpoint, as a folder that transformers opens. Returns the architecture it is there.
+
+    Args:
+      dtype: of the weights.
+      model_type: the family to write it as; None takes the first that can say it.
+
+    Raises:
+      ConfigError: no published family can say this model, with what keeps the given, or the nearest, from it; `out`
+        has something in it already.
+    """
+    out = pathlib.Path(out)
+    _refuse_filled(out)
+    run = load_run(run_dir)
+    config = run.config
+    family, published = _published_config(config, model_type)
+    pad = run.tokenizer.special("pad")
+    if published.setdefault("pad_token_id", pad) != pad:
+        raise ConfigError(
+            f"{family.model_type} counts positions from its padding's id, {published['pad_token_id']}: the tokenizer's "
+            f"is {pad}."
+        )
+    names = run.label_names or []
+    if names:
+        published |= {
+            "id2label": {str(i): name for i, name in enumerate(names)},
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
+    params = _flat(nnx.to_pure_dict(nnx.split(run.model)[1]))
+    tensors = export_tensors(family, config.objective, jax.tree.map(np.asarray, params), config.model.num_heads)
+    write_weights(out, tensors, dtype)
+    for name, value in {"config.json": published | {"dtype": dtype}, **_tokenizer_files(run.tokenizer, config)}.items():
+        write_atomically(out / name, value if isinstance(value, str) else json.dumps(value, indent=1) + "\n")
+    return published["architectures"][0]
+
+
+def _published_config(config: RunConfig, model_type: str | None) -> tuple[Family, dict[str, Any]]:
+    candidates = [f for f in FAMILIES if model_type in (None, f.model_type)]
+    if not candidates:
+        known = ", ".join(sorted({f.model_type for f in FAMILIES}))
+        raise ConfigError(f"model_type {model_type!r} is not known; known are {known}.")
+    reasons = []
+    for family in candidates:
+        if not family.is_in_transformers:
+            reasons.append(f"transformers has no {family.base}: it can read no folder of {family.model_type}.")
+            continue
+        try:
+            return family, write_config(family, config.model, config.objective, config.head, config.pooling)
+        except ConfigError as error:
+            reasons.append(str(error))
+    nearest = min(reasons, key=len)  # the fewest settings that differ, roughly
+    raise ConfigError(
+        f"no published family can say this model; nearest: {nearest}" if model_type is None else reasons[0]
+    )
+
+
+def _tokenizer_files(tokenizer: TextTokenizer, config: RunConfig) -> dict[str, Any]:
+    """tokenizer.json, which puts special tokens around texts as runs do, and what transformers asks beside it."""
+    roles = {"pad": "pad", "unk": "unknown", "cls": "first", "sep": "last", "mask": "mask"}
+    named = {f"{theirs}_token": tokenizer.token(tokenizer.special(ours)) for theirs, ours in roles.items()}
+    text = tokenizer.json
+    if json.loads(text).get("post_processor") is None:
+        first, last = named["cls_token"], named["sep_token"]
+        own = Tokenizer.from_str(text)
+        own.post_processor = TemplateProcessing(
+            single=f"{first} $A {last}",
+            pair=f"{first} $A {last} $B:1 {last}:1",
+            special_tokens=[(first, tokenizer.special("first")), (last, tokenizer.special("last"))],
+        )
+        text = own.to_str(pretty=True)
+    limit = {"model_max_length": config.model.max_length} if config.model.position == "learned" else {}
+    return {
+        "tokenizer.json": text,
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **named, **limit},
+        "special_tokens_map.json": named,
+    }
+
+
+def _refuse_filled(folder: pathlib.Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} must be empty or new: it has {sorted(folder.iterdir())[0].name}.")
