@@ -76,8 +76,8 @@ class EncoderConfig:
     embed_dim: int = 768
     """D, the width of the residual stream."""
     embedding_dim: int | None = None
-    """Width of the embeddings, which a linear map then brings to embed_dim (ALBERT, ELECTRA); None embeds in
-    embed_dim."""
+    """Width of the embeddings, which a linear map then brings to embed_dim (ALBERT, ELECTRA), or the first recurrent
+    layer; None embeds in embed_dim."""
     embedding_scale: float = 1.0
     """Factor of the token vectors before anything is added (Vaswani et al.: embed_dim ** 0.5)."""
     num_token_types: int = 0
@@ -230,7 +230,8 @@ class EncoderConfig:
         _require(
             not self.first_differs or self.num_layer_groups is None,
             f"layers that share parameters are alike: got num_layer_groups {self.num_layer_groups} with a first layer "
-            f"of its own (conv_width {self.conv_width}, first_attention_norm {self.first_attention_norm}).",
+            f"of its own (conv_width {self.conv_width}, first_attention_norm {self.first_attention_norm}, "
+            f"embedding_dim {self.embedding_dim}).",
         )
         _require(
             self.first_attention_norm or self.norm_placement == "pre",
@@ -293,7 +294,8 @@ class EncoderConfig:
     @property
     def first_differs(self) -> bool:
         """Whether layer 0 has other parameters than the rest, and so lies apart from their stack."""
-        return self.conv_width > 0 or not self.first_attention_norm
+        is_wider = self.layer != "attention" and self.embedding_dim not in (None, self.embed_dim)
+        return self.conv_width > 0 or not self.first_attention_norm or is_wider
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, HeadConfig, RunConfig, to_dict
+from flax_encoder.config import ConfigError, DataConfig, DecoderConfig, EncoderConfig, HeadConfig, RunConfig, to_dict
 from flax_encoder.data.sources import DataError
 from flax_encoder.data.tokenizer import TextTokenizer
 from flax_encoder.data.tokenizer_files import SENTENCEPIECE_FILES, read_tokenizer
@@ -35,6 +35,8 @@ from flax_encoder.families.mapping import (
     read_head,
     write_config,
 )
+from flax_encoder.generate import Generation, generate
+from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead
 from flax_encoder.nn.partition import abstract_model
@@ -47,7 +49,9 @@ from flax_encoder.weights import read_weights, write_weights
 
 logger = logging.getLogger(__name__)
 
-Task = Literal["masked_lm", "classification", "token_classification", "question_answering", "discriminator"]
+Task = Literal[
+    "masked_lm", "classification", "token_classification", "question_answering", "discriminator", "text_to_text"
+]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", *SENTENCEPIECE_FILES)
 # Buffers that older files carry: positions 0, 1, 2 ..., masks and rotations, which follow from the config.
 BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|freqs_cis|alibi)$")
@@ -63,7 +67,9 @@ class Output:
     pooler_output: Float[np.ndarray, "B D"] | None
     logits: Float[np.ndarray, "..."] | None
     """[B, T, V], [B, C] (classification), [B, T, C], [B, T, 2] (question answering: start, end) or [B, T]
-    (discriminator)."""
+    (discriminator); of an encoder-decoder those of the target."""
+    decoder_hidden_states: tuple[Float[np.ndarray, "B S D"], ...] | None = None
+    """Of an encoder-decoder's target, likewise."""
 
 
 class PretrainedModel(nnx.Module):
@@ -117,7 +123,7 @@ class PretrainedModel(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    model: PretrainedModel
+    model: PretrainedModel | EncoderDecoder
     config: EncoderConfig
     tokenizer: TextTokenizer | None
     """None where the folder has no file of one."""
@@ -129,29 +135,33 @@ class Pretrained:
     pad_id: int
     fresh: tuple[str, ...]
     """Paths of the parameters that the folder did not have."""
+    decoder: DecoderConfig | None = None
+    generation: Generation | None = None
+    """The ids that its decoder starts with, ends with and pads with."""
 
     @cached_property
     def _apply(self):
         graphdef, _ = nnx.split(self.model)
-        return jax.jit(lambda params, *rows: nnx.merge(graphdef, params)(*rows))
+        call = (lambda model, *rows: model(*rows)) if self.decoder is None else _encode_and_decode
+        return jax.jit(lambda params, *rows: call(nnx.merge(graphdef, params), *rows))
 
     def __call__(
         self,
         input_ids: Int[np.ndarray, "B T"],
         attention_mask: Int[np.ndarray, "B T"] | None = None,
         token_type_ids: Int[np.ndarray, "B T"] | None = None,
+        decoder_input_ids: Int[np.ndarray, "B S"] | None = None,
     ) -> Output:
         """What transformers computes of the same arrays. Rows may be padded on either side.
 
         Args:
           attention_mask: 1 at tokens, 0 at padding; None is all tokens.
+          decoder_input_ids: an encoder-decoder's target; None encodes only.
 
         Raises:
-          DataError: ids that the embedding has not, or rows longer than the model takes.
+          DataError: ids that the embedding has not, rows longer than the model takes, or a target for no decoder.
         """
-        ids = np.asarray(input_ids, np.int32)
-        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.config.vocab_size:
-            raise DataError(f"token ids must lie in 0 .. {self.config.vocab_size - 1}: got {ids.min()} .. {ids.max()}.")
+        ids = self._ids(input_ids)
         if self.config.position == "learned" and ids.shape[1] > self.config.max_length:
             raise DataError(f"the model takes rows of {self.config.max_length} tokens: got {ids.shape[1]}.")
         mask = np.ones_like(ids) if attention_mask is None else (np.asarray(attention_mask) > 0).astype(np.int32)
@@ -159,13 +169,64 @@ class Pretrained:
         if self.family.counts_real_tokens:
             is_real = (ids != self.pad_id).astype(np.int32)
             positions = np.cumsum(is_real, axis=1, dtype=np.int32) * is_real - 1
+        if decoder_input_ids is not None and self.decoder is None:
+            raise DataError(f"decoder_input_ids are for encoder-decoders: this is a {self.task or 'bare encoder'}.")
         types = None
         if token_type_ids is not None and self.config.num_token_types:
             types = jnp.asarray(np.asarray(token_type_ids, np.int32))
+        if self.decoder is not None:
+            types = None if decoder_input_ids is None else jnp.asarray(self._ids(decoder_input_ids))
         _, params = nnx.split(self.model)
         out = self._apply(params, *map(jnp.asarray, (ids, mask, positions)), types)
         out = {name: None if value is None else np.asarray(value) for name, value in out.items()}
-        return Output(**out | {"hidden_states": tuple(out["hidden_states"])})
+        states = {name: tuple(x) for name, x in out.items() if name.endswith("hidden_states") and x is not None}
+        return Output(**out | states)
+
+    def generate(
+        self,
+        input_ids: Int[np.ndarray, "B T"],
+        attention_mask: Int[np.ndarray, "B T"] | None = None,
+        *,
+        do_sample: bool = False,
+        seed: int = 0,
+        **settings: Any,
+    ) -> Int[np.ndarray, "B S"]:
+        """Write a target for each row: greedy, or as `settings` say; they are `Generation`'s, such as num_beams.
+
+        Returns ids with the one that starts them, padded to the longest.
+
+        Raises:
+          DataError: no decoder. ValueError: settings that contradict each other.
+        """
+        if self.decoder is None:
+            raise DataError(f"only encoder-decoders generate: this model is a {self.task or 'bare encoder'}.")
+        ids = self._ids(input_ids)
+        mask = np.ones_like(ids) if attention_mask is None else (np.asarray(attention_mask) > 0).astype(np.int32)
+        generation = dataclasses.replace(self.generation, is_drawn=do_sample, **settings)
+        # A multiple of 32, so that few shapes are compiled.
+        ids, mask = (jnp.asarray(np.pad(x, [(0, 0), (0, -x.shape[1] % 32)])) for x in (ids, mask))
+        key = jax.random.key(seed) if do_sample else None
+        text = np.asarray(generate(self.model, ids, mask, generation, key=key))
+        is_over = np.cumsum(text[:, 1:] == generation.end_id, axis=1) > 0
+        longest = 1 + min(int((~is_over).sum(1).max()) + 1, generation.max_new_tokens)
+        return text[:, :longest]
+
+    def _ids(self, ids: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        ids = np.asarray(ids, np.int32)
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.config.vocab_size:
+            raise DataError(f"token ids must lie in 0 .. {self.config.vocab_size - 1}: got {ids.min()} .. {ids.max()}.")
+        return ids
+
+
+def _encode_and_decode(model: EncoderDecoder, tokens, segment_ids, positions, target_tokens) -> dict[str, Array | None]:
+    """The fields of `Output`, as `PretrainedModel` gives them."""
+    hidden, states = model.encoder(tokens, segment_ids, positions, every_layer=True)
+    out = {"last_hidden_state": hidden, "hidden_states": states, "pooler_output": None, "logits": None}
+    if target_tokens is None:
+        return out
+    seen = jnp.ones_like(target_tokens)
+    decoded, decoder_states = model.decoder(model.embed(target_tokens), hidden, seen, segment_ids, every_layer=True)
+    return out | {"logits": model.logits(decoded), "decoder_hidden_states": decoder_states}
 
 
 def is_published(path: str | pathlib.Path) -> bool:
@@ -207,6 +268,7 @@ def load_pretrained(
     if task is not None and task not in family.heads:
         raise ConfigError(f"{family.model_type} has no {task} head; it has {', '.join(family.heads)}.")
     head, pooling = read_head(family, task, published) if task else (HeadConfig(), "cls")
+    decoder = family.decoder(published, tensors) if family.decoder and task == "text_to_text" else None
     label_names = [str(name) for _, name in sorted((published.get("id2label") or {}).items(), key=lambda x: int(x[0]))]
     num_outputs = num_labels or len(label_names) or published.get("num_labels") or 2
     if task and family.heads[task].num_outputs:
@@ -218,6 +280,8 @@ def load_pretrained(
     has_pooler = any(row.theirs[0] in plain_names - head_names for row in family.pooler)
 
     def make_model():
+        if decoder is not None:
+            return EncoderDecoder(config, decoder, rngs=nnx.Rngs(seed))
         return PretrainedModel(config, task, head, num_outputs, pooling, has_pooler, rngs=nnx.Rngs(seed))
 
     graphdef, abstract = abstract_model(make_model)
@@ -252,7 +316,17 @@ def load_pretrained(
         names if task == "classification" else None,
         pad_id,
         fresh,
+        decoder,
+        _generation(published) if decoder else None,
     )
+
+
+def _generation(published: Mapping[str, Any]) -> Generation:
+    pad = published.get("pad_token_id") or 0
+    start, end = published.get("decoder_start_token_id"), published.get("eos_token_id", 1)
+    if isinstance(end, list):
+        raise ConfigError(f"eos_token_id must be one id: got {end}.")
+    return Generation(start_id=pad if start is None else start, end_id=end, pad_id=pad)
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -285,13 +359,13 @@ def _task(family: Family, published: Mapping[str, Any], tensors: Mapping[str, An
 def _check_complete(
     folder: pathlib.Path, family: Family, imported: Imported, fresh: tuple[str, ...], allow_unused: bool
 ) -> None:
-    if lost := [path for path in fresh if path.startswith("encoder.")]:
+    if lost := [path for path in fresh if path.startswith(("encoder.", "decoder."))]:
         names = [
             name
             for name in imported.missing
             if not any(name in row.theirs for h in family.heads.values() for row in h.rows)
         ]
-        raise ConfigError(f"{folder} lacks tensors of the encoder: {', '.join((names or lost)[:8])}.")
+        raise ConfigError(f"{folder} lacks tensors of the encoder or decoder: {', '.join((names or lost)[:8])}.")
     known = {name.removeprefix(family.prefix) for h in family.heads.values() for row in h.rows for name in row.theirs}
     known |= {h.tied for h in family.heads.values()} | {n for row in family.pooler for n in row.theirs}
     expected = [

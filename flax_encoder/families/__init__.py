@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax_encoder.config import ConfigError, EncoderConfig
-from flax_encoder.families import bert, deberta, modern, t5
+from flax_encoder.families import bert, classic, deberta, modern, t5
 from flax_encoder.families.mapping import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -25,7 +25,9 @@ FAMILIES: tuple[Family, ...] = (
     modern.NEOBERT,
 )
 PRESETS: dict[str, EncoderConfig] = {name: preset for family in FAMILIES for name, preset in family.presets.items()} | {
-    "crammed_bert": modern.crammed_bert
+    "crammed_bert": modern.crammed_bert,
+    "transformer_base": classic.transformer_base,
+    "bilstm": classic.bilstm,
 }
 
 

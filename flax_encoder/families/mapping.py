@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, EncoderConfig, HeadConfig
+from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, DecoderConfig, EncoderConfig, HeadConfig
 
 # Names of activations in published configs, and ours. Of several with one meaning the first is written.
 ACTIVATIONS = {
@@ -85,6 +85,8 @@ class Row(NamedTuple):
     """How several lie in one tensor."""
     num_written: int = 1
     """How many of the names are written: the other side can want copies."""
+    when: tuple[str, bool] | None = None
+    """A parameter, and whether the row is of models that have it or of those that do not."""
 
 
 def linear(theirs: str | tuple[str, ...], ours: str, layout: str = "linear") -> list[Row]:
@@ -174,6 +176,8 @@ class Head:
     """None counts the config's labels; masked_lm has the vocabulary's."""
     tied: str | None = None
     """Name of the tensor that is the token embedding over again where the head is tied."""
+    prefix: str | None = None
+    """Before the encoder's names in this head's folders; None is the family's."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,8 @@ class Family:
     counts_real_tokens: bool = False
     """Positions count tokens that are no padding (RoBERTa), not columns."""
     is_in_transformers: bool = True
+    decoder: Callable[[Mapping[str, Any], Mapping[str, np.ndarray]], DecoderConfig] | None = None
+    """Of its encoder-decoders, from the published config and tensors; their task is `text_to_text`."""
 
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -347,20 +353,25 @@ class _Tensor(NamedTuple):
 
 def _tensors(family: Family, task: str | None, shapes: Shapes) -> Iterator[_Tensor]:
     """Every tensor that parameters of these shapes stand for, by full names."""
-    rows = [(row, family.prefix, "encoder.") for row in family.rows]
-    rows += [(row, family.prefix, "") for row in family.pooler]
-    rows += [(row, "", "") for row in (family.heads[task].rows if task else ())]
-    has_first = any(path.startswith("encoder.first.") for path in shapes)
+    head = family.heads[task] if task else None
+    prefix = family.prefix if head is None or head.prefix is None else head.prefix
+    rows = [(row, prefix, "encoder.") for row in family.rows]
+    rows += [(row, prefix, "") for row in family.pooler]
+    rows += [(row, "", "") for row in (head.rows if head else ())]
     for row, before, root in rows:
+        if row.when is not None and (root + row.when[0] in shapes) != row.when[1]:
+            continue
         paths = [(root + path, layout) for path, layout in row.ours]
+        stack = paths[0][0].partition(".")[0]  # encoder, or decoder
+        has_first = any(path.startswith(f"{stack}.first.") for path in shapes)
         count = 1
         if "{i}" in row.theirs[0]:
-            count = has_first + max((shapes[p][0] for p in shapes if p.startswith("encoder.layers.")), default=0)
+            count = has_first + max((shapes[p][0] for p in shapes if p.startswith(f"{stack}.layers.")), default=0)
         for i in range(count):
             pieces = []
             for path, layout in paths:
-                index = 0 if path.startswith("encoder.first.") else None
-                if path.startswith("encoder.layers."):
+                index = 0 if path.startswith(f"{stack}.first.") else None
+                if path.startswith(f"{stack}.layers."):
                     is_first = has_first and i == 0
                     path, index = path.replace(".layers.", ".first.") if is_first else path, i - has_first * (i > 0)
                 if path in shapes:
@@ -413,12 +424,14 @@ def import_tensors(
         by_name[re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", plain))] = name
     params: dict[str, np.ndarray] = {}
     missing: list[str] = []
+    incomplete: set[str] = set()  # stacks that lack a layer's tensor, too
     used: set[str] = set()
     for tensor in _tensors(family, task, shapes):
         found = [name for name in (n.removeprefix(family.prefix) for n in tensor.names) if name in by_name]
         used |= set(found)
         if not found:
             missing.append(tensor.names[0])
+            incomplete.update(path for path, _, _ in tensor.pieces)
             continue
         value = np.asarray(tensors[by_name[found[0]]])
         piece_shapes = [shapes[path] if index is None else shapes[path][1:] for path, index, _ in tensor.pieces]
@@ -446,4 +459,5 @@ def import_tensors(
                 "Set tie_word_embeddings to false to use it."
             )
         used.add(tied)
+    params = {path: value for path, value in params.items() if path not in incomplete}
     return Imported(params, missing, sorted(by_name[name] for name in set(by_name) - used))

@@ -1,12 +1,57 @@
-"""T5's encoder (Raffel et al., arXiv 1910.10683) and that of T5 1.1 (Shazeer, arXiv 2002.05202)."""
+"""T5 (Raffel et al., arXiv 1910.10683) and T5 1.1 (Shazeer, arXiv 2002.05202): the encoder, with its decoder or not."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from flax_encoder.config import EncoderConfig
+import numpy as np
+
+from flax_encoder.config import DecoderConfig, EncoderConfig
 from flax_encoder.families.bert import classes
-from flax_encoder.families.mapping import Family, Field, Head, activation, activation_name, linear, norm, table
+from flax_encoder.families.mapping import Family, Field, Head, Row, activation, activation_name, linear, norm, table
 
 BLOCK = "encoder.block.{i}.layer"
+DECODER = "decoder.block.{i}.layer"
+
+
+def _attention_rows(theirs: str, ours: str) -> tuple[Row, ...]:
+    parts = (("q", "query"), ("k", "key"), ("v", "value"))
+    rows = (row for part, name in parts for row in linear(f"{theirs}.{part}", f"{ours}.{name}"))
+    return (*rows, *linear(f"{theirs}.o", f"{ours}.out", "from_heads"))
+
+
+def _feed_forward_rows(theirs: str, ours: str) -> tuple[Row, ...]:
+    return (
+        *(row._replace(when=(f"{ours}.gate.kernel", name == "wi_1")) for name in ("wi", "wi_1")
+          for row in linear(f"{theirs}.{name}", f"{ours}.up")),
+        *linear(f"{theirs}.wi_0", f"{ours}.gate"),
+        *linear(f"{theirs}.wo", f"{ours}.down"),
+    )  # fmt: skip
+
+
+DECODER_ROWS = (
+    *table("decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "decoder.relative"),
+    *_attention_rows(f"{DECODER}.0.SelfAttention", "decoder.layers.attention"),
+    *norm(f"{DECODER}.0.layer_norm", "decoder.layers.attention_norm"),
+    *_attention_rows(f"{DECODER}.1.EncDecAttention", "decoder.layers.cross_attention"),
+    *norm(f"{DECODER}.1.layer_norm", "decoder.layers.cross_attention_norm"),
+    *_feed_forward_rows(f"{DECODER}.2.DenseReluDense", "decoder.layers.feed_forward"),
+    *norm(f"{DECODER}.2.layer_norm", "decoder.layers.feed_forward_norm"),
+    *norm("decoder.final_layer_norm", "decoder.final_norm"),
+    *table("lm_head.weight", "head.token"),
+)
+
+
+def read_decoder(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> DecoderConfig:
+    """What tie_word_embeddings stands for besides: the first T5 scales what logits are made of, 1.1 does not."""
+    is_scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True) is not False)
+    own = tensors.get("lm_head.weight")
+    shared = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
+    return DecoderConfig(
+        num_layers=config.get("num_decoder_layers") or config.get("num_layers", 6),
+        tied=own is None or shared is None or np.array_equal(own, shared),
+        logit_scale=config.get("d_model", 512) ** -0.5 if is_scaled else 1.0,
+    )
 
 
 def _read_feed_forward(name: str) -> tuple[str, bool]:
@@ -58,19 +103,20 @@ T5 = Family(
     rows=(
         *table(("shared.weight", "encoder.embed_tokens.weight"), "embedding.token"),
         *table("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "relative.table"),
-        *(row for part, ours in (("q", "query"), ("k", "key"), ("v", "value"))
-          for row in linear(f"{BLOCK}.0.SelfAttention.{part}", f"layers.attention.{ours}")),
-        *linear(f"{BLOCK}.0.SelfAttention.o", "layers.attention.out", "from_heads"),
+        *_attention_rows(f"{BLOCK}.0.SelfAttention", "layers.attention"),
         *norm(f"{BLOCK}.0.layer_norm", "layers.attention_norm"),
-        *linear((f"{BLOCK}.1.DenseReluDense.wi", f"{BLOCK}.1.DenseReluDense.wi_1"), "layers.feed_forward.up"),
-        *linear(f"{BLOCK}.1.DenseReluDense.wi_0", "layers.feed_forward.gate"),
-        *linear(f"{BLOCK}.1.DenseReluDense.wo", "layers.feed_forward.down"),
+        *_feed_forward_rows(f"{BLOCK}.1.DenseReluDense", "layers.feed_forward"),
         *norm(f"{BLOCK}.1.layer_norm", "layers.feed_forward_norm"),
         *norm("encoder.final_layer_norm", "final_norm"),
     ),
     heads={
         "token_classification": Head(("T5ForTokenClassification",), classes("classifier"), {"transform": False}),
+        "text_to_text": Head(
+            ("T5ForConditionalGeneration", "T5WithLMHeadModel", "T5Model"), DECODER_ROWS, tied="lm_head.weight",
+            prefix="",
+        ),
     },
+    decoder=read_decoder,
     prefix="transformer.",
     base="T5EncoderModel",
     must={"is_encoder_decoder": (True, False)},
@@ -79,7 +125,11 @@ T5 = Family(
         "dense_act_fn", "is_gated_act", "num_decoder_layers", "tie_word_embeddings", "scale_decoder_outputs",
         "n_positions",
     }),
-    leftovers=(r"^decoder\.", r"^lm_head\."),
+    leftovers=(
+        r"^decoder\.", r"^lm_head\.",  # the encoder alone, of a folder that has both
+        r"^(en|de)coder\.embed_tokens\.weight$",  # the shared table over again
+        r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",  # never read, says T5
+    ),
     presets={
         "t5_small": t5_small,
         "t5_base": dataclasses.replace(t5_small, num_layers=12, embed_dim=768, num_heads=12, mlp_dim=3072),

@@ -31,7 +31,8 @@ class Embedding(nnx.Module):
         self.norm = Norm(config, width, rngs=rngs) if has_norm else None
         options = {"std": config.init_std, "use_bias": config.use_bias, "dtype": config.dtype, "rngs": rngs}
         inputs, outputs = {"embed": width}, {"features": config.embed_dim}
-        self.projection = None if config.embedding_dim is None else Linear(inputs, outputs, **options)
+        has_projection = config.embedding_dim is not None and config.layer == "attention"
+        self.projection = None if not has_projection else Linear(inputs, outputs, **options)
 
     def __call__(
         self,

@@ -108,8 +108,8 @@ class Encoder(nnx.Module):
           positions: each token's place in its document, from 0; None counts along the row.
           token_types: each token's type; None is 0.
           key: for dropout; None is deterministic.
-          every_layer: return (hidden, states) with the embeddings and what each layer leaves, L + 1 states; the last
-            is `hidden`, after the final norm of a pre-norm stack.
+          every_layer: return (hidden, states) with the embeddings, unless recurrent layers are wider than those, and
+            what each layer leaves; the last is `hidden`, after the final norm of a pre-norm stack.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -156,7 +156,7 @@ class Encoder(nnx.Module):
                 )
             each = jax.tree.map(lambda a: a[start:stop], (jnp.arange(config.num_layers), windows, is_local))
             xs = (params if runs == 1 else None, each)
-            if config.scan_layers:
+            if config.scan_layers and x.shape[-1] == config.embed_dim:
                 return jax.lax.scan(run_layer, x, xs)
             states = []
             for i in range(stop - start):
@@ -164,7 +164,7 @@ class Encoder(nnx.Module):
                 states.append(y)
             return x, jnp.stack(states) if every_layer else None
 
-        states = [x[None]]
+        states = [x[None]] if x.shape[-1] == config.embed_dim else []
         for stack, start, stop in ((self.first, 0, 1), (self.layers, int(config.first_differs), config.num_layers)):
             if stack is not None:
                 x, own_states = run_stack(x, stack, start, stop)

@@ -115,23 +115,23 @@ class RecurrentLayer(nnx.Module):
     A document's first token, seen from where a direction begins, starts from a state of zeros; padding comes out as
     zeros and passes nothing on. The products with the inputs are one matrix product, before the scan over tokens.
     Gates and biases lie as torch has them: `input` is weight_ih and bias_ih, `recurrence` weight_hh and bias_hh,
-    transposed. States, gates and result are float32; operands of matrix products have `config.dtype`.
+    transposed. States, gates and result are float32; operands of matrix products have `config.dtype`. `is_first` reads
+    embeddings of their own width.
     """
 
     def __init__(self, config: EncoderConfig, is_first: bool = False, *, rngs: nnx.Rngs):
         self.config = config
         gates = CELLS[config.layer].num_gates
         axes = {"directions": config.num_directions, "gates": gates, "cells": config.num_cells}
-        self.input = Linear(
-            {"embed": config.embed_dim}, axes, std=config.init_std, use_bias=config.use_bias, dtype=config.dtype,
-            rngs=rngs,
-        )  # fmt: skip
+        width = (config.embedding_dim if is_first else None) or config.embed_dim
+        options = {"std": config.init_std, "use_bias": config.use_bias, "dtype": config.dtype}
+        self.input = Linear({"embed": width}, axes, **options, rngs=rngs)
         self.recurrence = Recurrence(
             config.num_directions, config.num_cells, gates, use_bias=config.use_bias, rngs=rngs
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], *_, key: Array | None = None
+        self, x: Float[Array, "B T E"], segment_ids: Int[Array, "B T"], *_, key: Array | None = None
     ) -> Float[Array, "B T D"]:
         """What attention layers take besides (positions, windows) is not for these."""
         config = self.config
@@ -155,10 +155,7 @@ def _turn(x: Array) -> Array:
 
 
 def from_torch(weights: Mapping[str, np.ndarray], layer: int) -> dict[str, dict[str, np.ndarray]]:
-    """A RecurrentLayer's parameters from layer `layer` of a torch.nn.RNN, LSTM or GRU, by the names of its state dict.
-
-    Its input must be as wide as its output, the directions together.
-    """
+    """A RecurrentLayer's parameters from a layer of torch's RNN, LSTM or GRU, by the names of its state dict."""
     turns = [turn for turn in ("", "_reverse") if f"weight_hh_l{layer}{turn}" in weights]
 
     def part(name: str, shape: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from flax import nnx
 from toy import assert_trees_close, split_model
 
 from flax_encoder.config import ConfigError, EncoderConfig
+from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.recurrent import RecurrentLayer, from_torch
 
 B, T, D = 3, 17, 10
@@ -158,6 +159,17 @@ def test_dropout_follows_each_layer():
     kept = np.asarray(dropped) != 0
     assert 0.3 < kept.mean() < 0.7
     np.testing.assert_allclose(np.asarray(dropped)[kept], 2 * np.asarray(whole)[kept], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_first_of_several_layers_reads_embeddings_of_another_width(scan_layers):
+    config = dataclasses.replace(BASE, vocab_size=11, embedding_dim=4, num_layers=3, scan_layers=scan_layers)
+    graphdef, params = split_model(lambda: Encoder(config, rngs=nnx.Rngs(0)))
+    assert params["first"]["input"]["kernel"].shape == (1, 4, 2, 4, D // 2)
+    assert params["layers"]["input"]["kernel"].shape == (2, D, 2, 4, D // 2)
+    hidden, states = nnx.merge(graphdef, params)(jnp.ones((B, T), jnp.int32), every_layer=True)
+    assert states.shape == (3, B, T, D)
+    np.testing.assert_array_equal(states[-1], hidden)
 
 
 @pytest.mark.parametrize(("values", "message"), [
