@@ -10,7 +10,7 @@ import flax_encoder
 
 PACKAGE = pathlib.Path(flax_encoder.__file__).parent
 # Each part may import itself and those before it; data stands beside them and sees config alone.
-ORDER = ["config", "weights", "ops", "nn", "objectives", "training", "run", "report", "cli"]
+ORDER = ["config", "weights", "ops", "nn", "families", "objectives", "training", "run", "hub", "report", "cli"]
 TOP = ("__init__", "__main__")
 FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
 

@@ -7,6 +7,7 @@ from flax_encoder.families.bert import classes
 from flax_encoder.families.mapping import Family, Field, Head, activation, activation_name, linear, norm, table
 
 BLOCK = "encoder.block.{i}.layer"
+MLP = f"{BLOCK}.1.DenseReluDense"
 
 
 def _read_feed_forward(name: str) -> tuple[str, bool]:
@@ -62,9 +63,10 @@ T5 = Family(
           for row in linear(f"{BLOCK}.0.SelfAttention.{part}", f"layers.attention.{ours}")),
         *linear(f"{BLOCK}.0.SelfAttention.o", "layers.attention.out", "from_heads"),
         *norm(f"{BLOCK}.0.layer_norm", "layers.attention_norm"),
-        *linear((f"{BLOCK}.1.DenseReluDense.wi", f"{BLOCK}.1.DenseReluDense.wi_1"), "layers.feed_forward.up"),
-        *linear(f"{BLOCK}.1.DenseReluDense.wi_0", "layers.feed_forward.gate"),
-        *linear(f"{BLOCK}.1.DenseReluDense.wo", "layers.feed_forward.down"),
+        *(row._replace(when=("layers.feed_forward.gate.kernel", name == "wi_1")) for name in ("wi", "wi_1")
+          for row in linear(f"{MLP}.{name}", "layers.feed_forward.up")),
+        *linear(f"{MLP}.wi_0", "layers.feed_forward.gate"),
+        *linear(f"{MLP}.wo", "layers.feed_forward.down"),
         *norm(f"{BLOCK}.1.layer_norm", "layers.feed_forward_norm"),
         *norm("encoder.final_layer_norm", "final_norm"),
     ),
