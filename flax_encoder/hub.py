@@ -21,14 +21,22 @@ from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from flax_encoder.config import ConfigError, DataConfig, DecoderConfig, EncoderConfig, HeadConfig, RunConfig, to_dict
+from flax_encoder.config import (
+    ConfigError,
+    DataConfig,
+    DecoderConfig,
+    EncoderConfig,
+    HeadConfig,
+    RunConfig,
+    from_dict,
+    to_dict,
+)
 from flax_encoder.data.sources import DataError
 from flax_encoder.data.tokenizer import TextTokenizer
 from flax_encoder.data.tokenizer_files import SENTENCEPIECE_FILES, read_tokenizer
 from flax_encoder.families import FAMILIES, find_family
 from flax_encoder.families.mapping import (
     Family,
-    Imported,
     export_tensors,
     import_tensors,
     read_config,
@@ -40,6 +48,7 @@ from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead
 from flax_encoder.nn.partition import abstract_model
+from flax_encoder.objectives import OBJECTIVES
 from flax_encoder.objectives.classification import segment_mean
 from flax_encoder.run import LoadedRun, load_run, model_factory
 from flax_encoder.training.checkpoint import Checkpoints, read_params, read_run
@@ -161,6 +170,25 @@ class Pretrained:
         Raises:
           DataError: ids that the embedding has not, rows longer than the model takes, or a target for no decoder.
         """
+        if decoder_input_ids is not None and self.decoder is None:
+            raise DataError(f"decoder_input_ids are for encoder-decoders: this is a {self.task or 'bare encoder'}.")
+        rows = self.rows(input_ids, attention_mask, token_type_ids)
+        if self.decoder is not None:
+            target = None if decoder_input_ids is None else jnp.asarray(self._ids(decoder_input_ids))
+            rows = (*rows[:3], target)
+        _, params = nnx.split(self.model)
+        out = self._apply(params, *rows)
+        out = {name: None if value is None else np.asarray(value) for name, value in out.items()}
+        states = {name: tuple(x) for name, x in out.items() if name.endswith("hidden_states") and x is not None}
+        return Output(**out | states)
+
+    def rows(
+        self,
+        input_ids: Int[np.ndarray, "B T"],
+        attention_mask: Int[np.ndarray, "B T"] | None = None,
+        token_type_ids: Int[np.ndarray, "B T"] | None = None,
+    ) -> tuple[Array | None, ...]:
+        """What `model` takes: tokens, segment_ids, positions as the family counts them, and types if it has any."""
         ids = self._ids(input_ids)
         if self.config.position == "learned" and ids.shape[1] > self.config.max_length:
             raise DataError(f"the model takes rows of {self.config.max_length} tokens: got {ids.shape[1]}.")
@@ -169,18 +197,10 @@ class Pretrained:
         if self.family.counts_real_tokens:
             is_real = (ids != self.pad_id).astype(np.int32)
             positions = np.cumsum(is_real, axis=1, dtype=np.int32) * is_real - 1
-        if decoder_input_ids is not None and self.decoder is None:
-            raise DataError(f"decoder_input_ids are for encoder-decoders: this is a {self.task or 'bare encoder'}.")
         types = None
         if token_type_ids is not None and self.config.num_token_types:
             types = jnp.asarray(np.asarray(token_type_ids, np.int32))
-        if self.decoder is not None:
-            types = None if decoder_input_ids is None else jnp.asarray(self._ids(decoder_input_ids))
-        _, params = nnx.split(self.model)
-        out = self._apply(params, *map(jnp.asarray, (ids, mask, positions)), types)
-        out = {name: None if value is None else np.asarray(value) for name, value in out.items()}
-        states = {name: tuple(x) for name, x in out.items() if name.endswith("hidden_states") and x is not None}
-        return Output(**out | states)
+        return *map(jnp.asarray, (ids, mask, positions)), types
 
     def generate(
         self,
@@ -288,7 +308,7 @@ def load_pretrained(
     shapes = {path: leaf.shape for path, leaf in _flat(nnx.to_pure_dict(abstract)).items()}
     imported = import_tensors(family, task, tensors, shapes, config.num_heads)
     fresh = tuple(sorted(set(shapes) - set(imported.params)))
-    _check_complete(folder, family, imported, fresh, allow_unused)
+    _check_unused(folder, family, imported.unused, allow_unused)
     if fresh:
         made = _flat(nnx.to_pure_dict(nnx.split(make_model())[1]))
         imported.params.update({path: np.asarray(made[path]) for path in fresh})
@@ -356,25 +376,16 @@ def _task(family: Family, published: Mapping[str, Any], tensors: Mapping[str, An
     return next((task for task in has if has[task]), None)
 
 
-def _check_complete(
-    folder: pathlib.Path, family: Family, imported: Imported, fresh: tuple[str, ...], allow_unused: bool
-) -> None:
-    if lost := [path for path in fresh if path.startswith(("encoder.", "decoder."))]:
-        names = [
-            name
-            for name in imported.missing
-            if not any(name in row.theirs for h in family.heads.values() for row in h.rows)
-        ]
-        raise ConfigError(f"{folder} lacks tensors of the encoder or decoder: {', '.join((names or lost)[:8])}.")
+def _check_unused(folder: pathlib.Path, family: Family, unused: list[str], allow_unused: bool) -> None:
     known = {name.removeprefix(family.prefix) for h in family.heads.values() for row in h.rows for name in row.theirs}
     known |= {h.tied for h in family.heads.values()} | {n for row in family.pooler for n in row.theirs}
     expected = [
-        name for name in imported.unused
+        name for name in unused
         if name.removeprefix(family.prefix) in known or any(re.search(p, name) for p in family.leftovers)
     ]  # fmt: skip
     if expected:
         logger.warning("%s: left out %s, of heads that are not loaded", folder, ", ".join(expected))
-    if (unknown := sorted(set(imported.unused) - set(expected))) and not allow_unused:
+    if (unknown := sorted(set(unused) - set(expected))) and not allow_unused:
         raise ConfigError(
             f"{folder} has tensors that nothing here reads: {', '.join(unknown[:8])}"
             f"{' ...' if len(unknown) > 8 else ''}. allow_unused=True leaves them out."
@@ -399,70 +410,86 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 def as_run(loaded: Pretrained) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what a checkpoint says of its run, the parameters that the folder had), as `read_run` and `read_params` give.
 
+    A folder whose head is of no objective is a masked_lm run without its head.
+
     Raises:
       DataError: no tokenizer, without which there is no run.
     """
     if loaded.tokenizer is None:
         raise DataError(f"a run needs a tokenizer, and the folder has none: looked for {', '.join(TOKENIZER_FILES)}.")
-    is_classifier = loaded.task == "classification"
-    length = loaded.config.max_length if loaded.config.position == "learned" else DataConfig.row_length
+    keeps_head = loaded.task in OBJECTIVES
+    limit = loaded.config.max_length if loaded.config.position == "learned" else DataConfig.row_length
     config = RunConfig(
-        objective="classification" if is_classifier else "masked_lm",
+        objective=loaded.task if keeps_head else "masked_lm",
         model=loaded.config,
-        head=loaded.head if loaded.task in ("masked_lm", "classification") else HeadConfig(),
+        head=loaded.head if keeps_head else HeadConfig(),
         pooling=loaded.pooling,
-        data=DataConfig(row_length=min(DataConfig.row_length, length)),
+        data=DataConfig(row_length=min(DataConfig.row_length, limit)),
     )
-    run = {
-        "config": to_dict(config),
-        "tokenizer": loaded.tokenizer.json,
-        "label_names": loaded.label_names,
-        "step": 0,
-    }
     params = _flat(nnx.to_pure_dict(nnx.split(loaded.model)[1]))
-    kept = ("encoder.", "head.") if loaded.task in ("masked_lm", "classification") else ("encoder.",)
-    return run, _nested({p: v for p, v in params.items() if p.startswith(kept) and p not in loaded.fresh})
+    kept = ("encoder.", "head.") if keeps_head else ("encoder.",)
+    params = {path: value for path, value in params.items() if path.startswith(kept) and path not in loaded.fresh}
+    # Names of classes that a head made anew has are nobody's.
+    label_names = loaded.label_names if "head.out.kernel" in params else None
+    run = {"config": to_dict(config), "tokenizer": loaded.tokenizer.json, "label_names": label_names, "step": 0}
+    return run, _nested(params)
 
 
-def read_origin(path: str | pathlib.Path, task: Task | None = None) -> tuple[dict[str, Any], Any]:
+def read_origin(path: str | pathlib.Path, task: Task) -> tuple[dict[str, Any], Any]:
     """(run, parameters) of what `init_from` names: a run folder, a checkpoint or a published folder.
 
-    `task` is the head to load of a published folder, as far as it has it; a run folder has its own.
+    `task` is the head to load of a published folder, as far as it has one; a run folder has its own.
     """
     path = pathlib.Path(path)
-    return as_run(load_pretrained(path, task=task)) if is_published(path) else (read_run(path), read_params(path))
+    if not is_published(path):
+        return read_run(path), read_params(path)
+    family = find_family(_read_json(path / "config.json"))
+    return as_run(load_pretrained(path, task=task if task in family.heads else None))
 
 
 def open_model(path: str | pathlib.Path) -> LoadedRun:
     """A run folder, a checkpoint or a published folder, ready to be asked.
 
     Raises:
-      DataError: a published folder whose head is not of a run's objectives, or not there.
+      DataError: a published folder without the head of a run's objective.
     """
     path = pathlib.Path(path)
     if not is_published(path):
         return load_run(path)
     loaded = load_pretrained(path)
-    if loaded.task not in ("masked_lm", "classification") or loaded.fresh:
-        raise DataError(f"{path} has no head of a masked_lm or classification run: it has {loaded.task or 'none'}.")
+    if loaded.task not in OBJECTIVES or loaded.fresh:
+        raise DataError(
+            f"{path} must have the head of a {' or '.join(OBJECTIVES)} run to be asked: it has {loaded.task or 'none'}"
+            f"{', which the weights lack' if loaded.fresh else ''}."
+        )
+    return _loaded_run(loaded)
+
+
+def _loaded_run(loaded: Pretrained) -> LoadedRun:
+    """What is missing of the head is made anew."""
     run, params = as_run(loaded)
-    config = RunConfig(
-        objective=run["config"]["objective"], model=loaded.config, head=loaded.head, pooling=loaded.pooling,
-        data=DataConfig(**run["config"]["data"]),
-    )  # fmt: skip
-    graphdef, _ = abstract_model(model_factory(config, loaded.label_names))
-    return LoadedRun(nnx.merge(graphdef, params), config, loaded.tokenizer, loaded.label_names, 0)
+    config = from_dict(RunConfig, run["config"])
+    make_model = model_factory(config, run["label_names"])
+    graphdef, abstract = abstract_model(make_model)
+    own = _flat(params)
+    if fresh := [path for path in _flat(nnx.to_pure_dict(abstract)) if path not in own]:
+        made = _flat(nnx.to_pure_dict(nnx.split(make_model())[1]))
+        params = _nested(own | {path: made[path] for path in fresh})
+        logger.warning("a %s run needs %s: made anew", config.objective, ", ".join(fresh))
+    return LoadedRun(nnx.merge(graphdef, params), config, loaded.tokenizer, run["label_names"], 0)
 
 
 def import_folder(folder: str | pathlib.Path, out: str | pathlib.Path) -> None:
-    """Make a run folder of a published one: what is trained, asked or exported like any other.
+    """Make a run folder of a published one: what is trained from, asked or exported like any other.
+
+    A folder without a masked_lm or classification head gets a new masked_lm one, which is named in a log line.
 
     Raises:
       ConfigError: `out` has something in it already. And whatever `load_pretrained` raises.
     """
     out = pathlib.Path(out)
     _refuse_filled(out)
-    model = open_model(folder)
+    model = _loaded_run(load_pretrained(folder))
     config = to_dict(dataclasses.replace(model.config, run_dir=str(out)))
     settings = {"config": config, "tokenizer": model.tokenizer.json, "label_names": model.label_names}
     out.mkdir(parents=True, exist_ok=True)
@@ -521,6 +548,8 @@ def _published_config(config: RunConfig, model_type: str | None) -> tuple[Family
         raise ConfigError(f"model_type {model_type!r} is not known; known are {known}.")
     reasons = []
     for family in candidates:
+        if model_type is None and config.objective not in family.heads:
+            continue
         if not family.is_in_transformers:
             reasons.append(f"transformers has no {family.base}: it can read no folder of {family.model_type}.")
             continue
@@ -528,7 +557,7 @@ def _published_config(config: RunConfig, model_type: str | None) -> tuple[Family
             return family, write_config(family, config.model, config.objective, config.head, config.pooling)
         except ConfigError as error:
             reasons.append(str(error))
-    nearest = min(reasons, key=len)  # the fewest settings that differ, roughly
+    nearest = min((r for r in reasons if "cannot say" in r), key=len, default="none")  # roughly, by what differs
     raise ConfigError(
         f"no published family can say this model; nearest: {nearest}" if model_type is None else reasons[0]
     )

@@ -30,6 +30,8 @@ ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "quick_gelu", "mish", "tanh",
 def _sizes(r, even_head=False):
     heads = int(r.choice([1, 2, 3, 5]))
     head_dim = int(r.choice([2, 4, 6] if even_head else [2, 3, 5, 7]))
+    # Layer norm of two or three features is nearly a sign: no arithmetic agrees on that.
+    head_dim = head_dim if heads * head_dim >= 6 else 6
     return heads, head_dim, int(r.integers(1, 4)), int(r.choice([5, 13, 22]))
 
 
@@ -45,12 +47,12 @@ def _bert(r, **more):
 
 def _albert(r):
     layers, groups = ((1, 1), (4, 1), (4, 2), (3, 3))[r.integers(4)]
-    return _bert(r, num_hidden_layers=layers, num_hidden_groups=groups, embedding_size=int(r.choice([4, 6, 9])))
+    return _bert(r, num_hidden_layers=layers, num_hidden_groups=groups, embedding_size=int(r.choice([6, 9, 11])))
 
 
 def _electra(r):
     config = _bert(r)
-    return config | {"embedding_size": int(r.choice([4, 6, config["hidden_size"]]))}
+    return config | {"embedding_size": int(r.choice([7, 9, config["hidden_size"]]))}
 
 
 def _distilbert(r):
@@ -67,7 +69,8 @@ def _t5(r):
     return {
         "vocab_size": V, "d_model": int(r.choice([6, 10, 15])), "d_kv": head_dim, "num_layers": layers,
         "num_heads": heads, "d_ff": mlp, "relative_attention_num_buckets": int(r.choice([4, 8, 12, 32])),
-        "relative_attention_max_distance": int(r.choice([9, 16, 128])), "layer_norm_epsilon": float(r.choice([1e-6, 1e-3])),
+        "relative_attention_max_distance": int(r.choice([9, 16, 128])),
+        "layer_norm_epsilon": float(r.choice([1e-6, 1e-3])),
         "feed_forward_proj": str(r.choice(["relu", "gelu", "gated-gelu", "gated-silu", "gated-relu"])),
         "pad_token_id": 0,
     }  # fmt: skip
@@ -79,7 +82,8 @@ def _modernbert(r):
     types = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
     if r.integers(4) == 0:
         types = ["sliding_attention"] * layers
-    thetas = {"full_attention": float(r.choice([1e4, 160_000.0, 77.0])), "sliding_attention": float(r.choice([1e4, 50.0]))}
+    full, sliding = float(r.choice([1e4, 160_000.0, 77.0])), float(r.choice([1e4, 50.0]))
+    thetas = {"full_attention": full, "sliding_attention": sliding}
     return {
         "vocab_size": V, "hidden_size": heads * head_dim, "num_hidden_layers": layers, "num_attention_heads": heads,
         "intermediate_size": mlp, "hidden_activation": str(r.choice(ACTIVATIONS)), "max_position_embeddings": 64,
@@ -98,7 +102,8 @@ def _deberta(r):
     terms = ("c2p", "p2c", "c2p|p2c", "p2c|c2p")[r.integers(4)]
     more = {"conv_kernel_size": 3, "conv_act": str(r.choice(["tanh", "gelu"]))} if r.integers(3) == 0 else {}
     return _bert(
-        r, type_vocab_size=int(r.integers(0, 3)), position_biased_input=bool(r.integers(2)), relative_attention=is_relative,
+        r, type_vocab_size=int(r.integers(0, 3)), position_biased_input=bool(r.integers(2)),
+        relative_attention=is_relative,
         pos_att_type=terms if is_relative else None, position_buckets=int(r.choice([-1, 4, 6, 16])),
         max_relative_positions=int(r.choice([-1, 12, 24])), share_att_key=bool(r.integers(2)),
         norm_rel_ebd=str(r.choice(["none", "layer_norm"])), pooler_hidden_act=str(r.choice(["gelu", "tanh"])), **more,
@@ -165,6 +170,7 @@ def draw_batch(model, task: str | None, r) -> tuple[dict[str, np.ndarray], dict[
     pools = task == "classification" and getattr(config, "classifier_pooling", "cls") in ("cls", "bos")
     side = r.choice(["none", "right", "left"])
     side = "right" if pools and side == "left" else side  # there torch reads a padding token
+    side = "none" if task == "question_answering" else side  # torch's loss takes padding for an answer
     lengths = [T, *r.integers(2, T, B - 1)] if side != "none" else [T] * B
     mask = np.array([[0] * (T - n) + [1] * n if side == "left" else [1] * n + [0] * (T - n) for n in lengths])
     ids = r.integers(3, V, (B, T))
@@ -198,49 +204,38 @@ def run_torch(model, inputs, labels):
         outputs["pooled"] = out.pooler_output
     loss = out.get("loss")
     if loss is None:
-        loss = (out.last_hidden_state * tensors["attention_mask"][..., None] * _weights(out.last_hidden_state.shape)).sum()
+        hidden = out.last_hidden_state * tensors["attention_mask"][..., None]
+        loss = (hidden * torch.tensor(_weights(hidden.shape))).sum()
         if "pooled" in outputs and bool(inputs["attention_mask"][:, 0].all()):
-            loss = loss + (out.pooler_output * _weights(out.pooler_output.shape)).sum()
+            loss = loss + (out.pooler_output * torch.tensor(_weights(out.pooler_output.shape))).sum()
     model.zero_grad()
     loss.backward()
     gradients = {k: p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None}
     return {k: v.detach().numpy() for k, v in outputs.items()}, loss.item(), gradients
 
 
-def _weights(shape):
-    import torch
-
-    return torch.tensor(np.random.default_rng(1).standard_normal(tuple(shape)), dtype=torch.float32)
+def _weights(shape) -> np.ndarray:
+    """What a loss without a head weighs vectors by."""
+    return np.random.default_rng(1).standard_normal(tuple(shape)).astype(np.float32)
 
 
 def run_ours(loaded: Pretrained, inputs, labels):
-    """As `run_torch`; the outputs through the public call."""
-    out = loaded(**inputs)
-    outputs = {f"hidden {i}": h for i, h in enumerate(out.hidden_states)}
-    outputs |= {} if out.logits is None else {"logits": out.logits}
-    outputs |= {} if out.pooler_output is None else {"pooled": out.pooler_output}
+    """As `run_torch`."""
     graphdef, params = nnx.split(loaded.model)
     mask = np.asarray(inputs["attention_mask"])
-    positions = np.broadcast_to(np.arange(T), (B, T))
-    if loaded.family.counts_real_tokens:
-        positions = np.cumsum(mask, 1) * mask - 1
-    types = inputs.get("token_type_ids") if loaded.config.num_token_types else None
-    rows = [jnp.asarray(a, jnp.int32) for a in (inputs["input_ids"], mask, positions)]
-    types = None if types is None else jnp.asarray(types, jnp.int32)
 
     def cross_entropy(logits, targets):
         keep = targets >= 0
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(keep, targets, 0)[..., None], -1)[..., 0]
         return -(picked * keep).sum() / keep.sum()
 
-    def loss(params):
-        got = nnx.merge(graphdef, params)(*rows, types)
+    def loss_of(got):
         logits = got["logits"]
         if loaded.task is None:
             hidden = got["last_hidden_state"]
-            total = (hidden * mask[..., None] * _weights(hidden.shape).numpy()).sum()
+            total = (hidden * mask[..., None] * _weights(hidden.shape)).sum()
             if got["pooler_output"] is not None and mask[:, 0].all():
-                total += (got["pooler_output"] * _weights(got["pooler_output"].shape).numpy()).sum()
+                total += (got["pooler_output"] * _weights(got["pooler_output"].shape)).sum()
             return total
         if loaded.task == "discriminator":
             y = labels["labels"]
@@ -251,7 +246,18 @@ def run_ours(loaded: Pretrained, inputs, labels):
             return sum(cross_entropy(logits[..., i], jnp.asarray(e)) for i, e in enumerate(ends)) / 2
         return cross_entropy(logits, jnp.asarray(labels["labels"]))
 
-    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    @jax.jit
+    def outputs_and_gradients(params, rows):
+        def loss(params):
+            got = nnx.merge(graphdef, params)(*rows)
+            return loss_of(got), got
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (value, got), gradients = outputs_and_gradients(params, loaded.rows(**inputs))
+    outputs = {f"hidden {i}": np.asarray(h) for i, h in enumerate(got["hidden_states"])}
+    names = {"logits": "logits", "pooler_output": "pooled"}
+    outputs |= {names[name]: np.asarray(got[name]) for name in names if got[name] is not None}
     flat = {k: np.asarray(v) for k, v in _flat(nnx.to_pure_dict(gradients)).items()}
     return outputs, float(value), export_tensors(loaded.family, loaded.task, flat, loaded.config.num_heads)
 
@@ -282,7 +288,14 @@ def compare(family: str, task: str | None, seed: int) -> dict[str, float]:
         )
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
         for key, value in run_torch(again.eval(), inputs, labels)[0].items():
-            np.testing.assert_array_equal(value, outputs[key], err_msg=f"{key} of the folder that we wrote")
+            # torch's own sums differ by roundings with where its memory lies.
+            atol = OUTPUT_TOLERANCE * np.abs(outputs[key]).max()
+            np.testing.assert_allclose(value, outputs[key], rtol=0, atol=atol, err_msg=f"{key} of the folder we wrote")
+    return differences(loaded, inputs, labels, outputs, loss, gradients)
+
+
+def differences(loaded: Pretrained, inputs, labels, outputs, loss, gradients) -> dict[str, float]:
+    """Worst differences of ours from what torch gave."""
     with jax.default_matmul_precision("highest"):
         own_outputs, own_loss, own_gradients = run_ours(loaded, inputs, labels)
     assert set(own_outputs) == set(outputs), (set(own_outputs), set(outputs))
@@ -298,6 +311,8 @@ def compare(family: str, task: str | None, seed: int) -> dict[str, float]:
         if want.size:
             worst["output"] = max(worst["output"], np.abs(got - want).max() / np.abs(want).max())
     top = max(np.abs(g).max() for g in gradients.values())
+    if (tied := loaded.task and loaded.family.heads[loaded.task].tied) in gradients and tied not in own_gradients:
+        own_gradients[tied] = own_gradients[loaded.family.prefix + loaded.family.rows[0].theirs[0]]
     for key, want in gradients.items():
         scale = max(np.abs(want).max(), top / 100)  # some gradients, such as key biases', are zero but for rounding
         worst["gradient"] = max(worst["gradient"], np.abs(own_gradients[key] - want).max() / scale)
@@ -354,8 +369,9 @@ def main() -> None:
         text = path.read_text("utf-8")
         start, end = "<!-- measured -->\n", "<!-- end -->\n"
         before, rest = text.split(start)
-        versions = f"transformers {transformers.__version__}, torch {torch.__version__}, jax {jax.__version__}, CPU, float32."
-        path.write_text(before + start + "\n".join([*table, "", versions, end]) + rest.split(end)[1], "utf-8")
+        versions = f"transformers {transformers.__version__}, torch {torch.__version__}, jax {jax.__version__}"
+        measured = "\n".join([*table, "", f"{versions}, CPU, float32.", end])
+        path.write_text(before + start + measured + rest.split(end)[1], "utf-8")
     sys.exit(failed > 0)
 
 

@@ -127,7 +127,7 @@ def test_what_cannot_be_served_is_named(folder):
     with pytest.raises(ConfigError, match=r"eos_token_id must be one id: got \[1, 2\]"):
         load_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config | {"num_decoder_layers": 7}))
-    with pytest.raises(ConfigError, match=r"lacks tensors of the encoder or decoder: decoder\.block\.1\."):
+    with pytest.raises(ConfigError, match=r"needs tensors that are missing: decoder\.block\.\d\."):
         load_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match=r"token ids must lie in 0 \.\. \d+: got 3 \.\. 999"):

@@ -31,6 +31,17 @@ PRESETS: dict[str, EncoderConfig] = {name: preset for family in FAMILIES for nam
 }
 
 
+def preset(name: str) -> EncoderConfig:
+    """A published architecture by its name, such as bert_base.
+
+    Raises:
+      ConfigError: there is none of that name; the message lists the known.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"no preset {name!r}; known are {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
 def find_family(config: Mapping[str, Any]) -> Family:
     """The family of a published config.
 

@@ -4,7 +4,7 @@
 
 import dataclasses
 
-from flax_encoder.config import EncoderConfig
+from flax_encoder.config import ConfigError, EncoderConfig
 from flax_encoder.families.mapping import Family, Field, Head, Row, activation, fused, linear, norm, table
 
 SIZE = (
@@ -20,7 +20,15 @@ DROPOUT = (
 )
 COMMON = (*SIZE, *DROPOUT, activation("hidden_act"), Field("layer_norm_eps", "norm_epsilon", 1e-12))
 MAX_LENGTH = Field("max_position_embeddings", "max_length", 512)
-TYPES = Field("type_vocab_size", "num_token_types", 2)
+
+
+def _types(count: int) -> int:
+    if count == 0:
+        raise ConfigError("every token has a type there: num_token_types must be at least 1, got 0.")
+    return count
+
+
+TYPES = Field("type_vocab_size", "num_token_types", 2, write=_types)
 TIED = Field("tie_word_embeddings", "tied", True)
 
 EMBEDDING_ROWS = (
@@ -133,6 +141,13 @@ MOSAIC_BERT = dataclasses.replace(
     },
 )  # fmt: skip
 
+
+def _roberta_positions(length: int, offset: int) -> tuple[int, int]:
+    if offset == 0:
+        raise ConfigError("positions begin after the padding's: position_offset must be at least 1, got 0.")
+    return length + offset, offset - 1
+
+
 roberta_base = dataclasses.replace(
     bert_base, vocab_size=50_265, num_token_types=1, position_offset=2, norm_epsilon=1e-5
 )
@@ -146,7 +161,7 @@ ROBERTA = Family(
         Field(
             ("max_position_embeddings", "pad_token_id"), ("max_length", "position_offset"), (512, 1),
             read=lambda rows, pad: (rows - pad - 1, pad + 1),
-            write=lambda length, offset: (length + offset, offset - 1),
+            write=_roberta_positions,
         ),
     ),
     rows=ROWS,

@@ -19,18 +19,20 @@ from flax_encoder.families.mapping import Family, Field, Head, Row, activation, 
 NAMES = {"c2p": "c2p", "p2c": "p2c", "c2p+p2c": "p2c|c2p"}
 
 
-def _read_relative(is_relative, terms) -> tuple[str, str]:
+def _read_relative(is_relative: bool, terms: str | list[str] | None, norms: str) -> tuple[str, str, bool]:
     terms = "+".join(sorted(terms.replace(" ", "").lower().split("|") if isinstance(terms, str) else terms or ()))
     if is_relative != (terms in NAMES):
         raise ConfigError(
             "relative_attention needs one of c2p and p2c in pos_att_type, and those need it: got "
             f"relative_attention {is_relative} with pos_att_type {terms or None}."
         )
-    return ("disentangled", terms) if is_relative else ("none", "c2p+p2c")
+    return ("disentangled", terms, "layer_norm" in norms) if is_relative else ("none", "c2p+p2c", False)
 
 
-def _write_relative(kind: str, terms: str) -> tuple[bool, str | None]:
-    return (True, NAMES[terms]) if kind == "disentangled" else (False, None)
+def _write_relative(kind: str, terms: str, has_norm: bool) -> tuple[bool, str | None, str]:
+    if kind != "disentangled":
+        return False, None, "none"
+    return True, NAMES[terms], "layer_norm" if has_norm else "none"
 
 
 V3_HEAD = "lm_predictions.lm_head"  # the same computation under other names
@@ -49,14 +51,13 @@ DEBERTA = Family(
         Field("attention_head_size", "attention_head_dim", None),
         Field("position_biased_input", "position", True, lambda is_on: "learned" if is_on else "none",
               lambda position: position == "learned"),
-        Field(("relative_attention", "pos_att_type"), ("relative_position", "disentangled_terms"), (False, None),
+        Field(("relative_attention", "pos_att_type", "norm_rel_ebd"),
+              ("relative_position", "disentangled_terms", "relative_norm"), (False, None, "none"),
               _read_relative, _write_relative),
         Field("position_buckets", "relative_buckets", -1, lambda count: max(count, 0), lambda count: count or -1),
         Field(("max_relative_positions", "max_position_embeddings"), ("relative_max_distance", "max_length"), (-1, 512),
               lambda reach, length: (reach if reach > 0 else length, length)),
         Field("share_att_key", "share_relative_projections", False),
-        Field("norm_rel_ebd", "relative_norm", "none", lambda kinds: "layer_norm" in kinds,
-              lambda has_norm: "layer_norm" if has_norm else "none"),
         Field("conv_kernel_size", "conv_width", 0),
         activation("conv_act", "conv_activation", "tanh"),
     ),
@@ -96,6 +97,7 @@ DEBERTA = Family(
     base="DebertaV2Model",
     must={"conv_groups": (1,), "z_steps": (0, 1)},
     ignored=frozenset({"legacy"}),  # which names the head's tensors have
-    leftovers=(r"mask_predictions\.", r"embeddings\.position_embeddings\."),
+    # The last is made, and not used, where norm_rel_ebd asks for it and relative_attention is off.
+    leftovers=(r"mask_predictions\.", r"embeddings\.position_embeddings\.", r"^(deberta\.)?encoder\.LayerNorm\."),
     presets={"deberta_v3_base": deberta_v3_base},
 )  # fmt: skip

@@ -4,6 +4,7 @@ A table is read in either direction: `read_config` and `write_config`, `import_t
 same rows. What a table says of a config is proven at every export by reading the result back.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ IGNORED = frozenset(
     begin_suppress_tokens bos_token bos_token_id chunk_size_feed_forward classifier_dropout classifier_dropout_prob
     classifiers_size cls_token_id cross_attention_hidden_size decoder_start_token_id deterministic_flash_attn
     directionality diversity_penalty do_sample down_scale_factor dtype early_stopping encoder_no_repeat_ngram_size
-    eos_token eos_token_id experts_implementation exponential_decay_length_penalty finetuning_task
+    eos_token eos_token_id eos_token_ids experts_implementation exponential_decay_length_penalty finetuning_task
     forced_bos_token_id forced_eos_token_id gap_size generator_hidden_size gradient_checkpointing id2label
     initializer_cutoff_factor initializer_factor initializer_range label2id layers_to_keep length_penalty mask_token
     mask_token_id max_length min_length model_type net_structure_type no_repeat_ngram_size num_beam_groups num_beams
@@ -67,7 +68,7 @@ def activation(theirs: str, ours: str = "activation", default: str = "gelu") -> 
             raise ConfigError(f"{theirs} {name!r} is not understood; known are {', '.join(ACTIVATIONS)}.")
         return ACTIVATIONS[name]
 
-    return Field(theirs, ours, default, read, activation_name)
+    return Field(theirs, ours, default, read, lambda name: name and activation_name(name))
 
 
 def activation_name(ours: str) -> str:
@@ -276,9 +277,9 @@ def write_config(
       ConfigError: the family cannot say it; the settings that it would change are named.
     """
     theirs = {"model_type": family.model_type, "architectures": [family.base]}
-    theirs |= {k: v for k, v in _write_fields(family.fields, vars(config)).items() if v is not None}
     wanted = settled(config)
     try:
+        theirs |= {k: v for k, v in _write_fields(family.fields, vars(config)).items() if v is not None}
         got = settled(read_config(family, theirs))
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"a {family.model_type} config cannot say this model: {error}") from None
@@ -286,10 +287,16 @@ def write_config(
         if task not in family.heads:
             raise ConfigError(f"{family.model_type} has no {task} head; it has {', '.join(family.heads) or 'none'}.")
         theirs["architectures"] = [family.heads[task].architectures[0]]
-        theirs |= _write_fields(family.heads[task].fields, {**vars(head or HeadConfig()), "pooling": pooling})
+        head = settled_head(config, task, head or HeadConfig())
+        fields = _write_fields(family.heads[task].fields, {**vars(head), "pooling": pooling})
+        theirs |= {k: v for k, v in fields.items() if v is not None}
         own_head, own_pooling = read_head(family, task, theirs)
-        wanted |= settled_head(config, task, head or HeadConfig(), pooling)
-        got |= settled_head(config, task, own_head, own_pooling)
+        own_head = settled_head(config, task, own_head)
+        reads = [name for name in vars(head) if name != "tied" or task == "masked_lm"]
+        wanted |= {f"head.{name}": getattr(head, name) for name in reads}
+        got |= {f"head.{name}": getattr(own_head, name) for name in reads}
+        if task == "classification":
+            wanted, got = wanted | {"pooling": pooling}, got | {"pooling": own_pooling}
     if differing := [name for name in wanted if wanted[name] != got.get(name)]:
         listed = ", ".join(f"{name} {wanted[name]} (there {got.get(name)})" for name in differing)
         raise ConfigError(f"a {family.model_type} config cannot say this model: {listed}.")
@@ -326,18 +333,14 @@ def settled(config: EncoderConfig) -> dict[str, Any]:
     return {name: value for name, value in out.items() if name not in drop}
 
 
-def settled_head(config: EncoderConfig, task: str, head: HeadConfig, pooling: str) -> dict[str, Any]:
-    """As `settled`, of a head."""
-    is_lm = task == "masked_lm"
-    out = {"head.transform": head.transform, "head.out_bias": head.out_bias}
-    if head.transform:
-        defaults = (config.activation, True, config.use_bias) if is_lm else ("tanh", False, True)
-        chosen = (head.activation, head.norm, head.dense_bias)
-        names = ("head.activation", "head.norm", "head.dense_bias")
-        out |= {n: d if v is None else v for n, v, d in zip(names, chosen, defaults, strict=True)}
-    if is_lm:
-        out["head.tied"] = head.tied
-    return out | ({"pooling": pooling} if task == "classification" else {})
+def settled_head(config: EncoderConfig, task: str, head: HeadConfig) -> HeadConfig:
+    """A head with nothing left to its kind."""
+    if not head.transform:
+        return head
+    kind = (config.activation, True, config.use_bias) if task == "masked_lm" else ("tanh", False, True)
+    names = ("activation", "norm", "dense_bias")
+    own = {n: d for n, d in zip(names, kind, strict=True) if getattr(head, n) is None}
+    return dataclasses.replace(head, **own)
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -403,9 +406,7 @@ def export_tensors(
 
 class Imported(NamedTuple):
     params: dict[str, np.ndarray]
-    """By path, float32; those that the tensors had."""
-    missing: list[str]
-    """Names of tensors that parameters need and that were not there."""
+    """By path, float32: all of the encoder's, and those of heads that the tensors had."""
     unused: list[str]
     """Names of tensors that no parameter needs."""
 
@@ -416,7 +417,8 @@ def import_tensors(
     """Parameters of these shapes from a folder's tensors. Names may have the family's prefix or not, and may be old.
 
     Raises:
-      ConfigError: a tensor of another shape than the config says, with its name and both; a copy that is none.
+      ConfigError: a tensor of the encoder that is missing; one of another shape than the config says, with its name
+        and both; a copy that is none.
     """
     by_name = {}
     for name in tensors:
@@ -424,14 +426,12 @@ def import_tensors(
         by_name[re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", plain))] = name
     params: dict[str, np.ndarray] = {}
     missing: list[str] = []
-    incomplete: set[str] = set()  # stacks that lack a layer's tensor, too
     used: set[str] = set()
     for tensor in _tensors(family, task, shapes):
         found = [name for name in (n.removeprefix(family.prefix) for n in tensor.names) if name in by_name]
         used |= set(found)
         if not found:
-            missing.append(tensor.names[0])
-            incomplete.update(path for path, _, _ in tensor.pieces)
+            missing += [tensor.names[0]] if tensor.pieces[0][0].startswith(("encoder.", "decoder.")) else []
             continue
         value = np.asarray(tensors[by_name[found[0]]])
         piece_shapes = [shapes[path] if index is None else shapes[path][1:] for path, index, _ in tensor.pieces]
@@ -451,6 +451,8 @@ def import_tensors(
             else:
                 stack = params.setdefault(path, np.empty(shapes[path], np.float32))
                 stack[index] = layout.read(part, shape)
+    if missing:
+        raise ConfigError(f"the encoder needs tensors that are missing: {', '.join(missing[:8])}.")
     tied = family.heads[task].tied if task else None
     if tied in by_name and tied not in used:
         if not np.array_equal(tensors[by_name[tied]], tensors[by_name[family.rows[0].theirs[0]]]):
@@ -459,5 +461,4 @@ def import_tensors(
                 "Set tie_word_embeddings to false to use it."
             )
         used.add(tied)
-    params = {path: value for path, value in params.items() if path not in incomplete}
-    return Imported(params, missing, sorted(by_name[name] for name in set(by_name) - used))
+    return Imported(params, sorted(by_name[name] for name in set(by_name) - used))
