@@ -17,14 +17,16 @@ import jax
 import numpy as np
 
 from flax_encoder.cli import failing_clearly, parse_run_config
-from flax_encoder.config import ConfigError, RunConfig, differences, from_dict, to_dict
+from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, RunConfig, differences, from_dict, to_dict
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.data.tokenizer import TextTokenizer
+from flax_encoder.data.word_vectors import embedding_from_vectors, word_level_tokenizer
+from flax_encoder.hub import read_origin
 from flax_encoder.nn.partition import round_up_vocab
 from flax_encoder.objectives import OBJECTIVES
 from flax_encoder.report import show_report
 from flax_encoder.run import model_factory
-from flax_encoder.training.checkpoint import Checkpoints, read_params, read_run
+from flax_encoder.training.checkpoint import Checkpoints, read_run
 from flax_encoder.training.optimizer import make_optimizer, make_schedule
 from flax_encoder.training.run_log import Clock, RunLog, write_atomically
 from flax_encoder.training.runtime import StopSignals, set_up_runtime
@@ -34,11 +36,9 @@ from flax_encoder.training.step import StepMetrics, init_train_state, make_eval_
 # Settings that do not change what is computed: a resumed run may differ in them.
 FREE_ON_RESUME = (
     "run_dir", "init_from", "compare_with_scratch", "log_every", "eval_every", "eval_batches", "checkpoint_every",
-    "keep_checkpoints", "mesh.", "data.cache_dir", "data.tokenizer", "data.workers", "data.verify",
-    "model.scan_layers", "model.remat", "model.attention_implementation",
+    "keep_checkpoints", "mesh.", "data.cache_dir", "data.tokenizer", "data.word_vectors", "data.workers",
+    "data.verify", "model.scan_layers", "model.remat", "model.attention_implementation",
 )  # fmt: skip
-# Settings of a model that its parameters do not depend on: a run keeps its own when it starts from another's.
-FREE_ON_INIT = ("dropout_rate", "attention_dropout_rate", "dtype", "attention_implementation", "scan_layers", "remat")
 STEPS_IN_FLIGHT = 2  # how far the host runs ahead of the device: enough to keep it busy, little enough to stop soon
 
 
@@ -96,6 +96,8 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
         log.say(f"resuming {run_dir} from step {start}")
     elif config.init_from:
         state = state._replace(params=start_from(config, state.params, log))
+    elif config.data.word_vectors:
+        state = state._replace(params=with_word_vectors(config.data.word_vectors, data.tokenizer, state.params, log))
     log.say(f"model: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters on {describe_mesh(mesh)}")
     step_fn = make_train_step(
         graphdef, tx, seed=config.seed, num_microbatches=config.num_microbatches, shardings=shardings
@@ -168,7 +170,7 @@ def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) ->
     if start:
         run = read_run(run_dir)
         before = from_dict(RunConfig, run["config"])
-        known = dataclasses.replace(config, model=dataclasses.replace(config.model, **architecture(before)))
+        known = like_origin(config, before)
         changed = {
             name: values
             for name, values in differences(before, config if config.init_from is None else known).items()
@@ -182,23 +184,27 @@ def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) ->
             )
         return dataclasses.replace(known, init_from=before.init_from), run
     if config.init_from:
-        run = read_run(pathlib.Path(config.init_from))
-        ours, theirs = config.model, architecture(from_dict(RunConfig, run["config"]))
-        model = dataclasses.replace(ours, **theirs)
-        for name, (was, now) in differences(dataclasses.replace(ours, vocab_size=model.vocab_size), model).items():
-            log.say(f"model.{name} is {now}, from {config.init_from} (the config has {was})")
+        run, _ = read_origin(config.init_from, config.objective)
+        settled = like_origin(config, from_dict(RunConfig, run["config"]))
+        model = dataclasses.replace(config.model, vocab_size=settled.model.vocab_size)
+        for name, (was, now) in differences(dataclasses.replace(config, model=model), settled).items():
+            log.say(f"{name} is {now}, from {config.init_from} (the config has {was})")
         keep = {"tokenizer": run["tokenizer"]}
         if config.objective == "classification" and run["label_names"]:
             keep["label_names"] = run["label_names"]
-        return dataclasses.replace(config, model=model), keep
+        return settled, keep
     if (run_dir / "tokenizer.json").exists() and config.data.tokenizer is None:  # killed before its first checkpoint
         return config, {"tokenizer": (run_dir / "tokenizer.json").read_text("utf-8")}
+    if config.data.word_vectors and config.data.tokenizer is None:
+        return config, {"tokenizer": word_level_tokenizer(config.data.word_vectors, config.data.vocab_size).json}
     return config, {}
 
 
-def architecture(config: RunConfig) -> dict[str, Any]:
-    """The model's settings that its parameters depend on."""
-    return {name: value for name, value in vars(config.model).items() if name not in FREE_ON_INIT}
+def like_origin(config: RunConfig, origin: RunConfig) -> RunConfig:
+    """`config` with the settings that the origin's parameters depend on, of the head too if it is of the same kind."""
+    theirs = {name: value for name, value in vars(origin.model).items() if name not in FREE_OF_PARAMETERS}
+    head = {"head": origin.head, "pooling": origin.pooling} if origin.objective == config.objective else {}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **theirs), **head)
 
 
 def with_vocab_size(config: RunConfig, tokenizer_size: int) -> RunConfig:
@@ -211,9 +217,9 @@ def with_vocab_size(config: RunConfig, tokenizer_size: int) -> RunConfig:
 
 def start_from(config: RunConfig, params: Any, log: RunLog) -> Any:
     """`params` with the encoder of init_from, and its head too if that was made for the same; what is new is named."""
-    origin = pathlib.Path(config.init_from)
-    keeps_head = read_run(origin)["config"]["objective"] == config.objective
-    found = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(read_params(origin))}
+    origin, params_there = read_origin(config.init_from, config.objective)
+    keeps_head = origin["config"]["objective"] == config.objective
+    found = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(params_there)}
     fresh = []
 
     def pick(path, own):
@@ -224,8 +230,24 @@ def start_from(config: RunConfig, params: Any, log: RunLog) -> Any:
         return jax.device_put(theirs, own.sharding)
 
     picked = jax.tree_util.tree_map_with_path(pick, params)
-    log.say(f"started from {origin}; new parameters: {', '.join(fresh) or 'none'}")
+    log.say(f"started from {config.init_from}; new parameters: {', '.join(fresh) or 'none'}")
     return picked
+
+
+def with_word_vectors(path: str, tokenizer: TextTokenizer, params: Any, log: RunLog) -> Any:
+    """`params` with the file's vectors as rows of the token embedding; the rows of other tokens stay as they are."""
+    rows = embedding_from_vectors(path, tokenizer)
+    token = params["encoder"]["embedding"]["token"]
+    if (found := rows.vectors.shape[1]) != token.shape[1]:
+        raise ConfigError(
+            f"word vectors must be as long as the token embedding: {path} has {found} numbers a word, the model "
+            f"{token.shape[1]}."
+        )
+    place = jax.jit(lambda token, rows: token.at[rows[0]].set(rows[1]), out_shardings=token.sharding)
+    token = place(token, (rows.ids, rows.vectors))
+    log.say(f"token embedding: {len(rows.ids):,} rows from {path}, {rows.num_missing:,} tokens are not there")
+    embedding = params["encoder"]["embedding"] | {"token": token}
+    return params | {"encoder": params["encoder"] | {"embedding": embedding}}
 
 
 def stop_if_diverged(values: dict[str, float], step: int, interval: int, run_dir, saved: int | None) -> None:

@@ -23,10 +23,11 @@ from flax_encoder.data.records import DataError
 def failing_clearly() -> Iterator[None]:
     """Turn the errors that a user can mend into one message and exit status 1; bugs keep their traceback."""
     from flax_encoder.training.checkpoint import CheckpointError
+    from flax_encoder.weights import WeightsError
 
     try:
         yield
-    except (ConfigError, DataError, CheckpointError, ValueError) as error:
+    except (ConfigError, DataError, CheckpointError, WeightsError, ValueError) as error:
         if type(error) is ValueError:
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -83,19 +84,31 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     fill = commands.add_parser("fill-mask", help="the likeliest words for each [MASK] of a text")
-    fill.add_argument("run_dir", help="a masked_lm run folder, or one checkpoint in it")
+    fill.add_argument("run_dir", help="a masked_lm run folder, one checkpoint in it, or a published folder")
     fill.add_argument("text", help='such as "Return the [MASK] of the list."')
     fill.add_argument("--top", type=int, default=5, help="how many to show (default 5)")
     fill.set_defaults(run=_fill_mask)
 
     classify = commands.add_parser("classify", help="the likeliest labels of a text")
-    classify.add_argument("run_dir", help="a classification run folder, or one checkpoint in it")
+    classify.add_argument("run_dir", help="a classification run folder, one checkpoint in it, or a published folder")
     classify.add_argument("text")
     classify.add_argument("--top", type=int, default=None, help="how many to show (default all)")
     classify.set_defaults(run=_classify)
 
     for command in (fill, classify):
         command.add_argument("--json", action="store_true", help="print JSON for programs instead of a table")
+
+    export = commands.add_parser("export", help="write a run as a folder that transformers opens")
+    export.add_argument("run_dir", help="a run folder, or one checkpoint in it")
+    export.add_argument("out", help="a folder that is empty or new")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    export.add_argument("--model-type", help="the family to write it as (default: the first that can say it)")
+    export.set_defaults(run=_export)
+
+    bring = commands.add_parser("import", help="make a run folder of a published folder")
+    bring.add_argument("folder", help="config.json, weights and a tokenizer")
+    bring.add_argument("out", help="a folder that is empty or new")
+    bring.set_defaults(run=_import)
 
     plot = commands.add_parser("plot", help="draw the loss curves of one or more runs")
     plot.add_argument("run_dirs", nargs="+", metavar="run_dir")
@@ -136,9 +149,9 @@ def _show(rows: list[dict[str, Any]], title: str) -> None:
 
 
 def _fill_mask(arguments: argparse.Namespace) -> None:
-    from flax_encoder.run import load_run
+    from flax_encoder.hub import open_model
 
-    masks = load_run(arguments.run_dir).fill_mask(arguments.text, arguments.top)
+    masks = open_model(arguments.run_dir).fill_mask(arguments.text, arguments.top)
     if arguments.json:
         # One mask, the usual case, is a plain list; several are a list of lists.
         print(json.dumps(masks[0] if len(masks) == 1 else masks))
@@ -148,13 +161,27 @@ def _fill_mask(arguments: argparse.Namespace) -> None:
 
 
 def _classify(arguments: argparse.Namespace) -> None:
-    from flax_encoder.run import load_run
+    from flax_encoder.hub import open_model
 
-    labels = load_run(arguments.run_dir).classify(arguments.text)[: arguments.top]
+    labels = open_model(arguments.run_dir).classify(arguments.text)[: arguments.top]
     if arguments.json:
         print(json.dumps(labels))
         return
     _show(labels, arguments.text[:80])
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from flax_encoder.hub import export_run
+
+    architecture = export_run(arguments.run_dir, arguments.out, arguments.dtype, arguments.model_type)
+    print(f"wrote {arguments.out}, a {architecture}")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from flax_encoder.hub import import_folder
+
+    import_folder(arguments.folder, arguments.out)
+    print(f"wrote {arguments.out}; --init-from {arguments.out} starts from it")
 
 
 def _plot(arguments: argparse.Namespace) -> None:

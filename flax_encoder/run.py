@@ -23,7 +23,7 @@ def model_factory(config: RunConfig, label_names: list[str] | None) -> Callable[
     """Makes the run's model, its parameters drawn from the run's seed."""
     objective = OBJECTIVES[config.objective]
     options = {"num_classes": len(label_names), "pooling": config.pooling} if label_names else {}
-    return lambda: objective(config.model, **options, rngs=nnx.Rngs(config.seed))
+    return lambda: objective(config.model, head=config.head, **options, rngs=nnx.Rngs(config.seed))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from flax_encoder.config import (
     ConfigError,
     DataConfig,
     EncoderConfig,
+    HeadConfig,
     MaskingConfig,
     MeshConfig,
     OptimizerConfig,
@@ -88,6 +89,25 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
         (EncoderConfig, {"num_kv_heads": 0}, "num_kv_heads must divide num_heads: got 0 for 12"),
         (EncoderConfig, {"embed_dim": 21, "num_heads": 3, "position": "rope"}, "head_dim must be even: got 7"),
         (EncoderConfig, {"embed_dim": 21, "num_heads": 3, "position": "sinusoidal"}, "embed_dim must be even: got 21"),
+        *[(EncoderConfig, {name: 0}, f"{name} must be above 0 or None: got 0") for name in (
+            "num_layer_groups", "embedding_dim", "attention_head_dim"
+        )],
+        (EncoderConfig, {"attention_scale": 0.0}, r"attention_scale must be above 0 or None: got 0\.0"),
+        (EncoderConfig, {"local_rope_theta": 0.0}, r"local_rope_theta must be above 0 or None: got 0\.0"),
+        *[(EncoderConfig, {name: -1}, f"{name} must be at least 0: got -1") for name in (
+            "num_token_types", "position_offset", "relative_buckets", "conv_width"
+        )],
+        (EncoderConfig, {"num_layer_groups": 5}, "got 5 for 12; 4 and 6 do"),
+        (EncoderConfig, {"relative_position": "t5", "relative_buckets": 3}, "got 3 and 128"),
+        (EncoderConfig, {"relative_position": "disentangled", "relative_buckets": 256}, "got 256 and 128"),
+        (EncoderConfig, {"relative_position": "disentangled", "attention_scale": 1.0}, "got attention_scale 1.0"),
+        (EncoderConfig, {"conv_width": 2}, "must be odd: got 2"),
+        (EncoderConfig, {"conv_width": 3, "num_layer_groups": 1}, "got num_layer_groups 1 with a first layer"),
+        (EncoderConfig, {"first_attention_norm": False}, "norm_placement must be pre, got post"),
+        (EncoderConfig, {"position_scale": True}, "is a factor of sinusoids: got position learned"),
+        (EncoderConfig, {"position": "rope", "position_offset": 2}, "got 2 with position rope"),
+        (EncoderConfig, {"local_rope_theta": 1e4}, "got 10000.0 and window None"),
+        (HeadConfig, {"transform": False, "norm": True}, "got None, True and None without it"),
         (EncoderConfig, {"window": -1}, "window must be at least 0 tokens: got -1"),
         (EncoderConfig, {"global_every": -1}, "global_every must be at least 0: got -1"),
         (DataConfig, {"held_out_rate": 2.0}, r"held_out_rate is a probability .*: got 2\.0"),
@@ -110,6 +130,7 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
         (RunConfig, {"eval_every": 0}, "eval_every must be above 0 or None: got 0"),
         (RunConfig, {"eval_batches": -3}, "eval_batches must be above 0 or None: got -3"),
         (RunConfig, {"batch_size": 32, "num_microbatches": 3}, "got 3 for 32; 2 and 4 do"),
+        (RunConfig, {"data": DataConfig(word_vectors="v"), "init_from": "r"}, "from init_from: got both"),
         (RunConfig, {"data": DataConfig(row_length=513)}, "got data.row_length 513 for model.max_length 512"),
     ],
 )  # fmt: skip

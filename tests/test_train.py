@@ -402,3 +402,29 @@ def test_the_quickstart_path_small(tmp_path):
 def test_a_checkpoint_folder_without_checkpoints_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_word_vectors_are_where_training_starts(corpus, tmp_path, one_device, is_frozen):
+    words = [*dict.fromkeys(WORDS), "first", "second", "third"]
+    vectors = np.random.default_rng(0).standard_normal((len(words), 32)).astype(np.float32)
+    file = tmp_path / "vectors.txt"
+    file.write_text("".join(f"{w} {' '.join(map(str, v))}\n" for w, v in zip(words, vectors.tolist(), strict=True)))
+    config = tiny(corpus, tmp_path / "run", data__word_vectors=str(file), steps=4)
+    config = with_fields(config, optimizer__freeze_embedding=is_frozen)
+    train(config)
+    loaded = load_run(tmp_path / "run")
+    token = np.asarray(loaded.model.encoder.embedding.token[...])
+    rows = token[[loaded.tokenizer.encode_batch([w])[0][0] for w in words]]
+    np.testing.assert_allclose(rows, vectors, atol=0 if is_frozen else 0.02)
+    assert np.array_equal(rows, vectors) == is_frozen
+    with pytest.raises(ConfigError, match=r"must be as long as the token .* has 32 numbers a word, the model 64"):
+        train(with_fields(config, run_dir=str(tmp_path / "other"), model__embed_dim=64))
+
+
+def test_a_recurrent_encoder_trains_and_is_asked_like_any_other(corpus, tmp_path, one_device):
+    model = EncoderConfig(layer="lstm", num_layers=1, embed_dim=32, position="none", embedding_norm=False)
+    train(tiny(corpus, tmp_path / "run", model=model, steps=9, optimizer__learning_rate=1e-2))
+    first, *_, last = (loss for loss, _ in losses(tmp_path / "run").values())
+    assert last < first
+    assert len(load_run(tmp_path / "run").fill_mask("the list [MASK] a value")[0]) == 5

@@ -1,10 +1,11 @@
-"""Tokens and positions to vectors."""
+"""Tokens, their types and positions to vectors."""
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.config import EncoderConfig
+from flax_encoder.nn.linear import Linear
 from flax_encoder.nn.normalization import Norm
 from flax_encoder.nn.partition import normal, param
 from flax_encoder.ops.dropout import dropout
@@ -12,24 +13,52 @@ from flax_encoder.ops.position import sinusoidal
 
 
 class Embedding(nnx.Module):
-    """Token vectors plus absolute positions, if the config has them; then norm (post-norm stacks) and dropout."""
+    """Token vectors plus those of types and absolute positions, as the config has them; norm, dropout, projection."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        init = normal(config.init_std)
-        self.token = param(rngs, init, vocab=config.vocab_size, embed=config.embed_dim)
-        is_learned = config.position == "learned"
-        self.position = param(rngs, init, length=config.max_length, embed=config.embed_dim) if is_learned else None
-        self.norm = Norm(config, rngs=rngs) if config.norm_placement == "post" else None
+        init, width = normal(config.init_std), config.embedding_dim or config.embed_dim
+        self.token = param(rngs, init, vocab=config.vocab_size, embed=width)
+        rows = config.max_length + config.position_offset
+        self.position = param(rngs, init, length=rows, embed=width) if config.position == "learned" else None
+        # Where Hua et al. (arXiv 2202.10447) start it; `scale` is a name that no weight decay touches.
+        self.scale = (
+            param(rngs, lambda _, shape: jnp.full(shape, width**-0.5), features=1) if config.position_scale else None
+        )
+        types = config.num_token_types
+        self.token_type = param(rngs, init, token_types=types, embed=width) if types else None
+        has_norm = config.norm_placement == "post" if config.embedding_norm is None else config.embedding_norm
+        self.norm = Norm(config, width, rngs=rngs) if has_norm else None
+        options = {"std": config.init_std, "use_bias": config.use_bias, "dtype": config.dtype, "rngs": rngs}
+        inputs, outputs = {"embed": width}, {"features": config.embed_dim}
+        has_projection = config.embedding_dim is not None and config.layer == "attention"
+        self.projection = None if not has_projection else Linear(inputs, outputs, **options)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], *, key: Array | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        token_types: Int[Array, "B T"] | None = None,
+        *,
+        key: Array | None = None,
     ) -> Float[Array, "B T D"]:
+        """`token_types` None is type 0 everywhere.
+
+        Raises:
+          ValueError: token_types for a model that has none.
+        """
         x = jnp.take(self.token[...], tokens, axis=0)
+        x = x if self.config.embedding_scale == 1.0 else self.config.embedding_scale * x
+        if self.token_type is not None:
+            x = x + (self.token_type[0] if token_types is None else jnp.take(self.token_type[...], token_types, axis=0))
+        elif token_types is not None:
+            raise ValueError("token_types need num_token_types: this model has 0; leave them out.")
         if self.position is not None:
-            x = x + jnp.take(self.position[...], positions, axis=0)
+            x = x + jnp.take(self.position[...], positions + self.config.position_offset, axis=0)
         elif self.config.position == "sinusoidal":
-            x = x + sinusoidal(positions, self.config.embed_dim)
+            table = sinusoidal(positions, x.shape[-1])
+            x = x + (table if self.scale is None else self.scale[...] * table)
         if self.norm is not None:
             x = self.norm(x)
-        return dropout(x, self.config.dropout_rate, key)
+        x = dropout(x, self.config.dropout_rate, key)
+        return x if self.projection is None else self.projection(x)

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flax_encoder.config import EncoderConfig
+from flax_encoder.config import Activation, EncoderConfig, HeadConfig
 from flax_encoder.nn.feed_forward import ACTIVATIONS
 from flax_encoder.nn.linear import Linear
 from flax_encoder.nn.normalization import Norm
-from flax_encoder.nn.partition import param, zeros
+from flax_encoder.nn.partition import normal, param, zeros
 from flax_encoder.ops.dropout import dropout
 from flax_encoder.ops.linear import linear
 
@@ -18,48 +18,69 @@ def gather_rows(hidden: Float[Array, "B T D"], target_positions: Int[Array, "B M
     return jnp.take_along_axis(hidden, target_positions[..., None], axis=1)
 
 
-class MaskedLMHead(nnx.Module):
-    """BERT's head: dense, activation, norm, then the token embedding transposed, plus a bias a token."""
+class Head(nnx.Module):
+    """The transform that heads begin with: dense, activation, norm, each as `HeadConfig` and the head's kind say."""
 
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: EncoderConfig,
+        head: HeadConfig,
+        width: int,
+        *,
+        activation: Activation,
+        norm: bool,
+        dense_bias: bool,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
-        self.dense = Linear(
-            {"embed": config.embed_dim},
-            {"features": config.embed_dim},
-            std=config.init_std,
-            use_bias=config.use_bias,
-            dtype=config.dtype,
-            rngs=rngs,
-        )
-        self.norm = Norm(config, rngs=rngs)
-        self.bias = param(rngs, zeros, vocab=config.vocab_size)
+        self.activation = head.activation or activation
+        has_bias = dense_bias if head.dense_bias is None else head.dense_bias
+        options = {"std": config.init_std, "use_bias": has_bias, "dtype": dtype, "rngs": rngs}
+        self.dense = Linear({"embed": config.embed_dim}, {"features": width}, **options) if head.transform else None
+        has_norm = head.transform and (norm if head.norm is None else head.norm)
+        self.norm = Norm(config, width, rngs=rngs) if has_norm else None
 
-    def __call__(self, hidden: Float[Array, "B M D"], token_embedding: Float[Array, "V D"]) -> Float[Array, "B M V"]:
-        x = self.norm(ACTIVATIONS[self.config.activation](self.dense(hidden)))
-        return linear(x, token_embedding, self.bias[...], contract_last=True, dtype=self.config.dtype)
+    def transform(self, x: Float[Array, "B M D"]) -> Float[Array, "B M E"]:
+        if self.dense is None:
+            return x
+        x = ACTIVATIONS[self.activation](self.dense(x))
+        return x if self.norm is None else self.norm(x)
 
 
-class ClassificationHead(nnx.Module):
-    """Dense, tanh, dropout, projection to classes (BERT's pooler and classifier), in float32."""
+class MaskedLMHead(Head):
+    """BERT's head: the transform, then the token embedding transposed, or a table of its own; a bias a token."""
 
-    def __init__(self, config: EncoderConfig, num_classes: int, *, rngs: nnx.Rngs):
-        self.config = config
-        self.dense = Linear(
-            {"embed": config.embed_dim},
-            {"features": config.embed_dim},
-            std=config.init_std,
-            use_bias=True,
-            dtype="float32",
-            rngs=rngs,
-        )
-        self.out = Linear(
-            {"features": config.embed_dim},
-            {"classes": num_classes},
-            std=config.init_std,
-            use_bias=True,
-            dtype="float32",
-            rngs=rngs,
-        )
+    def __init__(self, config: EncoderConfig, head: HeadConfig | None = None, *, rngs: nnx.Rngs):
+        head = head or HeadConfig()
+        width = (config.embedding_dim if head.transform else None) or config.embed_dim
+        if head.tied and width != (config.embedding_dim or config.embed_dim):
+            raise ValueError(
+                f"tied logits need vectors as wide as the embedding: got {width} for {config.embedding_dim}; "
+                "set head.transform, or head.tied to False."
+            )
+        kind = {"activation": config.activation, "norm": True, "dense_bias": config.use_bias, "dtype": config.dtype}
+        super().__init__(config, head, width, **kind, rngs=rngs)
+        self.token = None if head.tied else param(rngs, normal(config.init_std), vocab=config.vocab_size, embed=width)
+        self.bias = param(rngs, zeros, vocab=config.vocab_size) if head.out_bias else None
+
+    def __call__(self, hidden: Float[Array, "B M D"], token_embedding: Float[Array, "V E"]) -> Float[Array, "B M V"]:
+        table = token_embedding if self.token is None else self.token[...]
+        bias = None if self.bias is None else self.bias[...]
+        return linear(self.transform(hidden), table, bias, contract_last=True, dtype=self.config.dtype)
+
+
+class ClassificationHead(Head):
+    """The transform (BERT's pooler: dense, tanh), dropout, projection to classes, in float32; 0 classes pool only."""
+
+    def __init__(self, config: EncoderConfig, num_classes: int, head: HeadConfig | None = None, *, rngs: nnx.Rngs):
+        head = head or HeadConfig()
+        kind = {"activation": "tanh", "norm": False, "dense_bias": True, "dtype": "float32"}
+        super().__init__(config, head, config.embed_dim, **kind, rngs=rngs)
+        options = {"std": config.init_std, "use_bias": head.out_bias, "dtype": "float32", "rngs": rngs}
+        features, classes = {"features": config.embed_dim}, {"classes": num_classes}
+        self.out = Linear(features, classes, **options) if num_classes else None
 
     def __call__(self, pooled: Float[Array, "B M D"], *, key: Array | None = None) -> Float[Array, "B M C"]:
-        return self.out(dropout(jnp.tanh(self.dense(pooled)), self.config.dropout_rate, key))
+        x = self.transform(pooled)
+        return x if self.out is None else self.out(dropout(x, self.config.dropout_rate, key))

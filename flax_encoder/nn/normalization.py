@@ -9,14 +9,15 @@ from flax_encoder.ops.norm import layer_norm, rms_norm
 
 
 class Norm(nnx.Module):
-    """`config.norm` over the last axis."""
+    """`config.norm` over the last axis, `width` wide (None: embed_dim)."""
 
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, width: int | None = None, *, rngs: nnx.Rngs):
+        width = width or config.embed_dim
         self.epsilon = config.norm_epsilon
         self.is_rms = config.norm == "rms_norm"
-        self.scale = param(rngs, ones, features=config.embed_dim)
-        has_bias = config.use_bias and not self.is_rms
-        self.bias = param(rngs, zeros, features=config.embed_dim) if has_bias else None
+        self.scale = param(rngs, ones, features=width)
+        has_bias = config.biases.norm and not self.is_rms
+        self.bias = param(rngs, zeros, features=width) if has_bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         if self.is_rms:

@@ -19,6 +19,12 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "classes": None,
+    "distances": None,
+    "width": None,
+    "token_types": None,
+    "directions": None,
+    "gates": None,
+    "cells": None,
     "features": None,  # vectors as long as the residual stream: too small to be worth splitting
 }
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flax_encoder.config import EncoderConfig
+from flax_encoder.config import EncoderConfig, HeadConfig
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import ClassificationHead, gather_rows
 from flax_encoder.objectives.loss import LossSum, target_loss
@@ -27,16 +27,25 @@ class Classifier(nnx.Module):
     """Encoder and classification head; a target position is the first token of a document, its target the label."""
 
     def __init__(
-        self, config: EncoderConfig, num_classes: int, pooling: Literal["cls", "mean"] = "cls", *, rngs: nnx.Rngs
+        self,
+        config: EncoderConfig,
+        num_classes: int,
+        pooling: Literal["cls", "mean", "late"] = "cls",
+        head: HeadConfig | None = None,
+        *,
+        rngs: nnx.Rngs,
     ):
         self.encoder = Encoder(config, rngs=rngs)
-        self.head = ClassificationHead(config, num_classes, rngs=rngs)
+        self.head = ClassificationHead(config, num_classes, head, rngs=rngs)
         self.pooling = pooling
 
     def __call__(self, batch: dict[str, Array], *, key: Array | None = None) -> Float[Array, "B M C"]:
         """Logits of the documents at `target_positions` [B, M]."""
         encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
-        hidden = self.encoder(batch["tokens"], batch["segment_ids"], batch["positions"], key=encoder_key)
+        rows = (batch["tokens"], batch["segment_ids"], batch["positions"], batch.get("token_types"))
+        hidden = self.encoder(*rows, key=encoder_key)
+        if self.pooling == "late":
+            return segment_mean(self.head(hidden, key=head_key), batch["segment_ids"], batch["target_positions"])
         if self.pooling == "mean":
             pooled = segment_mean(hidden, batch["segment_ids"], batch["target_positions"])
         else:

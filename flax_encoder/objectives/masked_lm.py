@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flax_encoder.config import EncoderConfig
+from flax_encoder.config import EncoderConfig, HeadConfig
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import MaskedLMHead, gather_rows
 from flax_encoder.objectives.loss import LossSum, target_loss
@@ -15,13 +15,15 @@ from flax_encoder.objectives.loss import LossSum, target_loss
 class MaskedLM(nnx.Module):
     """Encoder and vocabulary head; reads only the batch's target positions."""
 
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, head: HeadConfig | None = None, *, rngs: nnx.Rngs):
         self.encoder = Encoder(config, rngs=rngs)
-        self.head = MaskedLMHead(config, rngs=rngs)
+        self.head = MaskedLMHead(config, head, rngs=rngs)
 
     def __call__(self, batch: dict[str, Array], *, key: Array | None = None) -> Float[Array, "B M V"]:
-        """Logits at `target_positions` [B, M]; the batch also holds tokens, segment_ids and positions [B, T]."""
-        hidden = self.encoder(batch["tokens"], batch["segment_ids"], batch["positions"], key=key)
+        """Logits at `target_positions` [B, M]; the batch also holds tokens, segment_ids and positions [B, T], and
+        token_types if it has any."""
+        rows = (batch["tokens"], batch["segment_ids"], batch["positions"], batch.get("token_types"))
+        hidden = self.encoder(*rows, key=key)
         return self.head(gather_rows(hidden, batch["target_positions"]), self.encoder.embedding.token[...])
 
     def loss(self, batch: dict[str, Array], *, key: Array | None = None) -> LossSum:

@@ -46,6 +46,7 @@ def attention(
     value: Float[Array, "B S K H"],
     *,
     segment_ids: Int[Array, "B T"] | None = None,
+    key_segment_ids: Int[Array, "B S"] | None = None,
     window: Window | None = None,
     bias: Float[Array, "#B #N T S"] | None = None,
     scale: float | None = None,
@@ -56,7 +57,8 @@ def attention(
     """softmax(scale Q K^T + bias) V within segments and window (Vaswani et al., arXiv 1706.03762, equation 1).
 
     Args:
-      segment_ids: each token's document in its row, 0 for padding; needs T = S. None is one document a row.
+      segment_ids: each query's document in its row, 0 for padding. None is one document a row.
+      key_segment_ids: each key's; None is segment_ids, for self-attention, where T = S.
       window: how many tokens to the (left, right) a query sees, in row indices; may be traced.
       bias: added to the scaled logits; T5's and ALiBi's positions go here.
       scale: None is H ** -0.5.
@@ -72,12 +74,11 @@ def attention(
     (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
     if N % K:
         raise ValueError(f"key/value heads must divide query heads: got {K} for {N}.")
-    if segment_ids is None:
-        segments = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
-    elif T == S:
-        segments = segment_ids, segment_ids
-    else:
-        raise ValueError(f"segment_ids serve self-attention, T = S: got T {T}, S {S}.")
+    if segment_ids is not None and key_segment_ids is None and T != S:
+        raise ValueError(f"keys of their own need key_segment_ids beside segment_ids: got T {T}, S {S}.")
+    if key_segment_ids is None:
+        key_segment_ids = jnp.ones((B, S), jnp.int32) if segment_ids is None else segment_ids
+    segments = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids, key_segment_ids
     rate = dropout_rate if dropout_key is not None else 0.0
     if implementation is None:
         implementation = _choose(S, rate)

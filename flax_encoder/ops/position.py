@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
@@ -18,7 +19,10 @@ def rope_tables(positions: Int[Array, "B T"], head_dim: int, theta: float = 10_0
     """
     if head_dim % 2:
         raise ValueError(f"rope turns pairs of features, so head_dim must be even: got {head_dim}.")
-    rates = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    # Rounded as torch rounds them: at position 8192 one last bit of a rate is 1e-3 radians, and published weights were
+    # trained with torch's.
+    power = np.float64(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    rates = np.float32(1) / power.astype(np.float32)
     angle = positions[:, :, None, None].astype(jnp.float32) * rates
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     tables = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)

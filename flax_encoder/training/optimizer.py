@@ -41,7 +41,7 @@ def muon_dimensions(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
-    """Clipping by global norm, then config.name with its schedule and decoupled weight decay.
+    """Clipping by global norm, then config.name with its schedule and decoupled weight decay; what is frozen stays.
 
     `axes` is the tree of logical axes (training/sharding.py). Optimizer state is float32. AdamW is Loshchilov and
     Hutter, arXiv 1711.05101; Muon is Jordan et al. 2024, kellerjordan.github.io/posts/muon.
@@ -70,7 +70,13 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.Grad
         kinds = jax.tree.map(lambda a: "adamw" if muon_dimensions(a) is None else "muon", axes, is_leaf=_is_axes)
         update = optax.partition({"adamw": update, "muon": muon}, kinds)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
-    return optax.chain(*clip, update)
+    update = optax.chain(*clip, update)
+    if config.freeze_embedding:
+        kinds = jax.tree_util.tree_map_with_path(
+            lambda path, _: "frozen" if _is_token_embedding(path) else "trained", axes, is_leaf=_is_axes
+        )
+        update = optax.partition({"trained": update, "frozen": optax.set_to_zero()}, kinds)
+    return update
 
 
 def _like(params: Any, values: Any) -> Any:
@@ -83,6 +89,10 @@ def _like(params: Any, values: Any) -> Any:
         return value
 
     return jax.tree_util.tree_map_with_path(at, params)
+
+
+def _is_token_embedding(path: tuple[Any, ...]) -> bool:
+    return [key.key for key in path[-2:]] == ["embedding", "token"]
 
 
 def _is_axes(x: Any) -> bool:

@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from toy import SMALL, B, D, F, H, L, N, T, assert_trees_close, random_tokens, split_model
+from toy import SMALL, B, D, F, H, L, N, T, V, assert_trees_close, random_tokens, split_model
 
+from flax_encoder.config import EncoderConfig
 from flax_encoder.nn.encoder import Encoder
 
 PRE = dataclasses.replace(SMALL, norm_placement="pre")
+LSTM = EncoderConfig(
+    vocab_size=V, layer="lstm", num_layers=L, embed_dim=D, max_length=29, position="none", embedding_norm=False
+)
 VARIANTS = {
     "bert": SMALL,
     "pre-norm": PRE,
@@ -26,7 +30,32 @@ VARIANTS = {
     "sinusoidal post-norm, narrow": dataclasses.replace(SMALL, position="sinusoidal", window=1, global_every=0),
     "no positions": dataclasses.replace(SMALL, position="none", activation="relu"),
     "chunked": dataclasses.replace(SMALL, attention_implementation="chunked"),
-}
+    "albert-like": dataclasses.replace(SMALL, num_layers=4, num_layer_groups=2, embedding_dim=13, num_token_types=2),
+    "roberta-like": dataclasses.replace(SMALL, position_offset=2),
+    "mosaic-like": dataclasses.replace(
+        SMALL, position="none", relative_position="alibi", gated=True, mlp_bias=False, mlp_out_bias=True
+    ),
+    "t5-like": dataclasses.replace(
+        PRE, position="none", relative_position="t5", relative_buckets=8, relative_max_distance=6, norm="rms_norm",
+        use_bias=False, attention_scale=1.0, attention_head_dim=4, activation="relu",
+    ),
+    "deberta-like": dataclasses.replace(
+        SMALL, position="none", relative_position="disentangled", relative_buckets=4, relative_max_distance=8,
+        conv_width=3,
+    ),
+    "deberta-like, own projections": dataclasses.replace(
+        SMALL, relative_position="disentangled", relative_buckets=0, relative_max_distance=5, relative_norm=False,
+        share_relative_projections=False, disentangled_terms="p2c",
+    ),
+    "modernbert-like": dataclasses.replace(
+        PRE, position="rope", gated=True, use_bias=False, window=2, global_every=2, local_rope_theta=100.0,
+        embedding_norm=True, first_attention_norm=False,
+    ),
+    "rnn": dataclasses.replace(LSTM, layer="rnn", activation="tanh", position="learned"),
+    "lstm": dataclasses.replace(LSTM, embedding_dim=13, norm_placement="pre"),
+    "gru, one direction": dataclasses.replace(LSTM, layer="gru", bidirectional=False),
+    "crammed-like": dataclasses.replace(PRE, position="sinusoidal", position_scale=True, embedding_norm=True),
+}  # fmt: skip
 
 
 def make(config):
@@ -79,7 +108,7 @@ def test_packed_equals_separate(variant, dtype):
             assert g.dtype == w.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("variant", ["bert", "modern"])
+@pytest.mark.parametrize("variant", ["bert", "modern", "deberta-like"])
 def test_padding_does_not_change_output(variant):
     """Neither how much of it there is nor which tokens and positions it holds."""
     graphdef, params = make(VARIANTS[variant])
@@ -138,6 +167,46 @@ def test_how_layers_run_changes_nothing(scan_layers, remat):
     graphdef, own_params = make(other)
     jax.tree.map(np.testing.assert_array_equal, own_params, params)
     assert_trees_close(_keyed(graphdef)(params, weights), want)
+
+
+@pytest.mark.parametrize("variant", ["albert-like", "deberta-like", "modernbert-like"])
+def test_every_layer_is_the_same_scanned_and_unrolled(variant):
+    """Shared parameters, a first layer of its own, and rotations that differ between layers."""
+    config = VARIANTS[variant]
+    graphdef, params = make(config)
+    unrolled, _ = make(dataclasses.replace(config, scan_layers=False, remat="full"))
+    tokens = random_tokens((B, T))
+    both = [jax.jit(lambda p, g=g: nnx.merge(g, p)(tokens, SEGMENTS, every_layer=True)) for g in (graphdef, unrolled)]
+    (hidden, states), want = both[0](params), both[1](params)
+    assert_trees_close((hidden, states), want)
+    assert states.shape == (config.num_layers + 1, B, T, D)
+    np.testing.assert_array_equal(states[-1], hidden)
+    np.testing.assert_array_equal(jax.jit(lambda p: nnx.merge(graphdef, p)(tokens, SEGMENTS))(params), hidden)
+    shallow, _ = make(dataclasses.replace(config, scan_layers=False))
+    embed = jax.jit(lambda p: nnx.merge(shallow, p).embedding(tokens, jnp.zeros_like(tokens) + jnp.arange(T)))
+    assert_trees_close(states[0], embed(params))
+
+
+def test_shared_layers_are_one_layer_repeated():
+    shared = dataclasses.replace(SMALL, num_layers=4, num_layer_groups=2)
+    graphdef, params = make(shared)
+    plain, _ = make(dataclasses.replace(shared, num_layer_groups=None))
+    repeated = params | {"layers": jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), params["layers"])}
+    tokens = random_tokens((B, T))
+    want = jax.jit(lambda p: nnx.merge(plain, p)(tokens))(repeated)
+    assert_trees_close(jax.jit(lambda p: nnx.merge(graphdef, p)(tokens))(params), want)
+
+
+def test_token_types_are_added_and_default_to_the_first():
+    graphdef, params = make(dataclasses.replace(SMALL, num_token_types=2))
+    encode = jax.jit(lambda *args: nnx.merge(graphdef, params)(*args))
+    tokens = random_tokens((B, T))
+    zeros = jnp.zeros_like(tokens)
+    np.testing.assert_array_equal(encode(tokens, None, None, zeros), encode(tokens))
+    assert not np.allclose(encode(tokens, None, None, zeros + 1), encode(tokens), atol=0.1)
+    plain, plain_params = make(SMALL)
+    with pytest.raises(ValueError, match="this model has 0"):
+        nnx.merge(plain, plain_params)(tokens, token_types=zeros)
 
 
 def test_dropout_is_a_function_of_the_key():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ from flax import nnx
 from optax import sgd
 from toy import SMALL, B, D, T, assert_trees_close, random_tokens, split_model
 
+from flax_encoder.config import Activation, EncoderConfig
 from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.feed_forward import ACTIVATIONS
 from flax_encoder.nn.heads import gather_rows
 from flax_encoder.nn.linear import Linear, packed
 from flax_encoder.nn.partition import MESH_AXES, abstract_model, partition_spec, round_up_vocab
@@ -23,6 +26,11 @@ CONFIGS = {
     "modern": dataclasses.replace(
         SMALL, norm_placement="pre", norm="rms_norm", position="rope", gated=True, use_bias=False, num_kv_heads=1
     ),
+    "deberta": dataclasses.replace(
+        SMALL, relative_position="disentangled", conv_width=3, share_relative_projections=False, num_token_types=2
+    ),
+    "gru": EncoderConfig(vocab_size=37, layer="gru", num_layers=2, embed_dim=30, max_length=29),
+    "crammed": dataclasses.replace(SMALL, position="sinusoidal", position_scale=True, embedding_dim=12),
 }
 MODELS = {
     "encoder": Encoder,
@@ -42,7 +50,11 @@ def test_modules_hold_named_float32_parameters_and_nothing_else(model, config):
         assert len(names) == leaf.ndim, path
         assert set(names) <= set(MESH_AXES), path
         assert leaf.dtype == jnp.float32, path
-        assert (names[0] == "layers") == ("layers" in path), path
+        assert (names[0] == "layers") == bool({"layers", "first"} & set(path)), path
+
+
+def test_every_activation_that_a_config_can_name_is_there():
+    assert list(ACTIVATIONS) == list(typing.get_args(Activation))
 
 
 def test_use_bias_false_leaves_no_bias_in_layers_or_norms():

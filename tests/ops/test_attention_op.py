@@ -14,6 +14,7 @@ B, K, G, T, S, H = 2, 3, 5, 13, 7, 17
 N = K * G
 KEY_BLOCK = 4  # divides neither T nor S
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0], [1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]], np.int32)
+MEMORY = np.array([[1, 1, 2, 2, 3, 3, 0], [0, 1, 1, 2, 2, 0, 0]], np.int32)  # of S keys; some queries see none
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -27,11 +28,13 @@ def draw(*shapes, seed=0, dtype=np.float32):
     return [generator.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
-def visible_keys(T, S, segments=None, window=None):
+def visible_keys(T, S, segments=None, window=None, key_segments=None):
     """[B, T, S] of 0 and 1, one pair at a time."""
     grid = np.zeros((B, T, S))
+    key_segments = segments if key_segments is None else key_segments
+    segments = np.ones((B, T)) if segments is None else segments
     for b, t, s in np.ndindex(*grid.shape):
-        same = segments is None or segments[b, t] == segments[b, s] != 0
+        same = key_segments is None or segments[b, t] == key_segments[b, s] != 0
         near = window is None or -window[0] <= s - t <= window[1]
         grid[b, t, s] = same and near
     return grid
@@ -79,6 +82,8 @@ CASES = {
     "one key head, one-sided window": {"heads": (K, 1), "window": (0, 4)},
     "fewer keys and window": {"lengths": (T, S), "window": (2, 1)},
     "more keys": {"lengths": (S, T)},
+    "a memory's segments": {"lengths": (T, S), "segments": SEGMENTS, "key_segments": MEMORY},
+    "a memory's segments alone": {"lengths": (T, S), "key_segments": MEMORY},
     "bias 1 1": {"bias": (1, 1), "segments": SEGMENTS},
     "bias B 1": {"bias": (B, 1), "lengths": (S, T)},
     "bias 1 N": {"bias": (1, N), "window": (3, 1)},
@@ -92,20 +97,22 @@ def test_attention_and_gradients_equal_the_definition(implementation, case):
     (t, s), (n, k) = case.get("lengths", (T, T)), case.get("heads", (N, K))
     query, key, value, d_out = draw((B, t, n, H), (B, s, k, H), (B, s, k, H), (B, t, n, H))
     bias = draw((*case["bias"], t, s), seed=1)[0] if "bias" in case else None
-    segments, window, scale = (case.get(name) for name in ("segments", "window", "scale"))
+    window, scale = case.get("window"), case.get("scale")
     options = {"window": window, "scale": scale, "implementation": implementation}
 
     @jax.jit
     def out_and_gradients(query, key, value, bias, d_out):
         call = lambda query, key, value, bias: attention(  # noqa: E731
-            query, key, value, bias=bias, segment_ids=segments, **options
+            query, key, value, bias=bias, segment_ids=segments, key_segment_ids=key_segments, **options
         )
         out, vjp = jax.vjp(call, query, key, value, bias)
         return out, *vjp(d_out)
 
-    segments = None if segments is None else jnp.asarray(segments)
+    segments, key_segments = (
+        None if name not in case else jnp.asarray(case[name]) for name in ("segments", "key_segments")
+    )
     got = out_and_gradients(query, key, value, bias, d_out)
-    visible = visible_keys(t, s, case.get("segments"), window)
+    visible = visible_keys(t, s, case.get("segments"), window, case.get("key_segments"))
     want = attention_and_gradients(query, key, value, d_out, visible, bias, scale)
     for name, g, w in zip(("out", "d_query", "d_key", "d_value", "d_bias"), got, want, strict=True):
         if w is None:
@@ -248,7 +255,7 @@ def test_inputs_that_cannot_be_served_say_why():
         attention(q, k, k, implementation="fast")
     with pytest.raises(ValueError, match=r"'chunked' has no dropout: use 'reference'"):
         attention(q, k, k, dropout_rate=0.1, dropout_key=jax.random.key(0), implementation="chunked")
-    with pytest.raises(ValueError, match=rf"T = S: got T {T}, S {S}"):
+    with pytest.raises(ValueError, match=rf"need key_segment_ids beside segment_ids: got T {T}, S {S}"):
         attention(q, cross, cross, segment_ids=jnp.asarray(SEGMENTS))
 
 

@@ -158,3 +158,18 @@ def test_muon_takes_the_layers_matrices_and_nothing_else(model):
         if dimensions is not None:
             taken[jax.tree_util.keystr(path)] = (tuple(dimensions.reduction_axis), tuple(dimensions.output_axis))
     assert taken == {f"['encoder']['layers']{name}": axes for name, axes in MATRICES.items()}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_frozen_embedding_stays_and_the_rest_moves_as_if_it_were_not_there(name):
+    axes = {"embedding": {"token": AXES["token"]}, "layers": AXES["layers"]}
+    config = OptimizerConfig(name, **(FLAT | {"weight_decay": 0.1}), freeze_embedding=True)
+    params = {"embedding": {"token": draw_tree(0)["token"]}, "layers": draw_tree(0)["layers"]}
+    grads = {"embedding": {"token": 1000 * draw_tree(1)["token"]}, "layers": draw_tree(1)["layers"]}
+    tx = make_optimizer(config, 10, axes)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert not updates["embedding"]["token"].any()
+    alone = make_optimizer(config, 10, {"layers": AXES["layers"]})
+    rest = {"layers": params["layers"]}
+    want, _ = jax.jit(alone.update)({"layers": grads["layers"]}, alone.init(rest), rest)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), updates["layers"], want["layers"])

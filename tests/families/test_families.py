@@ -1,0 +1,162 @@
+"""Families as data: presets are as large as what is published, and configs are read, written, or refused by name."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+from flax import nnx
+
+from flax_encoder.config import ConfigError, EncoderConfig, HeadConfig
+from flax_encoder.families import FAMILIES, PRESETS, find_family, preset
+from flax_encoder.families.mapping import LAYOUTS, read_config, read_head, settled, write_config
+from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.partition import abstract_model
+
+# Parameters of the encoder, without pooler and heads. The exact counts are those of transformers' modules (AutoModel
+# with add_pooling_layer=False; T5EncoderModel) built from the published config.json; beside them what papers and model
+# cards say, which counts heads, rounds, or leaves out embeddings.
+PUBLISHED = {
+    "bert_base": 108_891_648,  # 110M, arXiv 1810.04805, section 3
+    "bert_large": 334_092_288,  # 340M, same
+    "roberta_base": 124_055_040,  # 125M, the model card
+    "xlm_roberta_base": 277_453_056,  # 270M, arXiv 1911.02116, table 1
+    "albert_base_v2": 11_092_992,  # 12M, arXiv 1909.11942, table 1
+    "distilbert_base": 66_362_880,  # 66M, arXiv 1910.01108, table 3
+    "electra_small": 13_483_008,  # 14M, arXiv 2003.10555, table 1
+    "electra_base": 108_891_648,  # 110M, same
+    "t5_small": 35_330_816,  # 60M with the decoder, arXiv 1910.10683, section 3.7
+    "t5_base": 109_628_544,  # 220M with the decoder, same
+    "t5_v1_1_small": 35_332_800,  # 77M with decoder and head, the model card's files
+    "t5_v1_1_base": 109_628_544,  # 248M, same
+    "t5_v1_1_large": 341_231_104,  # 783M, same
+    "t5_v1_1_xl": 1_223_527_424,  # 2.85B, same
+    "t5_v1_1_xxl": 4_762_310_656,  # 11.1B, same
+    "modernbert_base": 149_014_272,  # 149M, arXiv 2412.13663, section 2.1
+    "modernbert_large": 394_781_696,  # 395M, same
+    "deberta_v3_base": 183_831_552,  # 184M: 86M and 98M of embeddings, arXiv 2111.09543, table 4
+    "eurobert_210m": 211_766_016,  # 210M, arXiv 2503.05500, table 1
+    "neobert": 221_665_536,  # 250M with the head, arXiv 2502.19587, section 3
+    "mosaicbert_base": 136_777_728,  # 137M, arXiv 2312.17482, section 2
+    "crammed_bert": 119_589_889,  # 120M, arXiv 2212.14034, section 4.2
+}
+
+
+def count(config):
+    _, shapes = abstract_model(lambda: Encoder(config, rngs=nnx.Rngs(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_as_many_parameters_as_published(name):
+    assert count(PRESETS[name]) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.is_in_transformers], ids=lambda f: f.model_type)
+def test_presets_survive_the_way_through_their_published_config(family):
+    for config in family.presets.values():
+        for task in (None, *family.heads):
+            head, pooling = read_head(family, task, {}) if task else (HeadConfig(), "cls")
+            published = write_config(family, config, task, head, pooling)
+            assert find_family(published) is family
+            assert settled(read_config(family, published)) == settled(config)
+
+
+def test_presets_go_by_name():
+    assert preset("neobert") == PRESETS["neobert"]
+    with pytest.raises(ConfigError, match="no preset 'bert_huge'; known are bert_base, bert_large, "):
+        preset("bert_huge")
+
+
+def test_an_unknown_model_type_lists_the_known():
+    with pytest.raises(ConfigError, match=r"model_type 'gpt2', which is not known; known are albert, bert, deberta-v2"):
+        find_family({"model_type": "gpt2"})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bert", "colour": 1}, r"config field colour \(here 1\) is not understood for model_type bert"),
+        ({"model_type": "bert", "is_decoder": True}, "config field is_decoder must be False: got True"),
+        ({"model_type": "bert", "position_embedding_type": "relative_key"}, "must be 'absolute' or None: got 'rel"),
+        ({"model_type": "bert", "hidden_act": "xielu"}, "hidden_act 'xielu' is not understood; known are gelu, "),
+        ({"model_type": "bert", "num_attention_heads": 7}, "num_heads must divide embed_dim: got 7 for 768"),
+        ({"model_type": "albert", "inner_group_num": 2}, r"inner_group_num must be 1: got 2"),
+        ({"model_type": "modernbert", "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2},
+         "full_attention at every n-th layer"),
+        ({"model_type": "modernbert", "rope_scaling": {"rope_type": "yarn"}}, "rope_type default: got .*yarn"),
+        ({"model_type": "eurobert", "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type default: .*linear"),
+        ({"model_type": "deberta-v2", "relative_attention": True}, "relative_attention True with pos_att_type None"),
+        ({"model_type": "deberta-v2", "conv_groups": 2}, r"conv_groups must be 1: got 2"),
+        ({"model_type": "t5", "feed_forward_proj": "gated-magic"}, "feed_forward_proj 'magic' is not understood"),
+    ],
+)  # fmt: skip
+def test_what_a_config_says_and_is_not_understood_is_named(config, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config(find_family(config), config)
+
+
+def test_old_spellings_of_a_config_are_read():
+    old = {"model_type": "modernbert", "global_attn_every_n_layers": 2, "global_rope_theta": 1e5,
+           "local_rope_theta": 2e4, "num_hidden_layers": 4, "local_attention": 32}  # fmt: skip
+    config = read_config(find_family(old), old)
+    assert config.windows == (None, 16, None, 16)
+    assert (config.rope_theta, config.local_rope_theta) == (1e5, 2e4)
+    old = {"model_type": "eurobert", "rope_theta": 250_000, "rope_scaling": None, "clf_pooling": "mean"}
+    assert read_config(find_family(old), old).rope_theta == 250_000.0
+    assert read_head(find_family(old), "classification", old)[1] == "mean"
+
+
+def test_mosaicbert_is_told_from_bert_by_its_own_field():
+    assert find_family({"model_type": "bert", "alibi_starting_size": 512}).base == "BertModel"
+    config = read_config(find_family({"model_type": "bert", "alibi_starting_size": 512}), {"alibi_starting_size": 512})
+    assert config.relative_position == "alibi"
+    assert read_config(find_family({"model_type": "bert"}), {"vocab_size": 7}).relative_position == "none"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "message"),
+    [
+        ("bert", {"norm_placement": "pre"}, "bert config cannot say this model: .*norm_placement pre"),
+        ("bert", {"gated": True}, r"gated True \(there False\)"),
+        ("bert", {"window": 4, "global_every": 0}, "windows"),
+        ("roberta", {"position_offset": 0}, "roberta"),
+        ("albert", {"embedding_dim": None}, "albert"),
+        ("distilbert", {"norm_epsilon": 1e-5}, r"norm_epsilon 1e-05 \(there 1e-12\)"),
+        ("t5", {"use_bias": True}, "t5 config cannot say"),
+        ("modernbert", {"norm": "rms_norm"}, "norm rms_norm"),
+    ],
+)
+def test_a_model_that_a_family_cannot_say_is_refused_with_the_settings(model_type, change, message):
+    family = next(f for f in FAMILIES if f.model_type == model_type)
+    config = dataclasses.replace(next(iter(family.presets.values())), **change)
+    with pytest.raises(ConfigError, match=message):
+        write_config(family, config)
+
+
+def test_a_head_that_a_family_cannot_say_is_refused():
+    bert = find_family({"model_type": "bert"})
+    with pytest.raises(ConfigError, match=r"head.activation relu \(there gelu\)"):
+        write_config(bert, PRESETS["bert_base"], "masked_lm", HeadConfig(activation="relu"))
+    with pytest.raises(ConfigError, match="bert has no discriminator head; it has masked_lm"):
+        write_config(bert, PRESETS["bert_base"], "discriminator")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_has_its_inverse(layout):
+    import numpy as np
+
+    shape = {"flat": (3, 4), "as_is": (5, 7), "conv": (3, 5, 7)}.get(layout, (5, 3, 4))
+    ours = np.arange(math.prod(shape)).reshape(shape)
+    np.testing.assert_array_equal(LAYOUTS[layout].read(LAYOUTS[layout].write(ours), shape), ours)
+
+
+def test_settled_sees_through_the_spelling_of_a_config():
+    plain = EncoderConfig(vocab_size=9)
+    spelled = dataclasses.replace(
+        plain, attention_bias=True, num_kv_heads=12, attention_head_dim=64, embedding_norm=True, attention_scale=0.125,
+        num_layer_groups=12, dropout_rate=0.3, relative_buckets=8, rope_theta=3.0,
+    )  # fmt: skip
+    assert settled(plain) == settled(spelled)
+    for change in ({"norm_bias": False}, {"window": 3, "global_every": 0}, {"max_length": 9}, {"num_token_types": 1}):
+        assert settled(plain) != settled(dataclasses.replace(plain, **change))
