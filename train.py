@@ -124,10 +124,10 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
                 batch = put_batch(rows, mesh)
             clock.count(rows, jax.process_count())
             if (shape := rows["tokens"].shape) not in compiled:  # rows of another length, a few times in a run at most
-                began = time.monotonic()
-                compiled[shape] = step_fn.lower(state, batch).compile()
-                log.say(f"compiled the step for rows of {shape[1]} tokens in {time.monotonic() - began:.1f} s")
-                clock = Clock(clock.tokens)
+                with clock.paused():
+                    began = time.monotonic()
+                    compiled[shape] = step_fn.lower(state, batch).compile()
+                    log.say(f"compiled the step for rows of {shape[1]} tokens in {time.monotonic() - began:.1f} s")
             state, step_metrics = compiled[shape](state, batch)
             clock.steps += 1
             in_flight.append(step_metrics.grad_norm)

@@ -227,6 +227,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     index, _, count = asked.shard.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ConfigError(f"--shard is i/n with i from 0 to below n: got {asked.shard}.")
+    if asked.workers is not None and asked.workers < 1:
+        raise ConfigError(f"--workers must be at least 1: got {asked.workers}.")
     with _saying() as say:
         stores = prepare_stores(
             asked.data, pathlib.Path(asked.out), with_labels=asked.with_labels, workers=asked.workers,
@@ -272,6 +274,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from flax_encoder.data.store import open_store, read_manifest
     from flax_encoder.data.tokenizer import load_tokenizer
 
+    if arguments.rows < 1 or arguments.row_length < 3:
+        raise ConfigError(f"inspect shows at least one row of 3: got --rows {arguments.rows} --row-length "
+                          f"{arguments.row_length}.")  # fmt: skip
     folder = pathlib.Path(arguments.store)
     if members := read_manifest(folder).get("members"):
         each = ", ".join(f"{folder / m['folder']} (weight {m['weight']:,.10g})" for m in members)

@@ -41,7 +41,8 @@ def show_report(
 
 
 def _masked_lm_rows(config, run: LoadedRun, data: RunData, metrics, train) -> dict[str, dict[str, float]]:
-    scores = NeighbourCounts(data.stores[0].train, data.tokenizer, run.config.data.row_length).score(data.evaluation)
+    counts = NeighbourCounts([s.train for s in data.stores], data.tokenizer, run.config.data.row_length)
+    scores = counts.score(data.evaluation)
     return {
         "most frequent token": scores["most_frequent"],
         "guess from two neighbours": scores["neighbours"],

@@ -5,7 +5,7 @@ import numpy as np
 from flax_encoder.data.batches import Batch, Batches, Frame, assemble
 from flax_encoder.data.packing import PackingPlan
 
-_COUNTED_TOKENS = 2**26  # of a larger corpus a random part is counted
+_COUNTED_TOKENS = 2**22  # of a larger corpus a random part is counted
 
 
 class NeighbourCounts:
@@ -15,19 +15,22 @@ class NeighbourCounts:
     so the guess falls back to the other.
     """
 
-    def __init__(self, split, tokenizer, row_length: int):
+    def __init__(self, splits, tokenizer, row_length: int):
         frame = Frame.of(tokenizer)
-        plan = PackingPlan(split.offsets, row_length, frame.specials)
-        numbers = np.arange(min(plan.rows_per_epoch, _COUNTED_TOKENS // row_length))
-        rows = frame.empty(len(numbers), row_length)
-        assemble(split, plan.rows(numbers, 0), frame, rows, numbers)
+        parts = []
+        for split in splits:
+            plan = PackingPlan(split.offsets, row_length, frame.specials, histogram=split.histogram)
+            numbers = np.arange(min(plan.rows_per_epoch, _COUNTED_TOKENS // row_length // len(splits)))
+            parts.append(frame.empty(len(numbers), row_length))
+            assemble(split, plan.rows(numbers, 0), frame, parts[-1], numbers)
+        rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         tokens, segments = rows["tokens"].astype(np.int64), rows["segment_ids"]
         left, middle, right = tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
         inside = (segments[:, :-2] == segments[:, 2:]) & (segments[:, 1:-1] > 0)
         left, middle, right = left[inside], middle[inside], right[inside]
         self._vocab_size = V = tokenizer.vocab_size
         self._mask = tokenizer.special("mask")
-        self._tables = [_best(left * V + right, middle), _best(left, middle), _best(right, middle)]
+        self._tables = [_best(context, middle, V) for context in (left * V + right, left, right)]
         ordinary = np.bincount(middle, minlength=V)
         ordinary[tokenizer.special_ids] = 0
         self._frequency = (ordinary + 1) / (ordinary + 1).sum()
@@ -65,11 +68,11 @@ class NeighbourCounts:
         return guess
 
 
-def _best(context: np.ndarray, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _best(context: np.ndarray, token: np.ndarray, V: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted distinct contexts, and the most frequent token in each."""
-    pairs, counts = np.unique(np.stack([context, token]), axis=1, return_counts=True)
-    order = np.lexsort((counts, pairs[0]))
-    contexts, tokens = pairs[:, order]
+    pairs, counts = np.unique(context * V + token, return_counts=True)
+    order = np.lexsort((counts, pairs // V))
+    contexts, tokens = np.divmod(pairs[order], V)
     last = np.flatnonzero(np.diff(contexts, append=-1))
     return contexts[last], tokens[last]
 

@@ -149,16 +149,21 @@ def _masked_lm_targets(vocabulary, masking: MaskingConfig, rates, slots, num_bat
 
 
 def span_corruption_targets(
-    tokenizer: TextTokenizer, rate: float, mean_span_tokens: float, slots: int, seed: int
+    tokenizer: TextTokenizer, rate: float, mean_span_tokens: float, row_length: int, slots: int, seed: int
 ) -> Targets:
     """T5's targets, for an encoder-decoder.
 
     Raises:
-      DataError: the tokenizer has no sentinels <extra_id_0> ... , or no last token.
+      DataError: the tokenizer has no last token, or fewer sentinels <extra_id_0> ... than a full row has spans.
     """
     ids = tokenizer.sentinel_ids
     if not len(ids) or tokenizer.frame[1] is None:
         raise DataError("T5's spans need a tokenizer with sentinels <extra_id_0>, <extra_id_1> ... and a last token.")
+    if (spans := round(rate * row_length / mean_span_tokens)) > len(ids):
+        raise DataError(
+            f"every span of a row needs its sentinel: a row of {row_length} tokens has up to {spans} spans, the "
+            f"tokenizer {len(ids)} sentinels. Take shorter rows, a lower rate or longer spans."
+        )
     sentinels = Sentinels(ids, tokenizer.frame[1], tokenizer.special("pad"), tokenizer.special("pad"))
     is_text = np.ones(tokenizer.vocab_size, bool)
     is_text[tokenizer.special_ids] = is_text[ids] = False
@@ -226,7 +231,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class OneByOne:
-    """Every row of epoch 0 of each plan once, plan after plan: what an evaluation reads."""
+    """Every row of epoch 0 of each plan once: what an evaluation reads."""
 
     plans: Sequence[PackingPlan]
 
@@ -234,8 +239,11 @@ class OneByOne:
         return sum(plan.rows_per_epoch for plan in self.plans)
 
     def locate(self, numbers: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(plan [B], number in it [B]); rows of several plans are shuffled together: any part is a sample of all."""
         ends = np.cumsum([plan.rows_per_epoch for plan in self.plans])
         numbers = numbers % ends[-1]
+        if len(self.plans) > 1:
+            numbers = permute(numbers, int(ends[-1]), seed, 11)
         plan = np.searchsorted(ends, numbers, side="right")
         return plan, numbers - (ends - np.diff(ends, prepend=0))[plan]
 

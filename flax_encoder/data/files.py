@@ -14,6 +14,7 @@ from flax_encoder.data.records import DataError, Part, Record, make_record, no_c
 
 PART_BYTES = 8 * 2**20  # seconds of tokenizing: what a killed worker loses
 _COMPRESSED = (".gz", ".zst")
+_PARAGRAPH_BYTES = 16 * 2**20  # a longer one is a file without blank lines
 
 
 def kind_of(path: pathlib.Path) -> str:
@@ -85,7 +86,15 @@ def _lines(path: pathlib.Path, begin: int, end: int | None, *, at_blank: bool = 
     With `at_blank` both ends move on to the next blank line, so that no paragraph is cut.
     """
     is_skipping = at_blank and begin > 0
+    edge = begin
     for offset, raw in _raw_lines(path, begin):
+        if at_blank and not raw.strip():
+            edge = offset
+        elif at_blank and offset - edge > _PARAGRAPH_BYTES:
+            raise DataError(
+                f"paragraphs are separated by blank lines: {path} has none from offset {edge:,} to {offset:,}. "
+                f"--data.text-unit line takes each line for a document, file each file."
+            )
         is_edge = not at_blank or not raw.strip()
         if end is not None and offset >= end and is_edge:
             return

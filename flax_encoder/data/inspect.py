@@ -10,7 +10,7 @@ from rich.text import Text
 from flax_encoder.config import MaskingConfig
 from flax_encoder.data.batches import Batch, Batches, Frame, Mixture, masked_lm_targets, span_corruption_targets
 from flax_encoder.data.masking import budget
-from flax_encoder.data.packing import PackingPlan
+from flax_encoder.data.packing import PackingPlan, length_histogram
 from flax_encoder.data.store import Split, Store
 from flax_encoder.data.tokenizer import TextTokenizer
 
@@ -27,9 +27,10 @@ def summarize(store: Store, tokenizer: TextTokenizer, say: Callable[[str], None]
         say(f"packing rows of {row_length}")
         plan = PackingPlan(store.train.offsets, row_length, specials, histogram=store.train.histogram)
         rows.append({"row_length": row_length, "rows_per_epoch": plan.rows_per_epoch, "fill_rate": plan.fill_rate})
-    lengths = store.train.lengths
+    lengths, documents = _lengths(store.train)
+    below = np.cumsum(documents)
     edges = 2 ** np.arange(int(lengths.max()).bit_length() + 1)
-    counts, _ = np.histogram(lengths, edges)
+    counts, _ = np.histogram(lengths, edges, weights=documents)
     return {
         "hash": store.hash,
         "tokenizer": store.manifest["tokenizer"],
@@ -38,8 +39,8 @@ def summarize(store: Store, tokenizer: TextTokenizer, say: Callable[[str], None]
         "dropped": store.manifest["dropped"],
         "label_names": store.label_names,
         "length_tokens": {
-            "mean": float(lengths.mean()),
-            **{f"p{p}": int(np.percentile(lengths, p)) for p in (5, 50, 95, 99)},
+            "mean": float((lengths * documents).sum() / below[-1]),
+            **{f"p{p}": int(lengths[np.searchsorted(below, p / 100 * below[-1])]) for p in (5, 50, 95, 99)},
             "max": int(lengths.max()),
         },
         "length_histogram": [
@@ -49,6 +50,13 @@ def summarize(store: Store, tokenizer: TextTokenizer, say: Callable[[str], None]
         ],
         "packing": rows,
     }
+
+
+def _lengths(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """The lengths that documents have, in order, and how many have each; from the store's histogram alone."""
+    histogram = length_histogram(split.offsets) if split.histogram is None else split.histogram
+    lengths, which = np.unique(histogram[1].astype(np.int64), return_inverse=True)
+    return lengths, np.bincount(which, histogram[2]).astype(np.int64)
 
 
 def histogram_lines(summary: dict[str, Any]) -> list[str]:
@@ -69,8 +77,8 @@ def plot(store: Store, summary: dict[str, Any], path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    lengths = store.train.lengths
-    left.hist(lengths, bins=np.geomspace(1, lengths.max() + 1, 60))
+    lengths, documents = _lengths(store.train)
+    left.hist(lengths, weights=documents, bins=np.geomspace(1, lengths.max() + 1, 60))
     left.set(xscale="log", xlabel="tokens in a document", ylabel="documents", title="Lengths of training documents")
     x = [row["row_length"] for row in summary["packing"]]
     y = [100 * row["fill_rate"] for row in summary["packing"]]
@@ -90,9 +98,9 @@ def sample_rows(
 ) -> Batch:
     """The first rows of an epoch, masked by `kind` (a `MaskingConfig`'s, or t5)."""
     frame = Frame.of(tokenizer)
-    plan = PackingPlan(split.offsets, row_length, frame.specials)
+    plan = PackingPlan(split.offsets, row_length, frame.specials, histogram=split.histogram)
     if kind == "t5":
-        targets = span_corruption_targets(tokenizer, rate, 3.0, row_length // 2, seed)
+        targets = span_corruption_targets(tokenizer, rate, 3.0, row_length, row_length // 2, seed)
     else:
         masking = MaskingConfig(kind=kind, rate=rate)  # type: ignore[arg-type]
         targets = masked_lm_targets(tokenizer, masking, (rate, rate), budget(kind, rate, row_length), 1, seed)  # type: ignore[arg-type]

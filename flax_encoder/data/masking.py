@@ -72,9 +72,11 @@ def mask_rows(
 
     Returns:
       tokens int32 [B, T], and target_positions, targets int32 [B, M], target_weights float32 [B, M]; unused slots have
-      weight 0, and positions are in order. overflow int32 [B]: units left out for want of slots.
+      weight 0, and positions are in order; M is T where rows are that short. overflow int32 [B]: tokens that the share
+      is short of for want of slots.
     """
     B, T = tokens.shape
+    slots = min(slots, T)
     maskable = vocabulary.ordinary[tokens]  # type: ignore[attr-defined]
     column = np.arange(T)[None, :]
     row = address[:, None]
@@ -99,8 +101,11 @@ def mask_rows(
     first.sort(axis=1)
     count = maskable.sum(1)
     share = np.where(count > 0, np.maximum(1, np.rint(rate * count)), 0).astype(np.int64)
-    chosen_count, overflow = _whole_units(first, beyond, share, row, seed) if kind != "token" else (share, 0 * share)
-    overflow = overflow + np.maximum(chosen_count - slots, 0)
+    if kind == "token":
+        chosen_count = np.minimum(share, slots)
+        overflow = share - chosen_count
+    else:
+        chosen_count, overflow = _whole_units(first, beyond, share, row, seed)
 
     is_chosen = np.arange(slots)[None, :] < chosen_count[:, None]
     found = (first & np.uint64(2**_COLUMN_BITS - 1)).astype(np.int64)
@@ -143,7 +148,11 @@ def _span_starts(starts, apart, row, seed, new_span_rate: float, max_span_words:
 
 
 def _whole_units(first, beyond, share, row, seed) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens to take, units left out) so that no unit is cut; `first` are the keys in order, `beyond` the next one."""
+    """(tokens to take, tokens short of the share) so that no unit is cut.
+
+    Args:
+      first: the smallest keys in order, [B, M]; `beyond` the next one [B], if there is one.
+    """
     B, slots = first.shape
     unit = first >> np.uint64(_COLUMN_BITS)
     ends_here = np.ones((B, slots), bool)  # after this token a unit is complete
@@ -157,5 +166,5 @@ def _whole_units(first, beyond, share, row, seed) -> tuple[np.ndarray, np.ndarra
     above = np.where(ends_here & (after >= share[:, None]), after, none).min(axis=1)
     draw = uniform(random_bits(seed, 7, row[:, 0]))
     is_taken = (below < share) & (draw * (np.where(above == none, slots, above) - below) < share - below)
-    overflow = is_taken & (above == none)
-    return np.where(is_taken & ~overflow, above, below), overflow.astype(np.int64)
+    is_left_out = is_taken & (above == none)
+    return np.where(is_taken & ~is_left_out, above, below), np.where(is_left_out, share - below, 0)

@@ -96,7 +96,7 @@ def length_histogram(offsets: np.ndarray, window: int = WINDOW) -> np.ndarray:
     """
     documents = len(offsets) - 1
     n = max(1, -(-documents // window))
-    dense, sparse = np.zeros(n * _DENSE_LENGTHS, np.int64), [np.zeros((2, 0), np.uint32)]
+    dense, sparse = np.zeros(n * _DENSE_LENGTHS, np.int64), collections.Counter()
     step = _COUNTED_AT_ONCE // n * n
     for begin in range(0, documents, step):
         end = min(begin + step, documents)
@@ -105,13 +105,15 @@ def length_histogram(offsets: np.ndarray, window: int = WINDOW) -> np.ndarray:
         which = np.arange(n, 2 * n, dtype=np.uint32) - _turns(begin // n, groups, n)[:, None]
         which = np.minimum(which, which - np.uint32(n)).ravel()[: end - begin]  # modulo n: below 0 wraps up
         is_long = lengths >= _DENSE_LENGTHS
-        sparse.append(np.stack([which[is_long], lengths[is_long]]))
+        pairs = which[is_long].astype(np.uint64) << np.uint64(32) | lengths[is_long]
+        long, count = np.unique(pairs, return_counts=True)
+        sparse.update(dict(zip(long.tolist(), count.tolist(), strict=True)))
         key = which * np.uint32(_DENSE_LENGTHS) + lengths
         dense += np.bincount(key[~is_long] if is_long.any() else key, minlength=len(dense))
     at = np.flatnonzero(dense)
-    long, count = np.unique(np.concatenate(sparse, axis=1), axis=1, return_counts=True)
     short = np.stack([at // _DENSE_LENGTHS, at % _DENSE_LENGTHS, dense[at]])
-    return np.concatenate([short, np.concatenate([long, count[None]])], axis=1).astype(np.uint32)
+    long = np.array([(key >> 32, key % 2**32, count) for key, count in sorted(sparse.items())], np.int64).reshape(-1, 3)
+    return np.concatenate([short, long.T], axis=1).astype(np.uint32)
 
 
 class PackingPlan:
@@ -136,7 +138,9 @@ class PackingPlan:
         histogram: np.ndarray | None = None,
     ):  # fmt: skip
         self._offsets, self._row_length, self._specials = offsets, row_length, specials
-        self._packing, self._split_long, self._window, self._histogram = packing, split_long, window, histogram
+        self._packing, self._split_long = packing, split_long
+        if packing == "concatenate" and not split_long:
+            raise ValueError("concatenate cuts documents anywhere: split_long must be True.")
         self._overhead = sum(specials)
         self._room = row_length - self._overhead
         self._documents = len(offsets) - 1
@@ -145,17 +149,23 @@ class PackingPlan:
         self._num_windows = -(-self._documents // window)
         self._cache: collections.OrderedDict[tuple, _Packed | _Concatenated] = collections.OrderedDict()
         self._lock = threading.Lock()
-        self._count()
+        if histogram is None or window != WINDOW:
+            histogram = length_histogram(offsets, window)
+        self._count(histogram)
 
-    def __getstate__(self) -> dict:  # for worker processes: what is made as needed is made there
-        return self.__dict__ | {"_cache": None, "_lock": None}
+    def __getstate__(self) -> dict:
+        """For worker processes: what is made as needed is made there, and a memory map goes by its file's name."""
+        file = getattr(self._offsets, "filename", None)
+        return self.__dict__ | {"_cache": None, "_lock": None} | ({"_offsets": file} if file else {})
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state | {"_cache": collections.OrderedDict(), "_lock": threading.Lock()}
+        if not isinstance(self._offsets, np.ndarray):
+            self._offsets = np.load(self._offsets, mmap_mode="r")
 
-    def _count(self) -> None:
-        """One pass over the lengths: each window's histogram of pieces, and from it its recipes and rows."""
-        rest, full = self._histograms()
+    def _count(self, histogram: np.ndarray) -> None:
+        """From each window's histogram of lengths: that of its pieces, its recipes and rows."""
+        rest, full = self._histograms(histogram)
         documents, counts = rest.sum(1), rest
         counts[:, 0] = 0  # what is left of a document cut into full rows
         counts[:, self._room] += full
@@ -175,12 +185,9 @@ class PackingPlan:
         self.tokens_per_epoch = int(tokens.sum())
         self.fill_rate = float(total.sum() / (self.rows_per_epoch * self._row_length))
 
-    def _histograms(self) -> tuple[np.ndarray, np.ndarray]:
+    def _histograms(self, histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How many documents of each window leave n tokens over [windows, room + 1], and the full rows [windows]."""
         n, room = self._num_windows, self._room
-        histogram = self._histogram
-        if histogram is None or self._window != WINDOW:
-            histogram = length_histogram(self._offsets, self._window)
         window, lengths, count = (row.astype(np.int64) for row in histogram)
         full, rest = (x.astype(np.int64) for x in self._cut(lengths))
         counts = np.bincount(window * (room + 1) + rest, count, n * (room + 1)).astype(np.int64)
@@ -209,7 +216,7 @@ class PackingPlan:
                 documents = self._documents_of(key[0])
                 lengths = self._offsets[documents + 1] - self._offsets[documents]
                 if self._packing == "concatenate":
-                    made = _Concatenated(documents, lengths, self._row_length, self._specials, (seed, 4, *key))
+                    made = _Concatenated(documents, lengths, self._row_length, self._specials, (seed, 4, *key[:2]))
                 else:
                     made = _Packed(documents, *self._cut(lengths), self._recipes[key[0]], self._room)
                 self._cache[key] = made
@@ -231,7 +238,7 @@ class PackingPlan:
                 window, mine = int(order[k]), np.flatnonzero((epoch == e) & (at == k))
                 rows = int(self._window_rows[window])
                 inside = permute(place[mine] - (ends[k] - rows), rows, seed, e, 0, window)
-                key = (window, e) if self._packing == "concatenate" else (window,)
+                key = (window, e, seed) if self._packing == "concatenate" else (window,)
                 pieces = self._open(key, seed).rows(inside, (seed, e, window))
                 address = random_bits(e, window, inside)
                 found.append(replace(pieces, row=mine[pieces.row], address=address))

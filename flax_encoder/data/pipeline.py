@@ -2,9 +2,11 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,7 +17,7 @@ from flax_encoder.data.packing import PackingPlan
 from flax_encoder.data.prepare import prepare, unhurried
 from flax_encoder.data.records import DataError, Record
 from flax_encoder.data.sources import Source, open_source
-from flax_encoder.data.store import FORMAT, MANIFEST, Split, Store, is_store, open_store, read_manifest
+from flax_encoder.data.store import FORMAT, MANIFEST, Split, Store, is_store, open_store, partial_folder, read_manifest
 from flax_encoder.data.tokenizer import TextTokenizer, load_tokenizer, train_wordpiece
 from flax_encoder.data.tokenizer_files import read_tokenizer
 
@@ -37,6 +39,8 @@ class RunData:
     train: Stages
     evaluation: Batches
     train_plans: list[PackingPlan]
+    weights: list[float] | None
+    """Of several stores, if they are mixed otherwise than evenly."""
 
     @property
     def label_names(self) -> list[str] | None:
@@ -45,7 +49,8 @@ class RunData:
     @property
     def hash(self) -> str:
         """Of all stores' contents: with the seed and the step, the loader's whole state."""
-        return hashlib.sha256(" ".join(store.hash for store in self.stores).encode()).hexdigest()
+        what = ([store.hash for store in self.stores], self.weights)
+        return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
 def open_data(
@@ -81,7 +86,8 @@ def open_data(
         if not len(store.test):
             raise DataError(
                 f"evaluation needs held-out documents, and of {len(store.train)} none fell to it: raise "
-                f"--data.held-out-rate (now {data.held_out_rate}), or cut text finer with --data.text-unit line."
+                f"--data.held-out-rate (now {data.held_out_rate}), or cut text finer with --data.text-unit line; a "
+                f"store that prepare wrote must be prepared again."
             )
     T = data.final_row_length
     order = OneByOne(_plans(config, [s.test for s in stores], T, frame, split_long=not with_labels))
@@ -90,7 +96,7 @@ def open_data(
         order, "test", T, (config.masking.eval_rate,) * 2, process,
         num_batches=min(batches, config.eval_batches or batches), stop_row=len(order),
     )  # fmt: skip
-    return RunData(tokenizer, stores, Stages(stages, ends), evaluation, plans)
+    return RunData(tokenizer, stores, Stages(stages, ends), evaluation, plans, weights)
 
 
 def _plans(config: RunConfig, splits: list[Split], row_length: int, frame: Frame, *, split_long: bool):
@@ -154,8 +160,13 @@ def open_stores(
             )
         if with_labels and store.label_names is None:
             raise DataError(f"classification needs labels: the store {name} was prepared without --with-labels.")
+        if label_names is not None and store.label_names != label_names:
+            raise DataError(
+                f"a store's labels must be the model's, in their order: {name} has {store.label_names}, the model "
+                f"{label_names}. Train from the text itself, or prepare it again."
+            )
     for name, source in sources.items():
-        what = (source.fingerprint, tokenizer.hash, config.held_out_rate, label_names)
+        what = (FORMAT, source.fingerprint, tokenizer.hash, config.held_out_rate, label_names)
         folder = cache_dir / "stores" / hashlib.sha256(repr(what).encode()).hexdigest()[:24]
         store = prepare(
             source, tokenizer, folder, held_out_rate=config.held_out_rate, label_names=label_names, progress=progress,
@@ -163,6 +174,8 @@ def open_stores(
         )  # fmt: skip
         assert store is not None  # there is one shard
         prepared[name] = store
+    if with_labels and len(names) > 1:
+        raise DataError(f"classification takes one store, whose labels it learns: {config.source} is a mixture.")
     if config.verify:
         for store in prepared.values():
             store.verify(unhurried(progress))
@@ -182,6 +195,10 @@ def _members(config: DataConfig) -> tuple[list[str], list[float] | None]:
         names += [os.fspath(folder / m["folder"]) if "members" in manifest else name for m in members]
         weights += [weight * m["weight"] / total for m in members]
         is_weighted |= "members" in manifest
+    if is_weighted and config.weights is None and len(config.sources) > 1:
+        raise DataError(
+            f"a mixture among several sources needs --data.weights, one for each: got none for {config.sources}."
+        )
     return names, weights if is_weighted else None
 
 
@@ -196,8 +213,14 @@ def prepare_stores(
     """
     cache_dir = pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
     sources = [open_source(name, config, with_labels=with_labels, cache_dir=cache_dir) for name in config.sources]
+    is_mixture = len(sources) > 1
+    if is_mixture and (out / MANIFEST).exists() and "members" not in read_manifest(out):
+        raise DataError(f"a mixture is prepared into a new folder: {out} is a store. Name another --out.")
+    marker = partial_folder(out)
+    if is_mixture and not (out / MANIFEST).exists():
+        marker.mkdir(parents=True, exist_ok=True)  # so that a half-made mixture is known as one
     tokenizer = settle_tokenizer(config, [], sources, progress)
-    folders = [out] if len(sources) == 1 else [out / f"{i:02}" for i in range(len(sources))]
+    folders = [out] if not is_mixture else [out / f"{i:02}" for i in range(len(sources))]
     stores = [
         prepare(
             source, tokenizer, folder, held_out_rate=config.held_out_rate, workers=workers, shard=shard,
@@ -208,10 +231,13 @@ def prepare_stores(
     finished = [store for store in stores if store is not None]
     if len(finished) < len(stores):
         return None
-    if len(finished) > 1:
+    if is_mixture:
         weights = config.weights or [s.manifest["splits"]["train"]["tokens"] for s in finished]
         members = [{"folder": f.name, "weight": w} for f, w in zip(folders, weights, strict=True)]
-        (out / MANIFEST).write_text(json.dumps({"format": FORMAT, "members": members}, indent=1))
+        manifest = out / f"{MANIFEST}.new"
+        manifest.write_text(json.dumps({"format": FORMAT, "members": members}, indent=1))
+        os.replace(manifest, out / MANIFEST)
+        shutil.rmtree(marker, ignore_errors=True)
     return finished
 
 
@@ -230,6 +256,9 @@ def settle_tokenizer(config: DataConfig, stores: list[Store], sources: list[Sour
 def _sample(source: Source) -> Iterator[Record]:
     """The training text, or where that is long, parts of it from all over."""
     parts = [part for part in source.parts if part.split == "train"]
-    every = max(1, -(-sum(part.size for part in parts) // _TRAINING_BYTES))
-    for part in parts[::every]:
-        yield from part.read()
+    every, left = max(1, -(-sum(part.size for part in parts) // _TRAINING_BYTES)), _TRAINING_BYTES
+    for record in itertools.chain.from_iterable(part.read() for part in parts[::every]):
+        left -= len(record["text"])
+        if left < 0:
+            return
+        yield record

@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import threading
 import time
 from array import array
@@ -27,7 +28,7 @@ from filelock import FileLock, Timeout
 from flax_encoder.data.packing import length_histogram
 from flax_encoder.data.records import DataError, Part, Record
 from flax_encoder.data.sources import Source
-from flax_encoder.data.store import FORMAT, MANIFEST, Store, open_store, partial_folder
+from flax_encoder.data.store import FORMAT, MANIFEST, Store, open_store, partial_folder, read_manifest
 from flax_encoder.data.tokenizer import TextTokenizer
 
 SHARD_TOKENS = 2**30
@@ -36,6 +37,7 @@ _HASHES_AT_ONCE = 2**22
 _COPIED_AT_ONCE = 2**16  # documents
 _POLL_SECONDS = 0.5
 _SPLITS = ("train", "test")
+_HERE = f"{socket.gethostname()}.{os.getpid()}"
 
 Say = Callable[[str], None]
 
@@ -72,13 +74,15 @@ def prepare(
     say, progress = progress, unhurried(progress)
     what = (FORMAT, source.fingerprint, tokenizer.hash, held_out_rate, label_names)
     identity = hashlib.sha256(repr(what).encode()).hexdigest()
-    if folder.exists():
-        return _open_same(folder, identity)
     work = partial_folder(folder)
+    if _is_taken(folder):
+        _tidy(work)
+        return _open_same(folder, identity)
     try:
         work.mkdir(parents=True, exist_ok=True)
         with _only_here(work / "lock-{}-of-{}".format(*shard), folder, say, wait=wait):
-            if folder.exists():  # made while we waited
+            if _is_taken(folder):  # made while we waited
+                shutil.rmtree(work, ignore_errors=True)
                 return _open_same(folder, identity)
             _settle(work, identity, len(source.parts))
             _tokenize(source, tokenizer, work, held_out_rate, progress, workers, shard)
@@ -86,16 +90,16 @@ def prepare(
                 say(f"{len(left)} of {len(source.parts)} parts are left to the other shards")
                 return None
             with _only_here(work / "lock-merge", folder, say, wait=True):
-                if not folder.exists():
+                if not _is_taken(folder):
                     _merge(source, tokenizer, work, identity, label_names, progress)
                     os.rename(work / "store", folder)
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        if folder.exists():  # others, of other shards, have finished it under our hands
+        if _is_taken(folder):  # others, of other shards, have finished it under our hands
             return _open_same(folder, identity)
         raise DataError(
-            f"prepared text cannot be written: {error.filename or work}: {error.strerror}. The parts that are done are "
-            f"kept; the same command goes on from them."
+            f"text cannot be prepared: {error.filename or work}: {error.strerror or error}. The parts that are done "
+            f"are kept; the same command goes on from them."
         ) from error
     return open_store(folder)
 
@@ -113,7 +117,20 @@ def unhurried(say: Say) -> Say:
     return maybe
 
 
+def _is_taken(folder: pathlib.Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def _tidy(work: pathlib.Path) -> None:
+    """Remove what a process left that was killed just after its store was whole."""
+    if work.exists():
+        with contextlib.suppress(Timeout), FileLock(work / "lock-merge", timeout=0):
+            shutil.rmtree(work, ignore_errors=True)
+
+
 def _open_same(folder: pathlib.Path, identity: str) -> Store:
+    if "members" in read_manifest(folder):
+        raise DataError(f"a store is prepared into a new folder: {folder} is a mixture. Name another --out.")
     store = open_store(folder)
     if store.manifest["identity"] != identity:
         raise DataError(
@@ -145,12 +162,12 @@ def _only_here(path: pathlib.Path, folder: pathlib.Path, progress: Say, *, wait:
 def _settle(work: pathlib.Path, identity: str, num_parts: int) -> None:
     """Leave a note of what is being prepared, or find that it is the same."""
     note = {"identity": identity, "parts": num_parts}
-    path = work / "plan.json"
-    if not path.exists():
-        temporary = work / f"plan.{os.getpid()}"
-        temporary.write_text(json.dumps(note))
-        os.replace(temporary, path)
-    elif json.loads(path.read_text()) != note:
+    path, temporary = work / "plan.json", work / f"plan.{_HERE}"
+    temporary.write_text(json.dumps(note))
+    with contextlib.suppress(FileExistsError):
+        os.link(temporary, path)  # whole, and only if no other process was first
+    temporary.unlink()
+    if json.loads(path.read_text()) != note:
         raise DataError(
             f"an interrupted store can be finished only from what it was begun with: {work} was begun from another "
             f"text, tokenizer or held-out rate. Delete it to start anew."
@@ -173,7 +190,8 @@ def _tokenize(
         share = f"{done / total:.0%} of the text, " if 0 < done < total else ""
         progress(f"tokenized {share}{documents:,} documents, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
 
-    workers = min(workers or len(os.sched_getaffinity(0)), len(todo))
+    cores = len(os.sched_getaffinity(0))
+    workers = min(workers or cores, len(todo))
     if workers <= 1:
         for i in todo:
             base = counts
@@ -185,7 +203,8 @@ def _tokenize(
     # Not forked: a fork of a process with JAX's threads can hang.
     context = multiprocessing.get_context("spawn")
     shared = context.Array("Q", 2)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.json, shared))
+    settings = (tokenizer.json, shared, cores // workers)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, settings)
     try:
         waiting = {pool.submit(_tokenize_in_worker, source.parts[i], work / f"{i:06}", rate): i for i in todo}
         while waiting:
@@ -207,8 +226,10 @@ def _tokenize(
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer_json: str, shared: Any) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other workers
+def _start_worker(tokenizer_json: str, shared: Any, threads: int) -> None:
+    # What cores the other workers leave: with a few large files, several each.
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(max(1, threads))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker.update(tokenizer=TextTokenizer(tokenizer_json), shared=shared)
@@ -232,7 +253,7 @@ def _tokenize_part(
     part: Part, folder: pathlib.Path, tokenizer: TextTokenizer, held_out_rate: float
 ) -> Iterator[tuple[int, int]]:
     """Write a part's folder, whole or not at all; yields (documents, tokens) so far."""
-    work = folder.with_name(f"{folder.name}.{os.getpid()}")
+    work = folder.with_name(f"{folder.name}.{_HERE}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     dtype = _token_dtype(tokenizer)
@@ -346,7 +367,8 @@ def _merge(
     manifest = {
         "format": FORMAT,
         "identity": identity,
-        "source": source.fingerprint,
+        "source": source.name,
+        "fingerprint": source.fingerprint,
         "tokenizer": tokenizer.hash,
         "dtype": _token_dtype(tokenizer).name,
         "dropped": {"empty": sum(a["empty"] for a in about), "duplicate": int(len(keep) - keep.sum())},

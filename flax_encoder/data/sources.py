@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from filelock import FileLock
@@ -29,6 +29,8 @@ class Source:
     """Changes when the documents may have changed; the cache's key."""
     label_names: list[str] | None = field(default=None)
     """Names of labels that are integers, where the source knows them."""
+    name: str = ""
+    """What it was opened by."""
 
     @property
     def has_test(self) -> bool:
@@ -48,8 +50,11 @@ def open_source(name: str, config: DataConfig, *, with_labels: bool, cache_dir: 
     label = config.label_column if with_labels else None
     for prefix, open_named in (("tfds:", _open_tfds), ("hf:", _open_hf)):
         if name.startswith(prefix):
-            return open_named(name.removeprefix(prefix), config.text_column, label, cache_dir)
-    return _open_files(name, config, label)
+            source = open_named(name.removeprefix(prefix), config.text_column, label, cache_dir)
+            break
+    else:
+        source = _open_files(name, config, label)
+    return replace(source, name=name)
 
 
 def _open_files(name: str, config: DataConfig, label: str | None) -> Source:
@@ -120,6 +125,7 @@ def _open_tfds(name: str, text: str | None, label: str | None, cache_dir: pathli
     return Source(parts, _hash(builder.info.full_name, python, column, label), names)
 
 
+@functools.lru_cache(maxsize=8)
 def _tfds_builder(name: str, data_dir: pathlib.Path):
     # Registered by import. On a machine without TensorFlow the data-source path needs none of it.
     import tensorflow_datasets as tfds
@@ -136,6 +142,7 @@ def _read_tfds(
     return (make_record(rows[i], text, label, f"tfds:{name}") for i in range(begin, end))
 
 
+@functools.lru_cache(maxsize=8)
 def _load_hf(name: str, cache_dir: pathlib.Path) -> Any:
     try:
         import datasets

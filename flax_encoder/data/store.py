@@ -108,6 +108,7 @@ def is_store(folder: pathlib.Path) -> bool:
 
 def partial_folder(folder: pathlib.Path) -> pathlib.Path:
     """Where a store stands while it is being prepared."""
+    folder = folder.absolute()
     return folder.with_name(folder.name + ".partial")
 
 

@@ -71,7 +71,12 @@ def sharding_tree(mesh: Mesh, axes: Any, shapes: Any) -> Any:
 
 
 def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
-    """Every microbatch must divide over the devices that split rows."""
+    """Every microbatch must divide over the devices that split rows, and each process must have rows of its own."""
+    if jax.local_device_count() % mesh.shape["tensor"] and jax.process_count() > 1:
+        raise ConfigError(
+            f"the tensor axis must lie within a process, which has rows of its own: got mesh.tensor "
+            f"{mesh.shape['tensor']} for {jax.local_device_count()} devices a process."
+        )
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     unit = parts * num_microbatches
     if batch_size % unit:

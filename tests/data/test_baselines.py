@@ -87,7 +87,7 @@ def test_neighbour_counts_equal_a_slow_reference(tokenizer, rate):
         [test], order, targets, Frame.of(tokenizer), row_length=T, batch_size=7, seed=3,
         num_batches=-(-len(order) // 7), stop_row=len(order),
     )  # fmt: skip
-    score = NeighbourCounts(train, tokenizer, T).score(batches)
+    score = NeighbourCounts([train], tokenizer, T).score(batches)
     hits, likeliest_hits, nats = slow_score(train, [batches[i] for i in range(len(batches))], tokenizer)
     assert score["neighbours"]["accuracy"] == pytest.approx(hits, rel=1e-12)
     assert score["most_frequent"]["accuracy"] == pytest.approx(likeliest_hits, rel=1e-12)

@@ -312,6 +312,23 @@ def test_rows_change_length_where_a_stage_ends(make, split, start):
         assert_equal(batch, stages[number])
 
 
+def test_an_evaluation_of_several_stores_samples_all_and_reads_each_row_once(split):
+    plans = [plan_of(split), plan_of(split, packing="one-per-row")]
+    order = OneByOne(plans)
+    plan, inner = order.locate(np.arange(len(order)), seed=3)
+    assert sorted(zip(plan.tolist(), inner.tolist(), strict=True)) == [
+        (k, i) for k, p in enumerate(plans) for i in range(p.rows_per_epoch)
+    ]
+    assert 0 < np.count_nonzero(plan[:10]) < 10
+
+
+def test_rows_shorter_than_the_slots_have_as_many_slots_as_tokens(make, split):
+    plan = plan_of(split, "labels", packing="one-per-row")
+    batches = make(plan=plan, masking=MaskingConfig(budget=20), buckets=(8,), num_batches=64)
+    shapes = {(batch["tokens"].shape[1], batch["targets"].shape[1]) for batch in map(batches.__getitem__, range(64))}
+    assert shapes == {(8, 8), (T, 20)}
+
+
 def test_a_full_masking_budget_is_counted_not_exceeded(make, split):
     starts = [np.zeros(split.lengths[i], bool) for i in range(len(split))]  # every document is one word
     ours = split_of([split.document(i) for i in range(len(split))], word_starts=starts)

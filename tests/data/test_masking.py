@@ -59,7 +59,7 @@ def plain_units(row, segments, starts, kind, address, seed):
 
 
 def plain_choice(row, segments, starts, kind, address, rate, slots, seed):
-    """One row's chosen columns, and the units left out for want of slots."""
+    """One row's chosen columns, and the tokens that they are short of the share for want of slots."""
     units = plain_units(row, segments, starts, kind, address, seed)
     n = sum(map(len, units))
     share = max(1, round(rate * n)) if n else 0  # half to even, as NumPy's rint
@@ -69,7 +69,7 @@ def plain_choice(row, segments, starts, kind, address, rate, slots, seed):
             room = min(len(unit), slots - len(chosen))
             if uniform(random_bits(seed, 7, address))[0] * room < share - len(chosen):
                 if len(chosen) + len(unit) > slots:
-                    return sorted(chosen), 1
+                    return sorted(chosen), share - len(chosen)
                 chosen += unit
             return sorted(chosen), 0
         chosen += unit

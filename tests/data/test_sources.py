@@ -213,6 +213,15 @@ def test_parts_of_any_size_give_every_document_once_and_in_order(tmp_path, monke
         read(rows, tmp_path)
 
 
+def test_a_long_text_without_blank_lines_is_an_error_that_tells_the_other_units(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PARAGRAPH_BYTES", 1000)
+    monkeypatch.setattr(files, "PART_BYTES", 500)
+    (tmp_path / "a.txt").write_text("a line of text\n" * 200)
+    with pytest.raises(DataError, match=r"none from offset 0 to 1,005\. --data.text-unit line takes each line"):
+        read(tmp_path / "a.txt", tmp_path)
+    assert len(read(tmp_path / "a.txt", tmp_path, text_unit="line")) == 200
+
+
 def test_a_parquet_file_has_a_part_for_each_row_group(tmp_path):
     table = pa.Table.from_pylist([{"text": f"text {i}"} for i in range(23)])
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)

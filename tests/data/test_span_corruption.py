@@ -134,4 +134,4 @@ def test_too_few_sentinels_and_a_tokenizer_without_them_are_errors():
             rate=0.5, mean_span_tokens=1.0, slots=99, seed=0,
         )  # fmt: skip
     with pytest.raises(DataError, match="need a tokenizer with sentinels <extra_id_0>"):
-        span_corruption_targets(train_wordpiece(["a b"] * 2, 41), 0.15, 3.0, 20, 0)
+        span_corruption_targets(train_wordpiece(["a b"] * 2, 41), 0.15, 3.0, 64, 20, 0)

@@ -103,7 +103,7 @@ def test_shards_end_between_documents_and_hold_the_same(tokenizer, tmp_path, mon
     expected = np.unpackbits(whole.train.words[0], bitorder="little")[: len(whole.train.tokens[0])]
     np.testing.assert_array_equal(np.concatenate(joined), expected)
     sent = pickle.loads(pickle.dumps(store.train))  # by its folder's name
-    assert len(pickle.dumps(store.train)) < 20_000 and texts_of(sent, tokenizer) == texts
+    assert len(pickle.dumps(store.train)) < 2_000 and texts_of(sent, tokenizer) == texts
 
 
 def test_word_starts_are_the_pre_tokenizers(tokenizer, tmp_path):
@@ -366,6 +366,44 @@ def test_a_store_by_another_tokenizer_is_an_error_that_names_both(tokenizer, tmp
     other = train_wordpiece(["a b c"] * 2, 41)
     with pytest.raises(DataError, match=f"was with {tokenizer.hash}, the run has {other.hash}"):
         open_stores(DataConfig(source=str(tmp_path / "store")), tokenizer=TextTokenizer(other.json))
+
+
+def test_a_store_is_never_overwritten_by_a_mixture_nor_the_other_way(tokenizer, corpus):
+    (corpus / "tokenizer.json").write_text(tokenizer.json)
+    one = DataConfig(source=str(corpus / "a.txt"), text_unit="line", tokenizer=str(corpus / "tokenizer.json"))
+    two = dataclasses.replace(one, source=(str(corpus / "a.txt"), str(corpus / "b.txt.gz")))
+    options = {"with_labels": False, "workers": 1, "shard": (0, 1), "progress": lambda m: None}
+    (corpus / "empty").mkdir()
+    prepare_stores(one, corpus / "empty", **options)  # an empty folder is as good as none
+    with pytest.raises(DataError, match=r"empty is a store\. Name another --out"):
+        prepare_stores(two, corpus / "empty", **options)
+    prepare_stores(two, corpus / "mixture", **options)
+    with pytest.raises(DataError, match=r"mixture is a mixture\. Name another --out"):
+        prepare_stores(one, corpus / "mixture", **options)
+    with pytest.raises(DataError, match=r"needs --data\.weights, one for each"):
+        open_stores(dataclasses.replace(one, source=(str(corpus / "mixture"), str(corpus / "empty"))))
+    with pytest.raises(DataError, match="without --with-labels"):
+        open_stores(dataclasses.replace(one, source=str(corpus / "empty")), with_labels=True)
+    (corpus / "mixture" / MANIFEST).unlink()
+    partial_folder(corpus / "mixture").mkdir()
+    with pytest.raises(DataError, match="was interrupted"):
+        open_stores(dataclasses.replace(one, source=str(corpus / "mixture")))
+
+
+def test_labels_of_a_store_must_be_the_models_in_their_order(tokenizer, tmp_path):
+    put(source_of(WORDS[:4], WORDS[4:6], ["b", "a", "b", "a", "b", "a"]), tokenizer, tmp_path)
+    config = DataConfig(source=str(tmp_path / "store"))
+    open_stores(config, label_names=["a", "b"], with_labels=True)
+    with pytest.raises(DataError, match=r"has \['a', 'b'\], the model \['b', 'a'\]"):
+        open_stores(config, label_names=["b", "a"], with_labels=True)
+
+
+def test_what_a_kill_left_beside_a_whole_store_is_removed(tokenizer, tmp_path):
+    source = source_of(random_texts(31))
+    put(source, tokenizer, tmp_path)
+    (partial_folder(tmp_path / "store") / "000000").mkdir(parents=True)
+    put(source, tokenizer, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["store"]
 
 
 def test_prepare_refuses_settings_that_say_how_a_run_reads(tokenizer, corpus):
