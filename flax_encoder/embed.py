@@ -7,7 +7,6 @@ A sentence-transformers folder is a published encoder with modules.json, which l
 import dataclasses
 import functools
 import json
-import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -27,8 +26,6 @@ from flax_encoder.hub import is_published, load_pretrained
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.run import load_run
-
-logger = logging.getLogger(__name__)
 
 Pooling = Literal["cls", "mean"]
 _MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
@@ -211,26 +208,44 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
-def sentence_files(embedder: Embedder) -> dict[str, Any]:
-    """What makes a published encoder's folder a sentence-transformers one: relative path -> JSON."""
-    names = ("Transformer", "Pooling", "Normalize")[: 3 if embedder.normalize else 2]
+def write_sentence_files(
+    source: str | pathlib.Path,
+    out: str | pathlib.Path,
+    embed_dim: int,
+    pooling: Pooling | None = None,
+    normalize: bool | None = None,
+    max_tokens: int | None = None,
+) -> bool:
+    """Make `out`, a folder with an encoder, a sentence-transformers one, with what `source` says or else is given.
+
+    Returns whether there was anything to write: not where `source` is no such folder and no pooling is given.
+    """
+    settings = {"max_tokens": max_tokens} | _read_modules(pathlib.Path(source))
+    settings |= {k: v for k, v in {"pooling": pooling, "normalize": normalize}.items() if v is not None}
+    if "pooling" not in settings:
+        return False
+    kinds = ("Transformer", "Pooling", "Normalize")[: 2 + bool(settings.get("normalize"))]
     paths = ("", "1_Pooling", "2_Normalize")
-    modes = {name: mode == embedder.pooling for name, mode in _MODES.items()}
+    modes = {name: mode == settings["pooling"] for name, mode in _MODES.items()}
     files: dict[str, Any] = {
         "modules.json": [
-            {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{name}"}
-            for i, name in enumerate(names)
+            {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{kind}"}
+            for i, kind in enumerate(kinds)
         ],
-        "1_Pooling/config.json": {"word_embedding_dimension": embedder.config.embed_dim, **modes},
+        "1_Pooling/config.json": {"word_embedding_dimension": embed_dim, **modes},
         "sentence_bert_config.json": {
-            "max_seq_length": embedder.max_tokens, "do_lower_case": embedder.do_lower_case,
+            "max_seq_length": settings["max_tokens"], "do_lower_case": settings.get("do_lower_case", False),
         },
     }  # fmt: skip
-    if embedder.prompt:
+    if prompt := settings.get("prompt"):
         files["config_sentence_transformers.json"] = {
-            "prompts": {"default": embedder.prompt}, "default_prompt_name": "default",
+            "prompts": {"default": prompt}, "default_prompt_name": "default",
         }  # fmt: skip
-    return files
+    for name, value in files.items():
+        path = pathlib.Path(out) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+    return True
 
 
 def read_texts(path: pathlib.Path) -> Iterator[str]:
