@@ -472,7 +472,7 @@ def _published_config(config: RunConfig, model_type: str | None) -> tuple[Family
             return family, write_config(family, config.model, config.objective, config.head, config.pooling)
         except ConfigError as error:
             reasons.append(str(error))
-    nearest = min((r for r in reasons if "cannot say" in r), key=len, default="none")  # roughly, by what differs
+    nearest = min(reasons, key=lambda reason: reason.count("(there ") or len(reasons), default="none")
     raise ConfigError(
         f"no published family can say this model; nearest: {nearest}" if model_type is None else reasons[0]
     )
