@@ -193,7 +193,7 @@ def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) ->
 
 
 def like_origin(config: RunConfig, run: dict[str, Any]) -> RunConfig:
-    """`config` with the settings that another run's parameters depend on; its head's too if that is of the same kind, and
+    """`config` with the settings that another run's parameters depend on; its head's too if of the same kind, and
     how it pools if it is trained."""
     origin = from_dict(RunConfig, run["config"])
     theirs = {name: value for name, value in vars(origin.model).items() if name not in FREE_OF_PARAMETERS}

@@ -299,7 +299,7 @@ def _check_unused(folder: pathlib.Path, family: Family, unused: list[str], allow
         if name.removeprefix(family.prefix) in known or any(re.search(p, name) for p in family.leftovers)
     ]  # fmt: skip
     if expected:
-        logger.warning("%s: left out %s, of heads that are not loaded", folder, ", ".join(expected))
+        logger.warning("%s: left out %s, which what is loaded does not read", folder, ", ".join(expected))
     if (unknown := sorted(set(unused) - set(expected))) and not allow_unused:
         raise ConfigError(
             f"{folder} has tensors that nothing here reads: {', '.join(unknown[:8])}"
