@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -138,7 +138,7 @@ class Pretrained:
     def __call__(
         self,
         input_ids: Int[np.ndarray, "B T"],
-        attention_mask: Int[np.ndarray, "B T"] | None = None,
+        attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
         token_type_ids: Int[np.ndarray, "B T"] | None = None,
     ) -> Output:
         """What transformers computes of the same arrays. Rows may be padded on either side.
@@ -157,7 +157,7 @@ class Pretrained:
     def rows(
         self,
         input_ids: Int[np.ndarray, "B T"],
-        attention_mask: Int[np.ndarray, "B T"] | None = None,
+        attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
         token_type_ids: Int[np.ndarray, "B T"] | None = None,
     ) -> tuple[Array | None, ...]:
         """What `model` takes: tokens, segment_ids, positions as the family counts them, and types if it has any."""
@@ -421,7 +421,7 @@ def export_run(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     model_type: str | None = None,
 ) -> str:
-    """Write a run, or a checkpoint, as a folder that transformers opens. Returns the architecture it is there.
+    """Write a run, a checkpoint or a published folder as one that transformers opens. Returns its architecture there.
 
     Args:
       dtype: of the weights.
@@ -433,7 +433,7 @@ def export_run(
     """
     out = pathlib.Path(out)
     _refuse_filled(out)
-    run = load_run(run_dir)
+    run = open_model(run_dir)
     config = run.config
     family, published = _published_config(config, model_type)
     pad = run.tokenizer.special("pad")
