@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -157,7 +157,7 @@ class Pretrained:
     def __call__(
         self,
         input_ids: Int[np.ndarray, "B T"],
-        attention_mask: Int[np.ndarray, "B T"] | None = None,
+        attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
         token_type_ids: Int[np.ndarray, "B T"] | None = None,
         decoder_input_ids: Int[np.ndarray, "B S"] | None = None,
     ) -> Output:
@@ -185,7 +185,7 @@ class Pretrained:
     def rows(
         self,
         input_ids: Int[np.ndarray, "B T"],
-        attention_mask: Int[np.ndarray, "B T"] | None = None,
+        attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
         token_type_ids: Int[np.ndarray, "B T"] | None = None,
     ) -> tuple[Array | None, ...]:
         """What `model` takes: tokens, segment_ids, positions as the family counts them, and types if it has any."""
@@ -384,7 +384,7 @@ def _check_unused(folder: pathlib.Path, family: Family, unused: list[str], allow
         if name.removeprefix(family.prefix) in known or any(re.search(p, name) for p in family.leftovers)
     ]  # fmt: skip
     if expected:
-        logger.warning("%s: left out %s, of heads that are not loaded", folder, ", ".join(expected))
+        logger.warning("%s: left out %s, which what is loaded does not read", folder, ", ".join(expected))
     if (unknown := sorted(set(unused) - set(expected))) and not allow_unused:
         raise ConfigError(
             f"{folder} has tensors that nothing here reads: {', '.join(unknown[:8])}"
@@ -506,7 +506,7 @@ def export_run(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     model_type: str | None = None,
 ) -> str:
-    """Write a run, or a checkpoint, as a folder that transformers opens. Returns the architecture it is there.
+    """Write a run, a checkpoint or a published folder as one that transformers opens. Returns its architecture there.
 
     Args:
       dtype: of the weights.
@@ -518,7 +518,7 @@ def export_run(
     """
     out = pathlib.Path(out)
     _refuse_filled(out)
-    run = load_run(run_dir)
+    run = open_model(run_dir)
     config = run.config
     family, published = _published_config(config, model_type)
     pad = run.tokenizer.special("pad")
@@ -557,7 +557,7 @@ def _published_config(config: RunConfig, model_type: str | None) -> tuple[Family
             return family, write_config(family, config.model, config.objective, config.head, config.pooling)
         except ConfigError as error:
             reasons.append(str(error))
-    nearest = min((r for r in reasons if "cannot say" in r), key=len, default="none")  # roughly, by what differs
+    nearest = min(reasons, key=lambda reason: reason.count("(there ") or len(reasons), default="none")
     raise ConfigError(
         f"no published family can say this model; nearest: {nearest}" if model_type is None else reasons[0]
     )

@@ -4,14 +4,25 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
 from flax_encoder.config import ConfigError, EncoderConfig, HeadConfig
 from flax_encoder.families import FAMILIES, PRESETS, find_family, preset
-from flax_encoder.families.mapping import LAYOUTS, read_config, read_head, settled, write_config
+from flax_encoder.families.mapping import (
+    LAYOUTS,
+    export_tensors,
+    import_tensors,
+    read_config,
+    read_head,
+    settled,
+    write_config,
+)
+from flax_encoder.hub import PretrainedModel, _flat
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.partition import abstract_model
+from flax_encoder.ops.position import apply_rope, rope_tables
 
 # Parameters of the encoder, without pooler and heads. The exact counts are those of transformers' modules (AutoModel
 # with add_pooling_layer=False; T5EncoderModel) built from the published config.json; beside them what papers and model
@@ -145,11 +156,47 @@ def test_a_head_that_a_family_cannot_say_is_refused():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_has_its_inverse(layout):
-    import numpy as np
-
     shape = {"flat": (3, 4), "as_is": (5, 7), "conv": (3, 5, 7)}.get(layout, (5, 3, 4))
     ours = np.arange(math.prod(shape)).reshape(shape)
     np.testing.assert_array_equal(LAYOUTS[layout].read(LAYOUTS[layout].write(ours), shape), ours)
+
+
+def test_rotated_pairs_turn_as_torchs_do():
+    """Queries and keys made by NeoBERT's kernels, turned as neighbours, have the products that ours have, as halves."""
+    D, N, H, T = 6, 3, 8, 5
+    draw = np.random.default_rng(0)
+    x, kernels = draw.standard_normal((1, T, D)), draw.standard_normal((2, N * H, D))
+    angle = np.arange(T)[:, None] * 10_000.0 ** (-np.arange(0, H, 2) / H)
+    turned = []
+    for kernel in kernels:
+        pairs = (x @ kernel.T).reshape(1, T, N, H // 2, 2)
+        complex_turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle)[None, :, None]
+        turned.append(np.stack([complex_turned.real, complex_turned.imag], -1).reshape(1, T, N, H))
+    want = np.einsum("btnh,bsnh->bnts", *turned)
+    tables = rope_tables(jax.numpy.arange(T)[None], H)
+    ours = [np.einsum("btd,dnh->btnh", x, LAYOUTS["rotated_pairs"].read(kernel, (D, N, H))) for kernel in kernels]
+    got = np.einsum("btnh,bsnh->bnts", *(apply_rope(jax.numpy.asarray(a, "float32"), tables) for a in ours))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.base)
+def test_every_family_writes_each_parameter_once_and_reads_it_back(family):
+    """By its tables alone, for every head: those that transformers has are also compared with it (tests/parity.py)."""
+    small = {"vocab_size": 11, "num_layers": 3, "embed_dim": 12, "num_heads": 2, "mlp_dim": 5, "max_length": 9}
+    config = dataclasses.replace(next(iter(family.presets.values()), PRESETS["roberta_base"]), **small)
+    config = dataclasses.replace(config, attention_head_dim=config.attention_head_dim and 6)
+    for task in (None, *family.heads):
+        head, pooling = read_head(family, task, {}) if task else (HeadConfig(), "cls")
+        options = {"task": task, "head": head, "num_outputs": 4, "pooling": pooling}
+        _, shapes = abstract_model(lambda o=options: PretrainedModel(config, **o, rngs=nnx.Rngs(0)))
+        draw = np.random.default_rng(0)
+        params = {path: draw.standard_normal(leaf.shape) for path, leaf in _flat(nnx.to_pure_dict(shapes)).items()}
+        params = {path: value.astype(np.float32) for path, value in params.items()}
+        tensors = export_tensors(family, task, params, config.num_heads)
+        back = import_tensors(family, task, tensors, {k: v.shape for k, v in params.items()}, config.num_heads)
+        assert not back.unused and back.params.keys() == params.keys()
+        for path, value in params.items():
+            np.testing.assert_array_equal(back.params[path], value, err_msg=path)
 
 
 def test_settled_sees_through_the_spelling_of_a_config():
