@@ -169,25 +169,25 @@ def _classify(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from flax_encoder.embed import write_sentence_files
     from flax_encoder.hub import export_run
-    from flax_encoder.training.checkpoint import read_run
 
-    architecture = export_run(arguments.run_dir, arguments.out, arguments.dtype, arguments.model_type)
-    config = read_run(pathlib.Path(arguments.run_dir))["config"]
-    is_sentence = write_sentence_files(
-        arguments.run_dir, arguments.out, config["model"]["embed_dim"], arguments.pooling, arguments.normalize,
-        config["data"]["row_length"],
-    )  # fmt: skip
+    is_sentence = arguments.pooling is not None or (pathlib.Path(arguments.run_dir) / "modules.json").exists()
+    if arguments.normalize is not None and not is_sentence:
+        raise ConfigError("--normalize is of sentence-transformers folders: give --pooling too.")
+    architecture = export_run(
+        arguments.run_dir, arguments.out, arguments.dtype, arguments.model_type, encoder_only=is_sentence
+    )
+    if is_sentence:
+        write_sentence_files(arguments.run_dir, arguments.out, arguments.pooling, arguments.normalize)
     print(f"wrote {arguments.out}, a {architecture}{' for sentence-transformers' if is_sentence else ''}")
 
 
 def _import(arguments: argparse.Namespace) -> None:
     from flax_encoder.embed import write_sentence_files
     from flax_encoder.hub import import_folder
-    from flax_encoder.training.checkpoint import read_run
 
     import_folder(arguments.folder, arguments.out)
-    config = read_run(pathlib.Path(arguments.out))["config"]
-    write_sentence_files(arguments.folder, arguments.out, config["model"]["embed_dim"])
+    if (pathlib.Path(arguments.folder) / "modules.json").exists():
+        write_sentence_files(arguments.folder, arguments.out)
     print(f"wrote {arguments.out}; --init-from {arguments.out} starts from it")
 
 

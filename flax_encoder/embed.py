@@ -22,10 +22,13 @@ from tokenizers.processors import TemplateProcessing
 from flax_encoder.config import ConfigError, EncoderConfig
 from flax_encoder.data.sources import DataError
 from flax_encoder.data.tokenizer import TextTokenizer
+from flax_encoder.families import find_family
+from flax_encoder.families.mapping import read_config
 from flax_encoder.hub import is_published, load_pretrained
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.run import load_run
+from flax_encoder.training.checkpoint import read_run
 
 Pooling = Literal["cls", "mean"]
 _MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
@@ -211,19 +214,28 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 def write_sentence_files(
     source: str | pathlib.Path,
     out: str | pathlib.Path,
-    embed_dim: int,
     pooling: Pooling | None = None,
     normalize: bool | None = None,
     max_tokens: int | None = None,
-) -> bool:
-    """Make `out`, a folder with an encoder, a sentence-transformers one, with what `source` says or else is given.
+) -> None:
+    """Make `out`, which has the encoder of `source`, a sentence-transformers folder: with what is given, or else what
+    `source` says if it is one, or its length.
 
-    Returns whether there was anything to write: not where `source` is no such folder and no pooling is given.
+    Raises:
+      ConfigError: no pooling is given and `source` is no such folder.
     """
-    settings = {"max_tokens": max_tokens} | _read_modules(pathlib.Path(source))
-    settings |= {k: v for k, v in {"pooling": pooling, "normalize": normalize}.items() if v is not None}
+    source = pathlib.Path(source)
+    if is_published(source):
+        published = _json(source / "config.json")
+        config = read_config(find_family(published), published)
+        embed_dim, limit = config.embed_dim, config.max_length if config.position == "learned" else None
+    else:
+        run = read_run(source)["config"]
+        embed_dim, limit = run["model"]["embed_dim"], run["data"]["row_length"]
+    given = {"pooling": pooling, "normalize": normalize, "max_tokens": max_tokens}
+    settings = {"max_tokens": limit} | _read_modules(source) | {k: v for k, v in given.items() if v is not None}
     if "pooling" not in settings:
-        return False
+        raise ConfigError(f"{source} does not say how to pool: give cls or mean.")
     kinds = ("Transformer", "Pooling", "Normalize")[: 2 + bool(settings.get("normalize"))]
     paths = ("", "1_Pooling", "2_Normalize")
     modes = {name: mode == settings["pooling"] for name, mode in _MODES.items()}
@@ -245,7 +257,6 @@ def write_sentence_files(
         path = pathlib.Path(out) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-    return True
 
 
 def read_texts(path: pathlib.Path) -> Iterator[str]:

@@ -14,6 +14,7 @@ from flax_encoder.config import ConfigError
 from flax_encoder.data.sources import DataError
 from flax_encoder.embed import load_embedder, pool, write_sentence_files
 from flax_encoder.hub import load_pretrained
+from flax_encoder.weights import read_weights
 
 GOLDEN = pathlib.Path(__file__).parent / "golden/bert-masked_lm"
 TEXTS = ["a b c", "", "d", "a a a a a a a a a a a a a a a a a a a a", "b", "e f g h", "c c", "zzz"]
@@ -95,7 +96,7 @@ def test_cutting_keeps_the_special_tokens(folder):
 @pytest.fixture
 def sentence_folder(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "sentence")
-    write_sentence_files(folder, tmp_path / "sentence", 1, pooling="cls", normalize=True, max_tokens=6)
+    write_sentence_files(folder, tmp_path / "sentence", pooling="cls", normalize=True, max_tokens=6)
     return tmp_path / "sentence"
 
 
@@ -143,6 +144,21 @@ def test_a_sentence_folder_goes_through_a_run_and_comes_out_the_same(sentence_fo
         settings = (embedder.pooling, embedder.normalize, embedder.max_tokens, embedder.prompt)
         assert settings == ("cls", True, 6, "a ")
         np.testing.assert_allclose(embedder.embed(TEXTS)[0], want, rtol=0, atol=1e-6)
+
+
+def test_a_run_is_exported_for_sentence_transformers_as_asked(folder, tmp_path, capsys):
+    main(["import", str(folder), str(tmp_path / "run")])
+    main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--pooling", "mean", "--normalize"])
+    embedder = load_embedder(tmp_path / "out")
+    assert (embedder.pooling, embedder.normalize) == ("mean", True)
+    want = load_embedder(folder, normalize=True, max_tokens=embedder.max_tokens).embed(TEXTS)[0]
+    np.testing.assert_allclose(embedder.embed(TEXTS)[0], want, rtol=0, atol=1e-6)
+    assert not [name for name in read_weights(tmp_path / "out") if name.startswith("cls.")]
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "run"), str(tmp_path / "other"), "--normalize"])
+    assert "give --pooling too" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="does not say how to pool"):
+        write_sentence_files(folder, tmp_path / "other")
 
 
 def test_the_command_writes_a_row_a_line(folder, tmp_path, capsys):
