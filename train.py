@@ -36,8 +36,8 @@ from flax_encoder.training.step import StepMetrics, init_train_state, make_eval_
 # Settings that do not change what is computed: a resumed run may differ in them.
 FREE_ON_RESUME = (
     "run_dir", "init_from", "compare_with_scratch", "log_every", "eval_every", "eval_batches", "checkpoint_every",
-    "keep_checkpoints", "mesh.", "data.cache_dir", "data.tokenizer", "data.word_vectors", "model.scan_layers",
-    "model.remat", "model.attention_implementation",
+    "keep_checkpoints", "mesh.", "data.cache_dir", "data.tokenizer", "data.word_vectors", "data.workers",
+    "data.verify", "model.scan_layers", "model.remat", "model.attention_implementation",
 )  # fmt: skip
 STEPS_IN_FLIGHT = 2  # how far the host runs ahead of the device: enough to keep it busy, little enough to stop soon
 
@@ -50,7 +50,8 @@ def train(config: RunConfig) -> dict[str, float] | None:
     """Train, or go on training, to config.steps. Returns the final held-out metrics, or None if a signal stopped it."""
     set_up_runtime()
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch_size, config.num_microbatches, mesh)
+    for row_length in (config.data.row_length, config.data.final_row_length):
+        check_batch(config.batch_size * config.data.row_length // row_length, config.num_microbatches, mesh)
     run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
@@ -73,13 +74,19 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
     )
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     log.say(describe(data))
-    settings = {"config": to_dict(config), "tokenizer": data.tokenizer.json, "label_names": data.store.label_names}
+    settings = {"config": to_dict(config), "tokenizer": data.tokenizer.json, "label_names": data.label_names}
+    settings["data"] = data.hash
+    if settled.get("data", data.hash) != data.hash:
+        raise ConfigError(
+            f"a run resumes on the text it began with: {config.data.source} has prepared contents {data.hash}, and "
+            f"{run_dir} began with {settled['data']}. Bring that text back, or give another --run-dir."
+        )
     if jax.process_index() == 0:
         write_atomically(run_dir / "tokenizer.json", data.tokenizer.json)
         write_atomically(run_dir / "config.json", json.dumps(settings["config"], indent=1) + "\n")
 
     # Model, optimizer and state, born on the mesh.
-    make_model = model_factory(config, data.store.label_names)
+    make_model = model_factory(config, data.label_names)
     tx = make_optimizer(config.optimizer, config.steps, logical_axes(make_model))
     schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
     report = OBJECTIVES[config.objective].report
@@ -108,19 +115,20 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
     clock = Clock()
     unlogged: collections.deque[tuple[int, StepMetrics]] = collections.deque()
     in_flight: collections.deque[jax.Array] = collections.deque()
-    batches = data.train.iterate(start)
+    compiled: dict[tuple[int, ...], Any] = {}
+    batches = data.train.iterate(start, config.data.workers)
     with StopSignals() as stop:
         for step in range(start + 1, config.steps + 1):
             with clock.waiting():
                 rows = next(batches)
                 batch = put_batch(rows, mesh)
-            clock.tokens += int(np.count_nonzero(rows["segment_ids"])) * jax.process_count()
-            if step == start + 1:
+            clock.count(rows, jax.process_count())
+            if (shape := rows["tokens"].shape) not in compiled:  # rows of another length, a few times in a run at most
                 began = time.monotonic()
-                step_fn = step_fn.lower(state, batch).compile()
-                log.say(f"compiled the step in {time.monotonic() - began:.1f} s")
+                compiled[shape] = step_fn.lower(state, batch).compile()
+                log.say(f"compiled the step for rows of {shape[1]} tokens in {time.monotonic() - began:.1f} s")
                 clock = Clock(clock.tokens)
-            state, step_metrics = step_fn(state, batch)
+            state, step_metrics = compiled[shape](state, batch)
             clock.steps += 1
             in_flight.append(step_metrics.grad_norm)
             if len(in_flight) > STEPS_IN_FLIGHT:
@@ -257,12 +265,19 @@ def stop_if_diverged(values: dict[str, float], step: int, interval: int, run_dir
 
 
 def describe(data: RunData) -> str:
-    train, test = data.store.manifest["splits"]["train"], data.store.manifest["splits"]["test"]
-    dropped = ", ".join(f"{count:,} {kind}" for kind, count in data.store.manifest["dropped"].items() if count)
+    manifests = [store.manifest for store in data.stores]
+    train, test = (
+        {what: sum(m["splits"][split][what] for m in manifests) for what in ("documents", "tokens")}
+        for split in ("train", "test")
+    )
+    counts = {kind: sum(m["dropped"][kind] for m in manifests) for kind in manifests[0]["dropped"]}
+    dropped = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+    rows = sum(plan.rows_per_epoch for plan in data.train_plans)
+    fill = sum(plan.rows_per_epoch * plan.fill_rate for plan in data.train_plans) / rows
     return (
         f"data: {train['documents']:,} documents, {train['tokens']:,} tokens; held out {test['documents']:,} and "
         f"{test['tokens']:,}{'; dropped ' + dropped if dropped else ''}; vocabulary {data.tokenizer.vocab_size:,}; "
-        f"{data.train_plan.rows_per_epoch:,} rows an epoch, {data.train_plan.fill_rate:.1%} full"
+        f"{rows:,} rows an epoch, {fill:.1%} full"
     )
 
 

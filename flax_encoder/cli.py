@@ -6,7 +6,8 @@ import importlib.util
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +15,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flax_encoder.config import ConfigError, RunConfig
-from flax_encoder.data.sources import DataError
+from flax_encoder.config import ConfigError, DataConfig, RunConfig, differences
+from flax_encoder.data.records import DataError
 
 
 @contextmanager
@@ -130,7 +131,26 @@ def main(argv: list[str] | None = None) -> None:
     plot.add_argument("--out", default="curve.png", help="where to write the picture (default curve.png)")
     plot.set_defaults(run=_plot)
 
-    arguments = parser.parse_args(argv)
+    prepare = commands.add_parser("prepare", help="tokenize text once, into a store that runs read", add_help=False)
+    prepare.set_defaults(run=_prepare)
+
+    inspect = commands.add_parser("inspect", help="what is in a store: counts, lengths, rows as a model sees them")
+    inspect.add_argument("store", help="a folder that prepare wrote")
+    inspect.add_argument("--plot", metavar="PNG", help="draw lengths and fill rates here")
+    inspect.add_argument("--verify", action="store_true", help="compare every file with its SHA-256")
+    inspect.add_argument("--rows", type=int, default=2, help="rows to show (default 2)")
+    inspect.add_argument("--row-length", type=int, default=128, help="their length in tokens (default 128)")
+    inspect.add_argument("--kind", choices=("token", "whole_word", "span", "t5"), default="token", help="of masking")
+    inspect.add_argument("--rate", type=float, default=0.15, help="share of tokens masked (default 0.15)")
+    inspect.add_argument("--seed", type=int, default=0)
+    inspect.add_argument("--json", action="store_true", help="print JSON for programs instead")
+    inspect.set_defaults(run=_inspect)
+
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "prepare":  # its options are settings, which have a parser of their own
+        arguments.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     with failing_clearly():
         arguments.run(arguments)
 
@@ -226,3 +246,129 @@ def _plot(arguments: argparse.Namespace) -> None:
 
     plot_runs([pathlib.Path(p) for p in arguments.run_dirs], pathlib.Path(arguments.out))
     print(f"wrote {arguments.out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareArguments:
+    """Tokenize text once, into a store; train with --data.source OUT. The same command again goes on after a stop."""
+
+    out: str
+    """The new folder."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    with_labels: bool = False
+    """Keep data.label_column too, for classification."""
+    workers: int | None = None
+    """Processes that tokenize; None is one a core."""
+    shard: str = "0/1"
+    """i/n: of n machines that share the folder, this is number i from 0. Whoever is last finishes the store."""
+    json: bool = False
+    """Print JSON for programs."""
+
+
+# What a store depends on; the other settings of data say how a run reads one.
+_PREPARED = (
+    "source", "weights", "text_column", "label_column", "text_unit", "held_out_rate", "tokenizer", "vocab_size",
+    "cache_dir",
+)  # fmt: skip
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from flax_encoder.data.pipeline import prepare_stores
+
+    asked = tyro.cli(PrepareArguments, args=arguments.rest, prog="python -m flax_encoder prepare")
+    if other := [n for n in differences(asked.data, DataConfig()) if n not in _PREPARED]:
+        raise ConfigError(
+            f"prepare stores whole documents, and --data.{other[0].replace('_', '-')} says how a run reads them: give "
+            f"it to train.py."
+        )
+    index, _, count = asked.shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(f"--shard is i/n with i from 0 to below n: got {asked.shard}.")
+    with _saying() as say:
+        stores = prepare_stores(
+            asked.data, pathlib.Path(asked.out), with_labels=asked.with_labels, workers=asked.workers,
+            shard=(int(index), int(count)), progress=say,
+        )  # fmt: skip
+    if stores is None:
+        print(f"shard {asked.shard} is done; the store is finished when all are. The same command checks.")
+        return
+    if asked.json:
+        print(json.dumps([{"folder": str(s.folder), "hash": s.hash, **s.manifest} for s in stores]))
+        return
+    for store in stores:
+        train, test = (store.manifest["splits"][split] for split in ("train", "test"))
+        dropped = ", ".join(f"{count:,} {kind}" for kind, count in store.manifest["dropped"].items())
+        print(
+            f"{store.folder}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on; held out "
+            f"{test['documents']:,} and {test['tokens']:,}; dropped {dropped}"
+        )
+    print(f"\nnext:\n  python -m flax_encoder inspect {stores[0].folder}\n  python train.py --data.source {asked.out}")
+
+
+@contextmanager
+def _saying() -> Iterator[Callable[[str], None]]:
+    """What to call with news of the work: a line that renews itself on a terminal, else a line every ten seconds."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        with console.status("starting") as status:
+            yield lambda message: status.update(message)
+        return
+    last = time.monotonic()
+
+    def say(message: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            console.print(message, markup=False)
+
+    yield say
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from flax_encoder.data import inspect
+    from flax_encoder.data.store import open_store, read_manifest
+    from flax_encoder.data.tokenizer import load_tokenizer
+
+    folder = pathlib.Path(arguments.store)
+    if members := read_manifest(folder).get("members"):
+        each = ", ".join(f"{folder / m['folder']} (weight {m['weight']:,.10g})" for m in members)
+        raise DataError(f"inspect looks at one store; {folder} is a mixture of {each}.")
+    store, tokenizer = open_store(folder), load_tokenizer(folder)
+    with _saying() as say:
+        if arguments.verify:
+            store.verify(say)
+        summary = inspect.summarize(store, tokenizer, say)
+    if arguments.plot:
+        inspect.plot(store, summary, pathlib.Path(arguments.plot))
+    if arguments.json:
+        print(json.dumps(summary))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    train, test = summary["splits"]["train"], summary["splits"]["test"]
+    dropped = ", ".join(f"{count:,} {kind}" for kind, count in summary["dropped"].items())
+    console.print(
+        f"{train['documents']:,} documents, {train['tokens']:,} tokens to train on; held out {test['documents']:,} and "
+        f"{test['tokens']:,}; dropped {dropped}\nvocabulary {summary['vocab_size']:,}; store {summary['hash'][:16]}"
+        + ("; every file is as it was written" if arguments.verify else "")
+    )
+    lengths = summary["length_tokens"]
+    console.print(f"\ntokens in a document: mean {lengths['mean']:,.1f}, " + ", ".join(
+        f"{name} {value:,}" for name, value in lengths.items() if name != "mean"))  # fmt: skip
+    for line in inspect.histogram_lines(summary):
+        console.print(line, markup=False)
+    console.print()
+    _show(
+        [{"row length": f"{r['row_length']:,}", "rows an epoch": f"{r['rows_per_epoch']:,}",
+          "filled": f"{r['fill_rate']:.2%}"} for r in summary["packing"]],
+        "best-fit packing",
+    )  # fmt: skip
+    batch = inspect.sample_rows(
+        store.train, tokenizer, kind=arguments.kind, rate=arguments.rate, rows=arguments.rows,
+        row_length=arguments.row_length, seed=arguments.seed,
+    )  # fmt: skip
+    console.print(f"\nrows of {arguments.row_length}: a colour a document; ⟨what is right⟩ where a token is predicted")
+    for row in range(arguments.rows):
+        console.print()
+        console.print(inspect.draw_row(batch, row, tokenizer), soft_wrap=False)
+    if arguments.plot:
+        console.print(f"\nwrote {arguments.plot}")

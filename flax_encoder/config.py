@@ -5,6 +5,7 @@ checkpoint stores it as JSON. The first lines of a field's comment are its `--he
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -353,8 +354,11 @@ class DecoderConfig:
 class DataConfig:
     """Where text comes from and how it becomes rows."""
 
-    source: str = "tfds:python_docs"
-    """`tfds:NAME[/CONFIG]`, or files: a path or quoted glob ending in .txt, .jsonl or .parquet."""
+    source: str | tuple[str, ...] = "tfds:python_docs"
+    """`tfds:NAME[/CONFIG]`, `hf:NAME[:CONFIG]`, a prepared store, or files: a path or quoted glob ending in .txt or
+    .jsonl (either also .gz or .zst) or in .parquet. Several are mixed."""
+    weights: tuple[float, ...] | None = None
+    """Of several sources: the shares of rows from each; None reads all equally often."""
     text_column: str | None = None
     """None takes the column `text`, or the only column of strings."""
     label_column: str = "label"
@@ -372,37 +376,95 @@ class DataConfig:
     its first vocab_size words are the tokens."""
     row_length: int = 128
     """T, tokens in a row; documents are packed into rows, and longer ones split (classification: cut)."""
-    packing: Literal["best-fit", "one-per-row"] = "best-fit"
+    last_row_length: int | None = None
+    """Rows of this length instead in the run's last steps; a batch then has as many tokens, in other rows."""
+    last_rate: float = 0.1
+    """With last_row_length: the share of steps that have it."""
+    packing: Literal["best-fit", "one-per-row", "concatenate"] = "best-fit"
+    """best-fit fills rows with whole documents; concatenate cuts their endless text every row_length tokens."""
+    buckets: tuple[int, ...] = ()
+    """With one-per-row: shorter lengths for batches of short documents, such as 32 64; each is compiled once."""
+    workers: int = 0
+    """Processes that make batches; 0 makes them in a thread of the training process."""
+    verify: bool = False
+    """Compare every prepared file with its checksum first; sizes are always compared."""
     cache_dir: str | None = None
     """Prepared text; None is $FLAX_ENCODER_CACHE, else ~/.cache/flax_encoder."""
 
     def __post_init__(self):
-        _require_rates(self, "held_out_rate")
+        _require_rates(self, "held_out_rate", "last_rate")
         _require_positive(self, "vocab_size")
         _require(
             self.row_length >= 3, f"a row holds [CLS], one token and [SEP] at least: got row_length {self.row_length}."
         )
+        _require(
+            self.last_row_length is None or self.last_row_length >= 3,
+            f"a row holds [CLS], one token and [SEP] at least: got last_row_length {self.last_row_length}.",
+        )
+        _require(
+            not self.buckets or (self.packing == "one-per-row" and all(3 <= b < self.row_length for b in self.buckets)),
+            f"buckets are lengths from 3 to below row_length, with packing one-per-row: got {self.buckets} with "
+            f"row_length {self.row_length} and packing {self.packing}.",
+        )
+        _require(self.workers >= 0, f"workers must be at least 0: got {self.workers}.")
+        _require(len(self.sources) > 0, "data.source must name at least one source.")
+        _require(
+            self.weights is None or (len(self.weights) == len(self.sources) and min(self.weights) > 0),
+            f"weights are one number above 0 for each source: got {self.weights} for {len(self.sources)} sources.",
+        )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def final_row_length(self) -> int:
+        return self.last_row_length or self.row_length
 
 
 @dataclass(frozen=True)
 class MaskingConfig:
     """Masked-LM corruption (Devlin et al., arXiv 1810.04805, section 3.1)."""
 
+    kind: Literal["token", "whole_word", "span"] = "token"
+    """What is masked together: single tokens, all of a word, or runs of words (Joshi et al., arXiv 1907.10529)."""
     rate: float = 0.15
     """Share of a row's ordinary tokens that are predicted in training."""
+    last_rate: float | None = None
+    """What the rate goes to, straight, by the last step (Ankner et al., arXiv 2305.15096); None keeps it."""
     eval_rate: float = 0.15
     mask_rate: float = 0.8
     """Of those, the share replaced by [MASK] ..."""
     random_rate: float = 0.1
     """... and by a random token; the rest stay as they are."""
+    mean_span_words: float = 5.0
+    """With kind span: words in a span, on average before it is cut ..."""
+    max_span_words: int = 10
+    """... at this many."""
+    budget: int | None = None
+    """M, slots for predicted tokens in a row; None is enough for the rate and a little for a last word or span."""
 
     def __post_init__(self):
         _require_rates(self, "rate", "eval_rate", "mask_rate", "random_rate")
         _require(self.rate > 0 and self.eval_rate > 0, "rate and eval_rate must be above 0: nothing would be learned.")
         _require(
+            self.last_rate is None or 0 < self.last_rate <= 1,
+            f"last_rate is a probability above 0, or None: got {self.last_rate}.",
+        )
+        _require(
             self.mask_rate + self.random_rate <= 1.0,
             f"mask_rate + random_rate is at most 1: got {self.mask_rate} + {self.random_rate}.",
         )
+        _require(
+            self.mean_span_words >= 1 and self.max_span_words >= 1,
+            f"a span has at least one word: got mean_span_words {self.mean_span_words}, max_span_words "
+            f"{self.max_span_words}.",
+        )
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """In the first step, and in the last."""
+        return self.rate, self.rate if self.last_rate is None else self.last_rate
 
 
 @dataclass(frozen=True)
@@ -514,15 +576,41 @@ class RunConfig:
             f"num_microbatches must divide batch_size: got {self.num_microbatches} for {self.batch_size}; "
             f"{_nearest_divisors(self.batch_size, self.num_microbatches)} do.",
         )
+        longest = max(self.data.row_length, self.data.final_row_length)
         _require(
             self.data.word_vectors is None or self.init_from is None,
             "the token embedding starts from data.word_vectors or from init_from: got both.",
         )
         _require(
-            self.model.position != "learned" or self.data.row_length <= self.model.max_length,
-            f"learned positions reach max_length: got data.row_length {self.data.row_length} for "
+            self.model.position != "learned" or longest <= self.model.max_length,
+            f"learned positions reach max_length: got data.row_length {longest} for "
             f"model.max_length {self.model.max_length}.",
         )
+        tokens = self.batch_size * self.data.row_length
+        _require(
+            tokens % (self.data.final_row_length * self.num_microbatches) == 0,
+            f"a batch keeps its tokens when rows change length, in num_microbatches equal parts: {self.batch_size} "
+            f"rows of {self.data.row_length} are {tokens} tokens, not a multiple of {self.num_microbatches} times "
+            f"data.last_row_length {self.data.final_row_length}.",
+        )
+        if self.objective == "masked_lm":
+            rate = max(*self.masking.rates, self.masking.eval_rate)
+            needed = math.ceil(rate * longest)
+            _require(
+                self.masking.budget is None or self.masking.budget >= needed,
+                f"masking.budget must hold the masked tokens of a full row: got {self.masking.budget}, and a rate of "
+                f"{rate} of {longest} tokens needs {needed}.",
+            )
+        else:
+            _require(
+                self.data.packing != "concatenate" and self.data.last_row_length is None,
+                "classification needs whole documents, in rows of one length: data.packing best-fit or one-per-row, "
+                "and no data.last_row_length.",
+            )
+            _require(
+                len(self.data.sources) == 1,
+                f"classification takes one source, whose labels it learns: got {len(self.data.sources)}.",
+            )
 
 
 def _nearest_divisors(n: int, near: int) -> str:
@@ -562,6 +650,8 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
                 return value
         elif option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
+        elif typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            return tuple(_checked(v, typing.get_args(option)[0], name) for v in value)
         elif type(value) is option:
             return value
     raise ConfigError(f"{name} must be {hint}: got {value!r}.")

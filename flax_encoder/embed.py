@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from flax_encoder.config import ConfigError, EncoderConfig
-from flax_encoder.data.sources import DataError
+from flax_encoder.data.records import DataError
 from flax_encoder.data.tokenizer import TextTokenizer
 from flax_encoder.families import find_family
 from flax_encoder.families.mapping import read_config

@@ -31,7 +31,7 @@ from flax_encoder.config import (
     from_dict,
     to_dict,
 )
-from flax_encoder.data.sources import DataError
+from flax_encoder.data.records import DataError
 from flax_encoder.data.tokenizer import TextTokenizer
 from flax_encoder.data.tokenizer_files import SENTENCEPIECE_FILES, read_tokenizer
 from flax_encoder.families import FAMILIES, find_family
@@ -43,7 +43,7 @@ from flax_encoder.families.mapping import (
     read_head,
     write_config,
 )
-from flax_encoder.generate import Generation, generate
+from flax_encoder.generation import Generation, generate
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead

@@ -41,7 +41,7 @@ def show_report(
 
 
 def _masked_lm_rows(config, run: LoadedRun, data: RunData, metrics, train) -> dict[str, dict[str, float]]:
-    scores = NeighbourCounts(data.store.train, data.tokenizer, run.config.data.row_length).score(data.evaluation)
+    scores = NeighbourCounts(data.stores[0].train, data.tokenizer, run.config.data.row_length).score(data.evaluation)
     return {
         "most frequent token": scores["most_frequent"],
         "guess from two neighbours": scores["neighbours"],
@@ -50,9 +50,8 @@ def _masked_lm_rows(config, run: LoadedRun, data: RunData, metrics, train) -> di
 
 
 def _classification_rows(config, run: LoadedRun, data: RunData, metrics, train) -> dict[str, dict[str, float]]:
-    rows = {
-        "majority class": majority_class(data.store.train.labels, data.store.test.labels, len(run.label_names or []))
-    }
+    train_labels, test_labels = data.stores[0].train.labels, data.stores[0].test.labels
+    rows = {"majority class": majority_class(train_labels, test_labels, len(run.label_names or []))}
     if config.compare_with_scratch and run.config.init_from:
         run_dir = pathlib.Path(config.run_dir)
         scratch = train(dataclasses.replace(
@@ -71,12 +70,12 @@ def _plain(metrics: dict[str, float]) -> dict[str, float]:
 
 def _held_out_sentences(run: LoadedRun, data: RunData, count: int) -> list[tuple[str, str]]:
     """(text with one word masked, that word) from short held-out documents, evenly spread over them."""
-    test = data.store.test
+    test = data.stores[0].test
     mask_id = run.tokenizer.special("mask")
     candidates = np.flatnonzero((test.lengths >= 8) & (test.lengths <= 24))
     found = []
     for document in np.roll(candidates, len(candidates) // 3):
-        ids = np.array(test.tokens[test.offsets[document] : test.offsets[document + 1]])
+        ids = np.array(test.document(document))
         words = [run.tokenizer.token(i) for i in ids] + [""]
         whole = [i for i in range(3, len(ids)) if words[i].isalpha() and len(words[i]) > 2 and words[i + 1][:2] != "##"]
         if whole and sum(w.isalpha() for w in words) > 0.7 * len(ids):

@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 from flax_encoder.config import RunConfig, from_dict
-from flax_encoder.data.batches import SPECIAL_PER_PIECE
-from flax_encoder.data.sources import DataError
+from flax_encoder.data.batches import Frame
+from flax_encoder.data.records import DataError
 from flax_encoder.data.tokenizer import TextTokenizer
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.objectives import OBJECTIVES
@@ -42,27 +42,25 @@ class LoadedRun:
           DataError: an empty text, or one longer than the model takes.
         """
         encoded = self.tokenizer.encode_batch(texts)
-        longest = max(map(len, encoded)) + SPECIAL_PER_PIECE
+        frame = Frame.of(self.tokenizer)
+        specials = sum(frame.specials)
+        longest = max(map(len, encoded)) + specials
         limit = self.config.model.max_length if self.config.model.position == "learned" else None
         if min(map(len, encoded)) == 0:
             raise DataError("a text must have at least one token: got an empty one.")
         if limit is not None and longest > limit:
-            raise DataError(f"the model takes {limit} tokens, 2 of them special: got a text of {longest - 2}.")
+            raise DataError(
+                f"the model takes {limit} tokens, {specials} of them special: got a text of {longest - specials}."
+            )
         length = -(-longest // 32) * 32
         length = length if limit is None else min(length, limit)
-        special = {role: self.tokenizer.special(role) for role in ("pad", "first", "last")}
-        tokens = np.full((len(texts), length), special["pad"], np.int32)
-        segment_ids = np.zeros((len(texts), length), np.int32)
+        batch = frame.empty(len(texts), length)
         for row, ids in enumerate(encoded):
-            end = len(ids) + SPECIAL_PER_PIECE
-            tokens[row, :end] = [special["first"], *ids, special["last"]]
-            segment_ids[row, :end] = 1
-        positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-        return {
-            "tokens": jnp.asarray(tokens),
-            "segment_ids": jnp.asarray(segment_ids),
-            "positions": jnp.asarray(positions),
-        }
+            ids = frame.around(ids)
+            batch["tokens"][row, : len(ids)] = ids
+            batch["segment_ids"][row, : len(ids)] = 1
+        batch["positions"][:] = np.arange(length)
+        return {name: jnp.asarray(values) for name, values in batch.items()}
 
     def _probabilities(self, batch: dict[str, jax.Array]) -> np.ndarray:
         return np.asarray(jax.nn.softmax(jax.jit(lambda model, batch: model(batch))(self.model, batch)))

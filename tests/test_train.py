@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flax_encoder.cli import main
 from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, MeshConfig, OptimizerConfig, RunConfig
 from flax_encoder.data.tokenizer import train_wordpiece
 from flax_encoder.hub import load_pretrained
@@ -249,7 +250,7 @@ def test_resume_on_another_mesh(corpus, tmp_path):
 def test_fine_tuning_starts_from_the_pretrained_encoder(corpus, tmp_path, one_device):
     train(tiny(corpus, tmp_path / "pretrained", steps=6))
     config = tiny(
-        corpus, tmp_path / "tuned", steps=200, optimizer__learning_rate=1e-2, objective="classification",
+        corpus, tmp_path / "tuned", steps=400, optimizer__learning_rate=1e-2, objective="classification",
         pooling="mean", init_from=str(tmp_path / "pretrained"), model__num_layers=1,  # the pretrained architecture wins
     )  # fmt: skip
     config = with_fields(config, data__source=str(corpus / "rows.jsonl"))
@@ -288,6 +289,69 @@ def test_resuming_with_other_settings_is_refused(corpus, tmp_path, one_device):
         train(with_fields(config, optimizer__learning_rate=0.1))
     assert "--init-from" in str(caught.value)
     train(with_fields(config, model__remat="full", log_every=1))  # changes nothing that is computed
+
+
+def elaborate(corpus, run_dir, **fields):
+    """Two sources mixed, whole words at a falling rate, and rows that grow during the run."""
+    config = tiny(
+        corpus, run_dir, masking__kind="whole_word", masking__rate=0.4, masking__last_rate=0.2,
+        data__last_row_length=64, data__last_rate=0.5, **fields,
+    )  # fmt: skip
+    both = (str(corpus / "lines.txt"), str(corpus / "rows.jsonl"))
+    return with_fields(with_fields(config, data__source=both), data__weights=(2.0, 1.0))
+
+
+def test_rows_grow_in_a_run_that_is_stopped_and_resumed(corpus, tmp_path, one_device, monkeypatch):
+    whole = elaborate(corpus, tmp_path / "whole", checkpoint_every=9)
+    train(whole)
+    cut = with_fields(whole, run_dir=str(tmp_path / "cut"))
+    for steps in (5, 12):  # before and after the rows have grown
+        with monkeypatch.context() as patch:
+            patch.setattr("train.StopSignals", lambda steps=steps: Stops(steps))
+            assert train(cut) is None
+    train(cut)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    other = with_fields(cut, data__weights=(1.0, 1.0))
+    with pytest.raises(ConfigError, match=r"data.weights: \(2.0, 1.0\) before, \(1.0, 1.0\) now"):
+        train(other)
+
+
+class Stops:
+    """A signal that comes during the n-th step from now: the loop asks once a step."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        pass
+
+    @property
+    def requested(self):
+        self.steps -= 1
+        return "SIGTERM" if self.steps <= 0 else None
+
+
+def test_resuming_on_other_text_is_refused(corpus, tmp_path, one_device):
+    (tmp_path / "lines.txt").write_text((corpus / "lines.txt").read_text())
+    config = tiny(tmp_path, tmp_path / "run", steps=6)
+    train(config)
+    (tmp_path / "lines.txt").write_text((corpus / "lines.txt").read_text() + "one more line\n")
+    with pytest.raises(ConfigError, match=r"prepared contents \w+, and .* began with \w+\. Bring that text back"):
+        train(config)
+
+
+def test_a_run_reads_a_prepared_store_by_worker_processes(corpus, tmp_path, one_device):
+    main(["prepare", "--data.source", str(corpus / "lines.txt"), "--data.text-unit", "line", "--data.vocab-size", "256",
+          "--data.held-out-rate", "0.1", "--out", str(tmp_path / "store")])  # fmt: skip
+    config = tiny(corpus, tmp_path / "run", steps=6, checkpoint_every=6)
+    train(config)
+    train(with_fields(
+        config, run_dir=str(tmp_path / "again"), data__source=str(tmp_path / "store"), data__workers=2,
+        data__verify=True))  # fmt: skip
+    assert losses(tmp_path / "run") == losses(tmp_path / "again")
 
 
 def test_divergence_stops_the_run_and_names_the_steps(corpus, tmp_path, one_device):

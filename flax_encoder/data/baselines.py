@@ -2,8 +2,10 @@
 
 import numpy as np
 
-from flax_encoder.data.batches import SPECIAL_PER_PIECE, Batch, Batches, assemble
+from flax_encoder.data.batches import Batch, Batches, Frame, assemble
 from flax_encoder.data.packing import PackingPlan
+
+_COUNTED_TOKENS = 2**26  # of a larger corpus a random part is counted
 
 
 class NeighbourCounts:
@@ -14,10 +16,11 @@ class NeighbourCounts:
     """
 
     def __init__(self, split, tokenizer, row_length: int):
-        plan = PackingPlan(split.lengths, row_length, SPECIAL_PER_PIECE)
-        special = {role: tokenizer.special(role) for role in ("pad", "first", "last")}
-        pieces = plan.rows(np.arange(plan.rows_per_epoch), 0)
-        rows = assemble(split, pieces, plan.rows_per_epoch, row_length, special)
+        frame = Frame.of(tokenizer)
+        plan = PackingPlan(split.offsets, row_length, frame.specials)
+        numbers = np.arange(min(plan.rows_per_epoch, _COUNTED_TOKENS // row_length))
+        rows = frame.empty(len(numbers), row_length)
+        assemble(split, plan.rows(numbers, 0), frame, rows, numbers)
         tokens, segments = rows["tokens"].astype(np.int64), rows["segment_ids"]
         left, middle, right = tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
         inside = (segments[:, :-2] == segments[:, 2:]) & (segments[:, 1:-1] > 0)

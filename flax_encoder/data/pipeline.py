@@ -1,16 +1,27 @@
-"""From a config to batches: source, tokenizer, store, packing plan and targets, in that order."""
+"""From a config to batches: sources, tokenizer, stores, packing plans and targets, in that order."""
 
+import functools
+import hashlib
+import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from flax_encoder.config import RunConfig
-from flax_encoder.data.batches import SPECIAL_PER_PIECE, Batches, label_targets, masked_lm_targets, one_pass
+from flax_encoder.config import DataConfig, RunConfig
+from flax_encoder.data.batches import Batches, Frame, Mixture, OneByOne, Stages, label_targets, masked_lm_targets
+from flax_encoder.data.masking import budget
 from flax_encoder.data.packing import PackingPlan
-from flax_encoder.data.sources import DataError, open_source
-from flax_encoder.data.store import Split, Store, prepare
+from flax_encoder.data.prepare import prepare, unhurried
+from flax_encoder.data.records import DataError, Record
+from flax_encoder.data.sources import Source, open_source
+from flax_encoder.data.store import FORMAT, MANIFEST, Split, Store, is_store, open_store, read_manifest
 from flax_encoder.data.tokenizer import TextTokenizer, load_tokenizer, train_wordpiece
+
+# A vocabulary of this size is settled by far less text; more would only take memory.
+_TRAINING_BYTES = 2**28
+
+Say = Callable[[str], None]
 
 
 def default_cache_dir() -> pathlib.Path:
@@ -21,10 +32,19 @@ def default_cache_dir() -> pathlib.Path:
 @dataclass(frozen=True)
 class RunData:
     tokenizer: TextTokenizer
-    store: Store
-    train: Batches
+    stores: list[Store]
+    train: Stages
     evaluation: Batches
-    train_plan: PackingPlan
+    train_plans: list[PackingPlan]
+
+    @property
+    def label_names(self) -> list[str] | None:
+        return self.stores[0].label_names
+
+    @property
+    def hash(self) -> str:
+        """Of all stores' contents: with the seed and the step, the loader's whole state."""
+        return hashlib.sha256(" ".join(store.hash for store in self.stores).encode()).hexdigest()
 
 
 def open_data(
@@ -32,52 +52,182 @@ def open_data(
     *,
     tokenizer: TextTokenizer | None = None,
     label_names: list[str] | None = None,
-    progress: Callable[[str], None] = lambda message: None,
+    progress: Say = lambda message: None,
     process: tuple[int, int] = (0, 1),
 ) -> RunData:
     """Everything a run reads.
 
     Args:
-      tokenizer: settled already (by a checkpoint); else data.tokenizer, else one is trained on the training text.
+      tokenizer: settled already (by a checkpoint); else data.tokenizer, else that of a store, else one is trained on
+        the training text.
       label_names: settled already, likewise.
       process: (index, count); each process makes its own rows of every batch.
     """
-    cache_dir = pathlib.Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
-    is_labelled = config.objective == "classification"
-    progress(f"reading {config.data.source}")
-    source = open_source(config.data, with_labels=is_labelled, cache_dir=cache_dir)
-    if tokenizer is None and config.data.tokenizer is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer is None:
-        progress(f"training a WordPiece tokenizer of {config.data.vocab_size:,} tokens")
-        tokenizer = train_wordpiece((r["text"] for r in source.splits["train"]()), config.data.vocab_size)
-    store = prepare(source, tokenizer, config.data.held_out_rate, cache_dir, progress, label_names)
-    if not len(store.test.lengths):
-        raise DataError(
-            f"evaluation needs held-out documents, and of {len(store.train.lengths)} none fell to it: raise "
-            f"--data.held-out-rate (now {config.data.held_out_rate}), or cut text finer with --data.text-unit line."
+    with_labels = config.objective == "classification"
+    tokenizer, stores, weights = open_stores(
+        config.data, tokenizer=tokenizer, label_names=label_names, with_labels=with_labels, progress=progress
+    )
+    frame = Frame.of(tokenizer)
+    make = functools.partial(_batches, config, stores, tokenizer, frame, with_labels)
+    data, stages, plans, ends = config.data, [], [], [config.steps]
+    if data.last_row_length:
+        ends = [config.steps - round(config.steps * data.last_rate), config.steps]
+    for row_length in (data.row_length, data.last_row_length)[: len(ends)]:
+        plans = _plans(config, [s.train for s in stores], row_length, frame, split_long=not with_labels)
+        order = Mixture(plans, weights or [float(plan.rows_per_epoch) for plan in plans])
+        stages.append(make(order, "train", row_length, config.masking.rates, process, num_batches=config.steps))
+    for store in stores:
+        if not len(store.test):
+            raise DataError(
+                f"evaluation needs held-out documents, and of {len(store.train)} none fell to it: raise "
+                f"--data.held-out-rate (now {data.held_out_rate}), or cut text finer with --data.text-unit line."
+            )
+    T = data.final_row_length
+    order = OneByOne(_plans(config, [s.test for s in stores], T, frame, split_long=not with_labels))
+    batches = -(-len(order) // (config.batch_size * data.row_length // T))
+    evaluation = make(
+        order, "test", T, (config.masking.eval_rate,) * 2, process,
+        num_batches=min(batches, config.eval_batches or batches), stop_row=len(order),
+    )  # fmt: skip
+    return RunData(tokenizer, stores, Stages(stages, ends), evaluation, plans)
+
+
+def _plans(config: RunConfig, splits: list[Split], row_length: int, frame: Frame, *, split_long: bool):
+    return [
+        PackingPlan(
+            s.offsets, row_length, frame.specials, packing=config.data.packing, split_long=split_long,
+            histogram=s.histogram,
         )
-    train, train_plan = _batches(config, store.train, tokenizer, config.seed, process, is_training=True)
-    evaluation, _ = _batches(config, store.test, tokenizer, config.seed, process, is_training=False)
-    return RunData(tokenizer, store, train, evaluation, train_plan)
+        for s in splits
+    ]  # fmt: skip
 
 
-def _batches(config: RunConfig, split: Split, tokenizer, seed: int, process, *, is_training: bool):
-    data, is_labelled = config.data, config.objective == "classification"
-    plan = PackingPlan(
-        split.lengths, data.row_length, SPECIAL_PER_PIECE,
-        split_long=not is_labelled, one_per_row=data.packing == "one-per-row",
-    )  # fmt: skip
-    if is_labelled:
-        targets = label_targets(split.labels, plan.max_pieces_per_row)
+def _batches(
+    config: RunConfig, stores: list[Store], tokenizer: TextTokenizer, frame: Frame, with_labels: bool, order,
+    split: str, row_length: int, rates: tuple[float, float], process: tuple[int, int], *, num_batches: int,
+    stop_row: int | None = None,
+) -> Batches:  # fmt: skip
+    masking = config.masking
+    splits = [getattr(store, split) for store in stores]
+    if with_labels:
+        targets = label_targets(splits[0].labels, order.plans[0].max_pieces_per_row)
     else:
-        rate = config.masking.rate if is_training else config.masking.eval_rate
-        targets = masked_lm_targets(tokenizer, config.masking, rate, seed)
-    index, count = process
-    share = config.batch_size // count
-    extent = {"num_batches": config.steps} if is_training else one_pass(plan, config.batch_size, config.eval_batches)
-    batches = Batches(
-        split, plan, targets, tokenizer, row_length=data.row_length, batch_size=config.batch_size, seed=seed,
-        rows=slice(index * share, (index + 1) * share), **extent,
+        slots = masking.budget or budget(masking.kind, max(rates), row_length)
+        targets = masked_lm_targets(tokenizer, masking, rates, slots, config.steps, config.seed)
+    batch_size = config.batch_size * config.data.row_length // row_length
+    share = batch_size // process[1]
+    return Batches(
+        splits, order, targets, frame, row_length=row_length, batch_size=batch_size, seed=config.seed,
+        num_batches=num_batches, rows=slice(process[0] * share, (process[0] + 1) * share), stop_row=stop_row,
+        with_words=not with_labels and masking.kind != "token", buckets=config.data.buckets,
     )  # fmt: skip
-    return batches, plan
+
+
+def open_stores(
+    config: DataConfig,
+    *,
+    tokenizer: TextTokenizer | None = None,
+    label_names: list[str] | None = None,
+    with_labels: bool = False,
+    progress: Say = lambda message: None,
+) -> tuple[TextTokenizer, list[Store], list[float] | None]:
+    """(tokenizer, stores, their weights): each source opened if it is a store, else prepared into the cache.
+
+    Raises:
+      DataError: as `open_source`, `prepare` and `open_store`; or a store was made with another tokenizer.
+    """
+    cache_dir = pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    names, weights = _members(config)
+    prepared = {name: open_store(pathlib.Path(name)) for name in names if is_store(pathlib.Path(name))}
+    sources = {}
+    for name in names:
+        if name not in prepared:
+            progress(f"reading {name}")
+            sources[name] = open_source(name, config, with_labels=with_labels, cache_dir=cache_dir)
+    tokenizer = tokenizer or settle_tokenizer(config, list(prepared.values()), list(sources.values()), progress)
+    for name, store in prepared.items():
+        if store.manifest["tokenizer"] != tokenizer.hash:
+            raise DataError(
+                f"a store must have been made with the run's tokenizer: {name} was with {store.manifest['tokenizer']}, "
+                f"the run has {tokenizer.hash}. Give --data.tokenizer {name}, or prepare the text again."
+            )
+        if with_labels and store.label_names is None:
+            raise DataError(f"classification needs labels: the store {name} was prepared without --with-labels.")
+    for name, source in sources.items():
+        what = (source.fingerprint, tokenizer.hash, config.held_out_rate, label_names)
+        folder = cache_dir / "stores" / hashlib.sha256(repr(what).encode()).hexdigest()[:24]
+        store = prepare(
+            source, tokenizer, folder, held_out_rate=config.held_out_rate, label_names=label_names, progress=progress,
+            wait=True,
+        )  # fmt: skip
+        assert store is not None  # there is one shard
+        prepared[name] = store
+    if config.verify:
+        for store in prepared.values():
+            store.verify(unhurried(progress))
+    return tokenizer, [prepared[name] for name in names], weights
+
+
+def _members(config: DataConfig) -> tuple[list[str], list[float] | None]:
+    """The sources, a mixture's folder replaced by its members, and their weights."""
+    names: list[str] = []
+    weights: list[float] = []
+    is_weighted = config.weights is not None
+    for name, weight in zip(config.sources, config.weights or [1.0] * len(config.sources), strict=True):
+        folder = pathlib.Path(name)
+        manifest = read_manifest(folder) if is_store(folder) else {}
+        members = manifest.get("members", [{"folder": "", "weight": 1.0}])
+        total = sum(m["weight"] for m in members)
+        names += [os.fspath(folder / m["folder"]) if "members" in manifest else name for m in members]
+        weights += [weight * m["weight"] / total for m in members]
+        is_weighted |= "members" in manifest
+    return names, weights if is_weighted else None
+
+
+def prepare_stores(
+    config: DataConfig, out: pathlib.Path, *, with_labels: bool, workers: int | None, shard: tuple[int, int],
+    progress: Say,
+) -> list[Store] | None:  # fmt: skip
+    """Prepare the sources into `out`: one as a store, several as a mixture of stores in it.
+
+    Returns:
+      the stores; None if other shards have not finished.
+    """
+    cache_dir = pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    sources = [open_source(name, config, with_labels=with_labels, cache_dir=cache_dir) for name in config.sources]
+    tokenizer = settle_tokenizer(config, [], sources, progress)
+    folders = [out] if len(sources) == 1 else [out / f"{i:02}" for i in range(len(sources))]
+    stores = [
+        prepare(
+            source, tokenizer, folder, held_out_rate=config.held_out_rate, workers=workers, shard=shard,
+            progress=progress,
+        )
+        for source, folder in zip(sources, folders, strict=True)
+    ]  # fmt: skip
+    finished = [store for store in stores if store is not None]
+    if len(finished) < len(stores):
+        return None
+    if len(finished) > 1:
+        weights = config.weights or [s.manifest["splits"]["train"]["tokens"] for s in finished]
+        members = [{"folder": f.name, "weight": w} for f, w in zip(folders, weights, strict=True)]
+        (out / MANIFEST).write_text(json.dumps({"format": FORMAT, "members": members}, indent=1))
+    return finished
+
+
+def settle_tokenizer(config: DataConfig, stores: list[Store], sources: list[Source], progress: Say) -> TextTokenizer:
+    """data.tokenizer, else that of the first store, else a WordPiece trained on the sources' training text."""
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    if stores:
+        return load_tokenizer(stores[0].folder)
+    progress(f"training a WordPiece tokenizer of {config.vocab_size:,} tokens")
+    texts = (record["text"] for source in sources for record in _sample(source))
+    return train_wordpiece(texts, config.vocab_size)
+
+
+def _sample(source: Source) -> Iterator[Record]:
+    """The training text, or where that is long, parts of it from all over."""
+    parts = [part for part in source.parts if part.split == "train"]
+    every = max(1, -(-sum(part.size for part in parts) // _TRAINING_BYTES))
+    for part in parts[::every]:
+        yield from part.read()

@@ -5,8 +5,9 @@ Everything is counter-based on the finaliser of SplitMix64 (Steele, Lea and Floo
 
 import numpy as np
 
-# Four rounds would do for large sizes; on five places they favour some by a third, eight by less than one can see.
-_ROUNDS = 8
+# Three rounds of `permute` favour some places of five by a tenth and leave half of the orders of seven out; after six,
+# 40,000 draws show no favour.
+_ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -25,24 +26,33 @@ def random_bits(*address: int | np.ndarray) -> np.ndarray:
     return bits
 
 
+def uniform(bits: np.ndarray) -> np.ndarray:
+    """Random bits as float64 in [0, 1)."""
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def permute(index: np.ndarray, size: int | np.ndarray, *address: int | np.ndarray) -> np.ndarray:
     """Where `index` goes in a random permutation of range(size) that the address picks; no array of `size` is made.
 
-    A Feistel network on the next even power of two, walked until it lands inside (Black and Rogaway 2002). `size` and
-    the address broadcast against `index`, so one call serves many permutations.
+    Rounds of x -> x * odd + key and x -> x ^ (x >> half), both one-to-one on the next power of two, walked until they
+    land inside (cycle walking, Black and Rogaway 2002). `size` and the address broadcast against `index`, so one call
+    serves many permutations.
     """
-    index, size = np.broadcast_arrays(np.asarray(index, np.int64), np.asarray(size, np.int64))
-    half = np.ceil(np.log2(np.maximum(size, 2)) / 2).astype(np.uint64)
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = [np.broadcast_to(random_bits(*address, r), index.shape) for r in range(_ROUNDS)]
-    out = index.astype(np.uint64)
-    todo = np.ones(index.shape, bool)
-    while todo.any():
-        h, m = half[todo], mask[todo]
-        left, right = out[todo] >> h, out[todo] & m
-        with np.errstate(over="ignore"):
+    index, size = np.broadcast_arrays(np.asarray(index, np.uint64), np.asarray(size, np.uint64))
+    width = np.frexp(np.maximum(size, np.uint64(2)) - 1.0)[1].astype(np.uint64)  # bits of size - 1
+    mask = (np.uint64(1) << width) - np.uint64(1)
+    half = (width + np.uint64(1)) >> np.uint64(1)
+    base = np.broadcast_to(random_bits(*address), index.shape)
+    with np.errstate(over="ignore"):
+        keys = [_mix(base + np.uint64(r) * _GOLDEN) for r in range(_ROUNDS)]
+        out = index.copy()
+        todo = np.ones(index.shape, bool)
+        while todo.any():
+            x, m, h = out[todo], mask[todo], half[todo]
             for key in keys:
-                left, right = right, left ^ (_mix(right * _GOLDEN + key[todo]) & m)
-        out[todo] = (left << h) | right
-        todo = out >= size.astype(np.uint64)
+                k = key[todo]
+                x = (x * (k | np.uint64(1)) + (k >> np.uint64(32))) & m
+                x ^= x >> h
+            out[todo] = x
+            todo[todo] = x >= size[todo]
     return out.astype(np.int64)

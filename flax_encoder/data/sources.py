@@ -1,11 +1,11 @@
-"""Where documents come from: TensorFlow Datasets by name, or local text, JSONL and Parquet files."""
+"""Where documents come from: TensorFlow Datasets or Hugging Face `datasets` by name, or local files."""
 
 import contextlib
+import functools
 import glob
 import hashlib
 import io
 import itertools
-import json
 import os
 import pathlib
 import sys
@@ -16,186 +16,85 @@ from typing import Any
 from filelock import FileLock
 
 from flax_encoder.config import DataConfig
-
-Record = dict[str, Any]
-
-
-class DataError(ValueError):
-    """The data cannot be used as asked. The message gives the rule, what was found and a way out."""
+from flax_encoder.data.files import PART_BYTES, READERS, file_parts, kind_of
+from flax_encoder.data.records import DataError, Part, Record, make_record, no_column, text_column
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents by split; `splits["test"]`, if there is one, is held out. A record has `text`, and `label` if asked."""
+    """Documents in parts, those of the split `train` first; what is in the split `test`, if it has one, is held out."""
 
-    splits: dict[str, Callable[[], Iterator[Record]]]
+    parts: list[Part]
     fingerprint: str
     """Changes when the documents may have changed; the cache's key."""
     label_names: list[str] | None = field(default=None)
     """Names of labels that are integers, where the source knows them."""
 
+    @property
+    def has_test(self) -> bool:
+        return any(part.split == "test" for part in self.parts)
 
-def open_source(config: DataConfig, *, with_labels: bool, cache_dir: pathlib.Path) -> Source:
-    """The documents that `config.source` names.
+    def records(self, split: str) -> Iterator[Record]:
+        """The split's documents in order. A record has `text`, and `label` if that was asked for."""
+        return itertools.chain.from_iterable(part.read() for part in self.parts if part.split == split)
+
+
+def open_source(name: str, config: DataConfig, *, with_labels: bool, cache_dir: pathlib.Path) -> Source:
+    """The documents that `name`, one of `config.source`, stands for.
 
     Raises:
       DataError: no such file or data set, a kind of file that is not read here, or no such column (lists the columns).
     """
     label = config.label_column if with_labels else None
-    if config.source.startswith("tfds:"):
-        return _open_tfds(config.source.removeprefix("tfds:"), config.text_column, label, cache_dir)
-    exact = pathlib.Path(config.source)  # a file whose name looks like a pattern is still a file
-    paths = [exact] if exact.is_file() else [pathlib.Path(p) for p in sorted(glob.glob(config.source, recursive=True))]
+    for prefix, open_named in (("tfds:", _open_tfds), ("hf:", _open_hf)):
+        if name.startswith(prefix):
+            return open_named(name.removeprefix(prefix), config.text_column, label, cache_dir)
+    return _open_files(name, config, label)
+
+
+def _open_files(name: str, config: DataConfig, label: str | None) -> Source:
+    exact = pathlib.Path(name)  # a file whose name looks like a pattern is still a file
+    paths = [exact] if exact.is_file() else [pathlib.Path(p) for p in sorted(glob.glob(name, recursive=True))]
     paths = [p for p in paths if p.is_file()]
     if not paths:
-        raise DataError(f"no file matches data.source {config.source!r}. It is a path or quoted glob, or tfds:NAME.")
-    kinds = {p.suffix for p in paths}
-    if len(kinds) > 1 or not kinds <= set(_READERS):
         raise DataError(
-            f"data.source must match files of one kind, {', '.join(_READERS)}: got {', '.join(sorted(kinds))}."
+            f"no file matches data.source {name!r}. It is a path or quoted glob, a prepared store, tfds:NAME or "
+            f"hf:NAME."
         )
-    read = _READERS[kinds.pop()]
-
-    def documents() -> Iterator[Record]:
-        for path in paths:
-            yield from read(path, config, label)
-
+    kinds = {kind_of(p) for p in paths}
+    if len(kinds) > 1 or not kinds <= set(READERS):
+        raise DataError(
+            f"data.source must match files of one kind, {', '.join(READERS)} (the first two also .gz or .zst): "
+            f"got {', '.join(sorted(kinds))}."
+        )
+    parts = [part for path in paths for part in file_parts(path, config, label)]
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    options = (config.text_column, label, config.text_unit)
-    return Source({"train": documents}, hashlib.sha256(repr((stats, options)).encode()).hexdigest())
+    return Source(parts, _hash(stats, config.text_column, label, config.text_unit))
 
 
-def _decode(raw: bytes, path: pathlib.Path, offset: int) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"text must be UTF-8: {path} has byte 0x{raw[error.start]:02x} at offset {offset + error.start}. "
-            f"`iconv -f latin1 -t utf-8` converts Latin-1."
-        ) from None
+def _hash(*what: Any) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line without its end)."""
-    offset = 0
-    with path.open("rb") as f:
-        for number, raw in enumerate(f, 1):
-            yield number, _decode(raw, path, offset).rstrip("\r\n")
-            offset += len(raw)
-
-
-def _read_txt(path: pathlib.Path, config: DataConfig, label: str | None) -> Iterator[Record]:
-    if label:
-        raise DataError(f"a .txt file has no labels: {path}. Use .jsonl or .parquet with columns for text and label.")
-    if config.text_unit == "file":
-        yield {"text": _decode(path.read_bytes(), path, 0)}
-    elif config.text_unit == "line":
-        yield from ({"text": line} for _, line in _lines(path))
-    else:
-        for blank, group in itertools.groupby(_lines(path), key=lambda line: not line[1].strip()):
-            if not blank:
-                yield {"text": "\n".join(line for _, line in group)}
-
-
-def _read_jsonl(path: pathlib.Path, config: DataConfig, label: str | None) -> Iterator[Record]:
-    text = None
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"every line of a .jsonl file must be a JSON object: {path}, line {number}: {error}."
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"every line of a .jsonl file must be a JSON object: {path}, line {number} is {line[:60]!r}."
-            )
-        strings = [name for name, value in row.items() if isinstance(value, str)]
-        if text is None:  # the first row decides for the file
-            text = _text_column(config.text_column, list(row), strings, f"{path}, line {number}")
-        yield _record(row, text, label, f"{path}, line {number}")
-
-
-def _read_parquet(path: pathlib.Path, config: DataConfig, label: str | None) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"not a Parquet file: {path}: {error}.") from None
-    schema = file.schema_arrow
-    strings = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-    text = _text_column(config.text_column, schema.names, strings, str(path))
-    if label is not None and label not in schema.names:
-        raise _no_column(label, schema.names, str(path))
-    try:
-        for batch in file.iter_batches(columns=[text] if label is None else [text, label]):
-            for row in batch.to_pylist():
-                yield _record(row, text, label, str(path))
-    except OSError as error:  # a damaged page
-        raise DataError(f"a Parquet file cannot be read to its end: {path}: {error}.") from None
-
-
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _no_column(name: str, columns: list[str], where: str) -> DataError:
-    return DataError(
-        f"there is no column {name!r} in {where}; the columns are {', '.join(columns)}. "
-        f"Name one with --data.text-column or --data.label-column."
-    )
-
-
-def _text_column(asked: str | None, columns: list[str], strings: list[str], where: str) -> str:
-    if asked is not None:
-        if asked not in columns:
-            raise _no_column(asked, columns, where)
-        return asked
-    if "text" in columns:
-        return "text"
-    if len(strings) == 1:
-        return strings[0]
-    raise DataError(f"which column is the text? {where} has {', '.join(columns)}. Name one with --data.text-column.")
-
-
-def _record(row: Record, text: str, label: str | None, where: str) -> Record:
-    for column in (text, label) if label else (text,):
-        if column not in row:
-            raise _no_column(column, list(row), where)
-    record: Record = {
-        "text": _string(row[text], "text", f"column {text!r} of {where}") if row[text] is not None else ""
-    }
-    if label is not None:
-        named = row[label]
-        record["label"] = (
-            named
-            if named is None or isinstance(named, int)
-            else _string(named, "label", f"column {label!r} of {where}")
-        )
-    return record
-
-
-def _string(value: Any, role: str, where: str) -> str:
-    try:
-        value = value.decode("utf-8") if isinstance(value, bytes) else value
-        if isinstance(value, str):
-            value.encode("utf-8")  # JSON can spell half a surrogate pair
-            return value
-    except UnicodeError as error:
-        raise DataError(f"the {role} column must hold Unicode text: {where} holds {value[:40]!r}: {error}.") from None
-    raise DataError(
-        f"the {role} column must hold strings{' or integers' * (role == 'label')}: {where} holds {value!r}."
-    )
+def _indexed(
+    splits: dict[str, tuple[int, int]], read: Callable[..., Iterator[Record]], where: str
+) -> list[Part]:
+    """Parts of a data set with random access, its test set held out; `splits` gives each one's records and bytes."""
+    if "train" not in splits:
+        raise DataError(f"{where} must have a split named train: it has {', '.join(splits)}.")
+    held_out = next((s for s in ("test", "validation") if s in splits), None)
+    parts = []
+    for role, split in (("train", "train"), ("test", held_out)):
+        records, size = splits[split] if split else (0, 0)
+        step = max(1, records * PART_BYTES // max(size, 1))
+        for begin in range(0, records, step):
+            end = min(begin + step, records)
+            parts.append(Part(role, (end - begin) * size // records, functools.partial(read, split, begin, end)))
+    return parts
 
 
 def _open_tfds(name: str, text: str | None, label: str | None, cache_dir: pathlib.Path) -> Source:
-    # Registered by import. On a machine without TensorFlow the data-source path needs none of it.
     import tensorflow_datasets as tfds
-
-    import flax_encoder.data.python_docs  # noqa: F401
 
     # The python_docs corpus is the running interpreter's, so each interpreter version has a folder.
     python = "{}.{}.{}".format(*sys.version_info[:3])
@@ -205,25 +104,71 @@ def _open_tfds(name: str, text: str | None, label: str | None, cache_dir: pathli
         data_dir.mkdir(parents=True, exist_ok=True)
         # One process builds, others wait and find it built. Its own notices are dropped; ours say what is going on.
         with FileLock(data_dir / ".lock"), contextlib.redirect_stdout(io.StringIO()):
-            builder = tfds.builder(name, data_dir=os.fspath(data_dir), file_format="array_record")
+            builder = _tfds_builder(name, data_dir)
             builder.download_and_prepare()
-            splits = builder.as_data_source()
     except (tfds.core.DatasetNotFoundError, NotImplementedError, ValueError, OSError) as error:
         raise DataError(f"TensorFlow Datasets cannot give {name!r}: {type(error).__name__}: {error}") from error
-    features = builder.info.features
+    features, where = builder.info.features, f"tfds:{name}"
     strings = [k for k, f in features.items() if isinstance(f, tfds.features.Text)]
-    column = _text_column(text, list(features), strings, f"tfds:{name}")
+    column = text_column(text, list(features), strings, where)
     if label is not None and label not in features:
-        raise _no_column(label, list(features), f"tfds:{name}")
+        raise no_column(label, list(features), where)
     label_feature = features[label] if label else None
     names = list(label_feature.names) if isinstance(label_feature, tfds.features.ClassLabel) else None
+    splits = {split: (info.num_examples, info.num_bytes) for split, info in builder.info.splits.items()}
+    parts = _indexed(splits, functools.partial(_read_tfds, name, data_dir, column, label), where)
+    return Source(parts, _hash(builder.info.full_name, python, column, label), names)
 
-    def reader(split: str) -> Callable[[], Iterator[Record]]:
-        return lambda: (_record(row, column, label, f"tfds:{name}") for row in splits[split])
 
-    held_out = next((s for s in ("test", "validation") if s in splits), None)
-    if "train" not in splits:
-        raise DataError(f"tfds:{name} must have a split named train: it has {', '.join(splits)}.")
-    readers = {"train": reader("train")} | ({"test": reader(held_out)} if held_out else {})
-    fingerprint = repr((builder.info.full_name, python, column, label))
-    return Source(readers, hashlib.sha256(fingerprint.encode()).hexdigest(), names)
+def _tfds_builder(name: str, data_dir: pathlib.Path):
+    # Registered by import. On a machine without TensorFlow the data-source path needs none of it.
+    import tensorflow_datasets as tfds
+
+    import flax_encoder.data.python_docs  # noqa: F401
+
+    return tfds.builder(name, data_dir=os.fspath(data_dir), file_format="array_record")
+
+
+def _read_tfds(
+    name: str, data_dir: pathlib.Path, text: str, label: str | None, split: str, begin: int, end: int
+) -> Iterator[Record]:
+    rows = _tfds_builder(name, data_dir).as_data_source(split)
+    return (make_record(rows[i], text, label, f"tfds:{name}") for i in range(begin, end))
+
+
+def _load_hf(name: str, cache_dir: pathlib.Path) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError("hf: sources need the `datasets` library: pip install 'flax-encoder[hf]'.") from None
+    datasets.disable_progress_bars()
+    path, _, config = name.partition(":")
+    return datasets.load_dataset(path, config or None, cache_dir=os.fspath(cache_dir / "hf"))
+
+
+def _open_hf(name: str, text: str | None, label: str | None, cache_dir: pathlib.Path) -> Source:
+    try:
+        splits = _load_hf(name, cache_dir)
+    except DataError:
+        raise
+    except Exception as error:  # the library raises many kinds, for a name, a network or a file
+        raise DataError(f"Hugging Face datasets cannot give {name!r}: {type(error).__name__}: {error}") from error
+    features, where = next(iter(splits.values())).features, f"hf:{name}"
+    strings = [k for k, f in features.items() if getattr(f, "dtype", None) in ("string", "large_string")]
+    column = text_column(text, list(features), strings, where)
+    if label is not None and label not in features:
+        raise no_column(label, list(features), where)
+    sizes = {split: (len(rows), rows.data.nbytes) for split, rows in splits.items()}
+    parts = _indexed(sizes, functools.partial(_read_hf, name, cache_dir, column, label), where)
+    prints = sorted((split, rows._fingerprint) for split, rows in splits.items())
+    return Source(parts, _hash(name, prints, column, label), getattr(features[label], "names", None) if label else None)
+
+
+def _read_hf(
+    name: str, cache_dir: pathlib.Path, text: str, label: str | None, split: str, begin: int, end: int
+) -> Iterator[Record]:
+    rows = _load_hf(name, cache_dir)[split].select_columns([text] if label is None else [text, label])
+    for at in range(begin, end, 1000):
+        columns = rows[at : min(at + 1000, end)]
+        for values in zip(*columns.values(), strict=True):
+            yield make_record(dict(zip(columns, values, strict=True)), text, label, f"hf:{name}")

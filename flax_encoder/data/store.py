@@ -1,43 +1,69 @@
-"""Tokenized documents on disk: flat tokens plus offsets, read by memory map.
+"""Tokenized documents on disk: flat tokens plus offsets, read by memory map. `prepare.py` writes them.
 
-STORE/manifest.json         counts, hashes, label names
-STORE/{train,test}/tokens.bin    uint16 or uint32, all documents end to end
-STORE/{train,test}/offsets.npy   int64 [documents + 1]
-STORE/{train,test}/labels.npy    int32 [documents], where the source is labelled
+STORE/manifest.json               counts, hashes, label names, every other file's size and SHA-256
+STORE/tokenizer.json              what made the tokens
+STORE/{train,test}/tokens-N.bin   uint16 or uint32, the split's documents end to end, none across two files
+STORE/{train,test}/words-N.bin    a bit a token: whether it begins a word
+STORE/{train,test}/offsets.npy    int64 [documents + 1], in tokens over all the split's files
+STORE/{train,test}/histogram.npy  uint32 [3, entries], see `packing.length_histogram`
+STORE/{train,test}/labels.npy     int32 [documents], where the source is labelled
+
+A folder whose manifest has `members` is a mixture: folders of stores, and their weights.
 """
 
-import contextlib
 import functools
 import hashlib
-import itertools
 import json
-import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from flax_encoder.data.sources import DataError, Record, Source
-from flax_encoder.data.tokenizer import TextTokenizer
+from flax_encoder.data.records import DataError
 
-_FORMAT = 1
-_BATCH_DOCUMENTS = 1024
+FORMAT = 2
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Documents [offsets[i], offsets[i + 1]) of `tokens`, without special tokens."""
+    """Documents [offsets[i], offsets[i + 1]) of the shards end to end, without special tokens."""
 
-    tokens: np.ndarray
+    tokens: Sequence[np.ndarray]
+    words: Sequence[np.ndarray]
+    """Bits, packed from the low end of each byte."""
     offsets: np.ndarray
     labels: np.ndarray | None = None
+    histogram: np.ndarray | None = None
+    """Of the documents' lengths, as `packing.length_histogram` counts them."""
+    shard_starts: np.ndarray = field(init=False)
 
-    @functools.cached_property
+    def __post_init__(self):
+        starts = np.cumsum([0, *(len(shard) for shard in self.tokens)])
+        object.__setattr__(self, "shard_starts", starts)
+
+    @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, index: int) -> np.ndarray:
+        begin, end = self.offsets[index : index + 2]
+        shard = int(np.searchsorted(self.shard_starts, begin, side="right")) - 1
+        return self.tokens[shard][begin - self.shard_starts[shard] : end - self.shard_starts[shard]]
+
+
+@dataclass(frozen=True)
+class StoredSplit(Split):
+    """A split of a store on disk; sent to another process it goes as its folder's name."""
+
+    folder: pathlib.Path = pathlib.Path()
+
+    def __reduce__(self):
+        return _open_split, (self.folder,)
 
 
 @dataclass(frozen=True)
@@ -45,48 +71,70 @@ class Store:
     train: Split
     test: Split
     manifest: dict
+    folder: pathlib.Path
 
     @property
     def label_names(self) -> list[str] | None:
         return self.manifest["label_names"]
 
+    @functools.cached_property
+    def hash(self) -> str:
+        """Of the contents: the same text by the same tokenizer has the same hash wherever it is prepared."""
+        files = {name: about["sha256"] for name, about in self.manifest["files"].items()}
+        what = (FORMAT, self.manifest["tokenizer"], self.manifest["label_names"], sorted(files.items()))
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
-def prepare(
-    source: Source,
-    tokenizer: TextTokenizer,
-    held_out_rate: float,
-    cache_dir: pathlib.Path,
-    progress: Callable[[str], None] = lambda message: None,
-    label_names: list[str] | None = None,
-) -> Store:
-    """Tokenize a source into the cache, or find it there; a store is whole or absent, whenever the program dies.
+    def verify(self, progress: Callable[[str], None] = lambda message: None) -> None:
+        """Read every file and compare its SHA-256.
 
-    Exact duplicates and empty documents are dropped and counted. Held out is the source's own test split, or else
-    each document whose hash falls in `held_out_rate`.
+        Raises:
+          DataError: a file is not what was written; names it and both hashes.
+        """
+        for name, about in self.manifest["files"].items():
+            progress(f"verifying {name}")
+            with (self.folder / name).open("rb") as f:
+                digest = hashlib.file_digest(f, "sha256").hexdigest()
+            if digest != about["sha256"]:
+                raise DataError(
+                    f"a prepared file must be as it was written: {self.folder / name} has SHA-256 "
+                    f"{digest}, expected {about['sha256']}. Delete {self.folder} and prepare it again."
+                )
 
-    Args:
-      label_names: the labels' order, if it is settled already (by the model that will be evaluated).
+
+def is_store(folder: pathlib.Path) -> bool:
+    """Whether it is a store or the beginnings of one, rather than a file or a data set's name."""
+    return (folder / MANIFEST).exists() or partial_folder(folder).exists()
+
+
+def partial_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Where a store stands while it is being prepared."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def read_manifest(folder: pathlib.Path) -> dict:
+    """A store's manifest, or a mixture's.
+
+    Raises:
+      DataError: there is none, it is only half prepared, or it is of another format.
     """
-    identity = repr((_FORMAT, source.fingerprint, tokenizer.hash, held_out_rate, label_names))
-    folder = cache_dir / "stores" / hashlib.sha256(identity.encode()).hexdigest()[:24]
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = pathlib.Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-        try:
-            _write(work, source, tokenizer, held_out_rate, label_names, progress)
-            _move(work, folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return open_store(folder)
-
-
-def _move(work: pathlib.Path, folder: pathlib.Path) -> None:
-    """Move a finished folder into place; if another process was first, its identical one stays."""
     try:
-        os.rename(work, folder)
-    except OSError:
-        if not folder.exists():
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        if manifest["format"] != FORMAT:
+            raise DataError(
+                f"a store must have format {FORMAT}: {folder} has {manifest['format']}, of another version of this "
+                f"library. Prepare it again."
+            )
+        return manifest
+    except FileNotFoundError:
+        if partial_folder(folder).exists():
+            raise DataError(
+                f"a store must be whole: the one at {folder} was interrupted. The same prepare command finishes it."
+            ) from None
+        raise DataError(f"no prepared store at {folder}: it has no {MANIFEST}.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
             raise
+        raise DataError(f"prepared text is damaged: {folder / MANIFEST}: {error}. Prepare it again.") from error
 
 
 def open_store(folder: pathlib.Path) -> Store:
@@ -95,110 +143,27 @@ def open_store(folder: pathlib.Path) -> Store:
     Raises:
       DataError: a file is missing, damaged, or does not fit the manifest.
     """
+    manifest = read_manifest(folder)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return Store(_open_split(folder / "train", manifest), _open_split(folder / "test", manifest), manifest)
-    except (OSError, ValueError, KeyError) as error:
+        for name, about in manifest["files"].items():
+            if (size := (folder / name).stat().st_size) != about["bytes"]:
+                raise DataError(
+                    f"a prepared file does not fit its manifest: {folder / name} has {size} bytes, expected "
+                    f"{about['bytes']}. Delete {folder} and prepare it again."
+                )
+        train, test = (_open_split(folder / split) for split in ("train", "test"))
+        return Store(train, test, manifest, folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"prepared text is damaged: {error}. Delete {folder}; it is made again.") from error
+        raise DataError(f"prepared text is damaged: {error}. Delete {folder} and prepare it again.") from error
 
 
-def _open_split(folder: pathlib.Path, manifest: dict) -> Split:
-    counts = manifest["splits"][folder.name]
+def _open_split(folder: pathlib.Path) -> StoredSplit:
+    manifest = read_manifest(folder.parent)
+    shards = range(manifest["splits"][folder.name]["shards"])
+    tokens = [np.memmap(folder / f"tokens-{i:05}.bin", manifest["dtype"], "r") for i in shards]
+    words = [np.memmap(folder / f"words-{i:05}.bin", np.uint8, "r") for i in shards]
     offsets = np.load(folder / "offsets.npy", mmap_mode="r")
-    path, dtype = folder / "tokens.bin", np.dtype(manifest["dtype"])
-    expected = counts["tokens"] * dtype.itemsize
-    if (size := path.stat().st_size) != expected or len(offsets) != counts["documents"] + 1:
-        raise DataError(
-            f"a prepared file does not fit its manifest: {path} has {size} bytes, expected {expected}. "
-            f"Delete {folder.parent}; it is made again."
-        )
-    tokens = np.memmap(path, dtype, "r") if expected else np.zeros(0, dtype)
     labels = np.load(folder / "labels.npy") if manifest["label_names"] is not None else None
-    return Split(tokens, offsets, labels)
-
-
-def _write(work, source: Source, tokenizer: TextTokenizer, held_out_rate, label_names, progress) -> None:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    dropped = {"empty": 0, "duplicate": 0}
-    seen: set[bytes] = set()
-    lengths: dict[str, list[int]] = {"train": [], "test": []}
-    labels: dict[str, list] = {"train": [], "test": []}
-    with contextlib.ExitStack() as stack:
-        files = {}
-        for split in lengths:
-            (work / split).mkdir()
-            files[split] = stack.enter_context((work / split / "tokens.bin").open("wb"))
-        for split, records in source.splits.items():
-            for batch in _batched(records(), _BATCH_DOCUMENTS):
-                kept = []
-                for record in batch:
-                    text = record["text"].strip()
-                    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-                    if not text or digest in seen:
-                        dropped["duplicate" if text else "empty"] += 1
-                        continue
-                    seen.add(digest)
-                    is_held_out = "test" not in source.splits and _share(digest) < held_out_rate
-                    kept.append((text, "test" if is_held_out else split, record.get("label")))
-                for (_, to, label), ids in zip(kept, tokenizer.encode_batch([text for text, *_ in kept]), strict=True):
-                    if not len(ids):
-                        dropped["empty"] += 1
-                        continue
-                    files[to].write(ids.astype(dtype).tobytes())
-                    lengths[to].append(len(ids))
-                    labels[to].append(label)
-                documents, tokens = sum(map(len, lengths.values())), sum(map(sum, lengths.values()))
-                progress(f"tokenized {documents:,} documents, {tokens:,} tokens")
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    if not lengths["train"]:
-        raise DataError("the source must have at least one document to train on: every one was empty or held out.")
-    if source.label_names is not None:  # its integers are indices of its own names
-        known = dict(enumerate(source.label_names))
-        labels = {split: [known.get(label, label) for label in values] for split, values in labels.items()}
-    names = label_names or source.label_names or _names(labels)
-    for split in lengths:
-        np.save(work / split / "offsets.npy", np.concatenate([[0], np.cumsum(lengths[split], dtype=np.int64)]))
-        if names is not None:
-            np.save(work / split / "labels.npy", _label_ids(labels[split], names))
-    manifest = {
-        "format": _FORMAT,
-        "source": source.fingerprint,
-        "tokenizer": tokenizer.hash,
-        "dtype": dtype.name,
-        "dropped": dropped,
-        "label_names": names,
-        "splits": {s: {"documents": len(n), "tokens": sum(n)} for s, n in lengths.items()},
-    }
-    (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
-
-
-def _batched(records: Iterator[Record], size: int) -> Iterator[list[Record]]:
-    while batch := list(itertools.islice(records, size)):
-        yield batch
-
-
-def _share(digest: bytes) -> float:
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _names(labels: dict[str, list]) -> list[str] | None:
-    """Labels of a source that names none, in order: numbers by size, anything else by spelling."""
-    values = set(labels["train"]) | set(labels["test"])
-    if values == {None}:
-        return None
-    is_number = all(isinstance(v, int) for v in values)
-    return [str(v) for v in sorted(values)] if is_number else sorted({str(v) for v in values - {None}})
-
-
-def _label_ids(labels: list, names: list[str]) -> np.ndarray:
-    by_name = {name: i for i, name in enumerate(names)}
-    for label in labels:
-        if label is None:
-            raise DataError("every document must have a label: some have none.")
-        if str(label) not in by_name:
-            raise DataError(f"unknown label {label!r}; known are {', '.join(names)}.")
-    return np.array([by_name[str(label)] for label in labels], np.int32)
+    return StoredSplit(tokens, words, offsets, labels, np.load(folder / "histogram.npy"), folder)

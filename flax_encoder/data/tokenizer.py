@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from flax_encoder.data.sources import DataError
+from flax_encoder.data.records import DataError
 
 # Role -> the names it goes by, in the order in which they are looked for.
 SPECIAL_TOKENS = {
@@ -23,6 +23,7 @@ SPECIAL_TOKENS = {
     "mask": ("[MASK]", "<mask>"),
 }
 _PREFIX = "##"
+_SPACE_MARKS = ("\u2581", "\u0120")  # SentencePiece's and byte-level BPE's
 _ALPHABET = 1000  # characters kept, the most frequent; the rest are unknown
 
 
@@ -44,6 +45,12 @@ class TextTokenizer:
     def hash(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()
 
+    @cached_property
+    def sentinel_ids(self) -> np.ndarray:
+        """The ids of <extra_id_0>, <extra_id_1> ..., T5's names for holes in a text; none, where there are none."""
+        ids = (self._tokenizer.token_to_id(f"<extra_id_{i}>") for i in itertools.count())
+        return np.array(list(itertools.takewhile(lambda i: i is not None, ids)), np.int64)
+
     @property
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -61,6 +68,16 @@ class TextTokenizer:
         return found
 
     @cached_property
+    def frame(self) -> tuple[int | None, int | None]:
+        """The ids of the special tokens before and after a text; None where there is none, as T5 has no first."""
+        ids = {name: self._tokenizer.token_to_id(name) for role in ("first", "last") for name in SPECIAL_TOKENS[role]}
+        first, last = (
+            next((ids[name] for name in SPECIAL_TOKENS[role] if ids[name] is not None), None)
+            for role in ("first", "last")
+        )
+        return first, last
+
+    @cached_property
     def special_ids(self) -> np.ndarray:
         """Ids that are never masked and never drawn at random."""
         names = [name for names in SPECIAL_TOKENS.values() for name in names]
@@ -71,6 +88,40 @@ class TextTokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(e.ids, np.int32) for e in encodings]
+
+    def encode_flat(self, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All texts' ids end to end, each text's number of them, and whether each begins a word.
+
+        Words are the pre-tokenizer's. Where it cuts none, a token begins one if it is spelled with the mark of a space.
+        """
+        starts = self._starts_word
+        if starts is None:
+            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        else:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids = [e.ids for e in encodings]
+        lengths = np.array([len(i) for i in ids], np.uint32)
+        flat = np.fromiter(itertools.chain.from_iterable(ids), dtype, int(lengths.sum()))
+        if starts is not None:
+            begins = starts[flat]
+        else:
+            words = itertools.chain.from_iterable(e.word_ids for e in encodings)
+            word = np.fromiter((-1 if w is None else w for w in words), np.int64, len(flat))
+            begins = (np.diff(word, prepend=-1) != 0) | (word < 0)
+        begins[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+        return flat, lengths, begins
+
+    @cached_property
+    def _starts_word(self) -> np.ndarray | None:
+        """Whether a token begins a word [vocab_size], where its spelling says so; None where one must see the text."""
+        model = json.loads(self.json)["model"]
+        tokens = [self.token(i) for i in range(self.vocab_size)]
+        if model["type"] == "WordPiece":
+            return np.array([not t.startswith(model["continuing_subword_prefix"]) for t in tokens])
+        if self._tokenizer.pre_tokenizer is None:
+            is_marked = np.array([t[:1] in _SPACE_MARKS for t in tokens])
+            return is_marked if is_marked.any() else np.ones(len(tokens), bool)
+        return None
 
     def token(self, token_id: int | np.integer) -> str:
         return self._tokenizer.id_to_token(int(token_id)) or ""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from flax_encoder.data.sources import DataError
+from flax_encoder.data.records import DataError
 from flax_encoder.data.tokenizer import TextTokenizer, load_tokenizer
 
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "spm.model", "tokenizer.model")

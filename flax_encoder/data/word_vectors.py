@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from flax_encoder.data.sources import DataError
+from flax_encoder.data.records import DataError
 from flax_encoder.data.tokenizer import SPECIAL_TOKENS, TextTokenizer
 
 _BLOCK = 4096  # words held at a time

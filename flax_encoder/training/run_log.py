@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -19,7 +20,7 @@ class Clock:
     """Throughput between two readings: real tokens a second, and the share of time spent waiting for data."""
 
     def __init__(self, tokens: int = 0):
-        self.tokens, self.steps = tokens, 0
+        self.tokens, self.steps, self.overflow = tokens, 0, 0
         self.seconds_per_step = 0.0
         self._began, self._waited = time.monotonic(), 0.0
 
@@ -37,13 +38,20 @@ class Clock:
         yield
         self._began += time.monotonic() - began
 
+    def count(self, rows: dict[str, np.ndarray], processes: int = 1) -> None:
+        """Take in a batch's real tokens, and what masking left out for want of slots, on this of several processes."""
+        self.tokens += int(np.count_nonzero(rows["segment_ids"])) * processes
+        self.overflow += int(rows["overflow"].sum()) * processes if "overflow" in rows else 0
+
     def read(self) -> dict[str, float]:
         """Figures since the last reading, which starts anew here."""
         seconds = max(time.monotonic() - self._began, 1e-9)
         if self.steps:
             self.seconds_per_step = seconds / self.steps
         values = {"tokens_per_second": self.tokens / seconds, "data_wait_fraction": self._waited / seconds}
-        self.tokens, self.steps = 0, 0
+        if self.overflow:
+            values["masking_overflow"] = float(self.overflow)
+        self.tokens, self.steps, self.overflow = 0, 0, 0
         self._began, self._waited = time.monotonic(), 0.0
         return values
 

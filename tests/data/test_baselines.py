@@ -8,10 +8,10 @@ import pytest
 
 from flax_encoder.config import MaskingConfig
 from flax_encoder.data.baselines import NeighbourCounts, majority_class
-from flax_encoder.data.batches import SPECIAL_PER_PIECE, Batches, masked_lm_targets, one_pass
+from flax_encoder.data.batches import Batches, Frame, OneByOne, masked_lm_targets
 from flax_encoder.data.packing import PackingPlan
-from flax_encoder.data.store import Split
 from flax_encoder.data.tokenizer import train_wordpiece
+from tests.data import toy_split
 
 T = 23
 
@@ -26,15 +26,15 @@ def split_of(tokenizer, lengths, seed):
     rng = np.random.default_rng(seed)
     ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.special_ids)
     tokens = np.cumsum(rng.choice([1, 2, 5], sum(lengths), p=[0.7, 0.2, 0.1])) % 11
-    return Split(ordinary[tokens].astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]))
+    return toy_split.split_of(np.split(ordinary[tokens], np.cumsum(lengths)[:-1]))
 
 
 def training_pieces(split, tokenizer):
     """Every piece with its frame, cut as rows of T cut it."""
-    room = T - SPECIAL_PER_PIECE
+    room = T - 2
     for a, b in zip(split.offsets[:-1], split.offsets[1:], strict=True):
         for start in range(a, b, room):
-            piece = split.tokens[start : min(start + room, b)].tolist()
+            piece = split.tokens[0][start : min(start + room, b)].tolist()
             yield [tokenizer.special("first"), *piece, tokenizer.special("last")]
 
 
@@ -81,9 +81,12 @@ def slow_score(split, batches, tokenizer):
 def test_neighbour_counts_equal_a_slow_reference(tokenizer, rate):
     rng = np.random.default_rng(0)
     train, test = (split_of(tokenizer, rng.integers(1, 53, n).tolist(), n) for n in (29, 41))
-    plan = PackingPlan(test.lengths, T, SPECIAL_PER_PIECE)
-    targets = masked_lm_targets(tokenizer, MaskingConfig(), rate, 3)
-    batches = Batches(test, plan, targets, tokenizer, row_length=T, batch_size=7, seed=3, **one_pass(plan, 7))
+    order = OneByOne([PackingPlan(test.offsets, T)])
+    targets = masked_lm_targets(tokenizer, MaskingConfig(), (rate, rate), T, 1, 3)
+    batches = Batches(
+        [test], order, targets, Frame.of(tokenizer), row_length=T, batch_size=7, seed=3,
+        num_batches=-(-len(order) // 7), stop_row=len(order),
+    )  # fmt: skip
     score = NeighbourCounts(train, tokenizer, T).score(batches)
     hits, likeliest_hits, nats = slow_score(train, [batches[i] for i in range(len(batches))], tokenizer)
     assert score["neighbours"]["accuracy"] == pytest.approx(hits, rel=1e-12)

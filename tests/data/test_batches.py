@@ -1,13 +1,17 @@
 """Batches: what a row holds, and that it does not matter who asks for it or when."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 
 from flax_encoder.config import MaskingConfig
-from flax_encoder.data.batches import SPECIAL_PER_PIECE, Batches, label_targets, masked_lm_targets, one_pass
+from flax_encoder.data.batches import Batches, Frame, Mixture, OneByOne, Stages, label_targets, masked_lm_targets
 from flax_encoder.data.packing import PackingPlan
-from flax_encoder.data.store import Split
+from flax_encoder.data.records import DataError
 from flax_encoder.data.tokenizer import train_wordpiece
+from tests.data.toy_split import split_of
 
 T, SEED = 31, 5
 WORDS = ["rows", "of", "pieces", "are", "packed", "and", "masked", "by", "number", "so", "that", "any", "process"]
@@ -26,30 +30,40 @@ def texts():
 
 @pytest.fixture(scope="module")
 def split(tokenizer, texts):
-    ids = tokenizer.encode_batch(texts)
-    offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
-    labels = np.random.default_rng(1).integers(0, 7, len(ids)).astype(np.int32)
-    return Split(np.concatenate(ids).astype(np.uint16), offsets, labels)
+    labels = np.random.default_rng(1).integers(0, 7, len(texts)).astype(np.int32)
+    return split_of(tokenizer.encode_batch(texts), labels)
+
+
+def plain_targets(rows):
+    return {"target_weights": np.ones((len(rows.address), 1), np.float32)}
 
 
 @pytest.fixture(scope="module")
 def make(tokenizer, split):
-    def make(kind="masked_lm", plan=None, **options):
+    def make(kind="masked_lm", plan=None, order=None, splits=None, targets=None, masking=None, **options):
         plan = plan or plan_of(split, kind)
+        masking = masking or MaskingConfig()
         if kind == "masked_lm":
-            targets = masked_lm_targets(tokenizer, MaskingConfig(), 0.15, SEED)
+            rates = masking.rates
+            targets = masked_lm_targets(tokenizer, masking, rates, masking.budget or 7, 11, SEED)
         elif kind == "labels":
             targets = label_targets(split.labels, plan.max_pieces_per_row)
         else:
-            targets = lambda rows, pieces, numbers: {"target_weights": np.ones((len(numbers), 1), np.float32)}  # noqa: E731
-        options = {"batch_size": 8, "num_batches": 11, "seed": SEED} | options
-        return Batches(split, plan, targets, tokenizer, row_length=T, **options)
+            targets = plain_targets
+        options = {"batch_size": 8, "num_batches": 11, "seed": SEED, "row_length": T} | options
+        return Batches(splits or [split], order or Mixture([plan], [1.0]), targets, Frame.of(tokenizer), **options)
 
     return make
 
 
-def plan_of(split, kind="masked_lm"):
-    return PackingPlan(split.lengths, T, SPECIAL_PER_PIECE, split_long=kind != "labels")
+def plan_of(split, kind="masked_lm", row_length=T, **options):
+    return PackingPlan(split.offsets, row_length, split_long=kind != "labels", **options)
+
+
+def one_pass(plan, batch_size):
+    """Options for `make` to read every row once."""
+    order = OneByOne([plan])
+    return {"order": order, "num_batches": -(-len(order) // batch_size), "stop_row": len(order)}
 
 
 def segments(batch):
@@ -98,7 +112,7 @@ def test_an_epoch_holds_the_store_whole(make, split, tokenizer, texts):
     assert len(documents) == len(texts)
     for document, parts in documents.items():
         ids = [token for _, part in sorted(parts) for token in part]
-        assert ids == split.tokens[split.offsets[document] : split.offsets[document + 1]].tolist()
+        assert ids == split.document(document).tolist()
         assert tokenizer.decode(ids) == texts[document]
 
 
@@ -145,12 +159,6 @@ def test_one_pass_weighs_every_row_once(make, split, kind, count):
     assert reference["target_weights"].any(1).all() and not read["target_weights"][R:].any()
 
 
-def test_one_pass_stops_at_its_limit(split):
-    plan = plan_of(split)
-    assert one_pass(plan, 8, limit=2)["num_batches"] == 2
-    assert one_pass(plan, 8, limit=10**6) == one_pass(plan, 8)
-
-
 def test_label_targets_sit_on_first_tokens_with_their_documents_label(make, split, tokenizer):
     plan = plan_of(split, "labels")
     batch = make("labels", plan, batch_size=plan.rows_per_epoch)[0]
@@ -173,3 +181,181 @@ def test_masked_targets_are_the_tokens_before_masking(make):
     np.testing.assert_array_equal(masked["targets"][used], before[used])
     changed = plain["tokens"] != masked["tokens"]
     assert 0 < changed.sum() <= used.sum()
+
+
+@pytest.mark.parametrize("kind", ["whole_word", "span"])
+def test_word_starts_come_from_the_store_bit_by_bit(make, split, tokenizer, kind):
+    """Words of two and three tokens: a masked one is masked whole, whatever row and shard it is read from."""
+    rng = np.random.default_rng(2)
+    documents = [split.document(i) for i in range(len(split))]
+    starts = [rng.random(len(ids)) < 0.4 for ids in documents]
+    for begins in starts:
+        begins[0] = True
+    ours = split_of(documents, word_starts=starts, shards=3)
+    masking = MaskingConfig(kind=kind, rate=0.4, mask_rate=1.0, random_rate=0.0, budget=T)
+    batches = make(splits=[ours], masking=masking, with_words=True)
+    plan = plan_of(ours)
+    for number in range(3):
+        batch, pieces = batches[number], plan.rows(np.arange(number * 8, number * 8 + 8), SEED)
+        masked = batch["tokens"] == tokenizer.special("mask")
+        assert masked.any()
+        rows = segments(batch)
+        for (row, column, tokens, _), document, start in zip(rows, pieces.document, pieces.start, strict=True):
+            word = np.cumsum(starts[document][start : start + len(tokens) - 2])
+            is_masked = masked[row, column + 1 : column + len(tokens) - 1]
+            for w in np.unique(word):
+                assert len(set(is_masked[word == w].tolist())) == 1
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+@pytest.mark.parametrize("packing", ["best-fit", "one-per-row", "concatenate"])
+def test_shards_and_packings_hold_the_same_text(make, split, packing, shards):
+    sharded = split_of([split.document(i) for i in range(len(split))], shards=shards)
+    plan = plan_of(sharded, packing=packing)
+    R = plan.rows_per_epoch
+    batch = make("plain", plan, splits=[sharded], batch_size=R)[0]
+    pieces = plan.rows(np.arange(R), SEED)
+    for (row, _, tokens, _), to, document, start, length, first, last in zip(
+        segments(batch), *(getattr(pieces, n).tolist() for n in (
+            "row", "document", "start", "length", "has_first", "has_last")), strict=True,
+    ):  # fmt: skip
+        assert row == to and len(tokens) == first + length + last
+        assert tokens[first : first + length].tolist() == split.document(document)[start : start + length].tolist()
+
+
+def test_a_mixture_keeps_its_weights_and_each_plan_its_own_epochs(split):
+    plans = [plan_of(split), plan_of(split, packing="one-per-row"), plan_of(split, window=11)]
+    weights = [0.5, 0.3, 0.2]
+    order = Mixture(plans, weights)
+    plan, inner = order.locate(np.arange(3 * 4096), seed=3)
+    for k, weight in enumerate(weights):
+        mine = inner[plan == k]
+        assert sorted(mine.tolist()) == list(range(len(mine)))  # none lost, none twice: so its epochs follow each other
+        assert abs(len(mine) / (3 * 4096) - weight) <= 1 / 4096
+        share = np.cumsum(plan == k) / np.arange(1, len(plan) + 1)
+        assert np.all(np.abs(share[500:] - weight) < 0.1)
+    some = np.array([5000, 17, 12000])
+    again, numbers = order.locate(some, seed=3)
+    np.testing.assert_array_equal(again, plan[some])
+    np.testing.assert_array_equal(numbers, inner[some])
+    assert (order.locate(np.arange(4096), seed=4)[0] != plan[:4096]).mean() > 0.3
+    tiny, _ = Mixture(plans, [1.0, 1e-9, 1e-9]).locate(np.arange(4096), seed=0)
+    assert np.bincount(tiny).tolist() == [4094, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def elaborate(make, split, tokenizer):
+    """Everything at once: a mixture of two stores in windows, whole words, a falling rate, ends of epochs inside."""
+    other = split_of([split.document(i) for i in range(0, len(split), 3)], shards=2)
+    plans = [plan_of(split, window=23), plan_of(other)]
+    masking = MaskingConfig(kind="whole_word", rate=0.3, last_rate=0.1, budget=12)
+
+    def elaborate(**options):
+        return make(
+            order=Mixture(plans, [2.0, 1.0]), splits=[split, other], masking=masking, with_words=True, num_batches=40,
+            **options,
+        )  # fmt: skip
+
+    return elaborate
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_global_batches_are_the_same_on_any_number_of_processes_at_any_step(elaborate, count):
+    whole = elaborate()
+    parts = [elaborate(rows=slice(i * 8 // count, (i + 1) * 8 // count)) for i in range(count)]
+    for number in (*range(0, 40, 3), 12_345):  # the smaller store's epoch ends every few batches
+        together = [part[number] for part in parts]
+        assert_equal({name: np.concatenate([p[name] for p in together]) for name in together[0]}, whole[number])
+
+
+def test_the_masking_rate_goes_straight_from_the_first_to_the_last(make, tokenizer):
+    batches = make(masking=MaskingConfig(rate=0.5, last_rate=0.1, budget=16), batch_size=64)
+    rates = []
+    for number in (0, 5, 10):
+        batch = batches[number]
+        ordinary = ~np.isin(batch["tokens"], tokenizer.special_ids) | (batch["tokens"] == tokenizer.special("mask"))
+        rates.append(batch["target_weights"].sum() / ordinary.sum())
+    np.testing.assert_allclose(rates, [0.5, 0.3, 0.1], atol=0.02)
+
+
+@pytest.mark.parametrize("is_evaluation", [False, True])
+def test_buckets_give_every_row_once_in_batches_just_long_enough(make, split, is_evaluation):
+    plan = plan_of(split, "labels", packing="one-per-row")
+    R = plan.rows_per_epoch
+    options = one_pass(plan, 4) if is_evaluation else {"num_batches": 64}
+    batches = make("plain", plan, batch_size=4, buckets=(8, 16), **options)
+    found, lengths = [], set()
+    for number in range(len(batches)):
+        batch = batches[number]
+        real = batch["target_weights"][:, 0] > 0
+        T_here = batch["tokens"].shape[1]
+        longest = (batch["segment_ids"] > 0).sum(1).max()
+        assert T_here == min(b for b in (8, 16, T) if b >= longest)
+        lengths.add(T_here)
+        found += [tuple(t[s > 0]) for t, s in zip(batch["tokens"][real], batch["segment_ids"][real], strict=True)]
+        half = make("plain", plan, batch_size=4, buckets=(8, 16), rows=slice(2, 4), **options)[number]
+        np.testing.assert_array_equal(half["tokens"], batch["tokens"][2:])
+    assert lengths == {8, 16, T}
+    plain = make("plain", plan, batch_size=R if is_evaluation else 256)[0]
+    expected = [tuple(t[s > 0]) for t, s in zip(plain["tokens"], plain["segment_ids"], strict=True)]
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("start", [0, 3, 4, 6])
+def test_rows_change_length_where_a_stage_ends(make, split, start):
+    short, long = make(), make(plan=plan_of(split, row_length=2 * T), row_length=2 * T, batch_size=4)
+    stages = Stages([short, long], [4, 9])
+    read = list(stages.iterate(start))
+    assert len(read) == len(stages) - start == 9 - start
+    for number, batch in enumerate(read, start):
+        assert_equal(batch, (short if number < 4 else long)[number])
+        assert_equal(batch, stages[number])
+
+
+def test_a_full_masking_budget_is_counted_not_exceeded(make, split):
+    starts = [np.zeros(split.lengths[i], bool) for i in range(len(split))]  # every document is one word
+    ours = split_of([split.document(i) for i in range(len(split))], word_starts=starts)
+    batches = make(splits=[ours], masking=MaskingConfig(kind="whole_word", rate=0.4, budget=13), with_words=True)
+    overflow = sum(int(batches[i]["overflow"].sum()) for i in range(11))
+    assert overflow > 10 and batches[0]["target_weights"].shape == (8, 13)
+
+
+class Lethal:
+    """Targets whose worker dies at some batches, the first time that it is asked for them."""
+
+    def __init__(self, folder, at):
+        self.folder, self.at = folder, at
+
+    def __call__(self, rows):
+        flag = self.folder / str(rows.number)
+        if rows.number in self.at and not flag.exists():
+            if self.folder.exists():
+                flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"target_weights": np.ones((len(rows.address), 1), np.float32)}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+def test_a_thousand_batches_survive_their_workers_deaths(make, tmp_path, split, tokenizer, caplog):
+    at = np.random.default_rng(0).choice(1000, 3, replace=False).tolist()
+    batches = Batches(
+        [split], Mixture([plan_of(split)], [1.0]), Lethal(tmp_path, at), Frame.of(tokenizer), row_length=T,
+        batch_size=8, seed=SEED, num_batches=1000,
+    )  # fmt: skip
+    expected = make("plain", num_batches=1000)
+    read = 0
+    for batch in batches.iterate(workers=2):
+        assert_equal(batch, expected[read])
+        read += 1
+    assert read == 1000 and len(list(tmp_path.iterdir())) == 3
+    assert sum("data worker died" in r.message for r in caplog.records) in (2, 3)  # two may die at once
+
+
+def test_workers_that_die_again_and_again_are_an_error(split, tokenizer, tmp_path):
+    batches = Batches(
+        [split], Mixture([plan_of(split)], [1.0]), Lethal(tmp_path / "never", [2]), Frame.of(tokenizer), row_length=T,
+        batch_size=8, seed=SEED, num_batches=9,
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"one died twice before batch 2"):
+        list(batches.iterate(workers=1))

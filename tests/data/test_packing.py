@@ -1,20 +1,27 @@
 """Packing plans: what must hold for any lengths, and what one row holds."""
 
+import collections
+import itertools
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_encoder.data.packing import PackingPlan, pack_histogram
+from flax_encoder.data.packing import PackingPlan, length_histogram, pack_histogram
 
 OVERHEAD = 2
+KINDS = ("best-fit", "one-per-row", "concatenate")
 LENGTHS = st.one_of(
     st.lists(st.integers(1, 9), min_size=1, max_size=40),
     st.lists(st.integers(1, 90), min_size=1, max_size=40),
     st.lists(st.sampled_from([1, 5, 10, 11, 29]), min_size=1, max_size=60),
 )
-lengths_and_capacity = given(LENGTHS, st.integers(3, 31), st.booleans(), st.booleans(), st.integers(0, 5))
-few = settings(max_examples=60, deadline=None, derandomize=True)
+lengths_and_capacity = given(
+    LENGTHS, st.integers(3, 31), st.booleans(), st.sampled_from(KINDS), st.integers(0, 5), st.sampled_from([3, 7, 1000])
+)
+few = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 def realistic_lengths(num_documents=20_011):
@@ -22,7 +29,11 @@ def realistic_lengths(num_documents=20_011):
 
 
 def plan_of(lengths, capacity, **options):
-    return PackingPlan(np.asarray(lengths, np.int64), capacity, OVERHEAD, **options)
+    return PackingPlan(offsets_of(lengths), capacity, **options)
+
+
+def offsets_of(lengths):
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def as_rows(pieces):
@@ -46,28 +57,117 @@ def times_seen(rows, lengths):
 
 @few
 @lengths_and_capacity
-def test_every_token_is_in_exactly_one_place_each_epoch(lengths, capacity, split_long, one_per_row, epoch):
-    plan = plan_of(lengths, capacity, split_long=split_long, one_per_row=one_per_row)
+def test_every_token_is_in_exactly_one_place_each_epoch(lengths, capacity, split_long, packing, epoch, window):
+    split_long |= packing == "concatenate"
+    plan = plan_of(lengths, capacity, split_long=split_long, packing=packing, window=window)
     R = plan.rows_per_epoch
-    rows = as_rows(plan.rows(np.arange(epoch * R, (epoch + 1) * R), seed=11))
-    for seen in times_seen(rows, lengths):
+    pieces = plan.rows(np.arange(epoch * R, (epoch + 1) * R), seed=11)
+    for seen in times_seen(as_rows(pieces), lengths):
         kept = len(seen) if split_long else capacity - OVERHEAD
         assert np.all(seen[:kept] == 1) and not seen[kept:].any()
+    begun = np.bincount(pieces.document[pieces.has_first & (pieces.start == 0)], minlength=len(lengths))
+    np.testing.assert_array_equal(begun, 1)
+    assert len(np.unique(pieces.address)) == R
 
 
 @few
 @lengths_and_capacity
-def test_rows_are_never_empty_and_never_exceed_capacity(lengths, capacity, split_long, one_per_row, epoch):
-    plan = plan_of(lengths, capacity, split_long=split_long, one_per_row=one_per_row)
+def test_rows_are_never_empty_and_never_exceed_their_room(lengths, capacity, split_long, packing, epoch, window):
+    plan = plan_of(lengths, capacity, split_long=split_long, packing=packing, window=window)
     R = plan.rows_per_epoch
-    rows = as_rows(plan.rows(np.arange(epoch * R, (epoch + 1) * R), seed=11))
-    used = [sum(length + OVERHEAD for *_, length in row) for row in rows]
-    assert len(rows) == R and sum(map(len, rows)) == plan.pieces
-    assert min(length for row in rows for *_, length in row) >= 1
-    assert max(used) <= capacity
-    assert plan.fill_rate == pytest.approx(sum(used) / (R * capacity), rel=1e-12)
-    assert max(map(len, rows)) == plan.max_pieces_per_row
-    assert not one_per_row or plan.max_pieces_per_row == 1
+    pieces = plan.rows(np.arange(epoch * R, (epoch + 1) * R), seed=11)
+    size = pieces.length + pieces.has_first + pieces.has_last
+    used = np.bincount(pieces.row, size, minlength=R)
+    assert np.all(np.diff(pieces.row) >= 0) and len(used) == R
+    assert used.min() >= 1 and used.max() <= capacity
+    per_row = np.bincount(pieces.row)
+    if packing == "concatenate":
+        assert np.count_nonzero(used < capacity) <= -(-len(lengths) // window)  # each window's last row
+        assert per_row.max() <= plan.max_pieces_per_row
+    else:
+        assert pieces.has_first.all() and pieces.has_last.all() and pieces.length.min() >= 1
+        assert plan.fill_rate == pytest.approx(used.sum() / (R * capacity), rel=1e-12)
+        assert per_row.max() == plan.max_pieces_per_row
+        assert packing != "one-per-row" or plan.max_pieces_per_row == 1
+
+
+@few
+@given(LENGTHS, st.integers(3, 31), st.integers(0, 4), st.integers(0, 10**6), st.integers(1, 90))
+def test_a_changed_document_changes_the_rows_of_its_window_only(lengths, capacity, epoch, which, new_length):
+    """Of about seven documents: the rest of the epoch keeps its rows, and the addresses they are masked by."""
+    which %= len(lengths)
+    changed = [new_length if i == which else n for i, n in enumerate(lengths)]
+    contents = []
+    for these in (lengths, changed):
+        plan = plan_of(these, capacity, window=7)
+        R = plan.rows_per_epoch
+        pieces = plan.rows(np.arange(epoch * R, (epoch + 1) * R), seed=5)
+        contents.append({(int(a), tuple(row)) for a, row in zip(pieces.address, as_rows(pieces), strict=True)})
+    touched = {piece[0] for _, row in contents[0] ^ contents[1] for piece in row}
+    assert len(touched) <= 7
+
+
+@few
+@given(st.lists(st.integers(1, 12_000), min_size=1, max_size=60), st.sampled_from([1, 7, 1000]))
+def test_a_length_histogram_counts_the_documents_of_each_window(lengths, window):
+    offsets = offsets_of(lengths)
+    found = collections.Counter({(w, n): c for w, n, c in length_histogram(offsets, window).T.tolist()})
+    plan = PackingPlan(offsets, 31, window=window)
+    windows = [plan._documents_of(w) for w in range(-(-len(lengths) // window))]
+    assert sorted(np.concatenate(windows).tolist()) == list(range(len(lengths)))
+    assert max(map(len, windows)) <= window
+    assert found == collections.Counter((w, lengths[d]) for w, some in enumerate(windows) for d in some)
+
+
+def test_a_plan_from_a_known_histogram_is_the_same_plan():
+    lengths = realistic_lengths(997)
+    known = plan_of(lengths, 61, histogram=length_histogram(offsets_of(lengths)))
+    numbers = np.arange(50)
+    assert as_rows(known.rows(numbers, seed=2)) == as_rows(plan_of(lengths, 61).rows(numbers, seed=2))
+
+
+def test_a_window_is_a_sample_of_the_whole_corpus():
+    plan = plan_of(np.full(1000, 8), 10, window=101)
+    R = plan.rows_per_epoch
+    documents = plan.rows(np.arange(R), seed=0).document.reshape(10, 100)  # one document a row, window after window
+    assert np.all(np.ptp(documents, axis=1) > 950)
+    period = np.stack([np.bincount(d % 10, minlength=10) for d in documents])  # of a corpus sorted in tens
+    assert period.max() < 30
+    other = plan.rows(np.arange(R, 2 * R), seed=0).document.reshape(10, 100)
+    assert {frozenset(d) for d in documents} == {frozenset(d) for d in other} and not np.array_equal(documents, other)
+
+
+def test_a_plan_sent_to_another_process_gives_the_same_rows():
+    plan = plan_of(realistic_lengths(211), 64, window=50)
+    plan.rows(np.arange(3), seed=1)
+    numbers = np.arange(2 * plan.rows_per_epoch)
+    assert as_rows(pickle.loads(pickle.dumps(plan)).rows(numbers, seed=1)) == as_rows(plan.rows(numbers, seed=1))
+
+
+def test_concatenated_documents_are_cut_every_row_and_framed_once():
+    plan = plan_of([4, 1, 2], 5, packing="concatenate")
+    pieces = plan.rows(np.arange(plan.rows_per_epoch), seed=0)
+    assert plan.rows_per_epoch == 3  # 4 + 1 + 2 tokens and 3 x 2 special ones, of 15 places
+    rows = [[], [], []]
+    columns = (pieces.row, pieces.document, pieces.start, pieces.length, pieces.has_first, pieces.has_last)
+    for row, document, start, length, first, last in zip(*(c.tolist() for c in columns), strict=True):
+        rows[row] += ["["] * first + [(document, start + i) for i in range(length)] + ["]"] * last
+    framed = [["[", *[(d, i) for i in range(n)], "]"] for d, n in enumerate([4, 1, 2])]
+
+    def endless(lists):
+        return {tuple(itertools.chain.from_iterable(order)) for order in itertools.permutations(lists)}
+
+    assert endless(rows) & endless(framed)
+    assert sorted(map(len, rows)) == [3, 5, 5]
+
+
+@pytest.mark.parametrize("specials", [(0, 1), (0, 0)])
+def test_a_tokenizer_without_a_first_or_last_token_leaves_more_room(specials):
+    plan = plan_of([11, 12, 25], 12, specials=specials)
+    pieces = plan.rows(np.arange(plan.rows_per_epoch), seed=0)
+    room = 12 - sum(specials)
+    assert pieces.length.max() == room and pieces.length.sum() == 48
+    assert plan.fill_rate == pytest.approx((48 + sum(specials) * len(pieces.row)) / (12 * plan.rows_per_epoch))
 
 
 @few

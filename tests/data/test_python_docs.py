@@ -20,8 +20,8 @@ def corpus(tmp_path_factory):
     for config in ("text", "topics"):
         for column in ("text", "module"):
             data = DataConfig(source=f"tfds:python_docs/{config}", text_column=column)
-            source = open_source(data, with_labels=config == "topics", cache_dir=cache_dir)
-            found[config, column] = {split: list(records()) for split, records in source.splits.items()}
+            source = open_source(data.source, data, with_labels=config == "topics", cache_dir=cache_dir)
+            found[config, column] = {split: list(source.records(split)) for split in ("train", "test")}
             assert source.label_names == (list(AREAS) if config == "topics" else None)
     return found
 

@@ -1,21 +1,30 @@
 """Files and data sets as documents, and what is said when they cannot be read."""
 
+import gzip
 import json
 import os
+import pickle
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from flax_encoder.config import DataConfig
-from flax_encoder.data.sources import DataError, open_source
+from flax_encoder.data import files
+from flax_encoder.data.records import DataError
+from flax_encoder.data.sources import open_source
 
 TEXT = "First line.\r\nSecond line.\n\n \t\nThird, née alone.\n\n\n  indented\nlast without an end"
 
 
 def read(source, tmp_path, with_labels=False, **options):
     config = DataConfig(source=str(source), **options)
-    return list(open_source(config, with_labels=with_labels, cache_dir=tmp_path / "cache").splits["train"]())
+    return list(open_named(config, tmp_path / "cache", with_labels).records("train"))
+
+
+def open_named(config, cache_dir, with_labels=False):
+    return open_source(config.source, config, with_labels=with_labels, cache_dir=cache_dir)
 
 
 def jsonl(path, *rows):
@@ -93,7 +102,7 @@ def test_files_that_are_missing_mixed_or_of_another_kind_are_errors(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     jsonl(tmp_path / "a.jsonl", {"text": "a"})
     (tmp_path / "b.csv").write_text("a")
-    with pytest.raises(DataError, match=r"files of one kind, \.txt, \.jsonl, \.parquet: got \.jsonl, \.txt"):
+    with pytest.raises(DataError, match=r"files of one kind, \.txt, \.jsonl, \.parquet \(.*\): got \.jsonl, \.txt"):
         read(tmp_path / "a.*", tmp_path)
     with pytest.raises(DataError, match=r"got \.csv"):
         read(tmp_path / "b.csv", tmp_path)
@@ -136,10 +145,101 @@ def test_the_fingerprint_changes_with_the_files_and_with_what_is_read_of_them(tm
 
     def fingerprint(with_labels=False, **options):
         config = DataConfig(source=str(path), **options)
-        return open_source(config, with_labels=with_labels, cache_dir=tmp_path).fingerprint
+        return open_named(config, tmp_path, with_labels).fingerprint
 
     first = fingerprint()
     assert first == fingerprint(vocab_size=97, row_length=31)
     assert len({first, fingerprint(True), fingerprint(text_column="body"), fingerprint(text_unit="line")}) == 4
     os.utime(path, ns=(1, 1))
     assert fingerprint() != first
+
+
+def compressed(path, content):
+    """The content beside `path`, packed in both ways."""
+    gz, zst = path.with_name(path.name + ".gz"), path.with_name(path.name + ".zst")
+    gz.write_bytes(gzip.compress(content[: len(content) // 2]) + gzip.compress(content[len(content) // 2 :]))
+    with pa.OSFile(str(zst), "wb") as raw, pa.CompressedOutputStream(raw, "zstd") as f:
+        f.write(content)
+    return gz, zst
+
+
+@pytest.mark.parametrize("unit", ["paragraph", "line", "file"])
+def test_compressed_files_read_as_what_is_in_them(tmp_path, unit):
+    (tmp_path / "a.txt").write_bytes(TEXT.encode())
+    expected = read(tmp_path / "a.txt", tmp_path, text_unit=unit)
+    for path in compressed(tmp_path / "a.txt", TEXT.encode()):
+        assert read(path, tmp_path, text_unit=unit) == expected
+    rows = jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"text": "née"})
+    for path in compressed(rows, rows.read_bytes()):
+        assert read(path, tmp_path) == [{"text": "a"}, {"text": "née"}]
+
+
+def test_a_compressed_file_that_is_cut_off_or_damaged_is_an_error_that_names_it(tmp_path):
+    content = np.random.default_rng(0).integers(97, 123, 5000).astype(np.uint8).tobytes() + b"\n"
+    for path in compressed(tmp_path / "a.txt", content):
+        raw = path.read_bytes()
+        damaged = [raw[:50] + b"????" + raw[54:]] if path.suffix == ".gz" else []  # this .zst has no checksum
+        for bad in (raw[:-40], b"not this", *damaged):
+            path.write_bytes(bad)
+            with pytest.raises(DataError, match=rf"cannot be read to its end: {path}"):
+                read(path, tmp_path)
+
+
+def test_undecodable_bytes_in_a_compressed_file_are_named_by_their_place_in_the_text(tmp_path):
+    for path in compressed(tmp_path / "a.txt", b"good\ncaf\xe9\n"):
+        with pytest.raises(DataError, match=rf"{path} has byte 0xe9 at offset 8 of its unpacked text"):
+            read(path, tmp_path)
+
+
+@pytest.mark.parametrize("part_bytes", [1, 2, 7, 23, 64, 10_000])
+def test_parts_of_any_size_give_every_document_once_and_in_order(tmp_path, monkeypatch, part_bytes):
+    rng = np.random.default_rng(0)
+    lines = ["".join(rng.choice(list("ab é"), rng.integers(0, 9))).strip() for _ in range(60)]
+    (tmp_path / "a.txt").write_text("\n".join(lines), "utf-8", newline="\r\n")
+    rows = jsonl(tmp_path / "a.jsonl", *({"text": line, "label": i} for i, line in enumerate(lines)))
+    expected = {unit: read(tmp_path / "a.txt", tmp_path, text_unit=unit) for unit in ("line", "paragraph")}
+    monkeypatch.setattr(files, "PART_BYTES", part_bytes)
+    for unit, records in expected.items():
+        config = DataConfig(source=str(tmp_path / "a.txt"), text_unit=unit)
+        source = open_named(config, tmp_path)
+        assert len(source.parts) == -(-(tmp_path / "a.txt").stat().st_size // part_bytes)
+        assert list(source.records("train")) == records
+        sent = pickle.loads(pickle.dumps(source.parts[0]))  # as to a worker
+        assert list(sent.read()) == list(source.parts[0].read())
+        assert sum(part.size for part in source.parts) == (tmp_path / "a.txt").stat().st_size
+    assert [r["label"] for r in read(rows, tmp_path, with_labels=True)] == list(range(60))
+    rows.write_text(rows.read_text("utf-8") + "{", "utf-8")
+    with pytest.raises(DataError, match="line 61"):
+        read(rows, tmp_path)
+
+
+def test_a_parquet_file_has_a_part_for_each_row_group(tmp_path):
+    table = pa.Table.from_pylist([{"text": f"text {i}"} for i in range(23)])
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)
+    source = open_named(DataConfig(source=str(tmp_path / "a.parquet")), tmp_path)
+    assert len(source.parts) == 5
+    assert [r["text"] for r in source.records("train")] == [f"text {i}" for i in range(23)]
+
+
+def test_an_empty_file_has_no_documents(tmp_path):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).touch()
+        assert read(tmp_path / name, tmp_path) == []
+
+
+def test_hugging_face_datasets_are_read_by_name_their_test_split_apart(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="needs the extra flax-encoder[hf]")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", *({"body": f"text {i}", "label": i % 3} for i in range(37)))
+    jsonl(folder / "test.jsonl", *({"body": f"held out {i}", "label": 1} for i in range(5)))
+    source = open_named(DataConfig(source=f"hf:{folder}"), tmp_path / "cache", with_labels=True)
+    assert [r for r in source.records("train")] == [{"text": f"text {i}", "label": i % 3} for i in range(37)]
+    assert len(list(source.records("test"))) == 5 and source.has_test
+    sent = pickle.loads(pickle.dumps(source.parts[-1]))
+    assert next(sent.read()) == {"text": "held out 0", "label": 1}
+    with pytest.raises(DataError, match=r"no column 'title' in hf:.*; the columns are body, label"):
+        open_named(DataConfig(source=f"hf:{folder}", text_column="title"), tmp_path / "cache")
+    with pytest.raises(DataError, match="Hugging Face datasets cannot give"):
+        open_named(DataConfig(source=f"hf:{tmp_path / 'nothing'}"), tmp_path / "cache")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-from flax_encoder.data.sources import DataError
+from flax_encoder.data.records import DataError
 from flax_encoder.data.tokenizer_files import parse_sentencepiece, read_tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

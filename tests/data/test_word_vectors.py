@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from flax_encoder.data.sources import DataError
+from flax_encoder.data.records import DataError
 from flax_encoder.data.tokenizer import train_wordpiece
 from flax_encoder.data.word_vectors import embedding_from_vectors, read_word_vectors, word_level_tokenizer
 

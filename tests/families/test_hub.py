@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from flax_encoder.cli import main
 from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, RunConfig, to_dict
-from flax_encoder.data.sources import DataError
+from flax_encoder.data.records import DataError
 from flax_encoder.data.tokenizer import train_wordpiece
 from flax_encoder.hub import export_run, import_folder, is_published, load_pretrained, open_model
 from flax_encoder.nn.partition import round_up_vocab

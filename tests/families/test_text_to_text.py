@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from flax_encoder.config import ConfigError
-from flax_encoder.data.sources import DataError
+from flax_encoder.data.records import DataError
 from flax_encoder.families.mapping import export_tensors
 from flax_encoder.hub import _flat, load_pretrained
 from flax_encoder.weights import read_weights

@@ -1,0 +1,72 @@
+"""What every source gives: documents as records, in parts that can be read apart from one another."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class DataError(ValueError):
+    """The data cannot be used as asked. The message gives the rule, what was found and a way out."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a source, read from its start to its end by one worker; it can be sent to another process."""
+
+    split: str
+    size: int
+    """About how much of the whole it is; the sizes of a source's parts have one unit."""
+    read: Callable[[], Iterator[Record]]
+
+
+def text_column(asked: str | None, columns: list[str], strings: list[str], where: str) -> str:
+    """The column that is the text: the one asked for, else `text`, else the only one of strings."""
+    if asked is not None:
+        if asked not in columns:
+            raise no_column(asked, columns, where)
+        return asked
+    if "text" in columns:
+        return "text"
+    if len(strings) == 1:
+        return strings[0]
+    raise DataError(f"which column is the text? {where} has {', '.join(columns)}. Name one with --data.text-column.")
+
+
+def no_column(name: str, columns: list[str], where: str) -> DataError:
+    return DataError(
+        f"there is no column {name!r} in {where}; the columns are {', '.join(columns)}. "
+        f"Name one with --data.text-column or --data.label-column."
+    )
+
+
+def make_record(row: Record, text: str, label: str | None, where: str) -> Record:
+    """`text`, and `label` if asked, of a source's row, with their types checked."""
+    for column in (text, label) if label else (text,):
+        if column not in row:
+            raise no_column(column, list(row), where)
+    record: Record = {
+        "text": _string(row[text], "text", f"column {text!r} of {where}") if row[text] is not None else ""
+    }
+    if label is not None:
+        named = row[label]
+        record["label"] = (
+            named
+            if named is None or isinstance(named, int)
+            else _string(named, "label", f"column {label!r} of {where}")
+        )
+    return record
+
+
+def _string(value: Any, role: str, where: str) -> str:
+    try:
+        value = value.decode("utf-8") if isinstance(value, bytes) else value
+        if isinstance(value, str):
+            value.encode("utf-8")  # JSON can spell half a surrogate pair
+            return value
+    except UnicodeError as error:
+        raise DataError(f"the {role} column must hold Unicode text: {where} holds {value[:40]!r}: {error}.") from None
+    raise DataError(
+        f"the {role} column must hold strings{' or integers' * (role == 'label')}: {where} holds {value!r}."
+    )

@@ -1,0 +1,137 @@
+"""T5's spans: nothing is lost, the counts are the paper's, and every way to cut is equally likely."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flax_encoder.data.batches import span_corruption_targets
+from flax_encoder.data.records import DataError
+from flax_encoder.data.span_corruption import Sentinels, corrupt_spans
+from flax_encoder.data.tokenizer import train_wordpiece
+
+PAD, LAST, START = 0, 1, 2
+SENTINELS = Sentinels(np.arange(299, 199, -1), LAST, START, PAD)
+
+
+def rows_of(lengths_by_row, row_length, seed=0):
+    """Rows of documents of so many ordinary tokens, each ended by LAST."""
+    rng = np.random.default_rng(seed)
+    tokens = np.full((len(lengths_by_row), row_length), PAD)
+    segments = np.zeros_like(tokens)
+    for b, lengths in enumerate(lengths_by_row):
+        at = 0
+        for s, n in enumerate(lengths, 1):
+            tokens[b, at : at + n + 1] = [*rng.integers(10, 199, n), LAST]
+            segments[b, at : at + n + 1] = s
+            at += n + 1
+    return tokens, segments
+
+
+def corrupt(tokens, segments, rate=0.15, mean=3.0, slots=None, seed=7, address=None):
+    address = np.arange(len(tokens), dtype=np.uint64) if address is None else address
+    slots = slots or 2 * tokens.shape[1]
+    return corrupt_spans(
+        tokens, segments, tokens >= 10, address, SENTINELS, rate=rate, mean_span_tokens=mean, slots=slots, seed=seed
+    )
+
+
+def documents(batch, tokens="tokens", segments="segment_ids"):
+    """{(row, document): its tokens in order}, positions checked on the way."""
+    found = {}
+    for b, ids in enumerate(batch[segments]):
+        for s in np.unique(ids[ids > 0]):
+            (at,) = np.nonzero(ids == s)
+            assert at.tolist() == list(range(at[0], at[-1] + 1))
+            found[b, int(s)] = batch[tokens][b, at].tolist()
+    return found
+
+
+def restored(shown, target):
+    """A document from its text with holes and what was in them, one token at a time."""
+    spans, sentinel = {}, None
+    for token in target[:-1]:
+        if token >= 200:
+            sentinel = token
+            spans[sentinel] = []
+        else:
+            spans[sentinel].append(token)
+    return [t for token in shown for t in spans.get(token, [token])], spans
+
+
+LENGTHS = st.lists(st.lists(st.integers(1, 40), max_size=5), min_size=1, max_size=4)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(LENGTHS, st.sampled_from([0.15, 0.5, 0.9]), st.sampled_from([1.0, 3.0]), st.integers(0, 2**31))
+def test_input_and_targets_together_are_the_text(lengths, rate, mean, seed):
+    T = max([sum(n) + len(n) for n in lengths] + [1])
+    tokens, segments = rows_of(lengths, T, seed)
+    batch = corrupt(tokens, segments, rate, mean, seed=seed)
+    before = documents({"tokens": tokens, "segment_ids": segments})
+    shown = documents(batch)
+    targets = documents(batch, "targets", "decoder_segment_ids")
+    inputs = documents(batch, "decoder_tokens", "decoder_segment_ids")
+    assert shown.keys() == before.keys() and not batch["overflow"].any()
+    for key, text in before.items():
+        n = len(text) - 1
+        if n == 1:
+            assert shown[key] == text and key not in targets
+            continue
+        again, spans = restored(shown[key], targets[key])
+        assert again == text and targets[key][-1] == LAST
+        assert inputs[key] == [START, *targets[key][:-1]]
+        cut = min(max(1, round(n * rate)), n - 1)
+        assert sum(map(len, spans.values())) == cut
+        assert len(spans) == min(max(1, round(cut / mean)), n - cut)
+        assert list(spans) == SENTINELS.ids[: len(spans)].tolist() and min(map(len, spans.values())) >= 1
+        assert shown[key][0] < 200  # text comes first
+    for ids, positions in (("segment_ids", "positions"), ("decoder_segment_ids", "decoder_positions")):
+        for at in documents(batch, positions, ids).values():
+            assert at == list(range(len(at)))
+    np.testing.assert_array_equal(batch["target_weights"] > 0, batch["decoder_segment_ids"] > 0)
+
+
+def test_every_way_to_cut_is_equally_likely():
+    """Nine tokens, four of them cut in two spans: 3 ways to part those, times 4 for the five that stay."""
+    tokens, segments = rows_of([[9]] * 6007, 10)
+    batch = corrupt(tokens, segments, rate=0.44, mean=2.0)
+    seen = {}
+    for shown in batch["tokens"]:
+        where = tuple(np.flatnonzero(shown >= 200))
+        target = batch["targets"][sum(seen.values())]
+        first = int(np.flatnonzero(target == SENTINELS.ids[1])[0]) - 1
+        seen[where, first] = seen.get((where, first), 0) + 1
+    assert len(seen) == 12
+    n, share = 6007, 1 / 12
+    assert all(abs(count - n * share) < 4.5 * np.sqrt(n * share) for count in seen.values())
+
+
+def test_spans_are_a_function_of_seed_address_and_the_documents_place():
+    tokens, segments = rows_of([[30, 11], [25], [8, 8, 9]], 44)
+    whole = corrupt(tokens, segments, rate=0.4)
+    order = np.array([2, 0, 1])
+    moved = corrupt(tokens[order], segments[order], rate=0.4, address=order.astype(np.uint64))
+    for name, values in moved.items():
+        np.testing.assert_array_equal(values, whole[name][order], err_msg=name)
+    assert (corrupt(tokens, segments, rate=0.4, seed=8)["tokens"] != whole["tokens"]).any()
+
+
+def test_targets_that_do_not_fit_are_left_out_whole_and_counted():
+    tokens, segments = rows_of([[20, 20, 20], [20]], 63)
+    batch = corrupt(tokens, segments, slots=10)  # a document needs 3 tokens, a sentinel and the end
+    assert batch["overflow"].tolist() == [1, 0]
+    np.testing.assert_array_equal(documents(batch)[0, 3], documents({"tokens": tokens, "segment_ids": segments})[0, 3])
+    assert documents(batch, "targets", "decoder_segment_ids").keys() == {(0, 1), (0, 2), (1, 1)}
+
+
+def test_too_few_sentinels_and_a_tokenizer_without_them_are_errors():
+    tokens, segments = rows_of([[60]], 61)
+    few = Sentinels(np.arange(3), LAST, START, PAD)
+    with pytest.raises(ValueError, match="a document needs 30 sentinels, the tokenizer has 3"):
+        corrupt_spans(
+            tokens, segments, tokens >= 10, np.zeros(1, np.uint64), few,
+            rate=0.5, mean_span_tokens=1.0, slots=99, seed=0,
+        )  # fmt: skip
+    with pytest.raises(DataError, match="need a tokenizer with sentinels <extra_id_0>"):
+        span_corruption_targets(train_wordpiece(["a b"] * 2, 41), 0.15, 3.0, 20, 0)
