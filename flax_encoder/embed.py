@@ -156,7 +156,7 @@ def load_embedder(
     folder = pathlib.Path(folder)
     sentence = _read_modules(folder)
     if is_published(folder):
-        loaded = load_pretrained(folder, allow_unused=False)
+        loaded = load_pretrained(folder)
         encoder, tokenizer, limit = loaded.model.encoder, loaded.tokenizer, None
         if tokenizer is None:
             raise DataError(f"{folder} has no tokenizer, without which there are no tokens to embed.")

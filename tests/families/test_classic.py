@@ -1,4 +1,4 @@
-"""Presets of models from before BERT have the sizes that their papers give."""
+"""Encoder-decoders, and models from before BERT, have the sizes that their papers and published files give."""
 
 import dataclasses
 import math
@@ -7,6 +7,7 @@ import jax
 import pytest
 from flax import nnx
 
+from flax_encoder.config import DecoderConfig
 from flax_encoder.families import PRESETS
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
@@ -28,3 +29,17 @@ def test_bilstm_is_two_lstms_of_2048_cells_over_300_numbers():
     config = dataclasses.replace(PRESETS["bilstm"], vocab_size=11)
     size = count(lambda: Encoder(config, rngs=nnx.Rngs(0))) - 11 * 300
     assert size == 2 * 4 * 2048 * (300 + 2048 + 2) == 38_502_400
+
+
+@pytest.mark.parametrize(
+    ("name", "tied", "size"),
+    [
+        ("t5_small", True, 60_506_624),
+        ("t5_base", True, 222_903_552),
+        ("t5_v1_1_small", False, 76_961_152),
+        ("t5_v1_1_base", False, 247_577_856),
+        ("t5_v1_1_xl", False, 2_849_757_184),
+    ],
+)
+def test_whole_t5_models_are_as_large_as_their_published_weights(name, tied, size):
+    assert count(lambda: EncoderDecoder(PRESETS[name], DecoderConfig(tied=tied), rngs=nnx.Rngs(0))) == size

@@ -22,13 +22,6 @@ BEAMS = ({}, {"num_beams": 3}, {"num_beams": 2, "length_penalty": 0.5, "early_st
          {"num_beams": 4, "length_penalty": 2.0, "early_stopping": "never"})  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def assert_near(got, want, tolerance, what):
     assert np.shape(got) == np.shape(want), what
     assert np.abs(got - want).max() <= tolerance * np.abs(want).max(), what
