@@ -216,7 +216,9 @@ def _embed(arguments: argparse.Namespace) -> None:
     from rich.progress import Progress
 
     from flax_encoder.embed import load_embedder, read_texts
+    from flax_encoder.training.runtime import set_up_runtime
 
+    set_up_runtime()
     if arguments.output.suffix != ".npy":
         raise DataError(f"--output must end in .npy: got {arguments.output}.")
     if arguments.batch_size < 1:

@@ -182,7 +182,9 @@ def _read_modules(folder: pathlib.Path) -> dict[str, Any]:
     if not (folder / "modules.json").is_file():
         return {}
     settings: dict[str, Any] = {"normalize": False}
-    modules = json.loads((folder / "modules.json").read_text("utf-8"))
+    modules = _json(folder / "modules.json")
+    if not isinstance(modules, list) or not all(isinstance(m, dict) and {"type", "path"} <= m.keys() for m in modules):
+        raise ConfigError(f"{folder / 'modules.json'} must be a list of modules, each with a type and a path.")
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]) or modules[0]["path"]:
         raise ConfigError(
@@ -207,8 +209,11 @@ def _read_modules(folder: pathlib.Path) -> dict[str, Any]:
     return settings
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+def _json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}.") from None
 
 
 def write_sentence_files(

@@ -129,6 +129,7 @@ def test_a_sentence_transformers_folder_says_how_to_pool(sentence_folder, folder
 @pytest.mark.parametrize(("file", "content", "message"), [
     ("modules.json", [{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"},
                       {"path": "2", "type": "x.Dense"}], "must list Transformer .*: got Transformer, Pooling, Dense"),
+    ("modules.json", {"0": "Transformer"}, "must be a list of modules, each with a type and a path"),
     ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "must be cls or mean: got pooling_mode_max_tokens"),
     ("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}, "must be cls or mean"),
     ("1_Pooling/config.json", {}, "must be cls or mean: got none"),
@@ -138,6 +139,12 @@ def test_modules_that_are_not_understood_are_named(sentence_folder, file, conten
     (sentence_folder / file).parent.mkdir(exist_ok=True)
     (sentence_folder / file).write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=message):
+        load_embedder(sentence_folder)
+
+
+def test_what_is_no_json_is_named(sentence_folder):
+    (sentence_folder / "modules.json").write_text("[")
+    with pytest.raises(ConfigError, match=r"modules.json is no JSON"):
         load_embedder(sentence_folder)
 
 
