@@ -205,7 +205,7 @@ class Pretrained:
     def generate(
         self,
         input_ids: Int[np.ndarray, "B T"],
-        attention_mask: Int[np.ndarray, "B T"] | None = None,
+        attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
         *,
         do_sample: bool = False,
         seed: int = 0,
