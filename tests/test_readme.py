@@ -16,6 +16,7 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 def test_python_examples_run(monkeypatch):
     import flax_encoder
 
+    jax.config.update("jax_disable_most_optimizations", True)  # conftest.py undoes it
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     assert len(blocks) == 3
     tokens = jnp.arange(28).reshape(4, 7)
