@@ -94,6 +94,7 @@ def test_an_unknown_model_type_lists_the_known():
         ({"model_type": "bert", "position_embedding_type": "relative_key"}, "must be 'absolute' or None: got 'rel"),
         ({"model_type": "bert", "hidden_act": "xielu"}, "hidden_act 'xielu' is not understood; known are gelu, "),
         ({"model_type": "bert", "num_attention_heads": 7}, "num_heads must divide embed_dim: got 7 for 768"),
+        ({"model_type": "bert", "num_hidden_layers": "12"}, "num_layers must be .*int.*: got '12'"),
         ({"model_type": "albert", "inner_group_num": 2}, r"inner_group_num must be 1: got 2"),
         ({"model_type": "modernbert", "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2},
          "full_attention at every n-th layer"),
@@ -107,6 +108,11 @@ def test_an_unknown_model_type_lists_the_known():
 def test_what_a_config_says_and_is_not_understood_is_named(config, message):
     with pytest.raises(ConfigError, match=message):
         read_config(find_family(config), config)
+
+
+def test_whole_numbers_serve_for_rates():
+    config = {"model_type": "bert", "hidden_dropout_prob": 0}
+    assert type(read_config(find_family(config), config).dropout_rate) is float
 
 
 def test_old_spellings_of_a_config_are_read():
