@@ -368,7 +368,8 @@ class DataConfig:
     held_out_rate: float = 0.02
     """Share of documents kept for evaluation, chosen by a hash of their text; unused if the source has a test split."""
     tokenizer: str | None = None
-    """A tokenizer.json; None takes that of init_from, else trains a WordPiece on the training text."""
+    """A tokenizer.json, or a folder with a tokenizer's files; None takes that of init_from or of a prepared store, else
+    trains a WordPiece on the training text."""
     vocab_size: int = 8192
     """Size of a tokenizer that is made here."""
     word_vectors: str | None = None

@@ -17,6 +17,7 @@ from flax_encoder.data.records import DataError, Record
 from flax_encoder.data.sources import Source, open_source
 from flax_encoder.data.store import FORMAT, MANIFEST, Split, Store, is_store, open_store, read_manifest
 from flax_encoder.data.tokenizer import TextTokenizer, load_tokenizer, train_wordpiece
+from flax_encoder.data.tokenizer_files import read_tokenizer
 
 # A vocabulary of this size is settled by far less text; more would only take memory.
 _TRAINING_BYTES = 2**28
@@ -217,7 +218,8 @@ def prepare_stores(
 def settle_tokenizer(config: DataConfig, stores: list[Store], sources: list[Source], progress: Say) -> TextTokenizer:
     """data.tokenizer, else that of the first store, else a WordPiece trained on the sources' training text."""
     if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
+        path = pathlib.Path(config.tokenizer)
+        return read_tokenizer(path) if path.is_dir() else load_tokenizer(path)
     if stores:
         return load_tokenizer(stores[0].folder)
     progress(f"training a WordPiece tokenizer of {config.vocab_size:,} tokens")
