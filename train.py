@@ -170,7 +170,7 @@ def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) ->
     if start:
         run = read_run(run_dir)
         before = from_dict(RunConfig, run["config"])
-        known = like_origin(config, before)
+        known = like_origin(config, run)
         changed = {
             name: values
             for name, values in differences(before, config if config.init_from is None else known).items()
@@ -185,7 +185,7 @@ def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) ->
         return dataclasses.replace(known, init_from=before.init_from), run
     if config.init_from:
         run, _ = read_origin(config.init_from, config.objective)
-        settled = like_origin(config, from_dict(RunConfig, run["config"]))
+        settled = like_origin(config, run)
         model = dataclasses.replace(config.model, vocab_size=settled.model.vocab_size)
         for name, (was, now) in differences(dataclasses.replace(config, model=model), settled).items():
             log.say(f"{name} is {now}, from {config.init_from} (the config has {was})")
@@ -200,10 +200,14 @@ def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) ->
     return config, {}
 
 
-def like_origin(config: RunConfig, origin: RunConfig) -> RunConfig:
-    """`config` with the settings that the origin's parameters depend on, of the head too if it is of the same kind."""
+def like_origin(config: RunConfig, run: dict[str, Any]) -> RunConfig:
+    """`config` with the settings that another run's parameters depend on; its head's too if of the same kind, and
+    how it pools if it is trained."""
+    origin = from_dict(RunConfig, run["config"])
     theirs = {name: value for name, value in vars(origin.model).items() if name not in FREE_OF_PARAMETERS}
-    head = {"head": origin.head, "pooling": origin.pooling} if origin.objective == config.objective else {}
+    head: dict[str, Any] = {"head": origin.head} if origin.objective == config.objective else {}
+    if head and run["label_names"]:
+        head["pooling"] = origin.pooling
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **theirs), **head)
 
 

@@ -4,6 +4,7 @@
 from .config import (
     ConfigError,
     DataConfig,
+    DecoderConfig,
     EncoderConfig,
     HeadConfig,
     MaskingConfig,
@@ -15,11 +16,16 @@ from .config import (
 # Data
 from .data.tokenizer_files import read_tokenizer
 
+# Vectors of texts
+from .embed import Embedder, load_embedder
+
 # Families and published weights
 from .families import preset
+from .generation import Generation, generate
 from .hub import Pretrained, export_run, import_folder, load_pretrained
 
 # Modules and ops
+from .nn.decoder import EncoderDecoder
 from .nn.encoder import Encoder, EncoderLayer
 from .nn.heads import ClassificationHead, MaskedLMHead
 from .nn.recurrent import RecurrentLayer
@@ -40,10 +46,10 @@ from .training.step import TrainState, init_train_state, make_eval_step, make_tr
 from .weights import WeightsError, read_weights, write_weights
 
 __all__ = [
-    "ClassificationHead", "Classifier", "ConfigError", "DataConfig", "Encoder", "EncoderConfig", "EncoderLayer",
-    "HeadConfig", "LoadedRun", "LossSum", "MaskedLM", "MaskedLMHead", "MaskingConfig", "MeshConfig",
-    "OptimizerConfig", "Pretrained", "RecurrentLayer", "RunConfig", "TrainState", "WeightsError", "attention",
-    "export_run", "import_folder", "init_train_state", "linear", "load_pretrained", "load_run", "logical_axes",
-    "make_eval_step", "make_mesh", "make_optimizer", "make_schedule", "make_train_step", "preset", "put_batch",
-    "read_tokenizer", "read_weights", "write_weights",
+    "ClassificationHead", "Classifier", "ConfigError", "DataConfig", "DecoderConfig", "Embedder", "Encoder",
+    "EncoderConfig", "EncoderDecoder", "EncoderLayer", "Generation", "HeadConfig", "LoadedRun", "LossSum", "MaskedLM",
+    "MaskedLMHead", "MaskingConfig", "MeshConfig", "OptimizerConfig", "Pretrained", "RecurrentLayer", "RunConfig",
+    "TrainState", "WeightsError", "attention", "export_run", "generate", "import_folder", "init_train_state", "linear",
+    "load_embedder", "load_pretrained", "load_run", "logical_axes", "make_eval_step", "make_mesh", "make_optimizer",
+    "make_schedule", "make_train_step", "preset", "put_batch", "read_tokenizer", "read_weights", "write_weights",
 ]  # fmt: skip

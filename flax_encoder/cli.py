@@ -103,12 +103,28 @@ def main(argv: list[str] | None = None) -> None:
     export.add_argument("out", help="a folder that is empty or new")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     export.add_argument("--model-type", help="the family to write it as (default: the first that can say it)")
+    export.add_argument("--pooling", choices=("cls", "mean"), help="make it a sentence-transformers folder; a run that "
+                        "was imported from one has its own")  # fmt: skip
+    export.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None, help="with --pooling")
     export.set_defaults(run=_export)
 
     bring = commands.add_parser("import", help="make a run folder of a published folder")
     bring.add_argument("folder", help="config.json, weights and a tokenizer")
     bring.add_argument("out", help="a folder that is empty or new")
     bring.set_defaults(run=_import)
+
+    embed = commands.add_parser("embed", help="a vector for each line of a file")
+    embed.add_argument("folder", help="a run, one of its checkpoints, a published or a sentence-transformers folder")
+    embed.add_argument("--input", required=True, type=pathlib.Path, help="one text a line")
+    embed.add_argument("--output", required=True, type=pathlib.Path, help="a .npy file: float32, a row a line")
+    embed.add_argument("--pooling", choices=("cls", "mean"), help="first token, or mean of all (default: the folder's)")
+    embed.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, default=None, help="to length 1 (default: the folder's)"
+    )
+    embed.add_argument("--batch-size", type=int, default=32, help="texts at a time (default 32)")
+    embed.add_argument("--max-tokens", type=int, help="cut longer texts (default: what the model takes)")
+    embed.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: the model's)")
+    embed.set_defaults(run=_embed)
 
     plot = commands.add_parser("plot", help="draw the loss curves of one or more runs")
     plot.add_argument("run_dirs", nargs="+", metavar="run_dir")
@@ -171,17 +187,60 @@ def _classify(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from flax_encoder.embed import write_sentence_files
     from flax_encoder.hub import export_run
 
-    architecture = export_run(arguments.run_dir, arguments.out, arguments.dtype, arguments.model_type)
-    print(f"wrote {arguments.out}, a {architecture}")
+    is_sentence = arguments.pooling is not None or (pathlib.Path(arguments.run_dir) / "modules.json").exists()
+    if arguments.normalize is not None and not is_sentence:
+        raise ConfigError("--normalize is of sentence-transformers folders: give --pooling too.")
+    architecture = export_run(
+        arguments.run_dir, arguments.out, arguments.dtype, arguments.model_type, encoder_only=is_sentence
+    )
+    if is_sentence:
+        write_sentence_files(arguments.run_dir, arguments.out, arguments.pooling, arguments.normalize)
+    print(f"wrote {arguments.out}, a {architecture}{' for sentence-transformers' if is_sentence else ''}")
 
 
 def _import(arguments: argparse.Namespace) -> None:
+    from flax_encoder.embed import write_sentence_files
     from flax_encoder.hub import import_folder
 
     import_folder(arguments.folder, arguments.out)
+    if (pathlib.Path(arguments.folder) / "modules.json").exists():
+        write_sentence_files(arguments.folder, arguments.out)
     print(f"wrote {arguments.out}; --init-from {arguments.out} starts from it")
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    import numpy as np
+    from rich.progress import Progress
+
+    from flax_encoder.embed import load_embedder, read_texts
+    from flax_encoder.training.runtime import set_up_runtime
+
+    set_up_runtime()
+    if arguments.output.suffix != ".npy":
+        raise DataError(f"--output must end in .npy: got {arguments.output}.")
+    if arguments.batch_size < 1:
+        raise DataError(f"--batch-size must be above 0: got {arguments.batch_size}.")
+    texts = list(read_texts(arguments.input))
+    embedder = load_embedder(
+        arguments.folder,
+        pooling=arguments.pooling,
+        normalize=arguments.normalize,
+        max_tokens=arguments.max_tokens,
+        dtype=arguments.dtype,
+    )
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("embedding", total=len(texts))
+        vectors, num_cut = embedder.embed(
+            texts, arguments.batch_size, lambda done: progress.update(task, completed=done)
+        )
+    part = arguments.output.with_suffix(".part.npy")
+    np.save(part, vectors)
+    part.replace(arguments.output)
+    cut = f"; {num_cut:,} texts were longer than {embedder.max_tokens} tokens and cut" if num_cut else ""
+    print(f"wrote {arguments.output}: {vectors.shape[0]:,} x {vectors.shape[1]}{cut}")
 
 
 def _plot(arguments: argparse.Namespace) -> None:

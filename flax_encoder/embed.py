@@ -7,7 +7,6 @@ A sentence-transformers folder is a published encoder with modules.json, which l
 import dataclasses
 import functools
 import json
-import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -23,12 +22,13 @@ from tokenizers.processors import TemplateProcessing
 from flax_encoder.config import ConfigError, EncoderConfig
 from flax_encoder.data.records import DataError
 from flax_encoder.data.tokenizer import TextTokenizer
+from flax_encoder.families import find_family
+from flax_encoder.families.mapping import read_config
 from flax_encoder.hub import is_published, load_pretrained
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.run import load_run
-
-logger = logging.getLogger(__name__)
+from flax_encoder.training.checkpoint import read_run
 
 Pooling = Literal["cls", "mean"]
 _MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
@@ -156,7 +156,7 @@ def load_embedder(
     folder = pathlib.Path(folder)
     sentence = _read_modules(folder)
     if is_published(folder):
-        loaded = load_pretrained(folder, allow_unused=False)
+        loaded = load_pretrained(folder)
         encoder, tokenizer, limit = loaded.model.encoder, loaded.tokenizer, None
         if tokenizer is None:
             raise DataError(f"{folder} has no tokenizer, without which there are no tokens to embed.")
@@ -182,7 +182,9 @@ def _read_modules(folder: pathlib.Path) -> dict[str, Any]:
     if not (folder / "modules.json").is_file():
         return {}
     settings: dict[str, Any] = {"normalize": False}
-    modules = json.loads((folder / "modules.json").read_text("utf-8"))
+    modules = _json(folder / "modules.json")
+    if not isinstance(modules, list) or not all(isinstance(m, dict) and {"type", "path"} <= m.keys() for m in modules):
+        raise ConfigError(f"{folder / 'modules.json'} must be a list of modules, each with a type and a path.")
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]) or modules[0]["path"]:
         raise ConfigError(
@@ -207,30 +209,59 @@ def _read_modules(folder: pathlib.Path) -> dict[str, Any]:
     return settings
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+def _json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}.") from None
 
 
-def sentence_files(embedder: Embedder) -> dict[str, Any]:
-    """What makes a published encoder's folder a sentence-transformers one: relative path -> JSON."""
-    names = ("Transformer", "Pooling", "Normalize")[: 3 if embedder.normalize else 2]
+def write_sentence_files(
+    source: str | pathlib.Path,
+    out: str | pathlib.Path,
+    pooling: Pooling | None = None,
+    normalize: bool | None = None,
+    max_tokens: int | None = None,
+) -> None:
+    """Make `out`, which has the encoder of `source`, a sentence-transformers folder: with what is given, or else what
+    `source` says if it is one, or its length.
+
+    Raises:
+      ConfigError: no pooling is given and `source` is no such folder.
+    """
+    source = pathlib.Path(source)
+    if is_published(source):
+        published = _json(source / "config.json")
+        config = read_config(find_family(published), published)
+        embed_dim, limit = config.embed_dim, config.max_length if config.position == "learned" else None
+    else:
+        run = read_run(source)["config"]
+        embed_dim, limit = run["model"]["embed_dim"], run["data"]["row_length"]
+    given = {"pooling": pooling, "normalize": normalize, "max_tokens": max_tokens}
+    settings = {"max_tokens": limit} | _read_modules(source) | {k: v for k, v in given.items() if v is not None}
+    if "pooling" not in settings:
+        raise ConfigError(f"{source} does not say how to pool: give cls or mean.")
+    kinds = ("Transformer", "Pooling", "Normalize")[: 2 + bool(settings.get("normalize"))]
     paths = ("", "1_Pooling", "2_Normalize")
-    modes = {name: mode == embedder.pooling for name, mode in _MODES.items()}
+    modes = {name: mode == settings["pooling"] for name, mode in _MODES.items()}
     files: dict[str, Any] = {
         "modules.json": [
-            {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{name}"}
-            for i, name in enumerate(names)
+            {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{kind}"}
+            for i, kind in enumerate(kinds)
         ],
-        "1_Pooling/config.json": {"word_embedding_dimension": embedder.config.embed_dim, **modes},
+        "1_Pooling/config.json": {"word_embedding_dimension": embed_dim, **modes},
         "sentence_bert_config.json": {
-            "max_seq_length": embedder.max_tokens, "do_lower_case": embedder.do_lower_case,
+            "max_seq_length": settings["max_tokens"], "do_lower_case": settings.get("do_lower_case", False),
         },
     }  # fmt: skip
-    if embedder.prompt:
+    if prompt := settings.get("prompt"):
         files["config_sentence_transformers.json"] = {
-            "prompts": {"default": embedder.prompt}, "default_prompt_name": "default",
+            "prompts": {"default": prompt}, "default_prompt_name": "default",
         }  # fmt: skip
-    return files
+    for name, value in files.items():
+        path = pathlib.Path(out) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
 
 
 def read_texts(path: pathlib.Path) -> Iterator[str]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -43,7 +43,7 @@ from flax_encoder.families.mapping import (
     read_head,
     write_config,
 )
-from flax_encoder.generate import Generation, generate
+from flax_encoder.generation import Generation, generate
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead
@@ -157,7 +157,7 @@ class Pretrained:
     def __call__(
         self,
         input_ids: Int[np.ndarray, "B T"],
-        attention_mask: Int[np.ndarray, "B T"] | None = None,
+        attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
         token_type_ids: Int[np.ndarray, "B T"] | None = None,
         decoder_input_ids: Int[np.ndarray, "B S"] | None = None,
     ) -> Output:
@@ -185,7 +185,7 @@ class Pretrained:
     def rows(
         self,
         input_ids: Int[np.ndarray, "B T"],
-        attention_mask: Int[np.ndarray, "B T"] | None = None,
+        attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
         token_type_ids: Int[np.ndarray, "B T"] | None = None,
     ) -> tuple[Array | None, ...]:
         """What `model` takes: tokens, segment_ids, positions as the family counts them, and types if it has any."""
@@ -205,7 +205,7 @@ class Pretrained:
     def generate(
         self,
         input_ids: Int[np.ndarray, "B T"],
-        attention_mask: Int[np.ndarray, "B T"] | None = None,
+        attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
         *,
         do_sample: bool = False,
         seed: int = 0,
@@ -384,7 +384,7 @@ def _check_unused(folder: pathlib.Path, family: Family, unused: list[str], allow
         if name.removeprefix(family.prefix) in known or any(re.search(p, name) for p in family.leftovers)
     ]  # fmt: skip
     if expected:
-        logger.warning("%s: left out %s, of heads that are not loaded", folder, ", ".join(expected))
+        logger.warning("%s: left out %s, which what is loaded does not read", folder, ", ".join(expected))
     if (unknown := sorted(set(unused) - set(expected))) and not allow_unused:
         raise ConfigError(
             f"{folder} has tensors that nothing here reads: {', '.join(unknown[:8])}"
@@ -505,12 +505,14 @@ def export_run(
     out: str | pathlib.Path,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     model_type: str | None = None,
+    encoder_only: bool = False,
 ) -> str:
-    """Write a run, or a checkpoint, as a folder that transformers opens. Returns the architecture it is there.
+    """Write a run, a checkpoint or a published folder as one that transformers opens. Returns its architecture there.
 
     Args:
       dtype: of the weights.
       model_type: the family to write it as; None takes the first that can say it.
+      encoder_only: leave out the head.
 
     Raises:
       ConfigError: no published family can say this model, with what keeps the given, or the nearest, from it; `out`
@@ -518,9 +520,10 @@ def export_run(
     """
     out = pathlib.Path(out)
     _refuse_filled(out)
-    run = load_run(run_dir)
-    config = run.config
-    family, published = _published_config(config, model_type)
+    is_bare = encoder_only and is_published(run_dir)
+    run = _loaded_run(load_pretrained(run_dir)) if is_bare else open_model(run_dir)
+    config, task = run.config, None if encoder_only else run.config.objective
+    family, published = _published_config(config, model_type, task)
     pad = run.tokenizer.special("pad")
     if published.setdefault("pad_token_id", pad) != pad:
         raise ConfigError(
@@ -528,36 +531,37 @@ def export_run(
             f"is {pad}."
         )
     names = run.label_names or []
-    if names:
+    if names and task:
         published |= {
             "id2label": {str(i): name for i, name in enumerate(names)},
             "label2id": {name: i for i, name in enumerate(names)},
         }
     params = _flat(nnx.to_pure_dict(nnx.split(run.model)[1]))
-    tensors = export_tensors(family, config.objective, jax.tree.map(np.asarray, params), config.model.num_heads)
+    params = {path: np.asarray(x) for path, x in params.items() if task or path.startswith("encoder.")}
+    tensors = export_tensors(family, task, params, config.model.num_heads)
     write_weights(out, tensors, dtype)
     for name, value in {"config.json": published | {"dtype": dtype}, **_tokenizer_files(run.tokenizer, config)}.items():
         write_atomically(out / name, value if isinstance(value, str) else json.dumps(value, indent=1) + "\n")
     return published["architectures"][0]
 
 
-def _published_config(config: RunConfig, model_type: str | None) -> tuple[Family, dict[str, Any]]:
+def _published_config(config: RunConfig, model_type: str | None, task: str | None) -> tuple[Family, dict[str, Any]]:
     candidates = [f for f in FAMILIES if model_type in (None, f.model_type)]
     if not candidates:
         known = ", ".join(sorted({f.model_type for f in FAMILIES}))
         raise ConfigError(f"model_type {model_type!r} is not known; known are {known}.")
     reasons = []
     for family in candidates:
-        if model_type is None and config.objective not in family.heads:
+        if model_type is None and task is not None and task not in family.heads:
             continue
         if not family.is_in_transformers:
             reasons.append(f"transformers has no {family.base}: it can read no folder of {family.model_type}.")
             continue
         try:
-            return family, write_config(family, config.model, config.objective, config.head, config.pooling)
+            return family, write_config(family, config.model, task, config.head, config.pooling)
         except ConfigError as error:
             reasons.append(str(error))
-    nearest = min((r for r in reasons if "cannot say" in r), key=len, default="none")  # roughly, by what differs
+    nearest = min(reasons, key=lambda reason: reason.count("(there ") or len(reasons), default="none")
     raise ConfigError(
         f"no published family can say this model; nearest: {nearest}" if model_type is None else reasons[0]
     )

@@ -5,16 +5,21 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from flax_encoder.cli import main
 from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, MeshConfig, OptimizerConfig, RunConfig
+from flax_encoder.data.tokenizer import train_wordpiece
+from flax_encoder.hub import load_pretrained
 from flax_encoder.run import load_run
 from flax_encoder.training.checkpoint import CheckpointError
 from flax_encoder.training.run_log import read_metrics
@@ -256,6 +261,25 @@ def test_fine_tuning_starts_from_the_pretrained_encoder(corpus, tmp_path, one_de
     assert loaded.tokenizer.json == load_run(tmp_path / "pretrained").tokenizer.json
     labels = loaded.classify("calls the given function second 5")
     assert labels[0]["label"] == "second" and abs(sum(x["probability"] for x in labels) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("objective", ["masked_lm", "classification"])
+def test_a_run_starts_from_a_published_folder(corpus, tmp_path, one_device, objective):
+    """With nothing learned, what comes out is what went in: settings, tokenizer, encoder, and the head if it fits."""
+    folder = pathlib.Path(shutil.copytree(ROOT / "tests" / "golden" / "bert-masked_lm", tmp_path / "published"))
+    tokenizer = train_wordpiece(["the list of a value"] * 3, 43)
+    (folder / "tokenizer.json").write_text(tokenizer.json)
+    config = tiny(
+        corpus, tmp_path / "run", steps=1, objective=objective, init_from=str(folder), data__row_length=15,
+        optimizer__learning_rate=0.0, pooling="mean",
+    )  # fmt: skip
+    train(with_fields(config, data__source=str(corpus / "rows.jsonl")))
+    loaded, published = load_run(tmp_path / "run"), load_pretrained(folder)
+    assert loaded.config.model.embed_dim == published.config.embed_dim and loaded.tokenizer.json == tokenizer.json
+    assert loaded.config.pooling == "mean"
+    kept = ["encoder"] if objective == "classification" else ["encoder", "head"]
+    got, want = ({k: nnx.to_pure_dict(nnx.state(getattr(m, k))) for k in kept} for m in (loaded.model, published.model))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_resuming_with_other_settings_is_refused(corpus, tmp_path, one_device):

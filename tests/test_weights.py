@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import struct
 import zipfile
 
@@ -340,3 +341,11 @@ def test_a_published_pickle_is_read():
     tensors = read_weights(ALBERT)
     assert tensors["albert.embeddings.word_embeddings.weight"].dtype == np.float32
     assert all(np.isfinite(x).all() for x in tensors.values())
+
+
+@pytest.mark.skipif(not (ALBERT / ".done").exists(), reason="needs the asset albert_smiles")
+def test_a_published_pickle_of_something_else_is_refused(tmp_path):
+    """Its training_args.bin asks for an argparse.Namespace."""
+    shutil.copy(ALBERT / "training_args.bin", tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"pytorch_model.bin: refuses argparse\.Namespace"):
+        read_weights(tmp_path)

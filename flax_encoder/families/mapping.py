@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, DecoderConfig, EncoderConfig, HeadConfig
+from flax_encoder.config import (
+    FREE_OF_PARAMETERS,
+    ConfigError,
+    DecoderConfig,
+    EncoderConfig,
+    HeadConfig,
+    from_dict,
+)
 
 # Names of activations in published configs, and ours. Of several with one meaning the first is written.
 ACTIVATIONS = {
@@ -258,14 +265,15 @@ def read_config(family: Family, config: Mapping[str, Any]) -> EncoderConfig:
                 f"config field {name} (here {value!r}) is not understood for model_type {family.model_type}, and may "
                 f"change the computation. If you know it does not, remove it from config.json."
             )
-    return EncoderConfig(**{**family.fixed, **_read_fields(family.fields, config)})
+    return from_dict(EncoderConfig, {**family.fixed, **_read_fields(family.fields, config)})
 
 
 def read_head(family: Family, task: str, config: Mapping[str, Any]) -> tuple[HeadConfig, str]:
     """(a task's HeadConfig, how it pools)."""
     head = family.heads[task]
     values = {**head.fixed, **_read_fields(head.fields, family.modernize(dict(config)))}
-    return HeadConfig(**{k: v for k, v in values.items() if k != "pooling"}), values.get("pooling", "cls")
+    pooling = values.pop("pooling", "cls")
+    return from_dict(HeadConfig, values), pooling
 
 
 def write_config(

@@ -4,14 +4,26 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
-from flax_encoder.config import ConfigError, EncoderConfig, HeadConfig
+from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig, HeadConfig
 from flax_encoder.families import FAMILIES, PRESETS, find_family, preset
-from flax_encoder.families.mapping import LAYOUTS, read_config, read_head, settled, write_config
+from flax_encoder.families.mapping import (
+    LAYOUTS,
+    export_tensors,
+    import_tensors,
+    read_config,
+    read_head,
+    settled,
+    write_config,
+)
+from flax_encoder.hub import PretrainedModel, _flat
+from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.partition import abstract_model
+from flax_encoder.ops.position import apply_rope, rope_tables
 
 # Parameters of the encoder, without pooler and heads. The exact counts are those of transformers' modules (AutoModel
 # with add_pooling_layer=False; T5EncoderModel) built from the published config.json; beside them what papers and model
@@ -38,6 +50,7 @@ PUBLISHED = {
     "eurobert_210m": 211_766_016,  # 210M, arXiv 2503.05500, table 1
     "neobert": 221_665_536,  # 250M with the head, arXiv 2502.19587, section 3
     "mosaicbert_base": 136_777_728,  # 137M, arXiv 2312.17482, section 2
+    "transformer_base": 37_846_016,  # 65M with the decoder, arXiv 1706.03762, table 3; see test_classic.py
     "crammed_bert": 119_589_889,  # 120M, arXiv 2212.14034, section 4.2
 }
 
@@ -47,7 +60,7 @@ def count(config):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name, config in PRESETS.items() if config.vocab_size])
 def test_presets_have_as_many_parameters_as_published(name):
     assert count(PRESETS[name]) == PUBLISHED[name]
 
@@ -81,6 +94,7 @@ def test_an_unknown_model_type_lists_the_known():
         ({"model_type": "bert", "position_embedding_type": "relative_key"}, "must be 'absolute' or None: got 'rel"),
         ({"model_type": "bert", "hidden_act": "xielu"}, "hidden_act 'xielu' is not understood; known are gelu, "),
         ({"model_type": "bert", "num_attention_heads": 7}, "num_heads must divide embed_dim: got 7 for 768"),
+        ({"model_type": "bert", "num_hidden_layers": "12"}, "num_layers must be .*int.*: got '12'"),
         ({"model_type": "albert", "inner_group_num": 2}, r"inner_group_num must be 1: got 2"),
         ({"model_type": "modernbert", "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2},
          "full_attention at every n-th layer"),
@@ -94,6 +108,11 @@ def test_an_unknown_model_type_lists_the_known():
 def test_what_a_config_says_and_is_not_understood_is_named(config, message):
     with pytest.raises(ConfigError, match=message):
         read_config(find_family(config), config)
+
+
+def test_whole_numbers_serve_for_rates():
+    config = {"model_type": "bert", "hidden_dropout_prob": 0}
+    assert type(read_config(find_family(config), config).dropout_rate) is float
 
 
 def test_old_spellings_of_a_config_are_read():
@@ -144,11 +163,50 @@ def test_a_head_that_a_family_cannot_say_is_refused():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_has_its_inverse(layout):
-    import numpy as np
-
     shape = {"flat": (3, 4), "as_is": (5, 7), "conv": (3, 5, 7)}.get(layout, (5, 3, 4))
     ours = np.arange(math.prod(shape)).reshape(shape)
     np.testing.assert_array_equal(LAYOUTS[layout].read(LAYOUTS[layout].write(ours), shape), ours)
+
+
+def test_rotated_pairs_turn_as_torchs_do():
+    """Queries and keys made by NeoBERT's kernels, turned as neighbours, have the products that ours have, as halves."""
+    D, N, H, T = 6, 3, 8, 5
+    draw = np.random.default_rng(0)
+    x, kernels = draw.standard_normal((1, T, D)), draw.standard_normal((2, N * H, D))
+    angle = np.arange(T)[:, None] * 10_000.0 ** (-np.arange(0, H, 2) / H)
+    turned = []
+    for kernel in kernels:
+        pairs = (x @ kernel.T).reshape(1, T, N, H // 2, 2)
+        complex_turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle)[None, :, None]
+        turned.append(np.stack([complex_turned.real, complex_turned.imag], -1).reshape(1, T, N, H))
+    want = np.einsum("btnh,bsnh->bnts", *turned)
+    tables = rope_tables(jax.numpy.arange(T)[None], H)
+    ours = [np.einsum("btd,dnh->btnh", x, LAYOUTS["rotated_pairs"].read(kernel, (D, N, H))) for kernel in kernels]
+    got = np.einsum("btnh,bsnh->bnts", *(apply_rope(jax.numpy.asarray(a, "float32"), tables) for a in ours))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.base)
+def test_every_family_writes_each_parameter_once_and_reads_it_back(family):
+    """By its tables alone, for every head: those that transformers has are also compared with it (tests/parity.py)."""
+    small = {"vocab_size": 11, "num_layers": 3, "embed_dim": 12, "num_heads": 2, "mlp_dim": 5, "max_length": 9}
+    config = dataclasses.replace(next(iter(family.presets.values()), PRESETS["roberta_base"]), **small)
+    config = dataclasses.replace(config, attention_head_dim=config.attention_head_dim and 6)
+    for task in (None, *family.heads):
+        head, pooling = read_head(family, task, {}) if task else (HeadConfig(), "cls")
+        options = {"task": task, "head": head, "num_outputs": 4, "pooling": pooling}
+        make = lambda o=options: PretrainedModel(config, **o, rngs=nnx.Rngs(0))  # noqa: E731
+        if task == "text_to_text":
+            make = lambda: EncoderDecoder(config, DecoderConfig(tied=False), rngs=nnx.Rngs(0))  # noqa: E731
+        _, shapes = abstract_model(make)
+        draw = np.random.default_rng(0)
+        params = {path: draw.standard_normal(leaf.shape) for path, leaf in _flat(nnx.to_pure_dict(shapes)).items()}
+        params = {path: value.astype(np.float32) for path, value in params.items()}
+        tensors = export_tensors(family, task, params, config.num_heads)
+        back = import_tensors(family, task, tensors, {k: v.shape for k, v in params.items()}, config.num_heads)
+        assert not back.unused and back.params.keys() == params.keys()
+        for path, value in params.items():
+            np.testing.assert_array_equal(back.params[path], value, err_msg=path)
 
 
 def test_settled_sees_through_the_spelling_of_a_config():

@@ -11,7 +11,7 @@ from flax import nnx
 from toy import SMALL, B, V, assert_trees_close, random_tokens, split_model
 
 from flax_encoder.config import ConfigError, DecoderConfig
-from flax_encoder.generate import Generation, beam_search, draw, generate
+from flax_encoder.generation import Generation, beam_search, draw, generate
 from flax_encoder.nn.decoder import EncoderDecoder
 
 M, T = 13, 7

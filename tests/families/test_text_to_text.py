@@ -17,16 +17,9 @@ from flax_encoder.families.mapping import export_tensors
 from flax_encoder.hub import _flat, load_pretrained
 from flax_encoder.weights import read_weights
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 BEAMS = ({}, {"num_beams": 3}, {"num_beams": 2, "length_penalty": 0.5, "early_stopping": True},
          {"num_beams": 4, "length_penalty": 2.0, "early_stopping": "never"})  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def assert_near(got, want, tolerance, what):
