@@ -61,40 +61,31 @@ def test_what_was_read_is_written_as_it_was(name, tmp_path):
         assert getattr(again, part) == getattr(load(name), part)
 
 
-def encode(graphdef, weights, *rows):
-    def function(params):
-        hidden = nnx.merge(graphdef, params)(*rows)
-        return (hidden * weights).sum(), hidden
-
-    return function
-
-
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
 def test_packed_rows_are_the_documents_one_by_one(name):
-    """Forward and gradient, with the real numbers of each family."""
+    """With real configs; tests/nn/test_encoder.py has the law for the gradients of each family's parts."""
     graphdef, params = nnx.split(load(name).model.encoder)
-    ids = jnp.asarray(reference(name)[0]["input_ids"] % 43, jnp.int32)[:, :7]
+    ids = jnp.asarray(reference(name)[0]["input_ids"], jnp.int32)[:, :7]
     B, T = ids.shape
-    weights = jax.random.normal(jax.random.key(0), (B, T, load(name).config.embed_dim))
     segments = jnp.repeat(jnp.arange(B, dtype=jnp.int32) + 1, T)[None]
     positions = jnp.tile(jnp.arange(T, dtype=jnp.int32), B)[None]
-    packed = encode(graphdef, weights.reshape(1, B * T, -1), ids.reshape(1, -1), segments, positions)
-    apart = encode(graphdef, weights, ids)
-    (_, got), got_gradient = jax.jit(jax.value_and_grad(packed, has_aux=True))(params)
-    (_, want), want_gradient = jax.jit(jax.value_and_grad(apart, has_aux=True))(params)
+    encode = jax.jit(lambda params, *rows: nnx.merge(graphdef, params)(*rows))
+    want = encode(params, ids)
+    got = encode(params, ids.reshape(1, -1), segments, positions)
     assert_trees_close(got.reshape(want.shape), want, scale_eps=300)
-    assert_trees_close(*map(nnx.to_pure_dict, (got_gradient, want_gradient)), scale_eps=300)
 
 
-@pytest.mark.parametrize("name", ONE_A_FAMILY)
-def test_bfloat16_stays_within_its_rounding(name):
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "deberta-v2", "eurobert"])
+def test_bfloat16_stays_within_its_rounding(family):
+    name = f"{family}-masked_lm"
     config = load(name).config
     _, params = nnx.split(load(name).model.encoder)
     low = dataclasses.replace(config, dtype="bfloat16")
     graphdef, _ = abstract_model(lambda: Encoder(low, rngs=nnx.Rngs(0)))
-    ids = jnp.asarray(reference(name)[0]["input_ids"], jnp.int32)
-    got = jax.jit(lambda p: nnx.merge(graphdef, p)(ids))(params)
-    want = load(name)(np.asarray(ids)).last_hidden_state
+    ids = reference(name)[0]["input_ids"]
+    rows = load(name).rows(ids)
+    got = jax.jit(lambda p: nnx.merge(graphdef, p)(*rows))(params)
+    want = load(name)(ids).last_hidden_state
     # Each of a layer's half-dozen products rounds its operands; errors of independent roundings add in squares.
     rounds = 8 * config.num_layers
     error = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
