@@ -27,7 +27,7 @@ def test_python_examples_run(monkeypatch):
     batch = {"tokens": tokens, "segment_ids": segment_ids, "positions": tokens % 7} | targets
     untrained = flax_encoder.MaskedLM(config, rngs=nnx.Rngs(0))
     monkeypatch.setattr(flax_encoder, "load_run", lambda path: type("Run", (), {"model": untrained}))
-    folder, load = README.parent / "tests/golden/t5", flax_encoder.load_pretrained
+    folder, load = README.parent / "tests/golden/text_to_text/t5", flax_encoder.load_pretrained
     monkeypatch.setattr(flax_encoder, "load_pretrained", lambda path: load(folder))
     ids = np.array([[3, 4, 5], [6, 7, 0]])
     names = {"tokens": tokens, "segment_ids": segment_ids, "q": q, "k": k, "v": v, "config": config, "batch": batch}

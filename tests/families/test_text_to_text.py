@@ -17,7 +17,7 @@ from flax_encoder.families.mapping import export_tensors
 from flax_encoder.hub import _flat, load_pretrained
 from flax_encoder.weights import read_weights
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden/text_to_text"
 BEAMS = ({}, {"num_beams": 3}, {"num_beams": 2, "length_penalty": 0.5, "early_stopping": True},
          {"num_beams": 4, "length_penalty": 2.0, "early_stopping": "never"})  # fmt: skip
 
@@ -132,7 +132,7 @@ def test_random_models_compute_and_write_what_transformers_does(tmp_path, seed):
     pytest.importorskip("transformers", reason="the reference")
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("make_t5", GOLDEN / "make_t5.py")
+    spec = importlib.util.spec_from_file_location("make_t5", GOLDEN.parent / "make_text_to_text.py")
     make_t5 = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_t5)
     make_t5.make(make_t5.draw_config(np.random.default_rng(seed)), seed, tmp_path)

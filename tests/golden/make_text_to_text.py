@@ -1,7 +1,7 @@
 """Two tiny T5 folders, of both versions, with what transformers computes and writes with them.
 
     pip install transformers==5.23.0 torch==2.13.0
-    python tests/golden/make_t5.py      # writes t5/ and t5_v1_1/
+    python tests/golden/make_text_to_text.py      # writes text_to_text/t5/ and t5_v1_1/
 """
 
 import pathlib
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-FOLDER = pathlib.Path(__file__).parent
+FOLDER = pathlib.Path(__file__).parent / "text_to_text"
 BEAMS = ({"num_beams": 3}, {"num_beams": 2, "length_penalty": 0.5, "early_stopping": True},
          {"num_beams": 4, "length_penalty": 2.0, "early_stopping": "never"})  # fmt: skip
 
