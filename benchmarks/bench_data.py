@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--text-unit", default="paragraph", choices=("paragraph", "line", "file"))
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument("--tokens", type=int, default=100_000_000, help="size of the store that batches are read from")
-    parser.add_argument("--characters", type=int, default=30_000_000, help="text that prepare is timed on")
+    parser.add_argument("--characters", type=int, default=100_000_000, help="text that prepare is timed on")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peer-python", help="a Python with torch and transformers; left out, no peer is run")
     parser.add_argument("--json", action="store_true")

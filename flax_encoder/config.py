@@ -386,7 +386,7 @@ class DataConfig:
     buckets: tuple[int, ...] = ()
     """With one-per-row: shorter lengths for batches of short documents, such as 32 64; each is compiled once."""
     workers: int = 0
-    """Processes that make batches; 0 makes them in a thread of the training process."""
+    """Processes that make batches; 0 makes them in threads of the training process."""
     verify: bool = False
     """Compare every prepared file with its checksum first; sizes are always compared."""
     cache_dir: str | None = None

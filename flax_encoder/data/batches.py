@@ -24,6 +24,7 @@ Batch = dict[str, np.ndarray]
 _BLOCK = 4096  # rows in which a mixture keeps its weights exactly
 _POOL = 64  # batches whose rows are sorted by length together, where rows are of several lengths
 _PREFETCH = 4
+_THREADS = 2  # NumPy lets go of the interpreter in its large operations: a third more batches than one makes
 
 
 @dataclass(frozen=True)
@@ -305,21 +306,22 @@ class Batches:
         pool, inside = divmod(number, _POOL)
         # An evaluation ends within a pool; there the pool does too.
         batches = min(_POOL, self._num_batches - pool * _POOL) if self._stop_row is not None else _POOL
-        if self._pool is None or self._pool[0] != pool:
+        found = self._pool  # one reading: another thread may put the next one there
+        if found is None or found[0] != pool:
             first = pool * _POOL * self._batch_size
             numbers = np.arange(first, first + batches * self._batch_size)
             lengths = np.zeros(len(numbers), np.int64)
             for _, rows, p in self._pieces(numbers):
                 np.add.at(lengths, rows[p.row], p.length + p.has_first + p.has_last)
             order = np.argsort(lengths, kind="stable")
-            self._pool = (pool, numbers[order], lengths[order])
-        _, numbers, lengths = self._pool
+            found = self._pool = (pool, numbers[order], lengths[order])
+        _, numbers, lengths = found
         at = int(permute(np.array([inside]), batches, self._seed, 9, pool)[0])
         mine = slice(at * self._batch_size, (at + 1) * self._batch_size)
         return numbers[mine], self._buckets[int(np.searchsorted(self._buckets, lengths[mine].max()))]
 
     def iterate(self, start: int = 0, workers: int = 0) -> Iterator[Batch]:
-        """Batches from number `start` on, made ahead of time: by a thread, or by Grain's worker processes.
+        """Batches from number `start` on, made ahead of time: by threads, or by Grain's worker processes.
 
         A worker that dies is replaced, and its batches are made again.
 
@@ -350,7 +352,8 @@ class Batches:
     def _iterator(self, start: int, workers: int) -> grain.DatasetIterator:
         batches = grain.MapDataset.source(self)[start:]
         if not workers:
-            return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)))
+            ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
+            return iter(batches.to_iter_dataset(ahead))
         if not flags.FLAGS.is_parsed():  # Grain's workers read their settings from flags, which only absl's main parses
             flags.FLAGS.mark_as_parsed()
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)

@@ -115,7 +115,9 @@ class TextTokenizer:
     def _starts_word(self) -> np.ndarray | None:
         """Whether a token begins a word [vocab_size], where its spelling says so; None where one must see the text."""
         model = json.loads(self.json)["model"]
-        tokens = [self.token(i) for i in range(self.vocab_size)]
+        tokens = [""] * self.vocab_size
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            tokens[i] = token
         if model["type"] == "WordPiece":
             return np.array([not t.startswith(model["continuing_subword_prefix"]) for t in tokens])
         if self._tokenizer.pre_tokenizer is None:
