@@ -121,7 +121,7 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
         for step in range(start + 1, config.steps + 1):
             with clock.waiting():
                 rows = next(batches)
-                batch = put_batch(rows, mesh)
+            batch = put_batch(rows, mesh)  # while the device has the last steps to do
             clock.count(rows, jax.process_count())
             if (shape := rows["tokens"].shape) not in compiled:  # rows of another length, a few times in a run at most
                 with clock.paused():

@@ -1,6 +1,5 @@
 """The mesh, and the sharding of everything that crosses a jit boundary."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -91,5 +90,7 @@ def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch, onto its devices. What is one number a row, a count, is for the host alone."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
-    onto = functools.partial(jax.make_array_from_process_local_data, sharding)
-    return {name: onto(rows) for name, rows in batch.items() if rows.ndim > 1}
+    batch = {name: rows for name, rows in batch.items() if rows.ndim > 1}
+    if jax.process_count() == 1:  # all arrays in one call, which takes half the time
+        return jax.device_put(batch, sharding)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
