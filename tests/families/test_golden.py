@@ -63,16 +63,25 @@ def test_what_was_read_is_written_as_it_was(name, tmp_path):
 
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
 def test_packed_rows_are_the_documents_one_by_one(name):
-    """With real configs; tests/nn/test_encoder.py has the law for the gradients of each family's parts."""
+    """Forward, and the gradient of every parameter."""
     graphdef, params = nnx.split(load(name).model.encoder)
     ids = jnp.asarray(reference(name)[0]["input_ids"], jnp.int32)[:, :7]
     B, T = ids.shape
     segments = jnp.repeat(jnp.arange(B, dtype=jnp.int32) + 1, T)[None]
     positions = jnp.tile(jnp.arange(T, dtype=jnp.int32), B)[None]
-    encode = jax.jit(lambda params, *rows: nnx.merge(graphdef, params)(*rows))
-    want = encode(params, ids)
-    got = encode(params, ids.reshape(1, -1), segments, positions)
-    assert_trees_close(got.reshape(want.shape), want, scale_eps=300)
+    weights = jax.random.normal(jax.random.key(0), (B, T, load(name).config.embed_dim))
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradients(params, *rows):
+        out = nnx.merge(graphdef, params)(*rows).reshape(weights.shape)
+        return (out * weights).sum(), out
+
+    (want_gradients, want), (got_gradients, got) = (
+        gradients(params, ids), gradients(params, ids.reshape(1, -1), segments, positions)
+    )  # fmt: skip
+    assert_trees_close(got, want, scale_eps=300)
+    assert_trees_close(got_gradients, want_gradients, scale_eps=300)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "deberta-v2", "eurobert"])
