@@ -1,6 +1,8 @@
 """The encoder stack."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +64,24 @@ class EncoderLayer(nnx.Module):
         return constrain(x, "batch", "length", "features")
 
 
+@jax.custom_vjp
+def unstack(tree: Any) -> list[Any]:
+    """The slices of every leaf along its leading axis; their gradients are stacked again.
+
+    Left to itself, differentiation pads each slice's gradient to the whole stack and adds them up, which is quadratic
+    in the number of layers (LOG.md).
+    """
+    return [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(jax.tree.leaves(tree)[0].shape[0])]
+
+
+unstack.defvjp(lambda tree: (unstack(tree), None), lambda _, slices: (jax.tree.map(lambda *g: jnp.stack(g), *slices),))
+
+
+def _period(kinds: Sequence[Any]) -> int:
+    """After how many the sequence repeats itself."""
+    return next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False)))
+
+
 class Encoder(nnx.Module):
     """Packed rows of tokens to vectors, [B, T] -> [B, T, D], float32.
 
@@ -121,48 +141,55 @@ class Encoder(nnx.Module):
         x = constrain(x, "batch", "length", "features")
 
         position = PositionInputs() if self.relative is None else self.relative(tokens.shape[1])
-        is_local = None  # a scanned layer learns here which of two rotations is its own
         if config.position == "rope":
-            rope = rope_tables(positions, config.head_dim, config.rope_theta)
-            if config.local_rope_theta is not None:
-                local_rope = rope_tables(positions, config.head_dim, config.local_rope_theta)
-                is_local = jnp.array([w is not None for w in config.windows])
-            position = position._replace(rope=rope)
-        windows = None
-        if config.window is not None:
-            reach = jnp.array([tokens.shape[1] if w is None else w for w in config.windows], jnp.int32)
-            windows = (reach, reach)
+            # A layer with a window may turn by another rate.
+            thetas = {None: config.rope_theta, config.window: config.local_rope_theta or config.rope_theta}
+            ropes = {theta: rope_tables(positions, config.head_dim, theta) for theta in {*thetas.values()}}
+        kinds = config.windows
+
+        def run_layer(graphdef, reach, x, params, index):
+            own = position if config.position != "rope" else position._replace(rope=ropes[thetas[reach]])
+            key = None if layers_key is None else jax.random.fold_in(layers_key, index)
+            window = None if reach is None else (reach, reach)
+            return nnx.merge(graphdef, params)(x, segment_ids, own, window, key=key)
 
         def run_stack(x, stack, start, stop):
             graphdef, params = nnx.split(stack)
             runs = (stop - start) // jax.tree.leaves(params)[0].shape[0]  # of each set of parameters
-
-            def run_layer(x, xs):
-                own, (index, window, is_local) = xs
-                if runs > 1:
-                    own = jax.tree.map(lambda a: a[0] if a.shape[0] == 1 else a[(index - start) // runs], params)
-                layer_key = None if layers_key is None else jax.random.fold_in(layers_key, index)
-                own_position = position
-                if is_local is not None:
-                    own_position = position._replace(
-                        rope=jax.tree.map(functools.partial(jnp.where, is_local), local_rope, rope)
-                    )
-                y = nnx.merge(graphdef, own)(x, segment_ids, own_position, window, key=layer_key)
-                return y, y if every_layer else None
-
-            if config.remat != "none":
-                run_layer = jax.checkpoint(
-                    run_layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers
-                )
-            each = jax.tree.map(lambda a: a[start:stop], (jnp.arange(config.num_layers), windows, is_local))
-            xs = (params if runs == 1 else None, each)
-            if config.scan_layers and x.shape[-1] == config.embed_dim:
-                return jax.lax.scan(run_layer, x, xs)
+            run = {}
+            for reach in {*kinds[start:stop]}:
+                run[reach] = functools.partial(run_layer, graphdef, reach)
+                if config.remat != "none":
+                    policy = REMAT_POLICIES[config.remat]
+                    run[reach] = jax.checkpoint(run[reach], policy=policy, prevent_cse=not config.scan_layers)
             states = []
-            for i in range(stop - start):
-                x, y = run_layer(x, jax.tree.map(lambda a, i=i: a[i], xs))
-                states.append(y)
-            return x, jnp.stack(states) if every_layer else None
+            done = 0  # layers that a scan has run
+            if config.scan_layers and x.shape[-1] == config.embed_dim:
+                # Windows are part of the program, so the loop's body is a whole period of them.
+                period = _period(kinds[start:stop])
+                done = (stop - start) // period * period
+
+                def run_period(x, xs):
+                    first, own = xs
+                    states = []
+                    for j, mine in enumerate([None] * period if own is None else unstack(own)):
+                        at = first + j
+                        if mine is None:
+                            mine = jax.tree.map(lambda a: a[(at - start) // runs], params)  # noqa: B023
+                        x = run[kinds[start + j]](x, mine, at)
+                        states.append(x)
+                    return x, jnp.stack(states) if every_layer else None
+
+                by_period = None
+                if runs == 1:
+                    by_period = jax.tree.map(lambda a: a[:done].reshape(-1, period, *a.shape[1:]), params)
+                x, ys = jax.lax.scan(run_period, x, (jnp.arange(start, start + done, period), by_period))
+                states = [] if ys is None else [ys.reshape(-1, *x.shape)]
+            rest = unstack(jax.tree.map(lambda a: a[done // runs :], params)) if start + done < stop else []
+            for i in range(start + done, stop):
+                x = run[kinds[i]](x, rest[(i - start) // runs - done // runs], i)
+                states.append(x[None])
+            return x, jnp.concatenate(states) if every_layer else None
 
         states = [x[None]] if x.shape[-1] == config.embed_dim else []
         for stack, start, stop in ((self.first, 0, 1), (self.layers, int(config.first_differs), config.num_layers)):
