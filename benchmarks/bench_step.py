@@ -1,0 +1,299 @@
+"""The training step, measured beside its peers: masked LM, AdamW, the same model, dropout and masked share.
+
+    python benchmarks/bench_step.py --model bert_base --batch 16 --length 128 --dtype bfloat16 \\
+        --peer torch --peer-python PYTHON_WITH_TORCH_AND_TRANSFORMERS
+
+Each side runs in a process of its own, by turns (ours, peer, ours, peer ...), on batches that are made beforehand.
+`--data full` has rows without padding; otherwise both read the same documents, ours packed into rows of --length, the
+peer padded to the longest of a batch of as many documents in random order. Tokens a second count real tokens only.
+--peer torch is transformers' PyTorch model with fused AdamW (bfloat16 by autocast); --peer flax its FlaxBert, up to
+transformers 4.57.6. MFU is model FLOPs (benchmarks/flops.py) over the matmul peak that is measured in the same run.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flops import step_flops
+from harness import header, matmul_peak, parser, say, show
+
+from flax_encoder.config import DataConfig, EncoderConfig, MaskingConfig, OptimizerConfig, RunConfig
+from flax_encoder.data.pipeline import open_data
+from flax_encoder.families import FAMILIES, PRESETS, preset
+from flax_encoder.families.mapping import write_config
+from flax_encoder.nn.partition import round_up_vocab
+from flax_encoder.objectives import MaskedLM
+from flax_encoder.training.optimizer import make_optimizer
+from flax_encoder.training.runtime import set_up_runtime
+from flax_encoder.training.sharding import logical_axes
+from flax_encoder.training.step import init_train_state, make_train_step
+
+HERE = pathlib.Path(__file__).parent
+ADAMW = OptimizerConfig(name="adamw", learning_rate=1e-4, warmup_rate=0.0, clip_norm=None)
+
+
+class Worker:
+    """One side: a process that reads a line `run SECONDS`, makes steps for so long, and prints its milliseconds."""
+
+    def __init__(self, command: list[str], folder: pathlib.Path, name: str):
+        self.name = name
+        self._errors = (folder / f"{name}.log").open("w+")
+        self._process = subprocess.Popen(
+            [*command, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+        self.ready = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line.startswith("{"):
+            self._process.wait()
+            self._errors.seek(0)
+            raise SystemExit(f"the {self.name} side failed:\n{line}{self._errors.read()[-3000:]}")
+        return json.loads(line)
+
+    def run(self, seconds: float) -> dict[str, Any]:
+        self._process.stdin.write(f"run {seconds}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._errors.close()
+
+
+def serve(step, tokens: list[int], ready: dict[str, Any], peak_memory_bytes) -> None:
+    """The worker's side of the protocol: `step(i)` makes one step on batch i, to its end."""
+    print(json.dumps(ready), flush=True)
+    made = 0
+    for line in sys.stdin:
+        until = time.perf_counter() + float(line.split()[1])
+        milliseconds, count = [], 0
+        while not milliseconds or time.perf_counter() < until:
+            began = time.perf_counter()
+            step(made % len(tokens))
+            milliseconds.append(1000 * (time.perf_counter() - began))
+            count += tokens[made % len(tokens)]
+            made += 1
+        print(json.dumps({"milliseconds": milliseconds, "tokens": count, "memory": peak_memory_bytes()}), flush=True)
+
+
+def resident_peak_bytes() -> int:
+    """The most memory that this process has held."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def ours(folder: pathlib.Path) -> None:
+    """The worker of our side: compiles the step ahead of time and says what it is."""
+    set_up_runtime()
+    spec = json.loads((folder / "spec.json").read_text())
+    config = EncoderConfig(**spec["config"])
+
+    def make_model():
+        return MaskedLM(config, rngs=nnx.Rngs(0))
+
+    tx = make_optimizer(ADAMW, 10_000, logical_axes(make_model))
+    graphdef, state, _ = init_train_state(make_model, tx)
+    batches = [jax.device_put(dict(np.load(path))) for path in sorted(folder.glob("ours-*.npz"))]
+    began = time.perf_counter()
+    compiled = make_train_step(graphdef, tx).lower(state, batches[0]).compile()
+    seconds = time.perf_counter() - began
+
+    def step(i: int) -> None:
+        nonlocal state
+        state, metrics = compiled(state, batches[i])
+        jax.block_until_ready(metrics)
+        if not np.isfinite(float(metrics.loss.sum)):
+            raise FloatingPointError("the loss is not finite")
+
+    def memory() -> int:
+        statistics = jax.devices()[0].memory_stats() or {}
+        return statistics.get("peak_bytes_in_use") or resident_peak_bytes()
+
+    step(0)
+    ready = {"compile_seconds": seconds, "matmul_peak": matmul_peak(spec["dtype"])}
+    serve(step, spec["ours_tokens"], ready, memory)
+
+
+def masked_rows(config: EncoderConfig, rows: int, length: int, rate: float, seed: int) -> dict[str, np.ndarray]:
+    """A batch of rows without padding: random ids, `rate` of each row predicted."""
+    rng = np.random.default_rng(seed)
+    shape, slots = (rows, length), round(rate * length)
+    positions = np.sort(np.argsort(rng.random(shape), axis=1)[:, :slots], axis=1).astype(np.int32)
+    return {
+        "tokens": rng.integers(0, config.vocab_size, shape, np.int32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape).copy(),
+        "target_positions": positions,
+        "targets": rng.integers(0, config.vocab_size, positions.shape, np.int32),
+        "target_weights": np.ones(positions.shape, np.float32),
+    }
+
+
+def read_rows(asked, config: EncoderConfig, packing: str, batches: int) -> list[dict[str, np.ndarray]]:
+    """Batches of text through the library's own input path; one document a row is what the peer gets."""
+    source = "tfds:python_docs" if asked.data == "real" else asked.data
+    data = DataConfig(source=source, row_length=asked.length, vocab_size=config.vocab_size, packing=packing)  # type: ignore[arg-type]
+    masking = MaskingConfig(rate=asked.masked_rate)
+    model = dataclasses.replace(config, max_length=max(config.max_length, asked.length))
+    run = RunConfig(model=model, data=data, masking=masking, batch_size=asked.batch, steps=batches, eval_batches=1)
+    train = open_data(run, progress=say).train
+    wanted = {"tokens", "segment_ids", "positions", "target_positions", "targets", "target_weights"}
+    iterator = train.iterate()
+    found = [{k: v for k, v in next(iterator).items() if k in wanted} for _ in range(batches)]
+    iterator.close()
+    return found
+
+
+def padded(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch of one document a row as a padding trainer has it: cut to its longest, labels at every token."""
+    labels = np.full(batch["tokens"].shape, -100, np.int64)
+    row, slot = np.nonzero(batch["target_weights"])
+    labels[row, batch["target_positions"][row, slot]] = batch["targets"][row, slot]
+    longest = int((batch["segment_ids"] > 0).sum(1).max())
+    return {
+        "input_ids": batch["tokens"][:, :longest].astype(np.int64),
+        "attention_mask": (batch["segment_ids"][:, :longest] > 0).astype(np.int64),
+        "labels": labels[:, :longest],
+    }
+
+
+def peer_config(name: str, config: EncoderConfig) -> dict[str, Any]:
+    """The model as a published config."""
+    family = next(f for f in FAMILIES if name in f.presets)
+    return write_config(family, config, "masked_lm")
+
+
+def main() -> None:
+    if len(sys.argv) == 3 and sys.argv[1] == "ours":
+        return ours(pathlib.Path(sys.argv[2]))
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", default="bert_base", help=f"one of {', '.join(PRESETS)}")
+    arguments.add_argument("--batch", type=int, default=16, help="rows (default 16)")
+    arguments.add_argument("--length", type=int, default=128, help="tokens in a row (default 128)")
+    arguments.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products")
+    arguments.add_argument("--objective", choices=("masked_lm",), default="masked_lm")
+    arguments.add_argument("--data", default="full", help="full, real (python_docs), or any text the library reads")
+    arguments.add_argument("--masked-rate", type=float, default=0.15, help="share of tokens predicted (default 0.15)")
+    arguments.add_argument("--dropout", type=float, help="of both sides, everywhere (default: the model's own)")
+    arguments.add_argument("--layers", type=int, help="fewer layers than the model has")
+    arguments.add_argument("--scan", action="store_true", help="run the layers by lax.scan instead of unrolled")
+    arguments.add_argument("--remat", choices=("none", "dots", "full"), default="none")
+    arguments.add_argument("--attention", help="implementation (default: the library's choice)")
+    arguments.add_argument("--peer", choices=("torch", "flax", "none"), default="none")
+    arguments.add_argument("--peer-python", help="the Python of the peer's environment")
+    arguments.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
+    arguments.add_argument("--seconds", type=float, default=15.0, help="of a turn, a step at least (default 15)")
+    asked = arguments.parse_args()
+    if (asked.peer == "none") != (asked.peer_python is None):
+        raise SystemExit("a peer runs in its own environment: give --peer and --peer-python together, or neither.")
+
+    own = preset(asked.model)
+    changes: dict[str, Any] = {"num_layers": asked.layers or own.num_layers}
+    if asked.dropout is not None:
+        changes |= {"dropout_rate": asked.dropout, "attention_dropout_rate": asked.dropout}
+    own = dataclasses.replace(own, **changes, max_length=max(own.max_length, asked.length))
+    config = dataclasses.replace(
+        own, vocab_size=round_up_vocab(own.vocab_size), dtype=asked.dtype, scan_layers=asked.scan, remat=asked.remat,
+        attention_implementation=asked.attention,
+    )  # fmt: skip
+
+    if asked.data == "full":
+        rows = [masked_rows(own, asked.batch, asked.length, asked.masked_rate, seed) for seed in range(4)]
+        singles = rows
+    else:
+        rows = read_rows(asked, own, "best-fit", 16)
+        singles = read_rows(asked, own, "one-per-row", 64)
+    theirs = [padded(batch) for batch in singles]
+    tokens = [int(np.count_nonzero(batch["segment_ids"])) for batch in rows]
+    flops = statistics.mean(step_flops(own, b["segment_ids"], int(b["target_weights"].sum())) for b in rows)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        for i, batch in enumerate(rows):
+            np.savez(folder / f"ours-{i:03}.npz", **batch)
+        spec = {"config": dataclasses.asdict(config), "dtype": asked.dtype, "ours_tokens": tokens}
+        if asked.peer != "none":
+            for i, batch in enumerate(theirs):
+                np.savez(folder / f"peer-{i:03}.npz", **batch)
+            spec |= {
+                "peer": asked.peer,
+                "peer_config": peer_config(asked.model, own),
+                "peer_tokens": [int(batch["attention_mask"].sum()) for batch in theirs],
+                "learning_rate": ADAMW.learning_rate,
+                "betas": [ADAMW.b1, ADAMW.b2],
+                "epsilon": ADAMW.epsilon,
+                "weight_decay": ADAMW.weight_decay,
+                "cores": len(os.sched_getaffinity(0)),
+            }
+        (folder / "spec.json").write_text(json.dumps(spec))
+        say(f"compiling {asked.model}, {asked.batch} x {asked.length}, {asked.dtype}")
+        sides = {"ours": Worker([sys.executable, __file__, "ours"], folder, "ours")}
+        if asked.peer != "none":
+            say(f"starting the peer, {asked.peer}")
+            sides["peer"] = Worker([asked.peer_python, str(HERE / "peer_step.py")], folder, "peer")
+        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+        for turn in range(asked.rounds + 1):
+            for name, side in sides.items():
+                answer = side.run(asked.seconds if turn else 0.0)  # the first turn warms up
+                rate = 1000 * answer["tokens"] / sum(answer["milliseconds"])
+                say(f"turn {turn}/{asked.rounds}  {name}: {rate:,.0f} tokens/s")
+                if turn:
+                    turns[name].append(answer | {"rate": rate})
+        for side in sides.values():
+            side.close()
+
+    peak = sides["ours"].ready["matmul_peak"]
+    result: dict[str, Any] = {"header": header(**{k: v for k, v in vars(asked).items() if k != "json"})}
+    for name, side in sides.items():
+        steps = [ms for turn in turns[name] for ms in turn["milliseconds"]]
+        result[name] = {
+            "tokens_per_second": statistics.median(turn["rate"] for turn in turns[name]),
+            "step_milliseconds": statistics.median(steps),
+            "step_spread_milliseconds": [min(steps), max(steps)],
+            "compile_seconds": side.ready["compile_seconds"],
+            "peak_memory_bytes": max(turn["memory"] for turn in turns[name]),
+        }
+    # Model FLOPs a real token, so that the same count serves a side whose batches vary.
+    per_token = flops / statistics.mean(tokens)
+    for name in sides:
+        result[name]["mfu"] = per_token * result[name]["tokens_per_second"] / peak
+    result["matmul_peak_flops"] = peak
+    result["model_flops"] = flops
+    if "peer" in sides:
+        # By turns, so that a machine that slows down for a while slows both sides of a ratio.
+        result["peer"]["versions"] = sides["peer"].ready["versions"]
+        pairs = zip(turns["ours"], turns["peer"], strict=True)
+        result["ratio"] = statistics.median(a["rate"] / b["rate"] for a, b in pairs)
+    rows_shown = [
+        {
+            "": name,
+            "tokens/s": result[name]["tokens_per_second"],
+            "step ms": result[name]["step_milliseconds"],
+            "spread": "{:,.0f} to {:,.0f}".format(*result[name]["step_spread_milliseconds"]),
+            "compile s": result[name]["compile_seconds"],
+            "MFU": result[name]["mfu"],
+            "peak memory GB": result[name]["peak_memory_bytes"] / 1e9,
+        }
+        for name in sides
+    ]
+    show(result, rows_shown, asked.json)
+    if not asked.json:
+        print(f"matmul peak {peak / 1e9:,.0f} GFLOP/s; model {flops / 1e9:,.0f} GFLOP a step", end="")
+        print(f"; ratio {result['ratio']:.2f}" if "ratio" in result else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Model FLOPs of a training step, counted exactly: what the architecture asks for, whatever a program computes.
+
+A multiply and an add are two. Products with parameters count for what they multiply: every token that is not padding,
+or, in the head, every target. Attention counts the pairs that see one another. The backward pass is twice the forward.
+What is recomputed, norms, activations and the optimizer do not count.
+"""
+
+import numpy as np
+
+from flax_encoder.config import EncoderConfig
+
+
+def visible_pairs(segment_ids: np.ndarray, window: int | None) -> int:
+    """How many (query, key) pairs of rows [B, T] attention looks at: same document, at most `window` apart."""
+    total = 0
+    for row in np.asarray(segment_ids):
+        starts = np.flatnonzero(np.diff(row, prepend=-1, append=-1))
+        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+            if row[start] > 0:
+                length = int(stop - start)
+                reach = length - 1 if window is None else min(window, length - 1)
+                total += length * (2 * reach + 1) - reach * (reach + 1)
+    return total
+
+
+def forward_flops(config: EncoderConfig, segment_ids: np.ndarray, num_targets: int) -> int:
+    """FLOPs of one forward pass of a masked-LM model of attention layers with BERT's head."""
+    D, F, H = config.embed_dim, config.mlp_dim, config.head_dim
+    N, K = config.num_heads, config.num_kv_heads or config.num_heads
+    tokens = int(np.count_nonzero(segment_ids))
+    per_token = D * (N + 2 * K) * H + N * H * D + (3 if config.gated else 2) * D * F
+    pairs = {window: visible_pairs(segment_ids, window) for window in set(config.windows)}
+    attended = sum(2 * N * H * pairs[window] for window in config.windows)
+    width = config.embedding_dim or D
+    head = num_targets * (D * width + width * config.vocab_size)
+    projection = tokens * width * D if width != D else 0
+    return 2 * (config.num_layers * tokens * per_token + attended + head + projection)
+
+
+def step_flops(config: EncoderConfig, segment_ids: np.ndarray, num_targets: int) -> int:
+    return 3 * forward_flops(config, segment_ids, num_targets)

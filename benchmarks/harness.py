@@ -1,0 +1,136 @@
+"""What the benchmarks share: the header, timing, the measured matmul peak, and how results are shown."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_encoder.ops.linear import linear
+
+
+class Timing(NamedTuple):
+    """Seconds of repeated runs: what to quote, and the spread."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, seconds: Iterable[float]) -> "Timing":
+        seconds = list(seconds)
+        return cls(statistics.median(seconds), min(seconds), max(seconds))
+
+
+def measure(work: Callable[[], Any], repeats: int = 7, least_seconds: float = 0.2) -> Timing:
+    """Time `work` to the end of its computation, after one run that does not count (it may compile).
+
+    Runs shorter than `least_seconds` / `repeats` are made in groups, so that the clock and the dispatch don't count.
+    """
+    jax.block_until_ready(work())
+    began = time.perf_counter()
+    jax.block_until_ready(work())
+    group = max(1, round(least_seconds / repeats / max(time.perf_counter() - began, 1e-6)))
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(group):
+            result = work()
+        jax.block_until_ready(result)
+        seconds.append((time.perf_counter() - began) / group)
+    return Timing.of(seconds)
+
+
+def matmul_peak(dtype: str, repeats: int = 9) -> float:
+    """FLOP/s of the fastest plain product of [2048, 768..3072] matrices here: operands `dtype`, float32 result.
+
+    The least time counts: a peak is what the machine can do when nothing is in its way.
+    """
+    best = 0.0
+    sizes = [(2048, 768, 3072), (2048, 3072, 768), (2048, 2048, 2048)]
+    if jax.default_backend() != "cpu":
+        sizes = [(8192, 8192, 8192)]
+    for rows, inner, columns in sizes:
+        x, kernel = jnp.ones((rows, inner), dtype), jnp.ones((inner, columns), dtype)
+        product = jax.jit(lambda x, kernel: linear(x, kernel, dtype=dtype))
+        timing = measure(lambda: product(x, kernel), repeats)  # noqa: B023
+        best = max(best, 2 * rows * inner * columns / timing.least)
+    return best
+
+
+def header(**settings: Any) -> dict[str, Any]:
+    """Versions, device and commit, then what was asked for: every result begins with it."""
+    device = jax.devices()[0]
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **versions,
+        "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
+        "devices": jax.device_count(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **settings,
+    }
+
+
+def _commit() -> str:
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
+    )
+    return run.stdout.strip() or "unknown"
+
+
+def _cpu_name() -> str:
+    try:
+        info = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or "cpu"
+    fields = dict(line.split("\t", 1) for line in info.splitlines() if "\t" in line)
+    name = fields.get("model name", "cpu").strip("\t: ")
+    flags = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in fields.get("flags", "").split()]
+    return f"{name} ({', '.join(flags[:2])})"
+
+
+def parser(documentation: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", action="store_true", help="print JSON for programs instead of a table")
+    return made
+
+
+def say(message: str) -> None:
+    """News of the work, where it does not mix with results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def show(result: dict[str, Any], rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print `result`, whose "header" says under what; for people its rows as a table."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("  ".join(f"{name} {value}" for name, value in result["header"].items()), markup=False)
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(row[name]) for name in rows[0]))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,110 @@
+"""What bench_step.py times as its peer, in that one's environment: a training step as transformers' users write it.
+
+    PYTHON peer_step.py FOLDER
+
+FOLDER holds spec.json and the batches. A line `run SECONDS` on the input is answered by a line of JSON.
+"""
+
+import json
+import pathlib
+import resource
+import sys
+import time
+
+import numpy as np
+import transformers
+
+folder = pathlib.Path(sys.argv[1])
+spec = json.loads((folder / "spec.json").read_text())
+batches = [dict(np.load(path)) for path in sorted(folder.glob("peer-*.npz"))]
+
+
+def torch_step():
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(spec["cores"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = transformers.AutoConfig.for_model(**spec["peer_config"])
+    model = transformers.AutoModelForMaskedLM.from_config(config).to(device).train()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    groups = [
+        {"params": decayed, "weight_decay": spec["weight_decay"]},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    tx = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=spec["betas"], eps=spec["epsilon"], fused=True)
+    tensors = [{k: torch.from_numpy(v).to(device) for k, v in batch.items()} for batch in batches]
+
+    def step(i):
+        with torch.autocast(device, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
+            loss = model(**tensors[i]).loss
+        loss.backward()
+        tx.step()
+        tx.zero_grad(set_to_none=True)
+        assert torch.isfinite(loss).item()
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return step, {"versions": versions, "attention": config._attn_implementation}
+
+
+def flax_step():
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    config = transformers.BertConfig(**spec["peer_config"])
+    model = transformers.FlaxBertForMaskedLM(
+        config, seed=0, dtype=jnp.dtype(spec["dtype"]), input_shape=batches[0]["input_ids"].shape
+    )
+    decay = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+    tx = optax.adamw(
+        spec["learning_rate"], *spec["betas"], eps=spec["epsilon"], weight_decay=spec["weight_decay"], mask=decay
+    )
+
+    @jax.jit
+    def update(params, opt_state, key, batch):
+        def loss_fn(params):
+            logits = model(
+                batch["input_ids"], batch["attention_mask"], params=params, dropout_rng=key, train=True
+            ).logits
+            mask = batch["labels"] >= 0
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits.astype(jnp.float32), jnp.maximum(batch["labels"], 0)
+            )
+            return (losses * mask).sum() / mask.sum()
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    update = jax.jit(update, donate_argnums=(0, 1))
+    arrays = [jax.device_put(batch) for batch in batches]
+    params, made = model.params, 0
+    opt_state = tx.init(params)
+
+    def step(i):
+        nonlocal params, opt_state, made
+        made += 1
+        params, opt_state, loss = update(params, opt_state, jax.random.key(made), arrays[i])
+        assert np.isfinite(float(loss))
+
+    return step, {"versions": {"jax": jax.__version__, "transformers": transformers.__version__}}
+
+
+step, about = {"torch": torch_step, "flax": flax_step}[spec["peer"]]()
+began = time.perf_counter()
+step(0)
+print(json.dumps({"compile_seconds": time.perf_counter() - began, **about}), flush=True)
+made = 0
+for line in sys.stdin:
+    until = time.perf_counter() + float(line.split()[1])
+    milliseconds, tokens = [], 0
+    while not milliseconds or time.perf_counter() < until:
+        began = time.perf_counter()
+        i = made % len(batches)
+        step(i)
+        milliseconds.append(1000 * (time.perf_counter() - began))
+        tokens += spec["peer_tokens"][i]
+        made += 1
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"milliseconds": milliseconds, "tokens": tokens, "memory": memory}), flush=True)
