@@ -5,6 +5,8 @@ or, in the head, every target. Attention counts the pairs that see one another. 
 What is recomputed, norms, activations and the optimizer do not count.
 """
 
+import itertools
+
 import numpy as np
 
 from flax_encoder.config import EncoderConfig
@@ -15,7 +17,7 @@ def visible_pairs(segment_ids: np.ndarray, window: int | None) -> int:
     total = 0
     for row in np.asarray(segment_ids):
         starts = np.flatnonzero(np.diff(row, prepend=-1, append=-1))
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        for start, stop in itertools.pairwise(starts):
             if row[start] > 0:
                 length = int(stop - start)
                 reach = length - 1 if window is None else min(window, length - 1)
