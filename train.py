@@ -8,10 +8,13 @@ import dataclasses
 import functools
 import json
 import operator
+import os
 import pathlib
 import sys
 import time
 from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before JAX is imported; training/runtime.py says why
 
 import jax
 import numpy as np
@@ -29,7 +32,7 @@ from flax_encoder.run import model_factory
 from flax_encoder.training.checkpoint import Checkpoints, read_run
 from flax_encoder.training.optimizer import make_optimizer, make_schedule
 from flax_encoder.training.run_log import Clock, RunLog, write_atomically
-from flax_encoder.training.runtime import StopSignals, set_up_runtime
+from flax_encoder.training.runtime import StopSignals, cache_hits, set_up_runtime
 from flax_encoder.training.sharding import check_batch, logical_axes, make_mesh, put_batch
 from flax_encoder.training.step import StepMetrics, init_train_state, make_eval_step, make_train_step
 
@@ -124,10 +127,11 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
             batch = put_batch(rows, mesh)  # while the device has the last steps to do
             clock.count(rows, jax.process_count())
             if (shape := rows["tokens"].shape) not in compiled:  # rows of another length, a few times in a run at most
-                with clock.paused():
+                with clock.paused(), cache_hits() as hits:
                     began = time.monotonic()
                     compiled[shape] = step_fn.lower(state, batch).compile()
-                    log.say(f"compiled the step for rows of {shape[1]} tokens in {time.monotonic() - began:.1f} s")
+                    how, seconds = "loaded" if hits else "compiled", time.monotonic() - began
+                    log.say(f"{how} the step for rows of {shape[1]} tokens in {seconds:.1f} s")
             state, step_metrics = compiled[shape](state, batch)
             clock.steps += 1
             in_flight.append(step_metrics.grad_norm)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -182,6 +183,20 @@ def test_resume_after_kill_at_any_moment_is_bitwise_identical(uninterrupted, tmp
     run(command(config))
     assert losses(tmp_path / "run") == uninterrupted[1]
     assert load_run(tmp_path / "run").step == config.steps
+
+
+def test_a_second_start_loads_what_the_first_compiled(corpus, tmp_path):
+    """And computes the same, to the bit. The step of another model is compiled."""
+    shared = {"steps": 3, "log_every": 1, "model__num_layers": 3, "model__scan_layers": False}
+    reported = {}
+    for name, more in {"first": {}, "second": {}, "other": {"model__mlp_dim": 68}}.items():
+        output = run(command(tiny(corpus, tmp_path / name, **shared, **more)))
+        [(how, seconds)] = re.findall(r"(compiled|loaded) the step for rows of 32 tokens in ([\d.]+) s", output)
+        reported[name] = how, float(seconds)
+        assert "cpu_aot_loader" not in output
+    assert [how for how, _ in reported.values()] == ["compiled", "loaded", "compiled"]
+    assert reported["second"][1] < reported["first"][1]
+    assert losses(tmp_path / "first") == losses(tmp_path / "second") != losses(tmp_path / "other")
 
 
 def test_a_finished_run_reports_again_and_trains_no_more(corpus, tmp_path, one_device):

@@ -8,7 +8,8 @@ from flax_encoder.config import Activation, EncoderConfig, HeadConfig
 from flax_encoder.nn.feed_forward import ACTIVATIONS
 from flax_encoder.nn.linear import Linear
 from flax_encoder.nn.normalization import Norm
-from flax_encoder.nn.partition import normal, param, zeros
+from flax_encoder.nn.partition import MESH_AXES, is_split, normal, param, zeros
+from flax_encoder.ops.cross_entropy import MeshAxes, linear_cross_entropy
 from flax_encoder.ops.dropout import dropout
 from flax_encoder.ops.linear import linear
 
@@ -65,9 +66,28 @@ class MaskedLMHead(Head):
         self.bias = param(rngs, zeros, vocab=config.vocab_size) if head.out_bias else None
 
     def __call__(self, hidden: Float[Array, "B M D"], token_embedding: Float[Array, "V E"]) -> Float[Array, "B M V"]:
+        return linear(*self._operands(hidden, token_embedding), contract_last=True, dtype=self.config.dtype)
+
+    def cross_entropy(
+        self,
+        hidden: Float[Array, "B M D"],
+        token_embedding: Float[Array, "V E"],
+        targets: Int[Array, "B M"],
+        weights: Float[Array, "B M"],
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The loss of these logits and how many are correct, summed by weight; large logits never live whole."""
+        operands = self._operands(hidden, token_embedding)
+        return linear_cross_entropy(*operands, targets, weights, dtype=self.config.dtype, mesh_axes=_mesh_axes())
+
+    def _operands(self, hidden, token_embedding):
         table = token_embedding if self.token is None else self.token[...]
-        bias = None if self.bias is None else self.bias[...]
-        return linear(self.transform(hidden), table, bias, contract_last=True, dtype=self.config.dtype)
+        return self.transform(hidden), table, None if self.bias is None else self.bias[...]
+
+
+def _mesh_axes() -> MeshAxes | None:
+    if not any(is_split(name) for name in ("batch", "vocab", "embed")):
+        return None
+    return MeshAxes(MESH_AXES["batch"], MESH_AXES["vocab"], MESH_AXES["embed"])
 
 
 class ClassificationHead(Head):

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
+
+from flax_encoder.ops.cross_entropy import cross_entropy
 
 
 class LossSum(NamedTuple):
@@ -21,9 +21,5 @@ class LossSum(NamedTuple):
 
 def target_loss(logits: Float[Array, "B M V"], targets: Int[Array, "B M"], weights: Float[Array, "B M"]) -> LossSum:
     """Cross-entropy in float32, and how many targets no other class beats, both summed by weight."""
-    logits = logits.astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    # Softmax needs the maximum anyway; an argmax would be one more pass over the logits.
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    correct = (target_logits >= logits.max(-1)).astype(jnp.float32)
-    return LossSum((losses * weights).sum(), weights.sum(), {"correct": (correct * weights).sum()})
+    total, correct = cross_entropy(logits, targets, weights)
+    return LossSum(total, weights.sum(), {"correct": correct})

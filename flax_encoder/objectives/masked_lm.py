@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from flax_encoder.config import EncoderConfig, HeadConfig
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import MaskedLMHead, gather_rows
-from flax_encoder.objectives.loss import LossSum, target_loss
+from flax_encoder.objectives.loss import LossSum
 
 
 class MaskedLM(nnx.Module):
@@ -22,12 +22,18 @@ class MaskedLM(nnx.Module):
     def __call__(self, batch: dict[str, Array], *, key: Array | None = None) -> Float[Array, "B M V"]:
         """Logits at `target_positions` [B, M]; the batch also holds tokens, segment_ids and positions [B, T], and
         token_types if it has any."""
-        rows = (batch["tokens"], batch["segment_ids"], batch["positions"], batch.get("token_types"))
-        hidden = self.encoder(*rows, key=key)
-        return self.head(gather_rows(hidden, batch["target_positions"]), self.encoder.embedding.token[...])
+        return self.head(self._target_rows(batch, key), self.encoder.embedding.token[...])
 
     def loss(self, batch: dict[str, Array], *, key: Array | None = None) -> LossSum:
-        return target_loss(self(batch, key=key), batch["targets"], batch["target_weights"])
+        """Of `self(batch)`, without those logits all at once where they are large."""
+        weights, token_embedding = batch["target_weights"], self.encoder.embedding.token[...]
+        rows = self._target_rows(batch, key)
+        total, correct = self.head.cross_entropy(rows, token_embedding, batch["targets"], weights)
+        return LossSum(total, weights.sum(), {"correct": correct})
+
+    def _target_rows(self, batch, key) -> Float[Array, "B M D"]:
+        rows = (batch["tokens"], batch["segment_ids"], batch["positions"], batch.get("token_types"))
+        return gather_rows(self.encoder(*rows, key=key), batch["target_positions"])
 
     @staticmethod
     def report(total: LossSum) -> dict[str, float]:

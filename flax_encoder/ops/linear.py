@@ -35,6 +35,23 @@ def linear(
     return y if bias is None else y + bias
 
 
+def linear_gradients(
+    x: Float[Array, "B D"],
+    kernel: Float[Array, "D F"] | Float[Array, "F D"],
+    g: Float[Array, "B F"],
+    *,
+    contract_last: bool = False,
+    dtype: str = "float32",
+) -> tuple[Float[Array, "B D"], Float[Array, "..."]]:
+    """The gradients of x and kernel for that of `linear`'s result: operands rounded to `dtype`, the rest float32."""
+    over_features = 0 if contract_last else 1
+    rows, columns = (g, x) if contract_last else (x, g)
+    if dtype == "bfloat16":
+        return _rows_dot(g, kernel, (1, over_features)), _rows_dot_over_rows(rows, columns)
+    g, kernel, rows, columns = (a.astype(jnp.float32) for a in (g, kernel, rows, columns))
+    return _dot(g, kernel, (1, over_features)), _dot(rows, columns, (0, 0))
+
+
 def _plain_product(x, kernel, transposed: bool):
     """The reference."""
     return _dot(x.astype(jnp.float32), kernel.astype(jnp.float32), (1, 1 if transposed else 0))
@@ -74,8 +91,7 @@ def _bfloat16_forward(x, kernel, transposed):
 
 def _bfloat16_backward(transposed, residuals, g):
     x, kernel, (x_like, kernel_like) = residuals
-    d_x = _rows_dot(g, kernel, (1, 0 if transposed else 1))
-    d_kernel = _rows_dot_over_rows(g, x) if transposed else _rows_dot_over_rows(x, g)
+    d_x, d_kernel = linear_gradients(x, kernel, g, contract_last=transposed, dtype="bfloat16")
     return d_x.astype(x_like.dtype), d_kernel.astype(kernel_like.dtype)
 
 
