@@ -60,9 +60,9 @@ class SelfAttention(nnx.Module):
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads or config.num_heads, "head_dim": config.head_dim}
         options = {"std": config.init_std, "use_bias": config.biases.attention, "dtype": config.dtype, "rngs": rngs}
-        self.query = Linear(embed, heads, **options)
-        self.key = Linear(embed, kv_heads, **options)
-        self.value = Linear(embed, kv_heads, **options)
+        self.query = Linear(embed, heads, out_dtype=config.dtype, **options)
+        self.key = Linear(embed, kv_heads, out_dtype=config.dtype, **options)
+        self.value = Linear(embed, kv_heads, out_dtype=config.dtype, **options)
         self.out = Linear(heads, embed, **options)
         terms = config.disentangled_terms if config.relative_position == "disentangled" else ""
         is_own = not config.share_relative_projections
@@ -84,7 +84,6 @@ class SelfAttention(nnx.Module):
         if position.rope is not None:
             query, keys = apply_rope(query, position.rope), apply_rope(keys, position.rope)
         attention_key, output_key = (None, None) if key is None else jax.random.split(key)
-        query, keys, value = (a.astype(config.dtype) for a in (query, keys, value))
         bias, scale = position.bias, config.attention_scale
         if position.distances is not None:
             bias, scale = self._disentangled(query, keys, position.distances, output_key)

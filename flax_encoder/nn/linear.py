@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -13,15 +14,24 @@ from flax_encoder.ops.linear import linear
 class Linear(nnx.Module):
     """x @ kernel + bias over the last `len(inputs)` axes of x; axes are given as `name=size`.
 
-    Parameters are float32; operands are rounded to `dtype`, accumulation and result are float32.
+    Parameters are float32; operands are rounded to `dtype`, accumulation is float32, and so is the result, unless
+    `out_dtype` has it rounded too: what lies between two products, not on the residual stream, can be.
     """
 
     def __init__(
-        self, inputs: dict[str, int], outputs: dict[str, int], *, std: float, use_bias: bool, dtype: str, rngs: nnx.Rngs
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        *,
+        std: float,
+        use_bias: bool,
+        dtype: str,
+        out_dtype: str = "float32",
+        rngs: nnx.Rngs,
     ):
         self.num_inputs = len(inputs)
         self.outputs = tuple(outputs.items())
-        self.dtype = dtype
+        self.dtype, self.out_dtype = dtype, out_dtype
         self.kernel = param(rngs, normal(std), **inputs, **outputs)
         bias_axes = {("features" if name == "embed" else name): size for name, size in outputs.items()}
         self.bias = param(rngs, zeros, **bias_axes) if use_bias else None
@@ -30,7 +40,8 @@ class Linear(nnx.Module):
         kernel = self.kernel[...]
         x = x.reshape(*x.shape[: x.ndim - self.num_inputs], -1)
         kernel = kernel.reshape(-1, *kernel.shape[self.num_inputs :])
-        return linear(x, kernel, None if self.bias is None else self.bias[...], dtype=self.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        return linear(x, kernel, bias, dtype=self.dtype).astype(self.out_dtype)
 
 
 def packed(x: Float[Array, "*B D"], *layers: Linear) -> list[Float[Array, "..."]]:
@@ -43,9 +54,10 @@ def packed(x: Float[Array, "*B D"], *layers: Linear) -> list[Float[Array, "..."]
         return [layer(x) for layer in layers]
     shapes = [tuple(size for _, size in layer.outputs) for layer in layers]
     widths = [math.prod(shape) for shape in shapes]
-    kernel = jnp.concatenate([layer.kernel[...].reshape(x.shape[-1], -1) for layer in layers], axis=1)
-    has_bias = layers[0].bias is not None
-    bias = jnp.concatenate([layer.bias[...].reshape(-1) for layer in layers]) if has_bias else None
-    y = linear(x, kernel, bias, dtype=layers[0].dtype)
-    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-    return [y[..., e - w : e].reshape(*x.shape[:-1], *s) for e, w, s in zip(ends, widths, shapes, strict=True)]
+    first = layers[0]
+    # Rounded before they are copied side by side, which then moves half as much.
+    kernels = [layer.kernel[...].reshape(x.shape[-1], -1).astype(first.dtype) for layer in layers]
+    bias = None if first.bias is None else jnp.concatenate([layer.bias[...].reshape(-1) for layer in layers])
+    y = linear(x, jnp.concatenate(kernels, axis=1), bias, dtype=first.dtype).astype(first.out_dtype)
+    parts = jax.lax.split(y, widths, axis=y.ndim - 1)
+    return [part.reshape(*x.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)]

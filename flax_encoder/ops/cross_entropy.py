@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from flax_encoder.ops.linear import linear, linear_gradients
 
 # Float32 logits that live at once. Larger chunks re-read the table and its gradient less often, smaller ones stay
-# nearer to the caches: of 2500 x 50432, four chunks ran fastest (LOG.md).
+# nearer to the caches: 2500 x 50432 ran fastest in three to five chunks (LOG.md).
 _CHUNK_BYTES = 2**27
 logger = logging.getLogger(__name__)
 
