@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_encoder.ops import attention as attention_module
-from flax_encoder.ops.attention import IMPLEMENTATIONS, attention
+from flax_encoder.ops.attention import IMPLEMENTATIONS, attention, chunked
 
 B, K, G, T, S, H = 2, 3, 5, 13, 7, 17
 N = K * G
@@ -19,7 +19,7 @@ MEMORY = np.array([[1, 1, 2, 2, 3, 3, 0], [0, 1, 1, 2, 2, 0, 0]], np.int32)  # o
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request, monkeypatch):
-    monkeypatch.setattr(attention_module, "_KEY_BLOCK", KEY_BLOCK)
+    monkeypatch.setattr(chunked, "KEY_BLOCK", KEY_BLOCK)
     return request.param
 
 
@@ -253,7 +253,7 @@ def test_inputs_that_cannot_be_served_say_why():
         attention(q[:, :, 1:], k, k)
     with pytest.raises(ValueError, match=r"unknown attention implementation 'fast'; known are reference, chunked"):
         attention(q, k, k, implementation="fast")
-    with pytest.raises(ValueError, match=r"'chunked' has no dropout: use 'reference'"):
+    with pytest.raises(ValueError, match=r"'chunked' cannot serve: it has no dropout: got 0.1; use 'reference'"):
         attention(q, k, k, dropout_rate=0.1, dropout_key=jax.random.key(0), implementation="chunked")
     with pytest.raises(ValueError, match=rf"need key_segment_ids beside segment_ids: got T {T}, S {S}"):
         attention(q, cross, cross, segment_ids=jnp.asarray(SEGMENTS))
@@ -263,7 +263,7 @@ def test_one_block_and_many_give_the_same(monkeypatch):
     query, key, value = map(jnp.asarray, draw((B, T, N, H), (B, T, K, H), (B, T, K, H)))
     outs = []
     for block in (512, T, KEY_BLOCK, 1):
-        monkeypatch.setattr(attention_module, "_KEY_BLOCK", block)
+        monkeypatch.setattr(chunked, "KEY_BLOCK", block)
         outs.append(attention(query, key, value, implementation="chunked"))
     for out in outs[1:]:
         assert_close(out, outs[0])
@@ -275,14 +275,13 @@ def test_a_rate_without_a_key_is_deterministic_on_every_implementation(implement
     np.testing.assert_array_equal(*calls)
 
 
-def test_none_picks_chunked_for_long_rows_and_logs_it_once(monkeypatch, caplog):
-    monkeypatch.setattr(attention_module, "_KEY_BLOCK", 3)
+def test_none_picks_chunked_for_long_rows_and_logs_it_once(caplog):
     attention_module._log_choice.cache_clear()
-    query, key = jnp.ones((B, T, N, H)), jnp.ones((B, T, K, H))
+    query = key = jnp.ones((1, 1025, 1, 1))
     with caplog.at_level(logging.INFO, logger=attention_module.__name__):
         for _ in range(2):
             attention(query, key, key)
-    assert [r.getMessage() for r in caplog.records] == [f"attention over rows of {T} uses the 'chunked' implementation"]
+    assert [r.getMessage() for r in caplog.records] == ["attention over rows of 1025 uses the 'chunked' implementation"]
 
 
 @pytest.mark.parametrize(("name", "least", "most"), [("chunked", 1.0, 5.5), ("reference", 10.0, 100.0)])
