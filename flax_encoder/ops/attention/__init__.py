@@ -7,6 +7,7 @@ backward; segment 0 is padding, which sees nothing, is seen by nothing, and come
 
 import functools
 import logging
+import math
 import operator
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,16 +32,18 @@ class Implementation(NamedTuple):
 
 
 IMPLEMENTATIONS = {
-    "reference": Implementation(reference.attend, reference.refusal),
-    "chunked": Implementation(chunked.attend, chunked.refusal),
+    module.__name__.rsplit(".", 1)[1]: Implementation(module.attend, module.refusal)
+    for module in (reference, chunked)
 }
 
-# In order of preference; the first that is worth it and can serve is taken.
-CHOICES: dict[str, list[tuple[str, Callable[[Problem], bool]]]] = {
-    # A short row's logits cost less to keep than to make again; only `chunked` stays linear in a long one's.
-    "cpu": [("reference", lambda problem: problem.key.shape[1] <= 1024), ("chunked", lambda problem: True)],
+# By platform, in order of preference: a name, and the longest row of keys for which it is worth it. LOG.md has the
+# measurements: on CPUs `chunked` is the fastest at every length; elsewhere a short row's logits cost less to keep than
+# to make again.
+CHOICES = {
+    "cpu": (("chunked", math.inf),),
+    "tpu": (("reference", 1024), ("chunked", math.inf)),
+    "gpu": (("reference", 1024), ("chunked", math.inf)),
 }
-_ANYWHERE = [("reference", lambda problem: problem.key.shape[1] <= 1024), ("chunked", lambda problem: True)]
 
 
 def attention(
@@ -103,6 +106,7 @@ def attention(
         H**-0.5 if scale is None else scale,
         dropout_rate if is_dropped else 0.0,
         dropout_words(dropout_key) if is_dropped else None,
+        N,
     )
     name = implementation or _choose(problem)
     if refusal := IMPLEMENTATIONS[name].refusal(problem):
@@ -123,9 +127,10 @@ def _narrowest(window: Window | None, T: int, S: int) -> Window | None:
 
 
 def _choose(problem: Problem) -> str:
-    choices = CHOICES.get(platform(), _ANYWHERE)
-    name = next(n for n, is_worth_it in choices if is_worth_it(problem) and not IMPLEMENTATIONS[n].refusal(problem))
-    _log_choice(name, problem.key.shape[1])
+    length = problem.key.shape[1]
+    names = (name for name, longest in CHOICES[platform()] if length <= longest)
+    name = next(name for name in names if not IMPLEMENTATIONS[name].refusal(problem))
+    _log_choice(name, length)
     return name
 
 

@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from flax_encoder.ops.dropout import keep_mask
+from flax_encoder.ops.dropout import Words, keep_mask
 
 Window = tuple[int | Int[Array, ""], int | Int[Array, ""]]
 
@@ -29,6 +28,12 @@ class Problem(NamedTuple):
     dropout_rate: float
     dropout_words: UInt32[Array, "2"] | None
     """None without dropout."""
+    num_heads: int
+    """Of the whole problem, of which this may be one device's part,"""
+    first_row: int | Int[Array, ""] = 0
+    """from this batch row on"""
+    first_head: int | Int[Array, ""] = 0
+    """and this query head."""
 
     @property
     def static_window(self) -> tuple[int, int] | None:
@@ -51,48 +56,38 @@ class Refusal(NamedTuple):
 
 
 def visible(
-    query_segments: Int[Array, "B T"] | None,
-    key_segments: Int[Array, "B S"] | None,
+    query_segments: Int[Array, "..."] | None,
+    key_segments: Int[Array, "..."] | None,
     window: Window | None,
-    query_index: Int[Array, "T"],
-    key_index: Int[Array, "S"],
-) -> Bool[Array, "#B T S"]:
-    """Which keys queries see; the indices are places in the row."""
-    mask = jnp.ones((1, query_index.size, key_index.size), bool)
+    query_index: Int[Array, "..."],
+    key_index: Int[Array, "..."],
+) -> Bool[Array, "..."] | None:
+    """Which keys queries see, None for all; queries' arrays broadcast against keys', indices are places in the row."""
+    mask = None
     if window is not None:
-        offset = key_index[None, :] - query_index[:, None]
-        mask &= (-jnp.asarray(window[0], jnp.int32) <= offset) & (offset <= jnp.asarray(window[1], jnp.int32))
+        offset = key_index - query_index
+        mask = (offset >= -window[0]) & (offset <= window[1])
     if query_segments is not None:
-        queries = query_segments[:, :, None]
-        mask &= (queries == key_segments[:, None, :]) & (queries > 0)
+        same = (query_segments == key_segments) & (query_segments > 0)
+        mask = same if mask is None else mask & same
     return mask
 
 
 def kept(
-    words: UInt32[Array, "2"],
+    words: Words,
     rate: float,
-    shape: tuple[int, int, int],
+    heads_and_queries: tuple[int, int],
     batch: Int[Array, "..."],
     head: Int[Array, "..."],
     query_index: Int[Array, "..."],
     key_index: Int[Array, "..."],
 ) -> Bool[Array, "..."]:
-    """Which probabilities dropout keeps, by their place in the whole problem; `shape` is its (B, N, T).
+    """Which probabilities dropout keeps, by their place in the whole problem, of N heads and T queries.
 
     Every backend takes its mask from here, so that with one key all give the same numbers.
     """
-    _, N, T = shape
+    N, T = heads_and_queries
     places = (jnp.asarray(x).astype(jnp.uint32) for x in (batch, head, query_index, key_index))
     batch, head, query_index, key_index = places
     row = (batch * jnp.uint32(N) + head) * jnp.uint32(T) + query_index
     return keep_mask(words, rate, row, key_index)
-
-
-def grouped_indices(B: int, K: int, G: int, T: int) -> tuple[Array, Array, Array]:
-    """(batch, head, query) that broadcast to [B, K, G, T, 1], for `kept`."""
-    shape = B, K, G, T, 1
-
-    def index(axis):
-        return jax.lax.broadcasted_iota(jnp.int32, tuple(n if a == axis else 1 for a, n in enumerate(shape)), axis)
-
-    return index(0), index(1) * G + index(2), index(3)
