@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flax_encoder.ops.attention import chunked, reference
+from flax_encoder.ops.attention import chunked, cudnn, reference, rows, splash
 from flax_encoder.ops.attention.problem import Problem, Refusal, Window
 from flax_encoder.ops.dropout import dropout_words
 from flax_encoder.ops.platform import platform
@@ -33,16 +33,16 @@ class Implementation(NamedTuple):
 
 IMPLEMENTATIONS = {
     module.__name__.rsplit(".", 1)[1]: Implementation(module.attend, module.refusal)
-    for module in (reference, chunked)
+    for module in (reference, chunked, rows, splash, cudnn)
 }
 
 # By platform, in order of preference: a name, and the longest row of keys for which it is worth it. LOG.md has the
-# measurements: on CPUs `chunked` is the fastest at every length; elsewhere a short row's logits cost less to keep than
-# to make again.
+# measurements: on CPUs `chunked` is the fastest at every length; on TPUs `rows` needs no copies around it, which cost
+# `splash` more than its products; elsewhere a short row's logits cost less to keep than to make again.
 CHOICES = {
     "cpu": (("chunked", math.inf),),
-    "tpu": (("reference", 1024), ("chunked", math.inf)),
-    "gpu": (("reference", 1024), ("chunked", math.inf)),
+    "tpu": (("rows", math.inf), ("splash", math.inf), ("reference", 1024), ("chunked", math.inf)),
+    "gpu": (("cudnn", math.inf), ("reference", 1024), ("chunked", math.inf)),
 }
 
 
