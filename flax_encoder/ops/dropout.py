@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
+Words = UInt32[Array, "2"] | tuple[UInt32[Array, ""], UInt32[Array, ""]]
+"""A key as the hash takes it, 64 bits: a kernel has them as two scalars."""
+
 
 def dropout_words(key: Array) -> UInt32[Array, "2"]:
     """What the hash takes of a key, 64 bits."""
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
-def keep_mask(
-    words: UInt32[Array, "2"], rate: float, row: UInt32[Array, "..."], column: UInt32[Array, "..."]
-) -> Bool[Array, "..."]:
+def keep_mask(words: Words, rate: float, row: UInt32[Array, "..."], column: UInt32[Array, "..."]) -> Bool[Array, "..."]:
     """Which elements stay, each with probability 1 - rate, by `words` and place; row and column broadcast.
 
     The hash is Wellons' lowbias32 of a Weyl sequence along the columns whose start is hashed from the row likewise.

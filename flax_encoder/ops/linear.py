@@ -7,10 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-
-def on_cpu() -> bool:
-    """Whether traced code is for the CPU; read at trace time."""
-    return jax.default_backend() == "cpu"
+from flax_encoder.ops.platform import platform
 
 
 def linear(
@@ -65,7 +62,7 @@ def _dot(a, b, contract: tuple[int, int]):
 def _row_major(x):
     # XLA:CPU reaches AMX only from row-major operands and result: 900 GFLOP/s against 150 (LOG.md). Without the
     # constraint its layout assignment may choose otherwise, and for some bf16 products then fails at run time.
-    return with_layout_constraint(x, Layout((0, 1))) if on_cpu() else x
+    return with_layout_constraint(x, Layout((0, 1))) if platform() == "cpu" else x
 
 
 def _rows_dot(a, b, contract: tuple[int, int]):

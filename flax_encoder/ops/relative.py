@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from flax_encoder.ops.linear import on_cpu
+from flax_encoder.ops.platform import platform
 
 
 def to_pairs(table: Float[Array, "*B T P"]) -> Float[Array, "*B T T"]:
@@ -125,7 +125,7 @@ def disentangled_bias(
         picked = table[rows].astype(content.dtype)
         return to_pairs(jnp.einsum("BTNH,PNH->BNTP", content, picked, preferred_element_type=jnp.float32))
 
-    if on_cpu():  # where XLA has no fast batched bfloat16 product
+    if platform() == "cpu":  # where XLA has no fast batched bfloat16 product
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     terms = []
     if position_key is not None:

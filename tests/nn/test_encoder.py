@@ -126,10 +126,12 @@ def test_padding_does_not_change_output(variant):
 
 def test_no_segments_is_one_document_counted_from_zero():
     graphdef, params = make(SMALL)
-    encode = jax.jit(lambda *args: nnx.merge(graphdef, params)(*args))
+    encode = nnx.merge(graphdef, params)
     tokens = random_tokens((B, T))
     positions = jnp.tile(jnp.arange(T, dtype=jnp.int32), (B, 1))
-    np.testing.assert_array_equal(encode(tokens), encode(tokens, jnp.ones_like(tokens), positions))
+    # Both are known as the program is compiled, which may then leave the mask out: that rounds differently.
+    whole = jax.jit(lambda tokens: encode(tokens, jnp.ones_like(tokens), positions))
+    np.testing.assert_array_equal(jax.jit(encode)(tokens), whole(tokens))
 
 
 SEGMENTS = jnp.array([[1] * 11 + [2] * 7 + [0] * 5, [1] * 3 + [2] * 20], jnp.int32)

@@ -1,26 +1,33 @@
 """attention: every implementation is the definition, forward and backward."""
 
+import functools
 import logging
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flax_encoder.ops import attention as attention_module
-from flax_encoder.ops.attention import IMPLEMENTATIONS, attention
+from flax_encoder.ops.attention import attention, chunked
 
 B, K, G, T, S, H = 2, 3, 5, 13, 7, 17
 N = K * G
-KEY_BLOCK = 4  # divides neither T nor S
+KEY_BLOCK, QUERY_BLOCK = 4, 3  # divide neither T nor S
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0], [1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]], np.int32)
 MEMORY = np.array([[1, 1, 2, 2, 3, 3, 0], [0, 1, 1, 2, 2, 0, 0]], np.int32)  # of S keys; some queries see none
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=["reference", "chunked", "chunked, many tiles"])
 def implementation(request, monkeypatch):
-    monkeypatch.setattr(attention_module, "_KEY_BLOCK", KEY_BLOCK)
-    return request.param
+    """Those that serve everything, on any platform; test_attention_kernels.py has the others."""
+    monkeypatch.setattr(chunked, "KEY_BLOCK", KEY_BLOCK)
+    if "tiles" in request.param:
+        monkeypatch.setattr(chunked, "QUERY_BLOCK", QUERY_BLOCK)
+        monkeypatch.setattr(chunked, "FEWEST_QUERIES", QUERY_BLOCK)
+        monkeypatch.setattr(chunked, "TILE", 1)
+    return request.param.split(",")[0]
 
 
 def draw(*shapes, seed=0, dtype=np.float32):
@@ -78,6 +85,7 @@ CASES = {
     "plain heads, own scale": {"heads": (K, K), "scale": 0.3},
     "segments": {"segments": SEGMENTS},
     "asymmetric window": {"window": (3, 1)},
+    "one-sided window": {"window": (T, 0)},
     "segments and window": {"segments": SEGMENTS, "window": (1, 2)},
     "one key head, one-sided window": {"heads": (K, 1), "window": (0, 4)},
     "fewer keys and window": {"lengths": (T, S), "window": (2, 1)},
@@ -247,14 +255,36 @@ def test_dropout_keeps_the_mean():
     assert (np.abs(outs.mean(0) - np.asarray(whole)) < 5 * outs.std(0) / draws**0.5).all()
 
 
+def test_dropout_is_the_same_on_every_implementation(implementation):
+    """Which probabilities are dropped follows from the key alone, so that outputs and gradients agree."""
+    arrays = draw((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))
+    options = {"segment_ids": jnp.asarray(SEGMENTS), "dropout_rate": 0.4}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def out_and_gradients(name, query, key, value, d_out, dropout_key):
+        call = lambda *qkv: attention(*qkv, **options, dropout_key=dropout_key, implementation=name)  # noqa: E731
+        out, vjp = jax.vjp(call, query, key, value)
+        return out, *vjp(d_out)
+
+    key, other = jax.random.split(jax.random.key(5))
+    outs = [out_and_gradients(name, *arrays, key) for name in (implementation, "reference")]
+    for got, want in zip(*outs, strict=True):
+        assert_close(got, want)
+    assert not np.allclose(out_and_gradients(implementation, *arrays, other)[0], outs[0][0], atol=1e-2)
+
+
+def test_everything_dropped_is_zeros(implementation):
+    query, key = map(jnp.asarray, draw((B, T, N, H), (B, T, K, H)))
+    out = attention(query, key, key, dropout_rate=1.0, dropout_key=jax.random.key(0), implementation=implementation)
+    assert not out.any()
+
+
 def test_inputs_that_cannot_be_served_say_why():
     q, k, cross = jnp.zeros((B, T, N, H)), jnp.zeros((B, T, K, H)), jnp.zeros((B, S, K, H))
     with pytest.raises(ValueError, match=rf"must divide query heads: got {K} for {N - 1}"):
         attention(q[:, :, 1:], k, k)
     with pytest.raises(ValueError, match=r"unknown attention implementation 'fast'; known are reference, chunked"):
         attention(q, k, k, implementation="fast")
-    with pytest.raises(ValueError, match=r"'chunked' has no dropout: use 'reference'"):
-        attention(q, k, k, dropout_rate=0.1, dropout_key=jax.random.key(0), implementation="chunked")
     with pytest.raises(ValueError, match=rf"need key_segment_ids beside segment_ids: got T {T}, S {S}"):
         attention(q, cross, cross, segment_ids=jnp.asarray(SEGMENTS))
 
@@ -263,7 +293,7 @@ def test_one_block_and_many_give_the_same(monkeypatch):
     query, key, value = map(jnp.asarray, draw((B, T, N, H), (B, T, K, H), (B, T, K, H)))
     outs = []
     for block in (512, T, KEY_BLOCK, 1):
-        monkeypatch.setattr(attention_module, "_KEY_BLOCK", block)
+        monkeypatch.setattr(chunked, "KEY_BLOCK", block)
         outs.append(attention(query, key, value, implementation="chunked"))
     for out in outs[1:]:
         assert_close(out, outs[0])
@@ -275,14 +305,13 @@ def test_a_rate_without_a_key_is_deterministic_on_every_implementation(implement
     np.testing.assert_array_equal(*calls)
 
 
-def test_none_picks_chunked_for_long_rows_and_logs_it_once(monkeypatch, caplog):
-    monkeypatch.setattr(attention_module, "_KEY_BLOCK", 3)
+def test_the_choice_is_logged_once(caplog):
     attention_module._log_choice.cache_clear()
-    query, key = jnp.ones((B, T, N, H)), jnp.ones((B, T, K, H))
+    query = key = jnp.ones((1, 1025, 1, 1))
     with caplog.at_level(logging.INFO, logger=attention_module.__name__):
         for _ in range(2):
             attention(query, key, key)
-    assert [r.getMessage() for r in caplog.records] == [f"attention over rows of {T} uses the 'chunked' implementation"]
+    assert [r.getMessage() for r in caplog.records] == ["attention over rows of 1025 uses the 'chunked' implementation"]
 
 
 @pytest.mark.parametrize(("name", "least", "most"), [("chunked", 1.0, 5.5), ("reference", 10.0, 100.0)])
@@ -297,3 +326,32 @@ def test_only_chunked_memory_is_linear_in_length(name, least, most):
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert least < temporary_bytes(8192) / temporary_bytes(2048) < most
+
+
+def test_cost_is_linear_in_length_within_a_static_window():
+    """Operations of forward and backward as compiled, a loop's body counted once: those of one block of queries."""
+
+    def operations(length, window):
+        array = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float32)
+        loss = lambda q, k, v: attention(q, k, v, window=window, implementation="chunked").sum()  # noqa: E731
+        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(array, array, array)
+        return _dot_operations(jaxpr.jaxpr)
+
+    assert operations(8192, (64, 64)) == pytest.approx(4 * operations(2048, (64, 64)), rel=0.01)
+    assert operations(8192, (64, 64)) < operations(8192, None) / 25
+
+
+def _dot_operations(jaxpr):
+    """Multiplications in matrix products, loops by their length."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            out, a = equation.outvars[0].aval, equation.invars[0].aval
+            total += out.size * np.prod([a.shape[d] for d in contracted])
+        times = equation.params.get("length", 1)
+        if equation.primitive.name == "while":
+            times = 16  # 8192 over blocks of 512; the loop over blocks of keys is the one with its bounds in arrays
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            total += times * _dot_operations(inner)
+    return total

@@ -1,0 +1,139 @@
+"""Bidirectional attention over packed rows: one contract, several backends.
+
+Axes: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K query heads that share one,
+H head dim. A token sees the keys of its own segment that lie within its window, on every backend, forward and
+backward; segment 0 is padding, which sees nothing, is seen by nothing, and comes out as zeros.
+"""
+
+import functools
+import logging
+import math
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flax_encoder.ops.attention import chunked, cudnn, reference, rows, splash
+from flax_encoder.ops.attention.problem import Problem, Refusal, Window
+from flax_encoder.ops.dropout import dropout_words
+from flax_encoder.ops.platform import platform
+
+__all__ = ["CHOICES", "IMPLEMENTATIONS", "Window", "attention"]
+
+logger = logging.getLogger(__name__)
+
+
+class Implementation(NamedTuple):
+    attend: Callable[[Problem], Float[Array, "B T N H"]]
+    refusal: Callable[[Problem], Refusal | None]
+    """Why it cannot serve a problem, or None."""
+
+
+IMPLEMENTATIONS = {
+    module.__name__.rsplit(".", 1)[1]: Implementation(module.attend, module.refusal)
+    for module in (reference, chunked, rows, splash, cudnn)
+}
+
+# By platform, in order of preference: a name, and the longest row of keys for which it is worth it. LOG.md has the
+# measurements: on CPUs `chunked` is the fastest at every length; on TPUs `rows` needs no copies around it, which cost
+# `splash` more than its products; elsewhere a short row's logits cost less to keep than to make again.
+CHOICES = {
+    "cpu": (("chunked", math.inf),),
+    "tpu": (("rows", math.inf), ("splash", math.inf), ("reference", 1024), ("chunked", math.inf)),
+    "gpu": (("cudnn", math.inf), ("reference", 1024), ("chunked", math.inf)),
+}
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    key_segment_ids: Int[Array, "B S"] | None = None,
+    window: Window | None = None,
+    bias: Float[Array, "#B #N T S"] | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(scale Q K^T + bias) V within segments and window (Vaswani et al., arXiv 1706.03762, equation 1).
+
+    Args:
+      segment_ids: each query's document in its row, 0 for padding. None is one document a row.
+      key_segment_ids: each key's; None is segment_ids, for self-attention, where T = S.
+      window: how many tokens to the (left, right) a query sees, in row indices. Python ints let a backend skip what
+        lies outside; traced values cost as much as no window, where a backend takes them at all.
+      bias: added to the scaled logits; T5's and ALiBi's positions go here.
+      scale: None is H ** -0.5.
+      dropout_rate: of the attention probabilities, where dropout_key is given (Srivastava et al. 2014, inverted).
+        Which are dropped is a hash of the key and the place, the same on every backend.
+      implementation: a name in `IMPLEMENTATIONS`, or None for the first of `CHOICES` that can serve.
+
+    Logits, softmax and accumulation are float32, and the result has query's dtype. Products take bfloat16 operands as
+    they come.
+
+    Raises:
+      ValueError: heads that do not divide, an unknown implementation, or one that cannot serve, with the reason.
+    """
+    (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
+    if N % K:
+        raise ValueError(f"key/value heads must divide query heads: got {K} for {N}.")
+    if segment_ids is not None and key_segment_ids is None and T != S:
+        raise ValueError(f"keys of their own need key_segment_ids beside segment_ids: got T {T}, S {S}.")
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"unknown attention implementation {implementation!r}; known are {', '.join(IMPLEMENTATIONS)}."
+        )
+    if key_segment_ids is None:
+        key_segment_ids = segment_ids
+    elif segment_ids is None:
+        segment_ids = jnp.ones((B, T), jnp.int32)
+    is_dropped = dropout_key is not None and dropout_rate > 0.0
+    if is_dropped and dropout_rate == 1.0:
+        return jnp.zeros_like(query)
+    problem = Problem(
+        query,
+        key,
+        value,
+        segment_ids,
+        key_segment_ids,
+        _narrowest(window, T, S),
+        bias,
+        H**-0.5 if scale is None else scale,
+        dropout_rate if is_dropped else 0.0,
+        dropout_words(dropout_key) if is_dropped else None,
+        N,
+    )
+    name = implementation or _choose(problem)
+    if refusal := IMPLEMENTATIONS[name].refusal(problem):
+        raise ValueError(f"attention implementation {name!r} cannot serve: {refusal}")
+    return IMPLEMENTATIONS[name].attend(problem)
+
+
+def _narrowest(window: Window | None, T: int, S: int) -> Window | None:
+    """Python ints where they can be had, no wider than the row; None where everything is seen."""
+    if window is None:
+        return None
+    try:
+        left, right = (operator.index(w) for w in window)
+    except TypeError:
+        return tuple(jnp.asarray(w, jnp.int32) for w in window)
+    left, right = min(left, T - 1), min(right, S - 1)
+    return None if left == T - 1 and right == S - 1 else (left, right)
+
+
+def _choose(problem: Problem) -> str:
+    length = problem.key.shape[1]
+    names = (name for name, longest in CHOICES[platform()] if length <= longest)
+    name = next(name for name in names if not IMPLEMENTATIONS[name].refusal(problem))
+    _log_choice(name, length)
+    return name
+
+
+@functools.cache
+def _log_choice(name: str, key_length: int) -> None:
+    logger.info("attention over rows of %d uses the %r implementation", key_length, name)

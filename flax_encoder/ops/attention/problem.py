@@ -1,0 +1,93 @@
+"""What an attention backend is given, and how it refuses."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from flax_encoder.ops.dropout import Words, keep_mask
+
+Window = tuple[int | Int[Array, ""], int | Int[Array, ""]]
+
+MASKED = -1e30  # finite, so that no inf - inf arises where a query sees no key
+
+
+class Problem(NamedTuple):
+    """One call of `attention`, checked and filled in."""
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K H"]
+    query_segments: Int[Array, "B T"] | None
+    """With key_segments None where every query may see every key; 0 is padding."""
+    key_segments: Int[Array, "B S"] | None
+    window: Window | None
+    """How far a query sees to the (left, right): ints where they are known as the program is traced."""
+    bias: Float[Array, "#B #N T S"] | None
+    scale: float
+    dropout_rate: float
+    dropout_words: UInt32[Array, "2"] | None
+    """None without dropout."""
+    num_heads: int
+    """Of the whole problem, of which this may be one device's part,"""
+    first_row: int | Int[Array, ""] = 0
+    """from this batch row on"""
+    first_head: int | Int[Array, ""] = 0
+    """and this query head."""
+
+    @property
+    def static_window(self) -> tuple[int, int] | None:
+        return None if self.window is None or self.has_traced_window else self.window
+
+    @property
+    def has_traced_window(self) -> bool:
+        return self.window is not None and not all(isinstance(w, int) for w in self.window)
+
+
+class Refusal(NamedTuple):
+    """Why a backend cannot serve: '{rule}: got {got}; {way_out}.'"""
+
+    rule: str
+    got: object
+    way_out: str
+
+    def __str__(self) -> str:
+        return f"{self.rule}: got {self.got}; {self.way_out}."
+
+
+def visible(
+    query_segments: Int[Array, "..."] | None,
+    key_segments: Int[Array, "..."] | None,
+    window: Window | None,
+    query_index: Int[Array, "..."],
+    key_index: Int[Array, "..."],
+) -> Bool[Array, "..."] | None:
+    """Which keys queries see, None for all; queries' arrays broadcast against keys', indices are places in the row."""
+    mask = None
+    if window is not None:
+        offset = key_index - query_index
+        mask = (offset >= -window[0]) & (offset <= window[1])
+    if query_segments is not None:
+        same = (query_segments == key_segments) & (query_segments > 0)
+        mask = same if mask is None else mask & same
+    return mask
+
+
+def kept(
+    words: Words,
+    rate: float,
+    heads_and_queries: tuple[int, int],
+    batch: Int[Array, "..."],
+    head: Int[Array, "..."],
+    query_index: Int[Array, "..."],
+    key_index: Int[Array, "..."],
+) -> Bool[Array, "..."]:
+    """Which probabilities dropout keeps, by their place in the whole problem, of N heads and T queries.
+
+    Every backend takes its mask from here, so that with one key all give the same numbers.
+    """
+    N, T = heads_and_queries
+    places = (jnp.asarray(x).astype(jnp.uint32) for x in (batch, head, query_index, key_index))
+    batch, head, query_index, key_index = places
+    row = (batch * jnp.uint32(N) + head) * jnp.uint32(T) + query_index
+    return keep_mask(words, rate, row, key_index)

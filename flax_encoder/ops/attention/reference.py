@@ -1,0 +1,42 @@
+"""The definition: every logit at once, memory quadratic in length. Any platform, any feature."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from flax_encoder.ops.attention.problem import MASKED, Problem, kept, visible
+from flax_encoder.ops.platform import platform
+
+
+def refusal(problem: Problem) -> None:
+    """Serves everything."""
+
+
+def attend(problem: Problem) -> Float[Array, "B T N H"]:
+    (B, T, N, _), (S, K) = problem.query.shape, problem.key.shape[1:3]
+    query = rearrange(problem.query, "B T (K G) H -> B K G T H", K=K)
+    key, value = (rearrange(x, "B S K H -> B K S H") for x in (problem.key, problem.value))
+    if platform() == "cpu":  # XLA has no fast batched bfloat16 product there
+        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    logits = problem.scale * jnp.einsum("BKGTH,BKSH->BKGTS", query, key, preferred_element_type=jnp.float32)
+    if (bias := problem.bias) is not None:
+        bias = rearrange(bias, "B (K G) T S -> B K G T S", K=K if bias.shape[1] == N else 1)
+        logits = logits + bias.astype(jnp.float32)
+    segments = None, None
+    if problem.query_segments is not None:
+        segments = problem.query_segments[:, None, None, :, None], problem.key_segments[:, None, None, None, :]
+    mask = visible(*segments, problem.window, jnp.arange(T)[:, None], jnp.arange(S))
+    if mask is not None:
+        logits = jnp.where(mask, logits, MASKED)
+    # A query that sees nothing has no logit above this, and its weights vanish.
+    top = jnp.maximum(jax.lax.stop_gradient(logits.max(-1, keepdims=True)), MASKED / 2)
+    weights = jnp.exp(logits - top)
+    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    if problem.dropout_words is not None:
+        head = jnp.arange(N).reshape(K, N // K, 1, 1)
+        places = jnp.arange(B)[:, None, None, None, None], head, jnp.arange(T)[:, None], jnp.arange(S)
+        keep = kept(problem.dropout_words, problem.dropout_rate, (N, T), *places)
+        weights = jnp.where(keep, weights / (1.0 - problem.dropout_rate), 0.0)
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return rearrange(out, "B K G T H -> B T (K G) H").astype(problem.query.dtype)

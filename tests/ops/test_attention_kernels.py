@@ -1,0 +1,237 @@
+"""attention's kernels: each is the reference where it serves, says why where it does not, and compiles for a TPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from benchmarks.cases import ATTENTION_CASES
+from flax_encoder.ops.attention import CHOICES, IMPLEMENTATIONS, _choose, attention
+from flax_encoder.ops.attention.problem import Problem
+from flax_encoder.ops.platform import platform_for_tracing
+from tests.ops.test_attention_op import assert_close, draw
+
+B, T, N, H = 2, 256, 4, 64
+SEGMENTS = np.repeat([[1, 2, 2, 0], [1, 1, 1, 3]], T // 4, axis=1).astype(np.int32)
+SEGMENTS[0, 40:70] = 5
+
+CASES = {
+    "rows": {
+        "segments": {},
+        "one document a row": {"segment_ids": None},
+        "window": {"window": (70, 3)},
+        "dropout": {"dropout_rate": 0.3, "window": (9, 9)},
+        "narrow heads": {"heads": (8, 8, 32), "dropout_rate": 0.3},
+        "wide heads": {"heads": (2, 2, 128)},
+        "bfloat16": {"dtype": jnp.bfloat16, "dropout_rate": 0.1},
+    },
+    "splash": {
+        "segments": {},
+        "one document a row": {"segment_ids": None},
+        "window": {"window": (70, 3)},
+        "grouped heads": {"heads": (4, 2, 64)},
+    },
+}
+EVERY = [(name, case) for name, cases in CASES.items() for case in cases]
+
+
+def out_and_gradients(implementation, arrays, **options):
+    """Kernels run as plain XLA."""
+
+    @jax.jit
+    def function(query, key, value, d_out):
+        call = lambda *qkv: attention(*qkv, implementation=implementation, **options)  # noqa: E731
+        out, vjp = jax.vjp(call, query, key, value)
+        return out, *vjp(d_out)
+
+    if implementation not in CASES:
+        return function(*arrays)
+    with platform_for_tracing("tpu", interpret_kernels=True):
+        return function(*arrays)
+
+
+def problem_of(case):
+    options = {"segment_ids": jnp.asarray(SEGMENTS), "dropout_key": jax.random.key(4), **case}
+    (n, k, h), dtype = options.pop("heads", (N, N, H)), options.pop("dtype", jnp.float32)
+    return draw((B, T, n, h), (B, T, k, h), (B, T, k, h), (B, T, n, h), dtype=dtype), dtype, options
+
+
+@pytest.mark.parametrize(("implementation", "case"), EVERY)
+def test_kernels_and_gradients_equal_the_reference(implementation, case):
+    arrays, dtype, options = problem_of(CASES[implementation][case])
+    got = out_and_gradients(implementation, arrays, **options)
+    want = out_and_gradients("reference", [x.astype(np.float32) for x in arrays], **options)
+    for name, g, w in zip(("out", "d_query", "d_key", "d_value"), got, want, strict=True):
+        assert g.dtype == dtype, name
+        # Probabilities and their gradients are rounded to the operands' dtype before the second products.
+        assert_close(g, w, dtype, terms=T if dtype == jnp.float32 else 4)
+
+
+SMALL = [name for name, case in ATTENTION_CASES.items() if case.is_small]
+
+
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name not in ("reference", "cudnn")])
+@pytest.mark.parametrize("case", SMALL)
+def test_named_shapes_equal_the_reference_or_are_refused(name, case):
+    case = ATTENTION_CASES[case]
+    heads = case.N, case.K, case.K, case.N
+    arrays = draw(*((case.B, case.T, n, case.H) for n in heads))
+    options = {"segment_ids": jnp.asarray(case.segment_ids()), "window": case.window}
+    if case.bias:
+        options["bias"] = jnp.asarray(draw((*case.bias, case.T, case.T))[0])
+    if case.dropout_rate:
+        options |= {"dropout_rate": case.dropout_rate, "dropout_key": jax.random.key(2)}
+    try:
+        got = out_and_gradients(name, arrays, **options)
+    except ValueError as error:
+        assert name in CASES and f"{name!r} cannot serve" in str(error)
+        return
+    want = out_and_gradients("reference", arrays, **options)
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, terms=case.T)
+
+
+@pytest.mark.parametrize("implementation", CASES)
+def test_a_document_neither_changes_nor_moves_another(implementation):
+    arrays, _, options = problem_of({})
+    others = draw(*(x.shape for x in arrays), seed=1)
+    mine = (SEGMENTS == 2)[..., None, None]
+    mixed = [np.where(mine, a, 1000 * o) for a, o in zip(arrays, others, strict=True)]
+    for before, after in zip(*(out_and_gradients(implementation, a, **options) for a in (arrays, mixed)), strict=True):
+        before, after = np.asarray(before), np.asarray(after)
+        np.testing.assert_array_equal(before[SEGMENTS == 2], after[SEGMENTS == 2])
+        assert not np.array_equal(before[SEGMENTS == 1], after[SEGMENTS == 1])
+
+
+@pytest.mark.parametrize("implementation", CASES)
+def test_padding_comes_out_as_zeros_with_zero_gradients(implementation):
+    arrays, _, options = problem_of({"window": (100, 100)})
+    for x in out_and_gradients(implementation, [1e3 * a for a in arrays], **options):
+        assert np.isfinite(x).all()
+        assert (np.asarray(x)[SEGMENTS == 0] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", [*CASES, "chunked"])
+def test_sharded_equals_single_device(implementation):
+    """Rows over data and fsdp, heads over tensor; with dropout, which follows from the place in the whole problem."""
+    rate = 0.0 if implementation == "splash" else 0.2
+    arrays, _, options = problem_of({"dropout_rate": rate, "heads": (4, 4, 64)})
+    arrays, segments = [np.concatenate([x, x[::-1]]) for x in arrays], np.concatenate([SEGMENTS, SEGMENTS[::-1]])
+    options["segment_ids"] = jnp.asarray(segments)
+    want = out_and_gradients(implementation, arrays, **options)
+    with jax.set_mesh(jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)):
+        got = out_and_gradients(implementation, arrays, **options)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-6)
+
+
+def problem(T=T, S=None, heads=(N, N, H), dtype=jnp.bfloat16, **options):
+    """As `attention` makes it, of zeros."""
+    n, k, h = heads
+    query, key = jnp.zeros((1, T, n, h), dtype), jnp.zeros((1, S or T, k, h), dtype)
+    whole = Problem(query, key, key, None, None, None, None, 1.0, 0.0, None, n)
+    return whole._replace(**options)
+
+
+ONES, TRACED = jnp.ones((1, T), jnp.int32), (jnp.int32(1), jnp.int32(1))
+BIAS, WORDS = jnp.zeros((1, 1, T, T)), jnp.zeros(2, jnp.uint32)
+REFUSALS = [
+    ("rows", "tpu", {"bias": BIAS}, "adds no bias: got one of shape"),
+    ("rows", "tpu", {"window": TRACED}, "must be two Python ints: got traced"),
+    ("rows", "tpu", {"heads": (4, 2, 64)}, "needs a key/value head: got 2 for 4; 'splash'"),
+    ("rows", "tpu", {"T": 2048}, "at most 1024: got 2048 and 2048"),
+    ("rows", "tpu", {"T": 200}, "a multiple of 128 and at most 1024: got 200"),
+    ("rows", "tpu", {"heads": (4, 4, 48)}, "must fill 128 lanes: got 4 of 48"),
+    ("rows", "tpu", {"heads": (3, 3, 64)}, "must fill 128 lanes: got 3 of 64"),
+    ("rows", "cpu", {}, "for TPUs: got cpu"),
+    ("splash", "tpu", {"bias": BIAS}, "adds no bias"),
+    ("splash", "tpu", {"dropout_words": WORDS, "dropout_rate": 0.1}, "no dropout: got 0.1"),
+    ("splash", "tpu", {"window": TRACED}, "two Python ints"),
+    ("splash", "tpu", {"S": 128}, "as many, a multiple of 128: got 256 and 128"),
+    ("splash", "tpu", {"query_segments": ONES, "key_segments": ONES + 0}, "the queries' own tokens"),
+    ("splash", "gpu", {}, "for TPUs: got gpu"),
+    ("cudnn", "tpu", {}, "for NVIDIA GPUs: got tpu"),
+    ("cudnn", "gpu", {"dtype": jnp.float32}, "bfloat16 or float16: got float32"),
+    ("cudnn", "gpu", {"heads": (2, 2, 20)}, "multiple of 8 and at most 128: got 20"),
+    ("cudnn", "gpu", {"query_segments": ONES, "key_segments": ONES}, "one document: got segment_ids"),
+    ("cudnn", "gpu", {"window": (3, 1)}, r"the right is 0, over as many keys as queries: got \(3, 1\)"),
+    ("cudnn", "gpu", {"bias": BIAS}, "query's dtype: got float32 for bfloat16"),
+    ("cudnn", "gpu", {"dropout_words": WORDS, "dropout_rate": 0.1}, "a mask of its own: got 0.1"),
+]
+
+
+@pytest.mark.parametrize(("name", "platform", "options", "reason"), REFUSALS)
+def test_what_cannot_be_served_is_refused_with_the_reason(name, platform, options, reason):
+    with platform_for_tracing(platform):
+        refusal = IMPLEMENTATIONS[name].refusal(problem(**options))
+    assert refusal is not None
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(str(refusal))
+
+
+def test_a_refusal_names_the_implementation():
+    query = jnp.zeros((1, T, N, H))
+    with pytest.raises(ValueError, match=r"attention implementation 'rows' cannot serve: it is a kernel for TPUs: got"):
+        attention(query, query, query, implementation="rows")
+
+
+@pytest.mark.parametrize(
+    ("platform", "options", "name"),
+    [
+        ("cpu", {}, "chunked"),
+        ("tpu", {}, "rows"),
+        ("tpu", {"dropout_words": WORDS, "dropout_rate": 0.1}, "rows"),
+        ("tpu", {"heads": (4, 2, 64)}, "splash"),
+        ("tpu", {"T": 8192}, "splash"),
+        ("tpu", {"T": 8192, "dropout_words": WORDS, "dropout_rate": 0.1}, "chunked"),
+        ("tpu", {"bias": BIAS}, "reference"),
+        ("gpu", {}, "cudnn"),
+        ("gpu", {"query_segments": ONES, "key_segments": ONES}, "reference"),
+        ("gpu", {"T": 2048, "dtype": jnp.float32}, "chunked"),
+    ],
+)
+def test_the_choice_is_the_first_that_can_serve(platform, options, name):
+    with platform_for_tracing(platform):
+        assert _choose(problem(**options)) == name
+
+
+def test_every_platform_has_a_choice_that_serves_everything():
+    for choices in CHOICES.values():
+        assert choices[-1] == ("chunked", float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "T", "options"),
+    [
+        ("rows", 128, {}),
+        ("rows", 512, {"dropout_rate": 0.1}),
+        ("rows", 1024, {"dropout_rate": 0.1, "window": (64, 64)}),
+        ("splash", 8192, {"window": (64, 64)}),
+    ],
+)
+def test_kernels_compile_for_a_tpu(implementation, T, options, monkeypatch):
+    """And `rows` with no copy of a large array around it."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    array = jax.ShapeDtypeStruct((2, T, 12 * 64), jnp.bfloat16, sharding=place)
+    segments = jax.ShapeDtypeStruct((2, T), jnp.int32, sharding=place)
+
+    def loss(query, key, value, segments):
+        heads = (x.reshape(*x.shape[:2], 12, 64) for x in (query, key, value))
+        out = attention(
+            *heads, segment_ids=segments, dropout_key=jax.random.key(0), implementation=implementation, **options
+        )
+        return out.astype(jnp.float32).sum()
+
+    with platform_for_tracing("tpu"):
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(array, array, array, segments).compile()
+    text = compiled.as_text()
+    assert "tpu_custom_call" in text
+    if implementation == "rows":
+        assert not [line for line in text.splitlines() if f"bf16[2,{T},768]" in line and " copy(" in line]

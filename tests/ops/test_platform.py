@@ -1,0 +1,28 @@
+"""platform: code may be traced for hardware that is not here."""
+
+import jax
+import pytest
+
+from flax_encoder.ops.platform import platform, platform_for_tracing
+
+
+def test_a_platform_for_tracing_holds_within_its_context():
+    assert platform() == jax.default_backend()
+    with platform_for_tracing("tpu"):
+        assert platform() == "tpu"
+    assert platform() == jax.default_backend()
+
+
+def test_what_was_traced_for_one_platform_is_not_taken_for_another():
+    traced_for = []
+    function = jax.jit(lambda x: traced_for.append(platform()) or x)
+    for _ in range(2):
+        function(1.0)
+        with platform_for_tracing("gpu"):
+            function(1.0)
+    assert traced_for == ["cpu", "gpu"]
+
+
+def test_an_unknown_platform_lists_the_known():
+    with pytest.raises(ValueError, match="'cpu', 'gpu' or 'tpu': got 'cuda'"):
+        platform_for_tracing("cuda")
