@@ -1,0 +1,97 @@
+"""What a process sets up before it trains: compile cache, memory allocator, signals."""
+
+import ctypes
+import hashlib
+import os
+import pathlib
+import platform
+import signal
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+from flax_encoder.data.pipeline import default_cache_dir
+
+# glibc's mallopt parameters, from malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+# What /proc/cpuinfo calls them on x86 and on Arm.
+_CPU_FIELDS = ("vendor_id", "cpu family", "model", "stepping", "flags", "Features", "CPU implementer", "CPU part")
+
+
+def set_up_runtime() -> None:
+    """Keep freed memory between steps, and compiled programs between runs. Call before JAX starts.
+
+    XLA:CPU calls each program that it loads an error, at length, for want of `prefer-no-gather`, which is a hint and no
+    instruction (jax issue 38445). Only TF_CPP_MIN_LOG_LEVEL=3 before JAX is imported quiets it, so programs set that.
+    """
+    if sys.platform == "linux":
+        # XLA:CPU allocates a step's temporaries anew each step, on whichever thread. By default glibc gives such blocks
+        # back to the kernel, which then clears every page again: a fifth of a small model's step (LOG.md). Threads must
+        # share one arena, since only that one can grow to such sizes, and it must be so before they start.
+        try:
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+        except (OSError, AttributeError):
+            pass  # another C library: as fast as it is
+        else:
+            never, spare_bytes = -1, 2**28
+            for parameter, value in (
+                (_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, never), (_M_TOP_PAD, spare_bytes)
+            ):  # fmt: skip
+                mallopt(parameter, value)
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = default_cache_dir() / "xla"
+        # JAX's keys hold its version, the flags, the program and the kind of device, but of CPUs nothing that tells one
+        # from another, and code made for one may be illegal on the next.
+        folder = folder / host_cpu() if jax.default_backend() == "cpu" else folder
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def host_cpu() -> str:
+    """A name for all that code compiled for this CPU depends on: its model, its instructions, the cores to be used."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        kind = sorted(line for line in text.splitlines() if line.startswith(_CPU_FIELDS))
+    except OSError:
+        kind = [platform.processor(), platform.version()]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return hashlib.sha256(repr((platform.machine(), kind, cores)).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def cache_hits() -> Iterator[list[str]]:
+    """A list that grows by one for each program that is loaded from the compilation cache in here."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: str | int) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+class StopSignals:
+    """Turns SIGINT and SIGTERM into a request to stop after the step at hand; a second one stops at once."""
+
+    def __init__(self):
+        self.requested: str | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name
+        print(f"\n{self.requested}: saving after this step. Once more stops at once.", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
