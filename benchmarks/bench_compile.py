@@ -1,0 +1,214 @@
+"""The training step on a TPU that is not there: compiled for it, and the compiler's own estimate beside the peer's.
+
+    python benchmarks/bench_compile.py --topology v5e:2x2 --batch 64 --length 512 --dropout 0.1 \\
+        --peer flax --peer-python PYTHON_WITH_TRANSFORMERS_4.57.6
+
+Needs the `libtpu` package, no TPU. --batch counts rows a chip. Nothing here is measured: a step is the cycles that
+the compiler expects, loop bodies times their trip count, over the clock, plus the Pallas kernels, which it does not
+estimate, at their products over --kernel-fraction of the chip's peak (benchmarks/estimate.py). Both parts are shown.
+--peer flax is transformers' FlaxBert with the same AdamW, dropout and dtype, its labels at every position, compiled
+for the same chip and read by the same reader. --top N lists the costliest operations of our side.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+# Before jax is imported: it must not look for a TPU here, and libtpu has much to say about there being none.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+}  # fmt: skip
+
+import jax
+import jax.numpy as jnp
+from bench_step import ADAMW, masked_rows, peer_config
+from estimate import CHIPS, costliest, summary
+from flax import nnx
+from flops import step_flops
+from harness import header, parser, say, show
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from flax_encoder.config import EncoderConfig, MeshConfig
+from flax_encoder.families import PRESETS, preset
+from flax_encoder.nn.partition import abstract_model, round_up_vocab
+from flax_encoder.objectives import MaskedLM
+from flax_encoder.ops.platform import platform_for_tracing
+from flax_encoder.training.optimizer import make_optimizer
+from flax_encoder.training.sharding import BATCH_SPEC, logical_axes, make_mesh
+from flax_encoder.training.step import TrainState, make_train_step, state_shardings
+
+HERE = pathlib.Path(__file__).parent
+# Heads of 64 fill half of a unit's 128 lanes, so a kernel's products can reach half the peak; softmax and masks are
+# made meanwhile by other units, which takes some of that.
+KERNEL_FRACTION = 0.4
+
+
+def compile_step(config: EncoderConfig, batch: dict[str, Any], mesh: jax.sharding.Mesh) -> Any:
+    """The library's own step, compiled for the mesh's devices from shapes alone."""
+
+    def make_model():
+        return MaskedLM(config, rngs=nnx.Rngs(0))
+
+    tx = make_optimizer(ADAMW, 10_000, logical_axes(make_model))
+    graphdef, params = abstract_model(make_model)
+
+    def init(params):
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+    state = jax.eval_shape(init, nnx.to_pure_dict(params))
+    shardings = state_shardings(make_model, tx, mesh, state)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    rows = NamedSharding(mesh, BATCH_SPEC)
+    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for k, x in batch.items()}
+    with jax.set_mesh(mesh), platform_for_tracing("tpu"):
+        return make_train_step(graphdef, tx, shardings=shardings).lower(state, batch).compile()
+
+
+def compile_peer(asked, config: EncoderConfig) -> dict[str, Any]:
+    spec = {
+        "config": peer_config(asked.model, config),
+        "batch": asked.batch,
+        "length": asked.length,
+        "dtype": asked.dtype,
+        "topology": asked.topology,
+        "learning_rate": ADAMW.learning_rate,
+        "betas": [ADAMW.b1, ADAMW.b2],
+        "epsilon": ADAMW.epsilon,
+        "weight_decay": ADAMW.weight_decay,
+        "kernel_fraction": asked.kernel_fraction,
+    }
+    run = subprocess.run(
+        [asked.peer_python, str(HERE / "peer_compile.py"), json.dumps(spec)], capture_output=True, text=True
+    )
+    if run.returncode:
+        raise SystemExit(f"the peer failed:\n{run.stderr[-3000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--platform", choices=("tpu",), default="tpu")
+    arguments.add_argument("--topology", default="v5e:2x2", help="one device of it is used (default v5e:2x2)")
+    arguments.add_argument("--mesh", help="DATA,FSDP,TENSOR over all devices of the topology instead of one")
+    arguments.add_argument("--model", default="bert_base", help=f"one of {', '.join(PRESETS)}")
+    arguments.add_argument("--batch", type=int, default=64, help="rows a chip (default 64)")
+    arguments.add_argument("--length", type=int, default=512, help="tokens in a row (default 512)")
+    arguments.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products")
+    arguments.add_argument("--masked-rate", type=float, default=0.15, help="share of tokens predicted (default 0.15)")
+    arguments.add_argument("--dropout", type=float, help="of both sides, everywhere (default: the model's own)")
+    arguments.add_argument("--layers", type=int, help="fewer layers than the model has")
+    arguments.add_argument("--scan", action="store_true", help="run the layers by lax.scan instead of unrolled")
+    arguments.add_argument("--remat", choices=("none", "dots", "full"), default="none")
+    arguments.add_argument("--attention", help="implementation (default: the library's choice)")
+    arguments.add_argument(
+        "--kernel-fraction", type=float, default=KERNEL_FRACTION, help=f"of peak (default {KERNEL_FRACTION})"
+    )
+    arguments.add_argument("--peer", choices=("flax", "none"), default="none")
+    arguments.add_argument("--peer-python", help="the Python of the peer's environment")
+    arguments.add_argument("--top", type=int, default=0, metavar="N", help="list the N costliest operations")
+    arguments.add_argument("--text", type=pathlib.Path, help="write the compiled program's text to this file")
+    asked = arguments.parse_args()
+    if (asked.peer == "none") != (asked.peer_python is None):
+        raise SystemExit("a peer runs in its own environment: give --peer and --peer-python together, or neither.")
+    chip_name = asked.topology.split(":")[0]
+    if chip_name not in CHIPS:
+        raise SystemExit(f"the clock of --topology must be known: got {chip_name}, known are {', '.join(CHIPS)}.")
+    chip = CHIPS[chip_name]
+
+    own = preset(asked.model)
+    changes: dict[str, Any] = {"num_layers": asked.layers or own.num_layers}
+    if asked.dropout is not None:
+        changes |= {"dropout_rate": asked.dropout, "attention_dropout_rate": asked.dropout}
+    own = dataclasses.replace(own, **changes, max_length=max(own.max_length, asked.length))
+    config = dataclasses.replace(
+        own, vocab_size=round_up_vocab(own.vocab_size), dtype=asked.dtype, scan_layers=asked.scan, remat=asked.remat,
+        attention_implementation=asked.attention,
+    )  # fmt: skip
+
+    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=asked.topology).devices)
+    sizes = [int(n) for n in asked.mesh.split(",")] if asked.mesh else [1, 1, 1]
+    mesh = make_mesh(MeshConfig(*sizes), devices if asked.mesh else devices[:1])
+    batch = masked_rows(own, asked.batch * sizes[0] * sizes[1], asked.length, asked.masked_rate, 0)
+    tokens = batch["tokens"].size / mesh.size
+    flops = step_flops(own, batch["segment_ids"], batch["targets"].size) / mesh.size
+
+    say(f"compiling {asked.model}, {asked.batch} x {asked.length}, {asked.dtype}, for {chip_name}")
+    began = time.perf_counter()
+    compiled = compile_step(config, batch, mesh)
+    seconds = time.perf_counter() - began
+    text = compiled.as_text()
+    if asked.text:
+        asked.text.write_text(text)
+    memory = compiled.memory_analysis()
+    sides = {
+        "ours": summary(text, chip, asked.kernel_fraction)
+        | {
+            "compile_seconds": seconds,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "output_bytes": memory.output_size_in_bytes,
+            "alias_bytes": memory.alias_size_in_bytes,
+        }
+    }
+    if asked.peer != "none":
+        say("compiling the peer")
+        sides["peer"] = compile_peer(asked, own)
+    for side in sides.values():
+        side["tokens_per_second_per_chip"] = tokens / side["step_seconds"]
+        side["mfu"] = flops / side["step_seconds"] / chip.peak_flops
+    result: dict[str, Any] = {
+        "header": header(**{k: v for k, v in vars(asked).items() if k not in ("json", "text", "top")}),
+        **sides,
+        "model_flops": flops,
+    }
+    if "peer" in sides:
+        result["step_ratio"] = sides["ours"]["step_seconds"] / sides["peer"]["step_seconds"]
+    if asked.top:
+        result["costliest"] = costliest(text, chip, asked.top)
+    show(result, [_row(name, side) for name, side in sides.items()], asked.json)
+    if not asked.json:
+        _print_notes(result, sides)
+
+
+def _row(name: str, side: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "": name,
+        "step ms": 1e3 * side["step_seconds"],
+        "compiler's": 1e3 * side["compiler_seconds"],
+        "kernels'": 1e3 * side["kernel_seconds"],
+        "kernels": side["kernel_calls"],
+        "tokens/s/chip": side["tokens_per_second_per_chip"],
+        "of peak": side["mfu"],
+        "arguments GB": side["argument_bytes"] / 1e9,
+        "temporaries": side["temporary_bytes"] / 1e9,
+        "outputs": side["output_bytes"] / 1e9,
+        "aliased": side["alias_bytes"] / 1e9,
+        "compile s": side["compile_seconds"],
+    }
+
+
+def _print_notes(result: dict[str, Any], sides: dict[str, Any]) -> None:
+    print(f"estimated, not measured; model {result['model_flops'] / 1e12:.2f} TFLOP a step a chip", end="")
+    print(f"; step {result['step_ratio']:.2f} of the peer's" if "step_ratio" in result else "")
+    for name, side in sides.items():
+        for what, (count, moved) in side["unestimated"].items():
+            print(f"WARNING: {name}: {count} x {what} ({moved / 1e9:.2f} GB) carry no estimate and are not counted")
+    for i, row in enumerate(result.get("costliest", ())):
+        if i == 0:
+            print("    ms  share  count  HBM ms  product  shape (* in fast memory)  op_name  (an example's name)")
+        product = "product" if row["has_product"] else ""
+        print(
+            f"{row['milliseconds']:6.2f} {row['share']:6.1%} {row['count']:6} {row['hbm_milliseconds']:7.2f}  "
+            f"{product:7}  {row['shape']}  {row['op_name']}  ({row['example']})"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""What XLA's TPU compiler says a program will cost, read from the text of the compiled program.
+
+The compiler writes "estimated_cycles" beside most instructions. They are summed over the schedule: the body of a loop
+times its trip count, a conditional at its dearest branch, a fusion at its own estimate. Copies between memories that
+run beside the schedule (copy-start, slice-start) count nothing. Pallas kernels carry no estimate and are counted at
+their arithmetic (`kernel_flops`) or, where that takes longer, at the bytes they move. What carries none and is not
+free either (collectives, for one) is listed in `unestimated`, so that a sum never looks more whole than it is.
+
+This file imports the standard library alone: the peer's environment, which lacks the project, reads its text with it.
+"""
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+# A Pallas kernel's name, and how many products of queries by keys by head dim it makes: the backward pass of `rows`
+# makes the logits again (5), that of `splash` makes them in each of its two kernels (3 and 4).
+KERNEL_PRODUCTS = {
+    "forward_kernel": 2,
+    "backward_kernel": 5,
+    "splash_mha_fwd": 2,
+    "splash_mha_dq": 3,
+    "splash_mha_dkv": 4,
+}
+PALLAS_TARGET = "tpu_custom_call"
+# Names for what is there already, or work that runs beside the schedule.
+FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier "
+    "copy-start copy-done slice-start slice-done async-done async-update".split()
+)
+NEGLIGIBLE_BYTES = 64 * 1024  # scalars and small vectors, which the compiler does not estimate
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s64": 8, "u64": 8, "f64": 8}
+
+
+class Chip(NamedTuple):
+    clock_hertz: float
+    peak_flops: float
+    """Of bfloat16 products."""
+    bytes_per_second: float
+    """Of HBM."""
+
+
+# Peak and bandwidth as published at cloud.google.com/tpu/docs; 197e12 is 4 units x 128 x 128 x 2 at 1.5 GHz.
+CHIPS = {"v5e": Chip(1.5e9, 197e12, 819e9)}
+
+
+class Instruction(NamedTuple):
+    name: str
+    shape: str
+    """As written, with layout; S(1) in a layout is fast memory."""
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+    """Everything after the operands."""
+
+    @property
+    def cycles(self) -> int | None:
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
+        return int(found[1]) if found else None
+
+    @property
+    def op_name(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    def attribute(self, name: str) -> str | None:
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
+        return found[1] if found else None
+
+
+Computation = dict[str, Instruction]
+
+
+class Line(NamedTuple):
+    """An instruction of the schedule, and how often it runs."""
+
+    instruction: Instruction
+    count: int
+    hbm_bytes: int
+    """What one run reads and writes outside fast memory."""
+    has_product: bool
+
+
+class Estimate(NamedTuple):
+    lines: list[Line]
+    """With the compiler's estimate."""
+    kernels: list[Line]
+    unestimated: list[Line]
+
+    @property
+    def cycles(self) -> int:
+        return sum(line.count * line.instruction.cycles for line in self.lines)
+
+
+def computations(text: str) -> tuple[dict[str, Computation], str]:
+    """The program's computations by name, each its instructions in order (the last is its root), and the entry's."""
+    found: dict[str, Computation] = {}
+    entry, own, pending = "", None, ""
+
+    def finish():
+        if pending and own is not None:
+            instruction = _instruction(pending)
+            own[instruction.name] = instruction
+
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            own, pending = found.setdefault(head[2], {}), ""
+            entry = head[2] if head[1] else entry
+        elif re.match(r"\s+(ROOT )?%[\w.\-]+ = ", line):
+            finish()
+            pending = line
+        elif line == "}" and own is not None and pending.count("{") == pending.count("}"):
+            finish()
+            own, pending = None, ""
+        elif pending:  # some attributes of kernels are several lines long
+            pending += " " + line
+    if not entry:
+        raise ValueError("the text of a compiled program must have an ENTRY computation: got none.")
+    return found, entry
+
+
+def _instruction(line: str) -> Instruction:
+    # A kernel's code is most of the text.
+    line = re.sub(r'"body":"[^"]*"', '"body":""', line)
+    name, right = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)", line).groups()
+    found = re.search(r"\s([a-z][\w\-]*)\(", right)
+    depth, stop = 1, found.end()
+    while depth:
+        depth += {"(": 1, ")": -1}.get(right[stop], 0)
+        stop += 1
+    operands = tuple(re.findall(r"%([\w.\-]+)", right[found.end() : stop - 1]))
+    if found[1] in ("constant", "parameter"):
+        operands = (right[found.end() : stop - 1],)
+    return Instruction(name, right[: found.start()], found[1], operands, right[stop:])
+
+
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """(dtype, sizes, layout) of each array in a shape."""
+    found = re.findall(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape)
+    return [(dtype, tuple(int(n) for n in sizes.split(",") if n), layout) for dtype, sizes, layout in found]
+
+
+def num_bytes(shape: str, hbm_only: bool = False) -> int:
+    return sum(
+        math.prod(sizes) * _BYTES.get(dtype, 4) for dtype, sizes, layout in arrays(shape)
+        if not (hbm_only and re.search(r"S\([1-9]\)", layout))
+    )  # fmt: skip
+
+
+def estimate(text: str) -> Estimate:
+    """Read a compiled program.
+
+    Raises:
+      ValueError: a loop whose trip count is not in the text, with the loop's name.
+    """
+    program, entry = computations(text)
+    made = Estimate([], [], [])
+    _walk(program, entry, 1, made)
+    return made
+
+
+def _walk(program: dict[str, Computation], name: str, count: int, into: Estimate) -> None:
+    own = program[name]
+    for x in own.values():
+        if x.opcode == "while":
+            _walk(program, x.attribute("body"), count * trip_count(program, own, x), into)
+        elif x.opcode == "conditional":
+            into_each = []
+            for branch in _branches(x):
+                into_each.append(Estimate([], [], []))
+                _walk(program, branch, count, into_each[-1])
+            dearest = max(into_each, key=lambda one: one.cycles)
+            for all_lines, lines in zip(into, dearest, strict=True):
+                all_lines += lines
+        elif x.opcode in ("call", "async-start"):
+            _walk(program, x.attribute("to_apply") or x.attribute("calls"), count, into)
+        elif x.opcode not in FREE:
+            line = _line(program, own, x, count)
+            if x.cycles is not None:
+                into.lines.append(line)
+            elif x.attribute("custom_call_target") is not None or "custom_call_target=" in x.rest:
+                is_kernel = f'custom_call_target="{PALLAS_TARGET}"' in x.rest
+                # ConcatBitcast and the like only name parts of a buffer.
+                if is_kernel or "Bitcast" not in x.rest:
+                    (into.kernels if is_kernel else into.unestimated).append(line)
+            elif num_bytes(x.shape) > NEGLIGIBLE_BYTES:
+                into.unestimated.append(line)
+
+
+def _line(program, own: Computation, x: Instruction, count: int) -> Line:
+    moved = num_bytes(x.shape, True) + sum(num_bytes(own[o].shape, True) for o in x.operands if o in own)
+    inner = program.get(x.attribute("calls") or "", {}).values() if x.opcode == "fusion" else [x]
+    return Line(x, count, moved, any(_is_product(program, i) for i in inner))
+
+
+def _is_product(program, x: Instruction) -> bool:
+    if x.opcode == "fusion":
+        return any(_is_product(program, i) for i in program.get(x.attribute("calls") or "", {}).values())
+    return x.opcode in ("convolution", "dot")
+
+
+def _branches(x: Instruction) -> list[str]:
+    if found := re.search(r"branch_computations=\{([^}]*)\}", x.rest):
+        return re.findall(r"%?([\w.\-]+)", found[1])
+    return [x.attribute("true_computation"), x.attribute("false_computation")]
+
+
+def trip_count(program: dict[str, Computation], own: Computation, loop: Instruction) -> int:
+    """How often a loop's body runs: as stated, or from its counter, which must go from a constant by 1 to another."""
+    if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+        return int(stated[1])
+    condition, body = (program[loop.attribute(name)] for name in ("condition", "body"))
+    try:
+        test = _root(condition)
+        if test.opcode == "fusion":
+            inner = program[test.attribute("calls")]
+            places = [next(i for i in inner.values() if i.name == o) for o in _root(inner).operands]
+            outer = [condition[test.operands[int(p.operands[0])]] if p.opcode == "parameter" else p for p in places]
+            test = _root(inner)
+            counter, bound = outer
+        else:
+            counter, bound = (condition[o] for o in test.operands)
+        if "direction=LT" not in test.rest or test.opcode != "compare":
+            raise LookupError
+        index = int(re.search(r"index=(\d+)", counter.rest)[1])
+        last = _constant(condition, bound.name)
+        first = _constant(own, own[loop.operands[0]].operands[index])
+        step = _step(program, body, index)
+    except (LookupError, TypeError, ValueError, StopIteration) as error:
+        raise ValueError(
+            f"the trip count of {loop.name} must be in the text: no known_trip_count, and its condition does not "
+            f"compare a counter with a constant ({loop.op_name}). Unroll the loop."
+        ) from error
+    return max(0, -(-(last - first) // step))
+
+
+def _root(computation: Computation) -> Instruction:
+    return list(computation.values())[-1]
+
+
+def _constant(computation: Computation, name: str) -> int:
+    x = computation[name]
+    while x.opcode in ("copy", "bitcast", "convert"):
+        x = computation[x.operands[0]]
+    if x.opcode != "constant":
+        raise LookupError
+    return int(x.operands[0])
+
+
+def _step(program, body: Computation, index: int) -> int:
+    """What the body adds to the counter."""
+    x, within = body[_root(body).operands[index]], body
+    while x.opcode in ("copy", "fusion"):
+        if x.opcode == "fusion":
+            within = program[x.attribute("calls")]
+            x = _root(within)
+        else:
+            x = within[x.operands[0]]
+    if x.opcode != "add":
+        raise LookupError
+    constants = [within[o] for o in x.operands if within[o].opcode == "constant"]
+    return int(constants[0].operands[0])
+
+
+def kernel_flops(line: Line) -> int:
+    """FLOPs of one run of an attention kernel: its products, of all the pairs of tokens whose blocks it visits.
+
+    Raises:
+      ValueError: a kernel that KERNEL_PRODUCTS does not know.
+    """
+    x = line.instruction
+    names = [name for name in KERNEL_PRODUCTS if name in x.op_name or name in x.name]
+    if not names:
+        raise ValueError(
+            f"a Pallas kernel's arithmetic must be known: got {x.name} ({x.op_name}), known are "
+            f"{', '.join(KERNEL_PRODUCTS)}. Add it to KERNEL_PRODUCTS."
+        )
+    layouts = re.search(r"operand_layout_constraints=\{(.*?\})\}", x.rest)[1]
+    operands = arrays(layouts)
+    sizes = next(sizes for dtype, sizes, _ in operands if dtype in ("bf16", "f32") and len(sizes) >= 3)
+    *_, length, width = sizes
+    pairs = math.prod(sizes[:-2]) * length * length
+    # splash has first, for each block of queries, which blocks of keys it visits.
+    grid = next((s for dtype, s, _ in operands if dtype in ("s8", "s16", "s32") and len(s) >= 3), None)
+    if names[0].startswith("splash") and grid is not None:
+        pairs = pairs * math.prod(grid[-2:]) // max(grid[-2:]) ** 2
+    return KERNEL_PRODUCTS[names[0]] * 2 * pairs * width
+
+
+def kernel_seconds(line: Line, chip: Chip, fraction: float) -> float:
+    """The longer of a kernel's products at `fraction` of peak and its bytes at the bandwidth of HBM, all its runs."""
+    return line.count * max(kernel_flops(line) / (fraction * chip.peak_flops), line.hbm_bytes / chip.bytes_per_second)
+
+
+def summary(text: str, chip: Chip, fraction: float) -> dict[str, float]:
+    """Seconds in parts, for a table."""
+    made = estimate(text)
+    compiler = made.cycles / chip.clock_hertz
+    kernels = sum(kernel_seconds(line, chip, fraction) for line in made.kernels)
+    unestimated: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    for line in made.unestimated:
+        target = re.search(r'custom_call_target="([^"]*)"', line.instruction.rest)
+        of = unestimated[f"{line.instruction.opcode} {target[1]}" if target else line.instruction.opcode]
+        of[0] += line.count
+        of[1] += line.count * line.hbm_bytes
+    return {
+        "compiler_seconds": compiler,
+        "kernel_seconds": kernels,
+        "kernel_calls": sum(line.count for line in made.kernels),
+        "step_seconds": compiler + kernels,
+        "unestimated": dict(unestimated),
+    }
+
+
+def costliest(text: str, chip: Chip, number: int) -> list[dict[str, object]]:
+    """The costliest instructions with an estimate; those alike but for the layer's number are one row."""
+    groups: dict[tuple[str, str], list[Line]] = collections.defaultdict(list)
+    made = estimate(text)
+    for line in made.lines:
+        x = line.instruction
+        groups[_without_numbers(x.op_name or x.name), _plain(x.shape)].append(line)
+    total = max(made.cycles, 1)
+    rows = []
+    for (op_name, shape), lines in groups.items():
+        cycles = sum(line.count * line.instruction.cycles for line in lines)
+        moved = sum(line.count * line.hbm_bytes for line in lines)
+        rows.append(
+            {
+                "milliseconds": 1e3 * cycles / chip.clock_hertz,
+                "share": cycles / total,
+                "count": sum(line.count for line in lines),
+                "hbm_milliseconds": 1e3 * moved / chip.bytes_per_second,
+                "has_product": any(line.has_product for line in lines),
+                "shape": shape,
+                "op_name": op_name,
+                "example": lines[0].instruction.name,
+            }
+        )
+    return sorted(rows, key=lambda row: -row["milliseconds"])[:number]
+
+
+def _without_numbers(op_name: str) -> str:
+    return re.sub(r"(?<=[_./(])\d+(?=[/.)]|$)", "N", op_name)
+
+
+def _plain(shape: str) -> str:
+    """Without layouts; fast memory is marked by *."""
+    return re.sub(r"\{[^}]*\}", lambda layout: "*" if "S(1)" in layout[0] else "", shape).replace("/*index=5*/", "")

@@ -1,0 +1,74 @@
+"""What bench_compile.py compiles as its peer, in that one's environment: transformers' FlaxBert for masked LM.
+
+    PYTHON peer_compile.py SPEC
+
+SPEC is JSON; the answer is a line of JSON.
+"""
+
+import json
+import os
+import sys
+import time
+
+os.environ |= {
+    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+}  # fmt: skip
+
+import jax
+import jax.numpy as jnp
+import optax
+import transformers
+from estimate import CHIPS, summary
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+spec = json.loads(sys.argv[1])
+shape = (spec["batch"], spec["length"])
+config = transformers.BertConfig(**spec["config"])
+model = transformers.FlaxBertForMaskedLM(
+    config, dtype=jnp.dtype(spec["dtype"]), input_shape=(1, spec["length"]), _do_init=False
+)
+params = jax.eval_shape(lambda key: model.init_weights(key, (1, spec["length"])), jax.random.key(0))
+tx = optax.adamw(
+    spec["learning_rate"], *spec["betas"], eps=spec["epsilon"], weight_decay=spec["weight_decay"],
+    mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+)  # fmt: skip
+
+
+def update(params, opt_state, seed, batch):
+    def loss_fn(params):
+        logits = model(
+            batch["input_ids"], batch["attention_mask"], params=params, dropout_rng=jax.random.key(seed), train=True
+        ).logits
+        mask = batch["labels"] >= 0
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), jnp.maximum(batch["labels"], 0)
+        )
+        return (losses * mask).sum() / mask.sum()
+
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+
+device = topologies.get_topology_desc(platform="tpu", topology_name=spec["topology"]).devices[0]
+sharding = SingleDeviceSharding(device)
+ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+names = ("input_ids", "attention_mask", "labels")
+arguments = params, jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((), jnp.int32), dict.fromkeys(names, ids)
+arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+began = time.perf_counter()
+compiled = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile()
+seconds = time.perf_counter() - began
+memory = compiled.memory_analysis()
+text = compiled.as_text()
+answer = summary(text, CHIPS[spec["topology"].split(":")[0]], spec["kernel_fraction"]) | {
+    "compile_seconds": seconds,
+    "argument_bytes": memory.argument_size_in_bytes,
+    "temporary_bytes": memory.temp_size_in_bytes,
+    "output_bytes": memory.output_size_in_bytes,
+    "alias_bytes": memory.alias_size_in_bytes,
+    "versions": {"jax": jax.__version__, "transformers": transformers.__version__},
+}
+print(json.dumps(answer))
