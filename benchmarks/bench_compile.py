@@ -15,20 +15,16 @@ import json
 import os
 import pathlib
 import subprocess
-import sys
 import time
 from typing import Any
 
-# Before jax is imported: it must not look for a TPU here, and libtpu has much to say about there being none.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
-}  # fmt: skip
+from estimate import CHIPS, WITHOUT_TPU, costliest, report
+
+os.environ |= WITHOUT_TPU
 
 import jax
 import jax.numpy as jnp
 from bench_step import ADAMW, masked_rows, peer_config
-from estimate import CHIPS, costliest, summary
 from flax import nnx
 from flops import step_flops
 from harness import header, parser, say, show
@@ -146,17 +142,7 @@ def main() -> None:
     text = compiled.as_text()
     if asked.text:
         asked.text.write_text(text)
-    memory = compiled.memory_analysis()
-    sides = {
-        "ours": summary(text, chip, asked.kernel_fraction)
-        | {
-            "compile_seconds": seconds,
-            "argument_bytes": memory.argument_size_in_bytes,
-            "temporary_bytes": memory.temp_size_in_bytes,
-            "output_bytes": memory.output_size_in_bytes,
-            "alias_bytes": memory.alias_size_in_bytes,
-        }
-    }
+    sides = {"ours": report(compiled, chip, asked.kernel_fraction) | {"compile_seconds": seconds}}
     if asked.peer != "none":
         say("compiling the peer")
         sides["peer"] = compile_peer(asked, own)
@@ -172,41 +158,43 @@ def main() -> None:
         result["step_ratio"] = sides["ours"]["step_seconds"] / sides["peer"]["step_seconds"]
     if asked.top:
         result["costliest"] = costliest(text, chip, asked.top)
-    show(result, [_row(name, side) for name, side in sides.items()], asked.json)
+    show(result, _rows(sides), asked.json)
     if not asked.json:
         _print_notes(result, sides)
 
 
-def _row(name: str, side: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "": name,
-        "step ms": 1e3 * side["step_seconds"],
-        "compiler's": 1e3 * side["compiler_seconds"],
-        "kernels'": 1e3 * side["kernel_seconds"],
-        "kernels": side["kernel_calls"],
-        "tokens/s/chip": side["tokens_per_second_per_chip"],
-        "of peak": side["mfu"],
-        "arguments GB": side["argument_bytes"] / 1e9,
-        "temporaries": side["temporary_bytes"] / 1e9,
-        "outputs": side["output_bytes"] / 1e9,
-        "aliased": side["alias_bytes"] / 1e9,
-        "compile s": side["compile_seconds"],
+def _rows(sides: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    lines = {
+        "step ms, estimated": ("step_seconds", 1e3),
+        "... the compiler's part": ("compiler_seconds", 1e3),
+        "... the kernels' part": ("kernel_seconds", 1e3),
+        "calls of kernels": ("kernel_calls", 1),
+        "tokens/s/chip": ("tokens_per_second_per_chip", 1),
+        "model FLOPs, of peak": ("mfu", 1),
+        "arguments GB": ("argument_bytes", 1e-9),
+        "temporaries GB": ("temporary_bytes", 1e-9),
+        "outputs GB": ("output_bytes", 1e-9),
+        "... in arguments' place GB": ("alias_bytes", 1e-9),
+        "compile s": ("compile_seconds", 1),
     }
+    return [
+        {"": line} | {name: side[key] * factor for name, side in sides.items()} for line, (key, factor) in lines.items()
+    ]
 
 
 def _print_notes(result: dict[str, Any], sides: dict[str, Any]) -> None:
     print(f"estimated, not measured; model {result['model_flops'] / 1e12:.2f} TFLOP a step a chip", end="")
     print(f"; step {result['step_ratio']:.2f} of the peer's" if "step_ratio" in result else "")
     for name, side in sides.items():
-        for what, (count, moved) in side["unestimated"].items():
-            print(f"WARNING: {name}: {count} x {what} ({moved / 1e9:.2f} GB) carry no estimate and are not counted")
+        for what, (count, size) in side["unestimated"].items():
+            print(f"WARNING: {name}: not in the step, as without estimate: {count} x {what}, {size / 1e9:.2f} GB made")
     for i, row in enumerate(result.get("costliest", ())):
         if i == 0:
-            print("    ms  share  count  HBM ms  product  shape (* in fast memory)  op_name  (an example's name)")
+            print("    ms  share  count  HBM ms           shape (* in fast memory) | op_name | source | an example")
         product = "product" if row["has_product"] else ""
         print(
             f"{row['milliseconds']:6.2f} {row['share']:6.1%} {row['count']:6} {row['hbm_milliseconds']:7.2f}  "
-            f"{product:7}  {row['shape']}  {row['op_name']}  ({row['example']})"
+            f"{product:7}  {row['shape']} | {row['op_name']} | {row['source']} | {row['example']}"
         )
 
 

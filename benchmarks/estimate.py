@@ -12,7 +12,7 @@ This file imports the standard library alone: the peer's environment, which lack
 import collections
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # A Pallas kernel's name, and how many products of queries by keys by head dim it makes: the backward pass of `rows`
 # makes the logits again (5), that of `splash` makes them in each of its two kernels (3 and 4).
@@ -23,12 +23,23 @@ KERNEL_PRODUCTS = {
     "splash_mha_dq": 3,
     "splash_mha_dkv": 4,
 }
+# For jax, before it is imported: not to look for a TPU here, and libtpu not to say at length that there is none.
+WITHOUT_TPU = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 PALLAS_TARGET = "tpu_custom_call"
 # Names for what is there already, or work that runs beside the schedule.
-FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier "
-    "copy-start copy-done slice-start slice-done async-done async-update".split()
-)
+FREE = frozenset((
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+    "opt-barrier", "copy-start", "copy-done", "slice-start", "slice-done", "async-done", "async-update",
+))  # fmt: skip
+FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast")
 NEGLIGIBLE_BYTES = 64 * 1024  # scalars and small vectors, which the compiler does not estimate
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s64": 8, "u64": 8, "f64": 8}
 
@@ -63,6 +74,11 @@ class Instruction(NamedTuple):
     def op_name(self) -> str:
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1] if found else ""
+
+    @property
+    def custom_call_target(self) -> str | None:
+        found = re.search(r'custom_call_target="([^"]*)"', self.rest)
+        return found[1] if found else None
 
     def attribute(self, name: str) -> str | None:
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
@@ -179,12 +195,9 @@ def _walk(program: dict[str, Computation], name: str, count: int, into: Estimate
             line = _line(program, own, x, count)
             if x.cycles is not None:
                 into.lines.append(line)
-            elif x.attribute("custom_call_target") is not None or "custom_call_target=" in x.rest:
-                is_kernel = f'custom_call_target="{PALLAS_TARGET}"' in x.rest
-                # ConcatBitcast and the like only name parts of a buffer.
-                if is_kernel or "Bitcast" not in x.rest:
-                    (into.kernels if is_kernel else into.unestimated).append(line)
-            elif num_bytes(x.shape) > NEGLIGIBLE_BYTES:
+            elif x.custom_call_target == PALLAS_TARGET:
+                into.kernels.append(line)
+            elif x.custom_call_target not in FREE_TARGETS and num_bytes(x.shape) > NEGLIGIBLE_BYTES:
                 into.unestimated.append(line)
 
 
@@ -213,21 +226,14 @@ def trip_count(program: dict[str, Computation], own: Computation, loop: Instruct
     condition, body = (program[loop.attribute(name)] for name in ("condition", "body"))
     try:
         test = _root(condition)
-        if test.opcode == "fusion":
-            inner = program[test.attribute("calls")]
-            places = [next(i for i in inner.values() if i.name == o) for o in _root(inner).operands]
-            outer = [condition[test.operands[int(p.operands[0])]] if p.opcode == "parameter" else p for p in places]
-            test = _root(inner)
-            counter, bound = outer
-        else:
-            counter, bound = (condition[o] for o in test.operands)
-        if "direction=LT" not in test.rest or test.opcode != "compare":
+        counter, bound = (condition[o] for o in test.operands)
+        if test.opcode != "compare" or "direction=LT" not in test.rest:
             raise LookupError
-        index = int(re.search(r"index=(\d+)", counter.rest)[1])
+        index = int(counter.attribute("index"))
         last = _constant(condition, bound.name)
         first = _constant(own, own[loop.operands[0]].operands[index])
         step = _step(program, body, index)
-    except (LookupError, TypeError, ValueError, StopIteration) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"the trip count of {loop.name} must be in the text: no known_trip_count, and its condition does not "
             f"compare a counter with a constant ({loop.op_name}). Unroll the loop."
@@ -293,51 +299,88 @@ def kernel_seconds(line: Line, chip: Chip, fraction: float) -> float:
     return line.count * max(kernel_flops(line) / (fraction * chip.peak_flops), line.hbm_bytes / chip.bytes_per_second)
 
 
-def summary(text: str, chip: Chip, fraction: float) -> dict[str, float]:
-    """Seconds in parts, for a table."""
-    made = estimate(text)
+def report(compiled, chip: Chip, fraction: float) -> dict[str, Any]:
+    """Of a compiled program (`jax.stages.Compiled`): seconds in parts, memory, and what is not in them."""
+    made, memory = estimate(compiled.as_text()), compiled.memory_analysis()
     compiler = made.cycles / chip.clock_hertz
     kernels = sum(kernel_seconds(line, chip, fraction) for line in made.kernels)
-    unestimated: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    unestimated: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for line in made.unestimated:
-        target = re.search(r'custom_call_target="([^"]*)"', line.instruction.rest)
-        of = unestimated[f"{line.instruction.opcode} {target[1]}" if target else line.instruction.opcode]
+        x = line.instruction
+        of = unestimated[re.sub(r"[.\d]+$", "", x.name) + f" ({x.custom_call_target or x.opcode})"]
         of[0] += line.count
-        of[1] += line.count * line.hbm_bytes
+        of[1] += line.count * num_bytes(x.shape)
     return {
+        "step_seconds": compiler + kernels,
         "compiler_seconds": compiler,
         "kernel_seconds": kernels,
         "kernel_calls": sum(line.count for line in made.kernels),
-        "step_seconds": compiler + kernels,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
         "unestimated": dict(unestimated),
     }
 
 
-def costliest(text: str, chip: Chip, number: int) -> list[dict[str, object]]:
-    """The costliest instructions with an estimate; those alike but for the layer's number are one row."""
-    groups: dict[tuple[str, str], list[Line]] = collections.defaultdict(list)
-    made = estimate(text)
+def costliest(text: str, chip: Chip, number: int) -> list[dict[str, Any]]:
+    """The costliest instructions with an estimate; those alike but for numbers in their names are one row.
+
+    "hbm_milliseconds" is what their operands and results in HBM take at its bandwidth: far below "milliseconds" they
+    are bound by arithmetic, or badly laid out. "source" is where they were traced, in the project's own files.
+    """
+    groups: dict[tuple[str, ...], list[Line]] = collections.defaultdict(list)
+    made, frames = estimate(text), _source_lines(text)
     for line in made.lines:
         x = line.instruction
-        groups[_without_numbers(x.op_name or x.name), _plain(x.shape)].append(line)
-    total = max(made.cycles, 1)
+        frame = re.search(r"stack_frame_id=(\d+)", x.rest)
+        source = frames.get(int(frame[1]), "") if frame else ""
+        groups[_without_numbers(x.op_name or x.name), _plain(x.shape), source].append(line)
     rows = []
-    for (op_name, shape), lines in groups.items():
+    for (op_name, shape, source), lines in groups.items():
         cycles = sum(line.count * line.instruction.cycles for line in lines)
         moved = sum(line.count * line.hbm_bytes for line in lines)
         rows.append(
             {
                 "milliseconds": 1e3 * cycles / chip.clock_hertz,
-                "share": cycles / total,
+                "share": cycles / made.cycles,
                 "count": sum(line.count for line in lines),
                 "hbm_milliseconds": 1e3 * moved / chip.bytes_per_second,
                 "has_product": any(line.has_product for line in lines),
                 "shape": shape,
                 "op_name": op_name,
+                "source": source,
                 "example": lines[0].instruction.name,
             }
         )
     return sorted(rows, key=lambda row: -row["milliseconds"])[:number]
+
+
+def _source_lines(text: str, depth: int = 3) -> dict[int, str]:
+    """By stack frame, the innermost `depth` places outside installed packages, innermost last."""
+    tables = {}
+    for name in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+        block = re.search(rf"^{name}\n((?:\d+ .*\n)*)", text, re.MULTILINE)
+        entries = (line.split(" ", 1) for line in block[1].splitlines()) if block else ()
+        tables[name] = {int(number): entry for number, entry in entries}
+    frames = {n: _numbers(entry) for n, entry in tables["StackFrames"].items()}
+    places = {n: _numbers(entry) for n, entry in tables["FileLocations"].items()}
+
+    def chain(frame: int) -> list[str]:
+        found: list[str] = []
+        while frame in frames and len(found) < depth:
+            place = places[frames[frame]["file_location_id"]]
+            path = tables["FileNames"][place["file_name_id"]].strip('"')
+            if "site-packages" not in path:
+                found.insert(0, f"{path.rsplit('/', 1)[-1]}:{place['line']}")
+            frame = frames[frame]["parent_frame_id"] - 1  # written one too high: the outermost frame's is 1
+        return found
+
+    return {n: " > ".join(chain(n)) for n in frames}
+
+
+def _numbers(entry: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", entry)}
 
 
 def _without_numbers(op_name: str) -> str:

@@ -10,16 +10,14 @@ import os
 import sys
 import time
 
-os.environ |= {
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
-}  # fmt: skip
+from estimate import CHIPS, WITHOUT_TPU, report
+
+os.environ |= WITHOUT_TPU
 
 import jax
 import jax.numpy as jnp
 import optax
 import transformers
-from estimate import CHIPS, summary
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -61,14 +59,8 @@ arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, shardi
 began = time.perf_counter()
 compiled = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile()
 seconds = time.perf_counter() - began
-memory = compiled.memory_analysis()
-text = compiled.as_text()
-answer = summary(text, CHIPS[spec["topology"].split(":")[0]], spec["kernel_fraction"]) | {
+answer = report(compiled, CHIPS[spec["topology"].split(":")[0]], spec["kernel_fraction"]) | {
     "compile_seconds": seconds,
-    "argument_bytes": memory.argument_size_in_bytes,
-    "temporary_bytes": memory.temp_size_in_bytes,
-    "output_bytes": memory.output_size_in_bytes,
-    "alias_bytes": memory.alias_size_in_bytes,
     "versions": {"jax": jax.__version__, "transformers": transformers.__version__},
 }
 print(json.dumps(answer))
