@@ -220,7 +220,7 @@ def _branches(x: Instruction) -> list[str]:
 
 
 def trip_count(program: dict[str, Computation], own: Computation, loop: Instruction) -> int:
-    """How often a loop's body runs: as stated, or from its counter, which must go from a constant by 1 to another."""
+    """How often a loop's body runs: as stated, or from its counter, which goes from one constant to another by a third."""
     if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(stated[1])
     condition, body = (program[loop.attribute(name)] for name in ("condition", "body"))
@@ -232,7 +232,7 @@ def trip_count(program: dict[str, Computation], own: Computation, loop: Instruct
         index = int(counter.attribute("index"))
         last = _constant(condition, bound.name)
         first = _constant(own, own[loop.operands[0]].operands[index])
-        step = _step(program, body, index)
+        step = _step(body, index)
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"the trip count of {loop.name} must be in the text: no known_trip_count, and its condition does not "
@@ -254,19 +254,15 @@ def _constant(computation: Computation, name: str) -> int:
     return int(x.operands[0])
 
 
-def _step(program, body: Computation, index: int) -> int:
+def _step(body: Computation, index: int) -> int:
     """What the body adds to the counter."""
-    x, within = body[_root(body).operands[index]], body
-    while x.opcode in ("copy", "fusion"):
-        if x.opcode == "fusion":
-            within = program[x.attribute("calls")]
-            x = _root(within)
-        else:
-            x = within[x.operands[0]]
-    if x.opcode != "add":
+    x = body[_root(body).operands[index]]
+    while x.opcode == "copy":
+        x = body[x.operands[0]]
+    before, step = sorted((body[o] for o in x.operands), key=lambda o: o.opcode == "constant")
+    if x.opcode != "add" or before.opcode != "get-tuple-element" or int(before.attribute("index")) != index:
         raise LookupError
-    constants = [within[o] for o in x.operands if within[o].opcode == "constant"]
-    return int(constants[0].operands[0])
+    return int(step.operands[0])
 
 
 def kernel_flops(line: Line) -> int:
@@ -371,8 +367,10 @@ def _source_lines(text: str, depth: int = 3) -> dict[int, str]:
         while frame in frames and len(found) < depth:
             place = places[frames[frame]["file_location_id"]]
             path = tables["FileNames"][place["file_name_id"]].strip('"')
-            if "site-packages" not in path:
-                found.insert(0, f"{path.rsplit('/', 1)[-1]}:{place['line']}")
+            file = path.rsplit("/", 1)[-1]
+            # Of a file's helpers that call one another the innermost says most.
+            if "site-packages" not in path and not (found and found[0].startswith(f"{file}:")):
+                found.insert(0, f"{file}:{place['line']}")
             frame = frames[frame]["parent_frame_id"] - 1  # written one too high: the outermost frame's is 1
         return found
 
