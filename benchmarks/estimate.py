@@ -220,49 +220,49 @@ def _branches(x: Instruction) -> list[str]:
 
 
 def trip_count(program: dict[str, Computation], own: Computation, loop: Instruction) -> int:
-    """How often a loop's body runs: as stated, or from its counter, which goes from one constant to another by a third."""
+    """How often a loop's body runs: as stated, or as its counter goes from constant to constant."""
     if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(stated[1])
     condition, body = (program[loop.attribute(name)] for name in ("condition", "body"))
     try:
         test = _root(condition)
-        counter, bound = (condition[o] for o in test.operands)
-        if test.opcode != "compare" or "direction=LT" not in test.rest:
-            raise LookupError
+        counter, last = (_behind(condition, o) for o in test.operands)
         index = int(counter.attribute("index"))
-        last = _constant(condition, bound.name)
-        first = _constant(own, own[loop.operands[0]].operands[index])
-        step = _step(body, index)
-    except (LookupError, TypeError, ValueError) as error:
+        first = _behind(own, own[loop.operands[0]].operands[index])
+        added = _behind(body, _root(body).operands[index])
+        before, step = sorted((_behind(body, o) for o in added.operands), key=lambda x: x.opcode == "constant")
+        is_counted = (
+            (test.opcode, added.opcode, before.opcode) == ("compare", "add", "get-tuple-element")
+            and "direction=LT" in test.rest
+            and int(before.attribute("index")) == index
+        )
+        turns = -(-(_constant(last) - _constant(first)) // _constant(step))
+    except (LookupError, TypeError, ValueError):
+        is_counted = False
+    if not is_counted:
         raise ValueError(
-            f"the trip count of {loop.name} must be in the text: no known_trip_count, and its condition does not "
-            f"compare a counter with a constant ({loop.op_name}). Unroll the loop."
-        ) from error
-    return max(0, -(-(last - first) // step))
+            f"the trip count of {loop.name} must be in the text: it states none, and its condition and body are not "
+            f"seen to count from one constant to another ({loop.op_name}). Unroll the loop."
+        )
+    return max(0, turns)
 
 
 def _root(computation: Computation) -> Instruction:
     return list(computation.values())[-1]
 
 
-def _constant(computation: Computation, name: str) -> int:
+def _behind(computation: Computation, name: str) -> Instruction:
+    """The instruction of that name, or what it is a copy of."""
     x = computation[name]
-    while x.opcode in ("copy", "bitcast", "convert"):
+    while x.opcode == "copy":
         x = computation[x.operands[0]]
+    return x
+
+
+def _constant(x: Instruction) -> int:
     if x.opcode != "constant":
         raise LookupError
     return int(x.operands[0])
-
-
-def _step(body: Computation, index: int) -> int:
-    """What the body adds to the counter."""
-    x = body[_root(body).operands[index]]
-    while x.opcode == "copy":
-        x = body[x.operands[0]]
-    before, step = sorted((body[o] for o in x.operands), key=lambda o: o.opcode == "constant")
-    if x.opcode != "add" or before.opcode != "get-tuple-element" or int(before.attribute("index")) != index:
-        raise LookupError
-    return int(step.operands[0])
 
 
 def kernel_flops(line: Line) -> int:
