@@ -5,7 +5,8 @@
 
 Needs the `libtpu` package, no TPU. --batch counts rows a chip. Nothing here is measured: a step is the cycles that
 the compiler expects, loop bodies times their trip count, over the clock, plus the Pallas kernels, which it does not
-estimate, at their products over --kernel-fraction of the chip's peak (benchmarks/estimate.py). Both parts are shown.
+estimate, each at the longest of its products over --kernel-fraction of the chip's peak, its bytes, and the bundles of
+instructions that the compiler made of it (benchmarks/estimate.py). All parts are shown.
 --peer flax is transformers' FlaxBert with the same AdamW, dropout and dtype, its labels at every position, compiled
 for the same chip and read by the same reader. --top N lists the costliest operations of our side.
 """
@@ -15,10 +16,11 @@ import json
 import os
 import pathlib
 import subprocess
+import tempfile
 import time
 from typing import Any
 
-from estimate import CHIPS, WITHOUT_TPU, costliest, report
+from estimate import CHIPS, WITHOUT_TPU, costliest, dump_schedules, kernel_cycles, report
 
 os.environ |= WITHOUT_TPU
 
@@ -128,6 +130,10 @@ def main() -> None:
         attention_implementation=asked.attention,
     )  # fmt: skip
 
+    dumped = tempfile.TemporaryDirectory()
+    schedules = pathlib.Path(dumped.name)
+    # Before libtpu is loaded, by the next line.
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump_schedules(schedules)}"
     devices = list(topologies.get_topology_desc(platform="tpu", topology_name=asked.topology).devices)
     sizes = [int(n) for n in asked.mesh.split(",")] if asked.mesh else [1, 1, 1]
     mesh = make_mesh(MeshConfig(*sizes), devices if asked.mesh else devices[:1])
@@ -142,7 +148,9 @@ def main() -> None:
     text = compiled.as_text()
     if asked.text:
         asked.text.write_text(text)
-    sides = {"ours": report(compiled, chip, asked.kernel_fraction) | {"compile_seconds": seconds}}
+    sides = {
+        "ours": report(compiled, chip, asked.kernel_fraction, kernel_cycles(schedules)) | {"compile_seconds": seconds}
+    }
     if asked.peer != "none":
         say("compiling the peer")
         sides["peer"] = compile_peer(asked, own)
@@ -168,6 +176,9 @@ def _rows(sides: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         "step ms, estimated": ("step_seconds", 1e3),
         "... the compiler's part": ("compiler_seconds", 1e3),
         "... the kernels' part": ("kernel_seconds", 1e3),
+        "...... for products over the fraction of peak": ("kernel_product_seconds", 1e3),
+        "...... for bytes": ("kernel_byte_seconds", 1e3),
+        "...... for bundles of instructions": ("kernel_bundle_seconds", 1e3),
         "calls of kernels": ("kernel_calls", 1),
         "tokens/s/chip": ("tokens_per_second_per_chip", 1),
         "model FLOPs, of peak": ("mfu", 1),
@@ -186,6 +197,8 @@ def _print_notes(result: dict[str, Any], sides: dict[str, Any]) -> None:
     print(f"estimated, not measured; model {result['model_flops'] / 1e12:.2f} TFLOP a step a chip", end="")
     print(f"; step {result['step_ratio']:.2f} of the peer's" if "step_ratio" in result else "")
     for name, side in sides.items():
+        if side["kernels_without_schedule"]:
+            print(f"WARNING: {name}: {side['kernels_without_schedule']} kernels without a schedule that could be read")
         for what, (count, size) in side["unestimated"].items():
             print(f"WARNING: {name}: not in the step, as without estimate: {count} x {what}, {size / 1e9:.2f} GB made")
     for i, row in enumerate(result.get("costliest", ())):

@@ -3,14 +3,17 @@
 The compiler writes "estimated_cycles" beside most instructions. They are summed over the schedule: the body of a loop
 times its trip count, a conditional at its dearest branch, a fusion at its own estimate. Copies between memories that
 run beside the schedule (copy-start, slice-start) count nothing. Pallas kernels carry no estimate and are counted at
-their arithmetic (`kernel_flops`) or, where that takes longer, at the bytes they move. What carries none and is not
-free either (collectives, for one) is listed in `unestimated`, so that a sum never looks more whole than it is.
+the longest of three: their products over a stated fraction of the chip's peak, the bytes they move, and the bundles of
+instructions that the compiler made of them, one a cycle (`kernel_cycles`); nothing else knows of the work that is no
+product, such as dropout. What carries no estimate and is not free either (gathers, collectives) is listed in
+`unestimated`, so that a sum never looks more whole than it is.
 
 This file imports the standard library alone: the peer's environment, which lacks the project, reads its text with it.
 """
 
 import collections
 import math
+import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -290,16 +293,63 @@ def kernel_flops(line: Line) -> int:
     return KERNEL_PRODUCTS[names[0]] * 2 * pairs * width
 
 
-def kernel_seconds(line: Line, chip: Chip, fraction: float) -> float:
-    """The longer of a kernel's products at `fraction` of peak and its bytes at the bandwidth of HBM, all its runs."""
-    return line.count * max(kernel_flops(line) / (fraction * chip.peak_flops), line.hbm_bytes / chip.bytes_per_second)
+def dump_schedules(folder: pathlib.Path) -> str:
+    """The LIBTPU_INIT_ARGS with which the compiler writes what `kernel_cycles` reads."""
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
 
 
-def report(compiled, chip: Chip, fraction: float) -> dict[str, Any]:
-    """Of a compiled program (`jax.stages.Compiled`): seconds in parts, memory, and what is not in them."""
+def kernel_cycles(folder: pathlib.Path) -> dict[str, int]:
+    """By instruction, the bundles that it runs through, where it has no more than one loop (a kernel's is its grid).
+
+    Waits for memory are not in it. Regions that are skipped in some turns count in all.
+    """
+    found = {}
+    for path in folder.glob("*-final_bundles.txt"):
+        name = re.match(r"\d+-(.*)-\d+-", path.name)[1]
+        if any(kernel in name for kernel in KERNEL_PRODUCTS) and "schedule-analysis" not in path.name:
+            found[name] = bundle_cycles(path.read_text())
+    return {name: cycles for name, cycles in found.items() if cycles is not None}
+
+
+def bundle_cycles(schedule: str) -> int | None:
+    """Of a schedule as text; None if it has loops within loops."""
+    # `0x1f LB: > { ... }` is a bundle within one loop.
+    depths = [len(marks.split()) for marks in re.findall(r"^ *(?:0x[0-9a-f]+|0) +(?:\w\w)?: ((?:> )*)", schedule, re.M)]
+    turns = [int(n) for n in re.findall(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test", schedule)]
+    if max(depths) > 1 or len(turns) > 1:
+        return None
+    return depths.count(0) + depths.count(1) * (turns[0] if turns else 0)
+
+
+class KernelTimes(NamedTuple):
+    """Seconds of one run."""
+
+    products: float
+    bytes_moved: float
+    bundles: float | None
+
+
+def kernel_times(line: Line, chip: Chip, fraction: float, cycles: dict[str, int]) -> KernelTimes:
+    # Of kernels that are alike the compiler writes one.
+    name = line.instruction.name
+    alike = [n for other, n in cycles.items() if re.sub(r"\.\d+$", "", other) == re.sub(r"\.\d+$", "", name)]
+    own = cycles.get(name, max(alike, default=None))
+    return KernelTimes(
+        kernel_flops(line) / (fraction * chip.peak_flops),
+        line.hbm_bytes / chip.bytes_per_second,
+        None if own is None else own / chip.clock_hertz,
+    )
+
+
+def report(compiled, chip: Chip, fraction: float, cycles: dict[str, int]) -> dict[str, Any]:
+    """Of a compiled program (`jax.stages.Compiled`): seconds in parts, memory, and what is not in them.
+
+    `cycles` is from `kernel_cycles`; kernels that it lacks are counted in "kernels_without_schedule".
+    """
     made, memory = estimate(compiled.as_text()), compiled.memory_analysis()
     compiler = made.cycles / chip.clock_hertz
-    kernels = sum(kernel_seconds(line, chip, fraction) for line in made.kernels)
+    times = [(line.count, kernel_times(line, chip, fraction, cycles)) for line in made.kernels]
+    kernels = sum(count * max(t for t in each if t is not None) for count, each in times)
     unestimated: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for line in made.unestimated:
         x = line.instruction
@@ -310,7 +360,11 @@ def report(compiled, chip: Chip, fraction: float) -> dict[str, Any]:
         "step_seconds": compiler + kernels,
         "compiler_seconds": compiler,
         "kernel_seconds": kernels,
-        "kernel_calls": sum(line.count for line in made.kernels),
+        "kernel_product_seconds": sum(count * each.products for count, each in times),
+        "kernel_byte_seconds": sum(count * each.bytes_moved for count, each in times),
+        "kernel_bundle_seconds": sum(count * (each.bundles or 0.0) for count, each in times),
+        "kernel_calls": sum(count for count, _ in times),
+        "kernels_without_schedule": sum(count for count, each in times if each.bundles is None),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,

@@ -11,7 +11,7 @@ from flax_encoder.config import EncoderConfig
 # Benchmarks are scripts, which import one another from their own folder.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 
-from estimate import CHIPS, costliest, estimate, kernel_flops, kernel_seconds
+from estimate import CHIPS, bundle_cycles, costliest, estimate, kernel_flops, kernel_times
 from flops import step_flops, visible_pairs
 
 # A loop of 5 turns (7 to 17 by 2) whose body holds a fusion of 1,000 cycles, then a conditional of 30 or 40 cycles, a
@@ -119,15 +119,35 @@ def test_a_loop_without_a_trip_count_is_an_error(change):
         estimate(PROGRAM.replace(*change))
 
 
-def test_a_kernel_counts_its_products_or_its_bytes():
+def test_a_kernel_counts_its_products_its_bytes_and_its_bundles():
     (line,) = estimate(PROGRAM).kernels
-    assert kernel_flops(line) == 2 * 2 * (2 * 256 * 256 * 128)
-    assert line.hbm_bytes == 4 * 2 * 256 * 128 * 2
     chip = CHIPS["v5e"]
-    assert kernel_seconds(line, chip, 0.001) == kernel_flops(line) / (0.001 * chip.peak_flops)
-    assert kernel_seconds(line, chip, 1.0) == line.hbm_bytes / chip.bytes_per_second
+    products, moved = 2 * 2 * (2 * 256 * 256 * 128), 4 * 2 * 256 * 128 * 2
+    assert kernel_flops(line) == products
+    times = kernel_times(line, chip, 0.4, {"jvp_forward_kernel_.7": 300, "other.1": 5})
+    assert times == (products / (0.4 * chip.peak_flops), moved / chip.bytes_per_second, 300 / chip.clock_hertz)
+    assert kernel_times(line, chip, 0.4, {"other.1": 5}).bundles is None
     with pytest.raises(ValueError, match="arithmetic must be known"):
         kernel_flops(estimate(PROGRAM.replace("forward_kernel", "other")).kernels[0])
+
+
+SCHEDULE = """\
+LB: loop body
+= control target key end
+
+     0   :  { %s1 = smov.u32 0 }
+   0x1   :  { %20 = vsyncpa [#allocation5], 0 } /* Start region 1 */
+   0x2 LB: > { %s2 = sadd.s32 1, %s3
+second_minor_factor: 1 */ } /* End region 33 */
+   0x3   : > { %p28_p4 = scmp.ge.s32.totalorder %s2, 50 /* loop exit test */ }
+   0x4 PF: > { %v1 = vlaneseq.b32 }
+0x1005   :  {} /* End region 4 */
+"""
+
+
+def test_a_schedule_counts_its_loop_by_its_turns():
+    assert bundle_cycles(SCHEDULE) == 3 + 50 * 3
+    assert bundle_cycles(SCHEDULE.replace("0x4 PF: > {", "0x4 PF: > > {")) is None
 
 
 def test_the_costliest_are_grouped_over_layers_and_say_where_they_come_from():
