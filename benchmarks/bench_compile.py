@@ -86,7 +86,7 @@ def compile_peer(asked, config: EncoderConfig) -> dict[str, Any]:
         [asked.peer_python, str(HERE / "peer_compile.py"), json.dumps(spec)], capture_output=True, text=True
     )
     if run.returncode:
-        raise SystemExit(f"the peer failed:\n{run.stderr[-3000:]}")
+        raise SystemExit(f"the peer failed:\n{run.stderr[-1000:]}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -141,19 +141,24 @@ def main() -> None:
     tokens = batch["tokens"].size / mesh.size
     flops = step_flops(own, batch["segment_ids"], batch["targets"].size) / mesh.size
 
+    sides = {}
+    if asked.peer != "none":  # first, since it is the one that may fail
+        say("compiling the peer")
+        sides["peer"] = compile_peer(asked, own)
     say(f"compiling {asked.model}, {asked.batch} x {asked.length}, {asked.dtype}, for {chip_name}")
     began = time.perf_counter()
-    compiled = compile_step(config, batch, mesh)
+    try:
+        compiled = compile_step(config, batch, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise SystemExit(f"the step does not fit the chip: {str(error).splitlines()[0]}") from None
+        raise
     seconds = time.perf_counter() - began
     text = compiled.as_text()
     if asked.text:
         asked.text.write_text(text)
-    sides = {
-        "ours": report(compiled, chip, asked.kernel_fraction, kernel_cycles(schedules)) | {"compile_seconds": seconds}
-    }
-    if asked.peer != "none":
-        say("compiling the peer")
-        sides["peer"] = compile_peer(asked, own)
+    made = report(compiled, chip, asked.kernel_fraction, kernel_cycles(schedules))
+    sides = {"ours": made | {"compile_seconds": seconds}} | sides
     for side in sides.values():
         side["tokens_per_second_per_chip"] = tokens / side["step_seconds"]
         side["mfu"] = flops / side["step_seconds"] / chip.peak_flops
