@@ -208,12 +208,10 @@ def _print_notes(result: dict[str, Any], sides: dict[str, Any]) -> None:
             print(f"WARNING: {name}: not in the step, as without estimate: {count} x {what}, {size / 1e9:.2f} GB made")
     for i, row in enumerate(result.get("costliest", ())):
         if i == 0:
-            print("    ms  share  count  HBM ms           shape (* in fast memory) | op_name | source | an example")
-        product = "product" if row["has_product"] else ""
-        print(
-            f"{row['milliseconds']:6.2f} {row['share']:6.1%} {row['count']:6} {row['hbm_milliseconds']:7.2f}  "
-            f"{product:7}  {row['shape']} | {row['op_name']} | {row['source']} | {row['example']}"
-        )
+            print("    ms  share  count  HBM ms products  shape (* in fast memory) | op_name | source | an example")
+        times = f"{row['milliseconds']:6.2f} {row['share']:6.1%} {row['count']:6}"
+        times += f" {row['hbm_milliseconds']:7.2f} {row['product_milliseconds']:8.2f}"
+        print(f"{times}  {row['shape']} | {row['op_name']} | {row['source']} | {row['example']}")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ class Line(NamedTuple):
     count: int
     hbm_bytes: int
     """What one run reads and writes outside fast memory."""
-    has_product: bool
+    product_flops: int
+    """Of one run's matrix products."""
 
 
 class Estimate(NamedTuple):
@@ -206,14 +207,20 @@ def _walk(program: dict[str, Computation], name: str, count: int, into: Estimate
 
 def _line(program, own: Computation, x: Instruction, count: int) -> Line:
     moved = num_bytes(x.shape, True) + sum(num_bytes(own[o].shape, True) for o in x.operands if o in own)
-    inner = program.get(x.attribute("calls") or "", {}).values() if x.opcode == "fusion" else [x]
-    return Line(x, count, moved, any(_is_product(program, i) for i in inner))
+    return Line(x, count, moved, _product_flops(program, own, x))
 
 
-def _is_product(program, x: Instruction) -> bool:
+def _product_flops(program: dict[str, Computation], own: Computation, x: Instruction) -> int:
     if x.opcode == "fusion":
-        return any(_is_product(program, i) for i in program.get(x.attribute("calls") or "", {}).values())
-    return x.opcode in ("convolution", "dot")
+        inner = program.get(x.attribute("calls") or "", {})
+        return sum(_product_flops(program, inner, i) for i in inner.values())
+    if x.opcode not in ("convolution", "dot"):
+        return 0
+    # A product [B M K] [B K N] -> [B M N]; B is what a convolution has as its window when it steps or is spread out.
+    window = re.search(r"window=\{size=([\dx]+)[^}]*(?:stride|dilate)", x.rest)
+    batch = math.prod(int(n) for n in window[1].split("x")) if window else 1
+    sizes = [math.prod(arrays(shape)[0][1]) for shape in (own[x.operands[0]].shape, own[x.operands[1]].shape, x.shape)]
+    return 2 * math.isqrt(math.prod(sizes) // batch)
 
 
 def _branches(x: Instruction) -> list[str]:
@@ -376,8 +383,9 @@ def report(compiled, chip: Chip, fraction: float, cycles: dict[str, int]) -> dic
 def costliest(text: str, chip: Chip, number: int) -> list[dict[str, Any]]:
     """The costliest instructions with an estimate; those alike but for numbers in their names are one row.
 
-    "hbm_milliseconds" is what their operands and results in HBM take at its bandwidth: far below "milliseconds" they
-    are bound by arithmetic, or badly laid out. "source" is where they were traced, in the project's own files.
+    "hbm_milliseconds" is what their operands and results in HBM take at its bandwidth, "product_milliseconds" what
+    their matrix products take at peak: where both are far below "milliseconds", elementwise work or the layout is what
+    costs. "source" is where they were traced, in the project's own files.
     """
     groups: dict[tuple[str, ...], list[Line]] = collections.defaultdict(list)
     made, frames = estimate(text), _source_lines(text)
@@ -396,7 +404,7 @@ def costliest(text: str, chip: Chip, number: int) -> list[dict[str, Any]]:
                 "share": cycles / made.cycles,
                 "count": sum(line.count for line in lines),
                 "hbm_milliseconds": 1e3 * moved / chip.bytes_per_second,
-                "has_product": any(line.has_product for line in lines),
+                "product_milliseconds": 1e3 * sum(line.count * line.product_flops for line in lines) / chip.peak_flops,
                 "shape": shape,
                 "op_name": op_name,
                 "source": source,

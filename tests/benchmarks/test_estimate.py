@@ -36,7 +36,8 @@ StackFrames
 
 %fused_computation (a: bf16[8,128]) -> bf16[8,128] {
   %a = bf16[8,128]{1,0} parameter(0)
-  ROOT %dot = bf16[8,128]{1,0} convolution(%a, %a), dim_labels=bf_io->bf, backend_config={"estimated_cycles":"77"}
+  %w = bf16[128,128]{1,0} constant({...})
+  ROOT %dot = bf16[8,128]{1,0} convolution(%a, %w), dim_labels=bf_io->bf, backend_config={"estimated_cycles":"77"}
 }
 
 %body (state: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
@@ -154,8 +155,20 @@ def test_the_costliest_are_grouped_over_layers_and_say_where_they_come_from():
     first, second = costliest(PROGRAM, CHIPS["v5e"], 2)
     assert first["shape"] == "bf16[8,128]" and first["op_name"] == "jit(step)/layers_N/dot_general"
     assert first["count"] == 5 and first["milliseconds"] == pytest.approx(5000 / 1.5e6)
-    assert first["has_product"] and first["source"] == "encoder.py:31"
+    assert first["product_milliseconds"] == pytest.approx(1e3 * 5 * 2 * 8 * 128 * 128 / 197e12)
+    assert first["source"] == "encoder.py:31"
     assert second["shape"] == "bf16[8,128]*" and second["count"] == 1
+
+
+def test_a_product_over_a_batch_counts_its_batch_once():
+    text = """ENTRY %main (a: bf16[6,4,5,7], b: bf16[6,4,11,7]) -> bf16[6,4,5,11] {
+  %a = bf16[6,4,5,7]{3,2,1,0} parameter(0)
+  %b = bf16[6,4,11,7]{3,2,1,0} parameter(1)
+  ROOT %c = bf16[6,4,5,11]{3,2,1,0} convolution(%a, %b), window={size=6x4 stride=5x3 lhs_dilate=6x4}, \
+dim_labels=01bf_01oi->01bf, backend_config={"estimated_cycles":"9"}
+}
+"""
+    assert estimate(text).lines[0].product_flops == 2 * 6 * 4 * 5 * 7 * 11
 
 
 @pytest.mark.parametrize("window", [None, 0, 3, 40])
