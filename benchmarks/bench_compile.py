@@ -11,7 +11,6 @@ instructions that the compiler made of it (benchmarks/estimate.py). All parts ar
 for the same chip and read by the same reader. --top N lists the costliest operations of our side.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -26,7 +25,7 @@ os.environ |= WITHOUT_TPU
 
 import jax
 import jax.numpy as jnp
-from bench_step import ADAMW, masked_rows, peer_config
+from bench_step import ADAMW, add_model_arguments, configs, masked_rows, peer_config
 from flax import nnx
 from flops import step_flops
 from harness import header, parser, say, show
@@ -34,8 +33,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from flax_encoder.config import EncoderConfig, MeshConfig
-from flax_encoder.families import PRESETS, preset
-from flax_encoder.nn.partition import abstract_model, round_up_vocab
+from flax_encoder.nn.partition import abstract_model
 from flax_encoder.objectives import MaskedLM
 from flax_encoder.ops.platform import platform_for_tracing
 from flax_encoder.training.optimizer import make_optimizer
@@ -95,16 +93,7 @@ def main() -> None:
     arguments.add_argument("--platform", choices=("tpu",), default="tpu")
     arguments.add_argument("--topology", default="v5e:2x2", help="one device of it is used (default v5e:2x2)")
     arguments.add_argument("--mesh", help="DATA,FSDP,TENSOR over all devices of the topology instead of one")
-    arguments.add_argument("--model", default="bert_base", help=f"one of {', '.join(PRESETS)}")
-    arguments.add_argument("--batch", type=int, default=64, help="rows a chip (default 64)")
-    arguments.add_argument("--length", type=int, default=512, help="tokens in a row (default 512)")
-    arguments.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products")
-    arguments.add_argument("--masked-rate", type=float, default=0.15, help="share of tokens predicted (default 0.15)")
-    arguments.add_argument("--dropout", type=float, help="of both sides, everywhere (default: the model's own)")
-    arguments.add_argument("--layers", type=int, help="fewer layers than the model has")
-    arguments.add_argument("--scan", action="store_true", help="run the layers by lax.scan instead of unrolled")
-    arguments.add_argument("--remat", choices=("none", "dots", "full"), default="none")
-    arguments.add_argument("--attention", help="implementation (default: the library's choice)")
+    add_model_arguments(arguments, batch=64, length=512)
     arguments.add_argument(
         "--kernel-fraction", type=float, default=KERNEL_FRACTION, help=f"of peak (default {KERNEL_FRACTION})"
     )
@@ -120,16 +109,7 @@ def main() -> None:
         raise SystemExit(f"the clock of --topology must be known: got {chip_name}, known are {', '.join(CHIPS)}.")
     chip = CHIPS[chip_name]
 
-    own = preset(asked.model)
-    changes: dict[str, Any] = {"num_layers": asked.layers or own.num_layers}
-    if asked.dropout is not None:
-        changes |= {"dropout_rate": asked.dropout, "attention_dropout_rate": asked.dropout}
-    own = dataclasses.replace(own, **changes, max_length=max(own.max_length, asked.length))
-    config = dataclasses.replace(
-        own, vocab_size=round_up_vocab(own.vocab_size), dtype=asked.dtype, scan_layers=asked.scan, remat=asked.remat,
-        attention_implementation=asked.attention,
-    )  # fmt: skip
-
+    own, config = configs(asked)
     dumped = tempfile.TemporaryDirectory()
     schedules = pathlib.Path(dumped.name)
     # Before libtpu is loaded, by the next line.
