@@ -176,30 +176,22 @@ def peer_config(name: str, config: EncoderConfig) -> dict[str, Any]:
     return write_config(family, config, "masked_lm")
 
 
-def main() -> None:
-    if len(sys.argv) == 3 and sys.argv[1] == "ours":
-        return ours(pathlib.Path(sys.argv[2]))
-    arguments = parser(__doc__)
+def add_model_arguments(arguments, batch: int, length: int) -> None:
+    """What says which step it is, with the defaults of two; `configs` reads it."""
     arguments.add_argument("--model", default="bert_base", help=f"one of {', '.join(PRESETS)}")
-    arguments.add_argument("--batch", type=int, default=16, help="rows (default 16)")
-    arguments.add_argument("--length", type=int, default=128, help="tokens in a row (default 128)")
+    arguments.add_argument("--batch", type=int, default=batch, help=f"rows, of each chip (default {batch})")
+    arguments.add_argument("--length", type=int, default=length, help=f"tokens in a row (default {length})")
     arguments.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products")
-    arguments.add_argument("--objective", choices=("masked_lm",), default="masked_lm")
-    arguments.add_argument("--data", default="full", help="full, real (python_docs), or any text the library reads")
     arguments.add_argument("--masked-rate", type=float, default=0.15, help="share of tokens predicted (default 0.15)")
     arguments.add_argument("--dropout", type=float, help="of both sides, everywhere (default: the model's own)")
     arguments.add_argument("--layers", type=int, help="fewer layers than the model has")
     arguments.add_argument("--scan", action="store_true", help="run the layers by lax.scan instead of unrolled")
     arguments.add_argument("--remat", choices=("none", "dots", "full"), default="none")
     arguments.add_argument("--attention", help="implementation (default: the library's choice)")
-    arguments.add_argument("--peer", choices=("torch", "flax", "none"), default="none")
-    arguments.add_argument("--peer-python", help="the Python of the peer's environment")
-    arguments.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
-    arguments.add_argument("--seconds", type=float, default=15.0, help="of a turn, a step at least (default 15)")
-    asked = arguments.parse_args()
-    if (asked.peer == "none") != (asked.peer_python is None):
-        raise SystemExit("a peer runs in its own environment: give --peer and --peer-python together, or neither.")
 
+
+def configs(asked) -> tuple[EncoderConfig, EncoderConfig]:
+    """The model as published, and as we run it."""
     own = preset(asked.model)
     changes: dict[str, Any] = {"num_layers": asked.layers or own.num_layers}
     if asked.dropout is not None:
@@ -209,7 +201,25 @@ def main() -> None:
         own, vocab_size=round_up_vocab(own.vocab_size), dtype=asked.dtype, scan_layers=asked.scan, remat=asked.remat,
         attention_implementation=asked.attention,
     )  # fmt: skip
+    return own, config
 
+
+def main() -> None:
+    if len(sys.argv) == 3 and sys.argv[1] == "ours":
+        return ours(pathlib.Path(sys.argv[2]))
+    arguments = parser(__doc__)
+    add_model_arguments(arguments, batch=16, length=128)
+    arguments.add_argument("--objective", choices=("masked_lm",), default="masked_lm")
+    arguments.add_argument("--data", default="full", help="full, real (python_docs), or any text the library reads")
+    arguments.add_argument("--peer", choices=("torch", "flax", "none"), default="none")
+    arguments.add_argument("--peer-python", help="the Python of the peer's environment")
+    arguments.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
+    arguments.add_argument("--seconds", type=float, default=15.0, help="of a turn, a step at least (default 15)")
+    asked = arguments.parse_args()
+    if (asked.peer == "none") != (asked.peer_python is None):
+        raise SystemExit("a peer runs in its own environment: give --peer and --peer-python together, or neither.")
+
+    own, config = configs(asked)
     if asked.data == "full":
         rows = [masked_rows(own, asked.batch, asked.length, asked.masked_rate, seed) for seed in range(4)]
         singles = rows

@@ -1,0 +1,198 @@
+"""The training step on a TPU that is not there: compiled for it, and the compiler's own estimate beside the peer's.
+
+    python benchmarks/bench_compile.py --topology v5e:2x2 --batch 64 --length 512 --dropout 0.1 \\
+        --peer flax --peer-python PYTHON_WITH_TRANSFORMERS_4.57.6
+
+Needs the `libtpu` package, no TPU. --batch counts rows a chip. Nothing here is measured: a step is the cycles that
+the compiler expects, loop bodies times their trip count, over the clock, plus the Pallas kernels, which it does not
+estimate, each at the longest of its products over --kernel-fraction of the chip's peak, its bytes, and the bundles of
+instructions that the compiler made of it (benchmarks/estimate.py). All parts are shown.
+--peer flax is transformers' FlaxBert with the same AdamW, dropout and dtype, its labels at every position, compiled
+for the same chip and read by the same reader. --top N lists the costliest operations of our side.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+import time
+from typing import Any
+
+from estimate import CHIPS, WITHOUT_TPU, costliest, dump_schedules, kernel_cycles, report
+
+os.environ |= WITHOUT_TPU
+
+import jax
+import jax.numpy as jnp
+from bench_step import ADAMW, add_model_arguments, configs, masked_rows, peer_config
+from flax import nnx
+from flops import step_flops
+from harness import header, parser, say, show
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from flax_encoder.config import EncoderConfig, MeshConfig
+from flax_encoder.nn.partition import abstract_model
+from flax_encoder.objectives import MaskedLM
+from flax_encoder.ops.platform import platform_for_tracing
+from flax_encoder.training.optimizer import make_optimizer
+from flax_encoder.training.sharding import BATCH_SPEC, logical_axes, make_mesh
+from flax_encoder.training.step import TrainState, make_train_step, state_shardings
+
+HERE = pathlib.Path(__file__).parent
+# Heads of 64 fill half of a unit's 128 lanes, so a kernel's products can reach half the peak; softmax and masks are
+# made meanwhile by other units, which takes some of that.
+KERNEL_FRACTION = 0.4
+
+
+def compile_step(config: EncoderConfig, batch: dict[str, Any], mesh: jax.sharding.Mesh) -> Any:
+    """The library's own step, compiled for the mesh's devices from shapes alone."""
+
+    def make_model():
+        return MaskedLM(config, rngs=nnx.Rngs(0))
+
+    tx = make_optimizer(ADAMW, 10_000, logical_axes(make_model))
+    graphdef, params = abstract_model(make_model)
+
+    def init(params):
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+    state = jax.eval_shape(init, nnx.to_pure_dict(params))
+    shardings = state_shardings(make_model, tx, mesh, state)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    rows = NamedSharding(mesh, BATCH_SPEC)
+    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for k, x in batch.items()}
+    with jax.set_mesh(mesh), platform_for_tracing("tpu"):
+        return make_train_step(graphdef, tx, shardings=shardings).lower(state, batch).compile()
+
+
+def compile_peer(asked, config: EncoderConfig) -> dict[str, Any]:
+    spec = {
+        "config": peer_config(asked.model, config),
+        "batch": asked.batch,
+        "length": asked.length,
+        "dtype": asked.dtype,
+        "topology": asked.topology,
+        "learning_rate": ADAMW.learning_rate,
+        "betas": [ADAMW.b1, ADAMW.b2],
+        "epsilon": ADAMW.epsilon,
+        "weight_decay": ADAMW.weight_decay,
+        "kernel_fraction": asked.kernel_fraction,
+    }
+    run = subprocess.run(
+        [asked.peer_python, str(HERE / "peer_compile.py"), json.dumps(spec)], capture_output=True, text=True
+    )
+    if run.returncode:
+        raise SystemExit(f"the peer failed:\n{run.stderr[-1000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--platform", choices=("tpu",), default="tpu")
+    arguments.add_argument("--topology", default="v5e:2x2", help="one device of it is used (default v5e:2x2)")
+    arguments.add_argument("--mesh", help="DATA,FSDP,TENSOR over all devices of the topology instead of one")
+    add_model_arguments(arguments, batch=64, length=512)
+    arguments.add_argument(
+        "--kernel-fraction", type=float, default=KERNEL_FRACTION, help=f"of peak (default {KERNEL_FRACTION})"
+    )
+    arguments.add_argument("--peer", choices=("flax", "none"), default="none")
+    arguments.add_argument("--peer-python", help="the Python of the peer's environment")
+    arguments.add_argument("--top", type=int, default=0, metavar="N", help="list the N costliest operations")
+    arguments.add_argument("--text", type=pathlib.Path, help="write the compiled program's text to this file")
+    asked = arguments.parse_args()
+    if (asked.peer == "none") != (asked.peer_python is None):
+        raise SystemExit("a peer runs in its own environment: give --peer and --peer-python together, or neither.")
+    chip_name = asked.topology.split(":")[0]
+    if chip_name not in CHIPS:
+        raise SystemExit(f"the clock of --topology must be known: got {chip_name}, known are {', '.join(CHIPS)}.")
+    chip = CHIPS[chip_name]
+
+    own, config = configs(asked)
+    dumped = tempfile.TemporaryDirectory()
+    schedules = pathlib.Path(dumped.name)
+    # Before libtpu is loaded, by the next line.
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump_schedules(schedules)}"
+    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=asked.topology).devices)
+    sizes = [int(n) for n in asked.mesh.split(",")] if asked.mesh else [1, 1, 1]
+    mesh = make_mesh(MeshConfig(*sizes), devices if asked.mesh else devices[:1])
+    batch = masked_rows(own, asked.batch * sizes[0] * sizes[1], asked.length, asked.masked_rate, 0)
+    tokens = batch["tokens"].size / mesh.size
+    flops = step_flops(own, batch["segment_ids"], batch["targets"].size) / mesh.size
+
+    sides = {}
+    if asked.peer != "none":  # first, since it is the one that may fail
+        say("compiling the peer")
+        sides["peer"] = compile_peer(asked, own)
+    say(f"compiling {asked.model}, {asked.batch} x {asked.length}, {asked.dtype}, for {chip_name}")
+    began = time.perf_counter()
+    try:
+        compiled = compile_step(config, batch, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise SystemExit(f"the step does not fit the chip: {str(error).splitlines()[0]}") from None
+        raise
+    seconds = time.perf_counter() - began
+    text = compiled.as_text()
+    if asked.text:
+        asked.text.write_text(text)
+    made = report(compiled, chip, asked.kernel_fraction, kernel_cycles(schedules))
+    sides = {"ours": made | {"compile_seconds": seconds}} | sides
+    for side in sides.values():
+        side["tokens_per_second_per_chip"] = tokens / side["step_seconds"]
+        side["mfu"] = flops / side["step_seconds"] / chip.peak_flops
+    result: dict[str, Any] = {
+        "header": header(**{k: v for k, v in vars(asked).items() if k not in ("json", "text", "top")}),
+        **sides,
+        "model_flops": flops,
+    }
+    if "peer" in sides:
+        result["step_ratio"] = sides["ours"]["step_seconds"] / sides["peer"]["step_seconds"]
+    if asked.top:
+        result["costliest"] = costliest(text, chip, asked.top)
+    show(result, _rows(sides), asked.json)
+    if not asked.json:
+        _print_notes(result, sides)
+
+
+def _rows(sides: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    lines = {
+        "step ms, estimated": ("step_seconds", 1e3),
+        "... the compiler's part": ("compiler_seconds", 1e3),
+        "... the kernels' part": ("kernel_seconds", 1e3),
+        "...... for products over the fraction of peak": ("kernel_product_seconds", 1e3),
+        "...... for bytes": ("kernel_byte_seconds", 1e3),
+        "...... for bundles of instructions": ("kernel_bundle_seconds", 1e3),
+        "calls of kernels": ("kernel_calls", 1),
+        "tokens/s/chip": ("tokens_per_second_per_chip", 1),
+        "model FLOPs, of peak": ("mfu", 1),
+        "arguments GB": ("argument_bytes", 1e-9),
+        "temporaries GB": ("temporary_bytes", 1e-9),
+        "outputs GB": ("output_bytes", 1e-9),
+        "... in arguments' place GB": ("alias_bytes", 1e-9),
+        "compile s": ("compile_seconds", 1),
+    }
+    return [
+        {"": line} | {name: side[key] * factor for name, side in sides.items()} for line, (key, factor) in lines.items()
+    ]
+
+
+def _print_notes(result: dict[str, Any], sides: dict[str, Any]) -> None:
+    print(f"estimated, not measured; model {result['model_flops'] / 1e12:.2f} TFLOP a step a chip", end="")
+    print(f"; step {result['step_ratio']:.2f} of the peer's" if "step_ratio" in result else "")
+    for name, side in sides.items():
+        if side["kernels_without_schedule"]:
+            print(f"WARNING: {name}: {side['kernels_without_schedule']} kernels without a schedule that could be read")
+        for what, (count, size) in side["unestimated"].items():
+            print(f"WARNING: {name}: not in the step, as without estimate: {count} x {what}, {size / 1e9:.2f} GB made")
+    for i, row in enumerate(result.get("costliest", ())):
+        if i == 0:
+            print("    ms  share  count  HBM ms products  shape (* in fast memory) | op_name | source | an example")
+        times = f"{row['milliseconds']:6.2f} {row['share']:6.1%} {row['count']:6}"
+        times += f" {row['hbm_milliseconds']:7.2f} {row['product_milliseconds']:8.2f}"
+        print(f"{times}  {row['shape']} | {row['op_name']} | {row['source']} | {row['example']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,452 @@
+"""What XLA's TPU compiler says a program will cost, read from the text of the compiled program.
+
+The compiler writes "estimated_cycles" beside most instructions. They are summed over the schedule: the body of a loop
+times its trip count, a conditional at its dearest branch, a fusion at its own estimate. Copies between memories that
+run beside the schedule (copy-start, slice-start) count nothing. Pallas kernels carry no estimate and are counted at
+the longest of three: their products over a stated fraction of the chip's peak, the bytes they move, and the bundles of
+instructions that the compiler made of them, one a cycle (`kernel_cycles`); nothing else knows of the work that is no
+product, such as dropout. What carries no estimate and is not free either (gathers, collectives) is listed in
+`unestimated`, so that a sum never looks more whole than it is.
+
+This file imports the standard library alone: the peer's environment, which lacks the project, reads its text with it.
+"""
+
+import collections
+import math
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+# A Pallas kernel's name, and how many products of queries by keys by head dim it makes: the backward pass of `rows`
+# makes the logits again (5), that of `splash` makes them in each of its two kernels (3 and 4).
+KERNEL_PRODUCTS = {
+    "forward_kernel": 2,
+    "backward_kernel": 5,
+    "splash_mha_fwd": 2,
+    "splash_mha_dq": 3,
+    "splash_mha_dkv": 4,
+}
+# For jax, before it is imported: not to look for a TPU here, and libtpu not to say at length that there is none.
+WITHOUT_TPU = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+PALLAS_TARGET = "tpu_custom_call"
+# Names for what is there already, or work that runs beside the schedule.
+FREE = frozenset((
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+    "opt-barrier", "copy-start", "copy-done", "slice-start", "slice-done", "async-done", "async-update",
+))  # fmt: skip
+FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast")
+NEGLIGIBLE_BYTES = 64 * 1024  # scalars and small vectors, which the compiler does not estimate
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s64": 8, "u64": 8, "f64": 8}
+
+
+class Chip(NamedTuple):
+    clock_hertz: float
+    peak_flops: float
+    """Of bfloat16 products."""
+    bytes_per_second: float
+    """Of HBM."""
+
+
+# Peak and bandwidth as published at cloud.google.com/tpu/docs; 197e12 is 4 units x 128 x 128 x 2 at 1.5 GHz.
+CHIPS = {"v5e": Chip(1.5e9, 197e12, 819e9)}
+
+
+class Instruction(NamedTuple):
+    name: str
+    shape: str
+    """As written, with layout; S(1) in a layout is fast memory."""
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+    """Everything after the operands."""
+
+    @property
+    def cycles(self) -> int | None:
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
+        return int(found[1]) if found else None
+
+    @property
+    def op_name(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    @property
+    def custom_call_target(self) -> str | None:
+        found = re.search(r'custom_call_target="([^"]*)"', self.rest)
+        return found[1] if found else None
+
+    def attribute(self, name: str) -> str | None:
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
+        return found[1] if found else None
+
+
+Computation = dict[str, Instruction]
+
+
+class Line(NamedTuple):
+    """An instruction of the schedule, and how often it runs."""
+
+    instruction: Instruction
+    count: int
+    hbm_bytes: int
+    """What one run reads and writes outside fast memory."""
+    product_flops: int
+    """Of one run's matrix products."""
+
+
+class Estimate(NamedTuple):
+    lines: list[Line]
+    """With the compiler's estimate."""
+    kernels: list[Line]
+    unestimated: list[Line]
+
+    @property
+    def cycles(self) -> int:
+        return sum(line.count * line.instruction.cycles for line in self.lines)
+
+
+def computations(text: str) -> tuple[dict[str, Computation], str]:
+    """The program's computations by name, each its instructions in order (the last is its root), and the entry's."""
+    found: dict[str, Computation] = {}
+    entry, own, pending = "", None, ""
+
+    def finish():
+        if pending and own is not None:
+            instruction = _instruction(pending)
+            own[instruction.name] = instruction
+
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            own, pending = found.setdefault(head[2], {}), ""
+            entry = head[2] if head[1] else entry
+        elif re.match(r"\s+(ROOT )?%[\w.\-]+ = ", line):
+            finish()
+            pending = line
+        elif line == "}" and own is not None and pending.count("{") == pending.count("}"):
+            finish()
+            own, pending = None, ""
+        elif pending:  # some attributes of kernels are several lines long
+            pending += " " + line
+    if not entry:
+        raise ValueError("the text of a compiled program must have an ENTRY computation: got none.")
+    return found, entry
+
+
+def _instruction(line: str) -> Instruction:
+    # A kernel's code is most of the text.
+    line = re.sub(r'"body":"[^"]*"', '"body":""', line)
+    name, right = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)", line).groups()
+    found = re.search(r"\s([a-z][\w\-]*)\(", right)
+    depth, stop = 1, found.end()
+    while depth:
+        depth += {"(": 1, ")": -1}.get(right[stop], 0)
+        stop += 1
+    operands = tuple(re.findall(r"%([\w.\-]+)", right[found.end() : stop - 1]))
+    if found[1] in ("constant", "parameter"):
+        operands = (right[found.end() : stop - 1],)
+    return Instruction(name, right[: found.start()], found[1], operands, right[stop:])
+
+
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """(dtype, sizes, layout) of each array in a shape."""
+    found = re.findall(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape)
+    return [(dtype, tuple(int(n) for n in sizes.split(",") if n), layout) for dtype, sizes, layout in found]
+
+
+def num_bytes(shape: str, hbm_only: bool = False) -> int:
+    return sum(
+        math.prod(sizes) * _BYTES.get(dtype, 4) for dtype, sizes, layout in arrays(shape)
+        if not (hbm_only and re.search(r"S\([1-9]\)", layout))
+    )  # fmt: skip
+
+
+def estimate(text: str) -> Estimate:
+    """Read a compiled program.
+
+    Raises:
+      ValueError: a loop whose trip count is not in the text, with the loop's name.
+    """
+    program, entry = computations(text)
+    made = Estimate([], [], [])
+    _walk(program, entry, 1, made)
+    return made
+
+
+def _walk(program: dict[str, Computation], name: str, count: int, into: Estimate) -> None:
+    own = program[name]
+    for x in own.values():
+        if x.opcode == "while":
+            _walk(program, x.attribute("body"), count * trip_count(program, own, x), into)
+        elif x.opcode == "conditional":
+            into_each = []
+            for branch in _branches(x):
+                into_each.append(Estimate([], [], []))
+                _walk(program, branch, count, into_each[-1])
+            dearest = max(into_each, key=lambda one: one.cycles)
+            for all_lines, lines in zip(into, dearest, strict=True):
+                all_lines += lines
+        elif x.opcode in ("call", "async-start"):
+            _walk(program, x.attribute("to_apply") or x.attribute("calls"), count, into)
+        elif x.opcode not in FREE:
+            line = _line(program, own, x, count)
+            if x.cycles is not None:
+                into.lines.append(line)
+            elif x.custom_call_target == PALLAS_TARGET:
+                into.kernels.append(line)
+            elif x.custom_call_target not in FREE_TARGETS and num_bytes(x.shape) > NEGLIGIBLE_BYTES:
+                into.unestimated.append(line)
+
+
+def _line(program, own: Computation, x: Instruction, count: int) -> Line:
+    moved = num_bytes(x.shape, True) + sum(num_bytes(own[o].shape, True) for o in x.operands if o in own)
+    return Line(x, count, moved, _product_flops(program, own, x))
+
+
+def _product_flops(program: dict[str, Computation], own: Computation, x: Instruction) -> int:
+    if x.opcode == "fusion":
+        inner = program.get(x.attribute("calls") or "", {})
+        return sum(_product_flops(program, inner, i) for i in inner.values())
+    if x.opcode not in ("convolution", "dot"):
+        return 0
+    # A product [B M K] [B K N] -> [B M N]; B is what a convolution has as its window when it steps or is spread out.
+    window = re.search(r"window=\{size=([\dx]+)[^}]*(?:stride|dilate)", x.rest)
+    batch = math.prod(int(n) for n in window[1].split("x")) if window else 1
+    sizes = [math.prod(arrays(shape)[0][1]) for shape in (own[x.operands[0]].shape, own[x.operands[1]].shape, x.shape)]
+    return 2 * math.isqrt(math.prod(sizes) // batch)
+
+
+def _branches(x: Instruction) -> list[str]:
+    if found := re.search(r"branch_computations=\{([^}]*)\}", x.rest):
+        return re.findall(r"%?([\w.\-]+)", found[1])
+    return [x.attribute("true_computation"), x.attribute("false_computation")]
+
+
+def trip_count(program: dict[str, Computation], own: Computation, loop: Instruction) -> int:
+    """How often a loop's body runs: as stated, or as its counter goes from constant to constant."""
+    if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+        return int(stated[1])
+    condition, body = (program[loop.attribute(name)] for name in ("condition", "body"))
+    try:
+        test = _root(condition)
+        counter, last = (_behind(condition, o) for o in test.operands)
+        index = int(counter.attribute("index"))
+        first = _behind(own, own[loop.operands[0]].operands[index])
+        added = _behind(body, _root(body).operands[index])
+        before, step = sorted((_behind(body, o) for o in added.operands), key=lambda x: x.opcode == "constant")
+        is_counted = (
+            (test.opcode, added.opcode, before.opcode) == ("compare", "add", "get-tuple-element")
+            and "direction=LT" in test.rest
+            and int(before.attribute("index")) == index
+        )
+        turns = -(-(_constant(last) - _constant(first)) // _constant(step))
+    except (LookupError, TypeError, ValueError):
+        is_counted = False
+    if not is_counted:
+        raise ValueError(
+            f"the trip count of {loop.name} must be in the text: it states none, and its condition and body are not "
+            f"seen to count from one constant to another ({loop.op_name}). Unroll the loop."
+        )
+    return max(0, turns)
+
+
+def _root(computation: Computation) -> Instruction:
+    return list(computation.values())[-1]
+
+
+def _behind(computation: Computation, name: str) -> Instruction:
+    """The instruction of that name, or what it is a copy of."""
+    x = computation[name]
+    while x.opcode == "copy":
+        x = computation[x.operands[0]]
+    return x
+
+
+def _constant(x: Instruction) -> int:
+    if x.opcode != "constant":
+        raise LookupError
+    return int(x.operands[0])
+
+
+def kernel_flops(line: Line) -> int:
+    """FLOPs of one run of an attention kernel: its products, of all the pairs of tokens whose blocks it visits.
+
+    Raises:
+      ValueError: a kernel that KERNEL_PRODUCTS does not know.
+    """
+    x = line.instruction
+    names = [name for name in KERNEL_PRODUCTS if name in x.op_name or name in x.name]
+    if not names:
+        raise ValueError(
+            f"a Pallas kernel's arithmetic must be known: got {x.name} ({x.op_name}), known are "
+            f"{', '.join(KERNEL_PRODUCTS)}. Add it to KERNEL_PRODUCTS."
+        )
+    layouts = re.search(r"operand_layout_constraints=\{(.*?\})\}", x.rest)[1]
+    operands = arrays(layouts)
+    sizes = next(sizes for dtype, sizes, _ in operands if dtype in ("bf16", "f32") and len(sizes) >= 3)
+    *_, length, width = sizes
+    pairs = math.prod(sizes[:-2]) * length * length
+    # splash has first, for each block of queries, which blocks of keys it visits.
+    grid = next((s for dtype, s, _ in operands if dtype in ("s8", "s16", "s32") and len(s) >= 3), None)
+    if names[0].startswith("splash") and grid is not None:
+        pairs = pairs * math.prod(grid[-2:]) // max(grid[-2:]) ** 2
+    return KERNEL_PRODUCTS[names[0]] * 2 * pairs * width
+
+
+def dump_schedules(folder: pathlib.Path) -> str:
+    """The LIBTPU_INIT_ARGS with which the compiler writes what `kernel_cycles` reads."""
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
+
+
+def kernel_cycles(folder: pathlib.Path) -> dict[str, int]:
+    """By instruction, the bundles that it runs through, where it has no more than one loop (a kernel's is its grid).
+
+    Waits for memory are not in it. Regions that are skipped in some turns count in all.
+    """
+    found = {}
+    for path in folder.glob("*-final_bundles.txt"):
+        name = re.match(r"\d+-(.*)-\d+-", path.name)[1]
+        if any(kernel in name for kernel in KERNEL_PRODUCTS) and "schedule-analysis" not in path.name:
+            found[name] = bundle_cycles(path.read_text())
+    return {name: cycles for name, cycles in found.items() if cycles is not None}
+
+
+def bundle_cycles(schedule: str) -> int | None:
+    """Of a schedule as text; None if it has loops within loops."""
+    # `0x1f LB: > { ... }` is a bundle within one loop.
+    depths = [len(marks.split()) for marks in re.findall(r"^ *(?:0x[0-9a-f]+|0) +(?:\w\w)?: ((?:> )*)", schedule, re.M)]
+    turns = [int(n) for n in re.findall(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test", schedule)]
+    if max(depths) > 1 or len(turns) > 1:
+        return None
+    return depths.count(0) + depths.count(1) * (turns[0] if turns else 0)
+
+
+class KernelTimes(NamedTuple):
+    """Seconds of one run."""
+
+    products: float
+    bytes_moved: float
+    bundles: float | None
+
+
+def kernel_times(line: Line, chip: Chip, fraction: float, cycles: dict[str, int]) -> KernelTimes:
+    # Of kernels that are alike the compiler writes one.
+    name = line.instruction.name
+    alike = [n for other, n in cycles.items() if re.sub(r"\.\d+$", "", other) == re.sub(r"\.\d+$", "", name)]
+    own = cycles.get(name, max(alike, default=None))
+    return KernelTimes(
+        kernel_flops(line) / (fraction * chip.peak_flops),
+        line.hbm_bytes / chip.bytes_per_second,
+        None if own is None else own / chip.clock_hertz,
+    )
+
+
+def report(compiled, chip: Chip, fraction: float, cycles: dict[str, int]) -> dict[str, Any]:
+    """Of a compiled program (`jax.stages.Compiled`): seconds in parts, memory, and what is not in them.
+
+    `cycles` is from `kernel_cycles`; kernels that it lacks are counted in "kernels_without_schedule".
+    """
+    made, memory = estimate(compiled.as_text()), compiled.memory_analysis()
+    compiler = made.cycles / chip.clock_hertz
+    times = [(line.count, kernel_times(line, chip, fraction, cycles)) for line in made.kernels]
+    kernels = sum(count * max(t for t in each if t is not None) for count, each in times)
+    unestimated: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    for line in made.unestimated:
+        x = line.instruction
+        of = unestimated[re.sub(r"[.\d]+$", "", x.name) + f" ({x.custom_call_target or x.opcode})"]
+        of[0] += line.count
+        of[1] += line.count * num_bytes(x.shape)
+    return {
+        "step_seconds": compiler + kernels,
+        "compiler_seconds": compiler,
+        "kernel_seconds": kernels,
+        "kernel_product_seconds": sum(count * each.products for count, each in times),
+        "kernel_byte_seconds": sum(count * each.bytes_moved for count, each in times),
+        "kernel_bundle_seconds": sum(count * (each.bundles or 0.0) for count, each in times),
+        "kernel_calls": sum(count for count, _ in times),
+        "kernels_without_schedule": sum(count for count, each in times if each.bundles is None),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "unestimated": dict(unestimated),
+    }
+
+
+def costliest(text: str, chip: Chip, number: int) -> list[dict[str, Any]]:
+    """The costliest instructions with an estimate; those alike but for numbers in their names are one row.
+
+    "hbm_milliseconds" is what their operands and results in HBM take at its bandwidth, "product_milliseconds" what
+    their matrix products take at peak: where both are far below "milliseconds", elementwise work or the layout is what
+    costs. "source" is where they were traced, in the project's own files.
+    """
+    groups: dict[tuple[str, ...], list[Line]] = collections.defaultdict(list)
+    made, frames = estimate(text), _source_lines(text)
+    for line in made.lines:
+        x = line.instruction
+        frame = re.search(r"stack_frame_id=(\d+)", x.rest)
+        source = frames.get(int(frame[1]), "") if frame else ""
+        groups[_without_numbers(x.op_name or x.name), _plain(x.shape), source].append(line)
+    rows = []
+    for (op_name, shape, source), lines in groups.items():
+        cycles = sum(line.count * line.instruction.cycles for line in lines)
+        moved = sum(line.count * line.hbm_bytes for line in lines)
+        rows.append(
+            {
+                "milliseconds": 1e3 * cycles / chip.clock_hertz,
+                "share": cycles / made.cycles,
+                "count": sum(line.count for line in lines),
+                "hbm_milliseconds": 1e3 * moved / chip.bytes_per_second,
+                "product_milliseconds": 1e3 * sum(line.count * line.product_flops for line in lines) / chip.peak_flops,
+                "shape": shape,
+                "op_name": op_name,
+                "source": source,
+                "example": lines[0].instruction.name,
+            }
+        )
+    return sorted(rows, key=lambda row: -row["milliseconds"])[:number]
+
+
+def _source_lines(text: str, depth: int = 3) -> dict[int, str]:
+    """By stack frame, the innermost `depth` places outside installed packages, innermost last."""
+    tables = {}
+    for name in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+        block = re.search(rf"^{name}\n((?:\d+ .*\n)*)", text, re.MULTILINE)
+        entries = (line.split(" ", 1) for line in block[1].splitlines()) if block else ()
+        tables[name] = {int(number): entry for number, entry in entries}
+    frames = {n: _numbers(entry) for n, entry in tables["StackFrames"].items()}
+    places = {n: _numbers(entry) for n, entry in tables["FileLocations"].items()}
+
+    def chain(frame: int) -> list[str]:
+        found: list[str] = []
+        while frame in frames and len(found) < depth:
+            place = places[frames[frame]["file_location_id"]]
+            path = tables["FileNames"][place["file_name_id"]].strip('"')
+            file = path.rsplit("/", 1)[-1]
+            # Of a file's helpers that call one another the innermost says most.
+            if "site-packages" not in path and not (found and found[0].startswith(f"{file}:")):
+                found.insert(0, f"{file}:{place['line']}")
+            frame = frames[frame]["parent_frame_id"] - 1  # written one too high: the outermost frame's is 1
+        return found
+
+    return {n: " > ".join(chain(n)) for n in frames}
+
+
+def _numbers(entry: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", entry)}
+
+
+def _without_numbers(op_name: str) -> str:
+    return re.sub(r"(?<=[_./(])\d+(?=[/.)]|$)", "N", op_name)
+
+
+def _plain(shape: str) -> str:
+    """Without layouts; fast memory is marked by *."""
+    return re.sub(r"\{[^}]*\}", lambda layout: "*" if "S(1)" in layout[0] else "", shape).replace("/*index=5*/", "")

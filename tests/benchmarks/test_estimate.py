@@ -1,0 +1,192 @@
+"""What the compile benchmark adds up: a program's text, and model FLOPs."""
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from flax_encoder.config import EncoderConfig
+
+# Benchmarks are scripts, which import one another from their own folder.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
+
+from estimate import CHIPS, bundle_cycles, costliest, estimate, kernel_flops, kernel_times
+from flops import step_flops, visible_pairs
+
+# A loop of 5 turns (7 to 17 by 2) whose body holds a fusion of 1,000 cycles, then a conditional of 30 or 40 cycles, a
+# fusion of 500, a kernel whose attributes take two lines, a gather without estimate, and an overlapped copy.
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true
+
+FileNames
+1 "/home/someone/encoder.py"
+2 "/usr/lib/site-packages/jax/lax.py"
+
+FunctionNames
+1 "layer"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=31 end_line=31 column=4 end_column=10}
+2 {file_name_id=2 function_name_id=1 line=41 end_line=41 column=4 end_column=10}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+
+%fused_computation (a: bf16[8,128]) -> bf16[8,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %w = bf16[128,128]{1,0} constant({...})
+  ROOT %dot = bf16[8,128]{1,0} convolution(%a, %w), dim_labels=bf_io->bf, backend_config={"estimated_cycles":"77"}
+}
+
+%body (state: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %state = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %fusion.1 = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kOutput, calls=%fused_computation, \
+metadata={op_name="jit(step)/layers_3/dot_general" stack_frame_id=2}, backend_config={"estimated_cycles":"1000"}
+  ROOT %made = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%next, %fusion.1)
+}
+
+%condition (state.1: (s32[], bf16[8,128])) -> pred[] {
+  %state.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  %last = s32[] constant(17)
+  ROOT %less = pred[] compare(%i.1, %last), direction=LT
+}
+
+%cheap (b: bf16[8,128]) -> bf16[8,128] {
+  %b = bf16[8,128]{1,0} parameter(0)
+  ROOT %copy.1 = bf16[8,128]{1,0} copy(%b), backend_config={"estimated_cycles":"30"}
+}
+
+%dear (c: bf16[8,128]) -> bf16[8,128] {
+  %c = bf16[8,128]{1,0} parameter(0)
+  ROOT %copy.2 = bf16[8,128]{1,0} copy(%c), backend_config={"estimated_cycles":"40"}
+}
+
+ENTRY %main (p: bf16[8,128], q: bf16[2,256,128]) -> bf16[2,256,128] {
+  %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %q = bf16[2,256,128]{2,1,0} parameter(1)
+  %seven = s32[] constant(7)
+  %start = s32[] copy(%seven)
+  %tuple.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%start, %p)
+  %while.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) while(%tuple.1), condition=%condition, body=%body
+  %y = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%while.1), index=1
+  %choice = s32[] constant(0)
+  %z = bf16[8,128]{1,0} conditional(%choice, %y, %y), branch_computations={%cheap, %dear}
+  %fusion.2 = bf16[8,128]{1,0:T(8,128)S(1)} fusion(%z), kind=kLoop, calls=%fused_computation, \
+metadata={op_name="jit(step)/layers_4/dot_general" stack_frame_id=2}, backend_config={"estimated_cycles":"500"}
+  %copy-start = (bf16[8,128]{1,0}, bf16[8,128]{1,0:S(1)}, u32[]) copy-start(%p)
+  %gather = f32[512,768]{1,0} fusion(%p), kind=kCustom, calls=%fused_computation
+  ROOT %jvp_forward_kernel_.1 = bf16[2,256,128]{2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call", \
+operand_layout_constraints={bf16[2,256,128]{2,1,0}, bf16[2,256,128]{2,1,0}}, frontend_attributes={kernel_metadata={
+ "rows": "2"}}, metadata={op_name="jit(step)/forward_kernel"}, backend_config={"custom_call_config":{"body":"TUz("}}
+}
+"""
+
+
+def test_the_sum_is_loop_bodies_by_their_trips_and_the_dearest_branch():
+    made = estimate(PROGRAM)
+    assert made.cycles == 5 * 1000 + 40 + 500
+    assert estimate(PROGRAM.replace("constant(17)", "constant(18)")).cycles == 6 * 1000 + 40 + 500
+    assert [line.instruction.name for line in made.unestimated] == ["gather"]
+
+
+def test_a_stated_trip_count_is_taken():
+    text = PROGRAM.replace(
+        "condition=%condition, body=%body",
+        'condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"9"}}',
+    )
+    assert estimate(text).cycles == 9 * 1000 + 40 + 500
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("%seven = s32[] constant(7)", "%seven = s32[] parameter(2)"),
+        ("%last = s32[] constant(17)", "%last = s32[] get-tuple-element(%state.1), index=0"),
+        ("direction=LT", "direction=NE"),
+        ("add(%i, %two)", "multiply(%i, %two)"),
+        ("add(%i, %two)", "add(%two, %two)"),
+    ],
+)
+def test_a_loop_without_a_trip_count_is_an_error(change):
+    assert change[0] in PROGRAM
+    with pytest.raises(ValueError, match=r"trip count of while\.1"):
+        estimate(PROGRAM.replace(*change))
+
+
+def test_a_kernel_counts_its_products_its_bytes_and_its_bundles():
+    (line,) = estimate(PROGRAM).kernels
+    chip = CHIPS["v5e"]
+    products, moved = 2 * 2 * (2 * 256 * 256 * 128), 4 * 2 * 256 * 128 * 2
+    assert kernel_flops(line) == products
+    times = kernel_times(line, chip, 0.4, {"jvp_forward_kernel_.7": 300, "other.1": 5})
+    assert times == (products / (0.4 * chip.peak_flops), moved / chip.bytes_per_second, 300 / chip.clock_hertz)
+    assert kernel_times(line, chip, 0.4, {"other.1": 5}).bundles is None
+    with pytest.raises(ValueError, match="arithmetic must be known"):
+        kernel_flops(estimate(PROGRAM.replace("forward_kernel", "other")).kernels[0])
+
+
+SCHEDULE = """\
+LB: loop body
+= control target key end
+
+     0   :  { %s1 = smov.u32 0 }
+   0x1   :  { %20 = vsyncpa [#allocation5], 0 } /* Start region 1 */
+   0x2 LB: > { %s2 = sadd.s32 1, %s3
+second_minor_factor: 1 */ } /* End region 33 */
+   0x3   : > { %p28_p4 = scmp.ge.s32.totalorder %s2, 50 /* loop exit test */ }
+   0x4 PF: > { %v1 = vlaneseq.b32 }
+0x1005   :  {} /* End region 4 */
+"""
+
+
+def test_a_schedule_counts_its_loop_by_its_turns():
+    assert bundle_cycles(SCHEDULE) == 3 + 50 * 3
+    assert bundle_cycles(SCHEDULE.replace("0x4 PF: > {", "0x4 PF: > > {")) is None
+
+
+def test_the_costliest_are_grouped_over_layers_and_say_where_they_come_from():
+    first, second = costliest(PROGRAM, CHIPS["v5e"], 2)
+    assert first["shape"] == "bf16[8,128]" and first["op_name"] == "jit(step)/layers_N/dot_general"
+    assert first["count"] == 5 and first["milliseconds"] == pytest.approx(5000 / 1.5e6)
+    assert first["product_milliseconds"] == pytest.approx(1e3 * 5 * 2 * 8 * 128 * 128 / 197e12)
+    assert first["source"] == "encoder.py:31"
+    assert second["shape"] == "bf16[8,128]*" and second["count"] == 1
+
+
+def test_a_product_over_a_batch_counts_its_batch_once():
+    text = """ENTRY %main (a: bf16[6,4,5,7], b: bf16[6,4,11,7]) -> bf16[6,4,5,11] {
+  %a = bf16[6,4,5,7]{3,2,1,0} parameter(0)
+  %b = bf16[6,4,11,7]{3,2,1,0} parameter(1)
+  ROOT %c = bf16[6,4,5,11]{3,2,1,0} convolution(%a, %b), window={size=6x4 stride=5x3 lhs_dilate=6x4}, \
+dim_labels=01bf_01oi->01bf, backend_config={"estimated_cycles":"9"}
+}
+"""
+    assert estimate(text).lines[0].product_flops == 2 * 6 * 4 * 5 * 7 * 11
+
+
+@pytest.mark.parametrize("window", [None, 0, 3, 40])
+def test_visible_pairs_are_those_that_are_counted_one_by_one(window):
+    segments = np.random.default_rng(0).integers(0, 4, (5, 23)).cumsum(1) // 9 % 5
+    reach = 23 if window is None else window
+    counted = sum(
+        1 for row in segments for i in range(23) for j in range(23)
+        if row[i] == row[j] != 0 and abs(i - j) <= reach and len(set(row[min(i, j) : max(i, j) + 1])) == 1
+    )  # fmt: skip
+    assert 0 < visible_pairs(segments, window) == counted
+
+
+def test_step_flops_are_the_sum_by_hand():
+    config = EncoderConfig(
+        vocab_size=41, num_layers=2, embed_dim=6, num_heads=3, mlp_dim=10, max_length=7, window=1, global_every=2
+    )
+    segments = np.asarray([[1, 1, 1, 2, 2, 0, 0]])  # 5 tokens; pairs: 9 + 4 in layer 0, 7 + 4 in layer 1
+    projections, feed_forward, attention = 5 * 4 * 6 * 6, 5 * 2 * 6 * 10, 2 * 6 * (13 + 11)
+    head = 3 * (6 * 6 + 6 * 41)
+    assert step_flops(config, segments, 3) == 3 * 2 * (2 * (projections + feed_forward) + attention + head)
