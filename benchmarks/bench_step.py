@@ -186,7 +186,7 @@ def add_model_arguments(arguments, batch: int, length: int) -> None:
     arguments.add_argument("--dropout", type=float, help="of both sides, everywhere (default: the model's own)")
     arguments.add_argument("--layers", type=int, help="fewer layers than the model has")
     arguments.add_argument("--scan", action="store_true", help="run the layers by lax.scan instead of unrolled")
-    arguments.add_argument("--remat", choices=("none", "dots", "full"), default="none")
+    arguments.add_argument("--remat", choices=("none", "feed_forward", "dots", "full"), default="none")
     arguments.add_argument("--attention", help="implementation (default: the library's choice)")
 
 

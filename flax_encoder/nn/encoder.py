@@ -159,8 +159,7 @@ class Encoder(nnx.Module):
             run = {}
             for reach in {*kinds[start:stop]}:
                 run[reach] = functools.partial(run_layer, graphdef, reach)
-                if config.remat != "none":
-                    policy = REMAT_POLICIES[config.remat]
+                if policy := REMAT_POLICIES.get(config.remat):
                     run[reach] = jax.checkpoint(run[reach], policy=policy, prevent_cse=not config.scan_layers)
             states = []
             done = 0  # layers that a scan has run

@@ -31,14 +31,6 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 }
 
 
-# Only what products made is kept for the backward pass; what is made of it elementwise costs less to make again than to
-# read, and XLA would keep several arrays as large.
-@functools.partial(jax.checkpoint, static_argnums=0)
-def _hidden(activation: Activation, *inputs: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    act, (x, *factors) = ACTIVATIONS[activation], (x.astype(jnp.float32) for x in inputs)
-    return math.prod(factors, start=act(x)).astype(inputs[0].dtype)
-
-
 class FeedForward(nnx.Module):
     """act(x W_up) W_down, or gated: (act(x W_gate) * x W_up) W_down (Shazeer, arXiv 2002.05202)."""
 
@@ -52,6 +44,17 @@ class FeedForward(nnx.Module):
         self.down = Linear(mlp, embed, use_bias=config.biases.mlp_out, **options)
 
     def __call__(self, x: Float[Array, "B T D"], *, key: Array | None = None) -> Float[Array, "B T D"]:
-        inputs = (self.up(x),) if self.gate is None else packed(x, self.gate, self.up)
-        hidden = _hidden(self.config.activation, *inputs)
-        return dropout(self.down(hidden), self.config.dropout_rate, key)
+        # Of what lies between the products, the backward pass keeps what the first ones made, and makes the rest again:
+        # elementwise chains cost less to compute than to read, and XLA would keep several arrays as large.
+        if self.config.remat == "feed_forward":
+            y = jax.checkpoint(lambda x: self._down(*self._up(x)))(x.astype(self.config.dtype))
+        else:
+            y = jax.checkpoint(self._down)(*self._up(x))
+        return dropout(y, self.config.dropout_rate, key)
+
+    def _up(self, x: Float[Array, "B T D"]) -> list[Float[Array, "B T F"]]:
+        return [self.up(x)] if self.gate is None else packed(x, self.gate, self.up)
+
+    def _down(self, *inner: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+        x, *factors = (x.astype(jnp.float32) for x in inner)
+        return self.down(math.prod(factors, start=ACTIVATIONS[self.config.activation](x)))

@@ -13,7 +13,7 @@ class Norm(nnx.Module):
 
     def __init__(self, config: EncoderConfig, width: int | None = None, *, rngs: nnx.Rngs):
         width = width or config.embed_dim
-        self.epsilon = config.norm_epsilon
+        self.epsilon, self.dtype = config.norm_epsilon, config.dtype
         self.is_rms = config.norm == "rms_norm"
         self.scale = param(rngs, ones, features=width)
         has_bias = config.biases.norm and not self.is_rms
@@ -21,5 +21,5 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         if self.is_rms:
-            return rms_norm(x, self.scale[...], self.epsilon)
-        return layer_norm(x, self.scale[...], None if self.bias is None else self.bias[...], self.epsilon)
+            return rms_norm(x, self.scale[...], self.epsilon, self.dtype)
+        return layer_norm(x, self.scale[...], None if self.bias is None else self.bias[...], self.epsilon, self.dtype)
