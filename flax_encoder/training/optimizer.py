@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from flax_encoder.config import OptimizerConfig
 from flax_encoder.training.schedule import share_of_peak
 from flax_encoder.training.transformations import (
+    clip_by_global_norm,
     each_parameter,
     like,
     matrix_axes,
@@ -41,7 +42,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.Grad
     def at(share: Float[Array, ""] | float) -> optax.GradientTransformation:
         """The optimizer with its rates at this share of their peaks."""
         update = _by_name(config, share, axes, lambda params: like(params, is_decayed))
-        clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
+        clip = [clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
         update = optax.chain(*clip, update)
         if config.freeze_embedding:
             kinds = jax.tree_util.tree_map_with_path(
@@ -85,7 +86,8 @@ def _by_name(config: OptimizerConfig, share: Any, axes: Any, is_decayed: Any) ->
         )
         return optax.chain(each_parameter(factored, axes), decay, descend)
     if config.name == "schedule_free":
-        without_momentum = optax.chain(optax.scale_by_adam(0.0, config.b2, config.epsilon), decay, descend)
+        squares = optax.scale_by_rms(config.b2, config.epsilon, eps_in_sqrt=False, bias_correction=True)
+        without_momentum = optax.chain(squares, decay, descend)
         return schedule_free(without_momentum, rate, config.b1)
     if config.name == "muon":
         muon = scale_by_muon(config.muon_momentum, config.epsilon, config.muon_dtype, axes)

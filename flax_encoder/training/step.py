@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.objectives.loss import LossSum
 from flax_encoder.training.sharding import BATCH_SPEC, logical_axes, sharding_tree, spread
-from flax_encoder.training.transformations import gradient_point
+from flax_encoder.training.transformations import global_norm, gradient_point
 
 Batch = dict[str, Array]
 
@@ -120,7 +120,7 @@ def make_train_step(
         measured = {} if progress is None else {"progress": progress}
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **measured)
         new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        return new_state, StepMetrics(loss, optax.tree.norm(grads), progress)
+        return new_state, StepMetrics(loss, global_norm(grads), progress)
 
     jit = partial(jax.jit, donate_argnums=0)
     if shardings is None:

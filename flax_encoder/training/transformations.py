@@ -4,6 +4,7 @@
 of them only, as within `optax.partition`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -95,6 +96,38 @@ def each_parameter(tx: optax.GradientTransformation, axes: Any) -> optax.Gradien
     return optax.GradientTransformation(init, update)
 
 
+def sum_over(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """jnp.sum(x, axes, keepdims=True).
+
+    XLA:CPU sums at 5 GB/s, after it has written out what is summed, but adds arrays at 20 to 30 (LOG.md): there, on one
+    device, eighths are added until little is left. Eight, since more streams a power of two apart share cache lines.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    first = min(axes, default=0)
+    if not on_cpu() or (not mesh.empty and mesh.size > 1) or axes != tuple(range(first, x.ndim)):
+        return jnp.sum(x, axes, keepdims=True)
+    y = x.reshape(*x.shape[:first], -1)
+    while y.shape[-1] % 8 == 0 and y.shape[-1] >= 4096:
+        y = functools.reduce(jnp.add, jnp.split(y, 8, axis=-1))
+    return jnp.sum(y, -1).reshape(*x.shape[:first], *[1] * len(axes))
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """The root of the sum of squares of all arrays, float32."""
+    squares = (sum_over(jnp.square(x), tuple(range(x.ndim))).reshape(()) for x in jax.tree.leaves(tree))
+    return jnp.sqrt(sum(squares, jnp.zeros(())))
+
+
+def clip_by_global_norm(norm: float) -> optax.GradientTransformation:
+    """Optax's, by the norm above, which the step reports too: it is computed once."""
+
+    def update(updates, state, params=None):
+        scale = jnp.minimum(1.0, norm / jnp.maximum(global_norm(updates), jnp.finfo(jnp.float32).tiny))
+        return jax.tree.map(lambda u: u * scale, updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
 def scale_by_stable_adam(
     b1: float, b2: float, eps: float, weight_decay: float, mask: Callable[[Any], Any], axes: Any
 ) -> optax.GradientTransformation:
@@ -110,7 +143,8 @@ def scale_by_stable_adam(
         second = optax.tree.bias_correction(state[0].nu, b2, state[0].count)
 
         def clip(u, g, v, names):
-            squares = jnp.mean(g**2 / jnp.maximum(v, eps**2), _own_axes(names), keepdims=True)
+            own = _own_axes(names)
+            squares = sum_over(g**2 / jnp.maximum(v, eps**2), own) / math.prod(g.shape[i] for i in own)
             return u / jnp.maximum(1.0, jnp.sqrt(squares))
 
         return jax.tree.map(clip, updates, grads, second, like(updates, axes)), state
