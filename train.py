@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import operator
 import os
 import pathlib
@@ -30,9 +31,10 @@ from flax_encoder.objectives import OBJECTIVES
 from flax_encoder.report import show_report
 from flax_encoder.run import model_factory
 from flax_encoder.training.checkpoint import Checkpoints, read_run
-from flax_encoder.training.optimizer import make_optimizer, make_schedule
+from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.run_log import Clock, RunLog, write_atomically
 from flax_encoder.training.runtime import StopSignals, cache_hits, set_up_runtime
+from flax_encoder.training.schedule import share_of_peak
 from flax_encoder.training.sharding import check_batch, logical_axes, make_mesh, put_batch
 from flax_encoder.training.step import StepMetrics, init_train_state, make_eval_step, make_train_step
 
@@ -50,16 +52,22 @@ class Diverged(ValueError):
 
 
 def train(config: RunConfig) -> dict[str, float] | None:
-    """Train, or go on training, to config.steps. Returns the final held-out metrics, or None if a signal stopped it."""
+    """Train, or go on training, to the last step or the end of the budget.
+
+    Returns:
+      the final held-out metrics, or None if a signal stopped it.
+    """
     set_up_runtime()
     mesh = make_mesh(config.mesh)
-    for row_length in (config.data.row_length, config.data.final_row_length):
-        check_batch(config.batch_size * config.data.row_length // row_length, config.num_microbatches, mesh)
+    for stage in config.stages:
+        check_batch(stage.batch_size, config.num_microbatches, mesh)
     run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
         start = checkpoints.latest_step() or 0
-        with RunLog(run_dir, steps=config.steps, resume_step=start, is_main=jax.process_index() == 0) as log:
+        is_finished = start > 0 and is_over(config, start, read_run(run_dir)["spent_seconds"])
+        is_main = jax.process_index() == 0
+        with RunLog(run_dir, steps=config.steps, resume_step=start, is_finished=is_finished, is_main=is_main) as log:
             config, settled = settle(config, run_dir, start, log)
             with jax.set_mesh(mesh):
                 return run(config, settled, start, run_dir, checkpoints, log, mesh)
@@ -77,6 +85,8 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
     )
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     log.say(describe(data))
+    if len(config.stages) > 1:
+        log.say(describe_stages(config))
     settings = {"config": to_dict(config), "tokenizer": data.tokenizer.json, "label_names": data.label_names}
     settings["data"] = data.hash
     if settled.get("data", data.hash) != data.hash:
@@ -91,7 +101,6 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
     # Model, optimizer and state, born on the mesh.
     make_model = model_factory(config, data.label_names)
     tx = make_optimizer(config.optimizer, config.steps, logical_axes(make_model))
-    schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
     report = OBJECTIVES[config.objective].report
     graphdef, state, shardings = init_train_state(make_model, tx, mesh)
     if start:
@@ -115,32 +124,39 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
         return metrics
 
     # The loop. Metrics are fetched one log interval late, so that the device never waits for the host.
-    clock = Clock()
+    clock, budget = Clock(settled.get("spent_seconds", 0.0)), budget_seconds(config)
+    step, last_step = start, start if is_over(config, start, clock.spent_seconds) else config.steps
     unlogged: collections.deque[tuple[int, StepMetrics]] = collections.deque()
-    in_flight: collections.deque[jax.Array] = collections.deque()
+    in_flight: collections.deque[StepMetrics] = collections.deque()
     compiled: dict[tuple[int, ...], Any] = {}
     batches = data.train.iterate(start, config.data.workers)
     with StopSignals() as stop:
-        for step in range(start + 1, config.steps + 1):
+        for step in range(start + 1, last_step + 1):
             with clock.waiting():
                 rows = next(batches)
-            batch = put_batch(rows, mesh)  # while the device has the last steps to do
+            B, T = shape = rows["tokens"].shape
+            # Processes' clocks differ: the step takes the largest, and all of them end by what it says.
+            measured = {} if budget == math.inf else {"progress": np.full((B, 1), clock.spent_seconds / budget)}
+            batch = put_batch(rows | measured, mesh)  # while the device has the last steps to do
             clock.count(rows, jax.process_count())
-            if (shape := rows["tokens"].shape) not in compiled:  # rows of another length, a few times in a run at most
+            if shape not in compiled:  # a few times in a run at most
                 with clock.paused(), cache_hits() as hits:
                     began = time.monotonic()
                     compiled[shape] = step_fn.lower(state, batch).compile()
                     how, seconds = "loaded" if hits else "compiled", time.monotonic() - began
-                    log.say(f"{how} the step for rows of {shape[1]} tokens in {seconds:.1f} s")
+                    log.say(f"{how} the step for {B} rows of {T} tokens in {seconds:.1f} s")
             state, step_metrics = compiled[shape](state, batch)
             clock.steps += 1
-            in_flight.append(step_metrics.grad_norm)
+            in_flight.append(step_metrics)
+            is_spent = False
             if len(in_flight) > STEPS_IN_FLIGHT:
-                in_flight.popleft().block_until_ready()
+                done = jax.block_until_ready(in_flight.popleft())
+                is_spent = done.progress is not None and float(done.progress) >= 1
 
-            if step % config.log_every == 0 or step == config.steps:
+            is_end = is_spent or step == config.steps
+            if step % config.log_every == 0 or is_end:
                 unlogged.append((step, step_metrics))
-            is_last = stop.requested is not None or step == config.steps
+            is_last = stop.requested is not None or is_end
             is_saved = is_last or step % config.checkpoint_every == 0
             throughput = None
             while unlogged and (is_saved or len(unlogged) > 1):  # before a save, so that a resumed run's log is whole
@@ -148,21 +164,35 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
                 throughput = throughput or clock.read()
                 values = report(jax.device_get(metrics.loss)) | {"grad_norm": float(metrics.grad_norm)}
                 stop_if_diverged(values, at, config.log_every, run_dir, checkpoints.latest_step())
-                values |= {"learning_rate": float(schedule(at - 1))} | throughput
+                progress = max((at - 1) / config.steps, float(metrics.progress or 0.0))
+                rate = config.optimizer.learning_rate * float(share_of_peak(config.optimizer, progress))
+                values |= {"learning_rate": rate} | throughput
                 log.write(at, values)
-                log.progress(at, values, seconds_left=clock.seconds_per_step * (config.steps - step))
+                seconds_left = min(clock.seconds_per_step * (config.steps - step), budget - clock.spent_seconds)
+                log.progress(at, values, seconds_left=max(seconds_left, 0.0))
             if config.eval_every and step % config.eval_every == 0 and not is_last:
                 with clock.paused():
                     log.say("  ".join(f"{name} {value:.4f}" for name, value in evaluate(step).items()))
             if is_saved:
-                checkpoints.save(state, step, settings)
-            if is_last and step < config.steps:
+                spent_seconds = max(clock.spent_seconds, budget if is_spent else 0.0)
+                checkpoints.save(state, step, settings | {"spent_seconds": spent_seconds})
+            if is_end:
+                break
+            if is_last:
                 checkpoints.wait()
                 log.say(f"stopped by {stop.requested} after step {step}, which is saved. The same command resumes.")
                 return None
     checkpoints.wait()
     log.end_progress()
-    return evaluate(config.steps)
+    return evaluate(step)
+
+
+def budget_seconds(config: RunConfig) -> float:
+    return math.inf if config.budget_minutes is None else 60 * config.budget_minutes
+
+
+def is_over(config: RunConfig, step: int, spent_seconds: float) -> bool:
+    return step == config.steps or spent_seconds >= budget_seconds(config)
 
 
 def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) -> tuple[RunConfig, dict[str, Any]]:
@@ -283,6 +313,12 @@ def describe(data: RunData) -> str:
         f"{test['tokens']:,}{'; dropped ' + dropped if dropped else ''}; vocabulary {data.tokenizer.vocab_size:,}; "
         f"{rows:,} rows an epoch, {fill:.1%} full"
     )
+
+
+def describe_stages(config: RunConfig) -> str:
+    shapes = {(s.batch_size, T) for s in config.stages for T in (*config.data.buckets, s.row_length)}
+    parts = [f"{s.batch_size} rows of {s.row_length} up to step {s.end_step}" for s in config.stages]
+    return f"batches: {', '.join(parts)}; the step is compiled for {len(shapes)} shapes, each when it comes"
 
 
 def describe_mesh(mesh) -> str:

@@ -471,33 +471,46 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon (Jordan et al. 2024) takes the layers' matrices and leaves embeddings, head, norms and biases to adamw."""
+    name: Literal["adamw", "stable_adamw", "lamb", "lion", "muon", "soap", "adafactor", "schedule_free"] = "adamw"
+    """adamw (Loshchilov and Hutter, arXiv 1711.05101); stable_adamw, whose updates are clipped (Wortsman et al., arXiv
+    2304.13013); lamb (You et al., arXiv 1904.00962); lion (Chen et al., arXiv 2302.06675); muon (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon) and soap (Vyas et al., arXiv 2409.11321), which take the layers' matrices and
+    leave embeddings, head, norms and biases to adamw; adafactor, relative to each parameter's size (Shazeer and Stern,
+    arXiv 1804.04235); schedule_free, which evaluates and saves its average (Defazio et al., arXiv 2405.15682)."""
     learning_rate: float = 5e-4
-    """Peak rate of adamw."""
+    """Peak rate; with muon, of what adamw has."""
     muon_learning_rate: float = 0.02
     """Peak rate of muon's matrices."""
     b1: float = 0.9
+    """Decay of the mean gradient; with schedule_free, weight of the average where gradients are taken."""
     b2: float = 0.98
+    """Decay of the mean square; with lion, of the mean gradient that is kept."""
     epsilon: float = 1e-6
     muon_momentum: float = 0.95
+    muon_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Operands of muon's products; its authors' are bfloat16."""
+    soap_every: int = 10
+    """Steps between SOAP's QR decompositions."""
     weight_decay: float = 0.01
-    """Decoupled, on matrices and embeddings; never on biases and norms."""
+    """Decoupled and times the learning rate, on matrices and embeddings; never on biases and norms."""
     freeze_embedding: bool = False
     """Leave the token embedding as it starts, such as from data.word_vectors or init_from."""
     clip_norm: float | None = 1.0
     """Gradients with a larger global norm are scaled down to it; None never clips."""
-    schedule: Literal["linear", "cosine", "constant_then_decay"] = "linear"
-    """After the warm-up: straight or cosine to the final rate, or constant and then straight over decay_rate."""
+    schedule: Literal["linear", "cosine", "wsd"] = "linear"
+    """After the warm-up: straight or cosine to the final rate, or (wsd) constant and then down over decay_rate."""
     warmup_rate: float = 0.06
-    """Share of all steps spent rising from 0."""
+    """Share of the run spent rising from 0; with linear, 0.5 makes a triangle."""
     decay_rate: float = 0.2
-    """With constant_then_decay: share of all steps spent falling."""
+    """With wsd: share of the run spent falling; 0 never falls."""
+    decay_shape: Literal["linear", "one_minus_sqrt"] = "linear"
+    """With wsd: how it falls (one_minus_sqrt: Hägele et al., arXiv 2405.18392, and ModernBERT)."""
     final_rate: float = 0.0
     """What the learning rate falls to, as a share of the peak."""
 
     def __post_init__(self):
         _require_rates(self, "warmup_rate", "decay_rate", "final_rate", "b1", "b2", "muon_momentum")
+        _require_positive(self, "soap_every")
         _require(
             self.learning_rate >= 0 and self.muon_learning_rate >= 0,
             f"learning rates are at least 0: got {self.learning_rate} and {self.muon_learning_rate}.",
@@ -506,8 +519,17 @@ class OptimizerConfig:
             self.clip_norm is None or self.clip_norm > 0, f"clip_norm must be above 0 or None: got {self.clip_norm}."
         )
         _require(
-            self.schedule != "constant_then_decay" or self.warmup_rate + self.decay_rate <= 1.0,
+            self.schedule != "wsd" or self.warmup_rate + self.decay_rate <= 1.0,
             f"warmup_rate + decay_rate is at most 1: got {self.warmup_rate} + {self.decay_rate}.",
+        )
+        _require(
+            self.schedule == "wsd" or self.decay_shape == "linear",
+            f"decay_shape is of schedule wsd: got {self.decay_shape} with {self.schedule}.",
+        )
+        _require(
+            self.name != "schedule_free" or (self.schedule == "wsd" and self.decay_rate == 0),
+            "schedule_free averages instead of decaying: give schedule wsd and decay_rate 0 with it; got "
+            f"{self.schedule} and {self.decay_rate}.",
         )
 
 
@@ -529,6 +551,14 @@ class MeshConfig:
         _require_positive(self, "fsdp", "tensor")
 
 
+class Stage(NamedTuple):
+    """Steps up to number `end_step` whose batches are [batch_size, row_length]."""
+
+    end_step: int
+    batch_size: int
+    row_length: int
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A run: what is learned, from what, how, and where it is written."""
@@ -540,8 +570,15 @@ class RunConfig:
     """A run folder whose encoder (and tokenizer) to start from; parts that differ, such as the head, start fresh."""
     objective: Literal["masked_lm", "classification"] = "masked_lm"
     steps: int = 1000
+    budget_minutes: float | None = None
+    """End after this much training, compiling and evaluations not counted, if the steps are not done before. The
+    learning rate then goes by the share of steps or of time, whichever is larger; the rest of the settings by steps."""
     batch_size: int = 32
     """Rows in a step, over all devices."""
+    first_batch_size: int | None = None
+    """Rows in the first step; batches then double in size until they have batch_size. Each size is compiled once."""
+    batch_warmup_rate: float = 0.1
+    """With first_batch_size: the share of steps that have smaller batches."""
     num_microbatches: int = 1
     """Gradients are accumulated over this many equal parts of a batch; the update is the same."""
     seed: int = 0
@@ -570,13 +607,26 @@ class RunConfig:
         _require_positive(
             self, "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every", "keep_checkpoints"
         )
-        for name in ("eval_every", "eval_batches"):
+        for name in ("eval_every", "eval_batches", "budget_minutes", "first_batch_size"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be above 0 or None: got {value}.")
         _require(
             self.batch_size % self.num_microbatches == 0,
             f"num_microbatches must divide batch_size: got {self.num_microbatches} for {self.batch_size}; "
             f"{_nearest_divisors(self.batch_size, self.num_microbatches)} do.",
+        )
+        first = self.first_batch_size or self.batch_size
+        _require(
+            first <= self.batch_size and first % self.num_microbatches == 0,
+            f"first_batch_size is at most batch_size, and num_microbatches divides it: got {first} for a batch_size of "
+            f"{self.batch_size} and {self.num_microbatches} microbatches.",
+        )
+        _require_rates(self, "batch_warmup_rate")
+        last_rate = self.data.last_rate if self.data.last_row_length else 0.0
+        _require(
+            first == self.batch_size or self.batch_warmup_rate + last_rate <= 1.0,
+            "batches have grown before rows change length: batch_warmup_rate + data.last_rate is at most 1, got "
+            f"{self.batch_warmup_rate} + {last_rate}.",
         )
         longest = max(self.data.row_length, self.data.final_row_length)
         _require(
@@ -613,6 +663,22 @@ class RunConfig:
                 len(self.data.sources) == 1,
                 f"classification takes one source, whose labels it learns: got {len(self.data.sources)}.",
             )
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The run's parts, within which all batches have one size: their sizes grow straight, rounded down."""
+        data, full = self.data, self.batch_size
+        sizes = [self.first_batch_size or full]
+        while sizes[-1] < full:
+            sizes.append(min(2 * sizes[-1], full))
+        growing = self.steps * self.batch_warmup_rate
+        starts = [round(growing * (size - sizes[0]) / max(full - sizes[0], 1)) for size in sizes]
+        stages = [Stage(end, size, data.row_length) for end, size in zip(starts[1:], sizes[:-1], strict=True)]
+        if data.last_row_length is not None:
+            stages.append(Stage(self.steps - round(self.steps * data.last_rate), full, data.row_length))
+        stages.append(Stage(self.steps, full * data.row_length // data.final_row_length, data.final_row_length))
+        ends = [0, *(stage.end_step for stage in stages)]
+        return tuple(stage for start, stage in zip(ends, stages, strict=False) if start < stage.end_step)
 
 
 def _nearest_divisors(n: int, near: int) -> str:

@@ -27,6 +27,8 @@ UNUSUAL = RunConfig(
     init_from="runs/other",
     eval_every=7,
     num_microbatches=4,
+    budget_minutes=0.5,
+    first_batch_size=16,
     model=EncoderConfig(num_kv_heads=3, window=5, position="rope", attention_implementation="chunked"),
     data=DataConfig(source="texts/*.txt", text_column="body"),
     masking=MaskingConfig(rate=0.3),
@@ -52,7 +54,7 @@ def test_whole_numbers_serve_as_floats():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stepz": 1}, "unknown field stepz; known are batch_size, checkpoint_every, "),
+        ({"stepz": 1}, "unknown field stepz; known are batch_size, batch_warmup_rate, "),
         ({"model": {"depth": 1}}, r"unknown field model\.depth; known are activation, "),
         ({"steps": "many"}, "steps must be .*int.*: got 'many'"),
         ({"steps": 1.5}, r"steps must be .*int.*: got 1\.5"),
@@ -120,7 +122,11 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
         (OptimizerConfig, {"b1": 1.1}, r"b1 is a probability .*: got 1\.1"),
         (OptimizerConfig, {"learning_rate": -1.0}, r"at least 0: got -1\.0 and 0\.02"),
         (OptimizerConfig, {"clip_norm": 0.0}, r"clip_norm must be above 0 or None: got 0\.0"),
-        (OptimizerConfig, {"schedule": "constant_then_decay", "warmup_rate": 0.9}, r"at most 1: got 0\.9 \+ 0\.2"),
+        (OptimizerConfig, {"schedule": "wsd", "warmup_rate": 0.9}, r"at most 1: got 0\.9 \+ 0\.2"),
+        (OptimizerConfig, {"soap_every": 0}, "soap_every must be above 0: got 0"),
+        (OptimizerConfig, {"decay_shape": "one_minus_sqrt"}, "of schedule wsd: got one_minus_sqrt with linear"),
+        (OptimizerConfig, {"name": "schedule_free"}, r"give schedule wsd and decay_rate 0 .* got linear and 0\.2"),
+        (OptimizerConfig, {"name": "schedule_free", "schedule": "wsd"}, r"got wsd and 0\.2"),
         (MeshConfig, {"data": 0}, "at least 1, or -1 for all that are left: got 0"),
         (MeshConfig, {"fsdp": 0}, "fsdp must be above 0: got 0"),
         (MeshConfig, {"tensor": -1}, "tensor must be above 0: got -1"),
@@ -130,6 +136,14 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
         (RunConfig, {"eval_every": 0}, "eval_every must be above 0 or None: got 0"),
         (RunConfig, {"eval_batches": -3}, "eval_batches must be above 0 or None: got -3"),
         (RunConfig, {"batch_size": 32, "num_microbatches": 3}, "got 3 for 32; 2 and 4 do"),
+        (RunConfig, {"budget_minutes": 0.0}, r"budget_minutes must be above 0 or None: got 0\.0"),
+        (RunConfig, {"budget_minutes": -1.0}, r"budget_minutes must be above 0 or None: got -1\.0"),
+        (RunConfig, {"first_batch_size": 0}, "first_batch_size must be above 0 or None: got 0"),
+        (RunConfig, {"first_batch_size": 64}, "got 64 for a batch_size of 32 and 1 microbatches"),
+        (RunConfig, {"first_batch_size": 6, "num_microbatches": 4}, "got 6 for a batch_size of 32 and 4 microbatches"),
+        (RunConfig, {"batch_warmup_rate": 1.5}, r"batch_warmup_rate is a probability .*: got 1\.5"),
+        (RunConfig, {"first_batch_size": 8, "batch_warmup_rate": 0.5, "data": DataConfig(
+            last_row_length=256, last_rate=0.6)}, r"at most 1, got 0\.5 \+ 0\.6"),
         (RunConfig, {"data": DataConfig(word_vectors="v"), "init_from": "r"}, "from init_from: got both"),
         (RunConfig, {"data": DataConfig(row_length=513)}, "got data.row_length 513 for model.max_length 512"),
     ],
@@ -137,6 +151,26 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
 def test_each_rule_says_its_values(cls, values, message):
     with pytest.raises(ConfigError, match=message):
         cls(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "stages"),
+    [
+        ({}, [(100, 32, 128)]),
+        ({"first_batch_size": 32}, [(100, 32, 128)]),
+        # A straight rise over 40 steps from 4 rows to 32: eight rows from the sixth step on, for 4/28 have gone by.
+        ({"first_batch_size": 4, "batch_warmup_rate": 0.4}, [(6, 4, 128), (17, 8, 128), (40, 16, 128), (100, 32, 128)]),
+        ({"first_batch_size": 12, "batch_warmup_rate": 0.5}, [(30, 12, 128), (50, 24, 128), (100, 32, 128)]),
+        ({"first_batch_size": 16, "batch_warmup_rate": 0.0}, [(100, 32, 128)]),
+        ({"first_batch_size": 16, "batch_warmup_rate": 1.0}, [(100, 16, 128)]),
+        ({"data": DataConfig(last_row_length=256)}, [(90, 32, 128), (100, 16, 256)]),
+        ({"data": DataConfig(last_row_length=256, last_rate=1.0)}, [(100, 16, 256)]),
+        ({"first_batch_size": 16, "batch_warmup_rate": 0.2, "data": DataConfig(last_row_length=512, last_rate=0.8)},
+         [(20, 16, 128), (100, 8, 512)]),
+    ],
+)  # fmt: skip
+def test_batches_double_up_to_their_full_size_and_then_rows_change_length(values, stages):
+    assert [tuple(stage) for stage in RunConfig(steps=100, **values).stages] == stages
 
 
 def test_differences_are_the_fields_that_differ():

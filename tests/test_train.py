@@ -191,7 +191,7 @@ def test_a_second_start_loads_what_the_first_compiled(corpus, tmp_path):
     reported = {}
     for name, more in {"first": {}, "second": {}, "other": {"model__mlp_dim": 68}}.items():
         output = run(command(tiny(corpus, tmp_path / name, **shared, **more)))
-        [(how, seconds)] = re.findall(r"(compiled|loaded) the step for rows of 32 tokens in ([\d.]+) s", output)
+        [(how, seconds)] = re.findall(r"(compiled|loaded) the step for 8 rows of 32 tokens in ([\d.]+) s", output)
         reported[name] = how, float(seconds)
         assert "cpu_aot_loader" not in output
     assert [how for how, _ in reported.values()] == ["compiled", "loaded", "compiled"]
@@ -329,6 +329,66 @@ def test_rows_grow_in_a_run_that_is_stopped_and_resumed(corpus, tmp_path, one_de
     other = with_fields(cut, data__weights=(1.0, 1.0))
     with pytest.raises(ConfigError, match=r"data.weights: \(2.0, 1.0\) before, \(1.0, 1.0\) now"):
         train(other)
+
+
+def test_batches_grow_in_a_run_that_is_stopped_and_resumed(corpus, tmp_path, one_device, monkeypatch, capsys):
+    growing = {"first_batch_size": 2, "batch_warmup_rate": 0.5, "checkpoint_every": 9, "model__num_layers": 1}
+    whole = tiny(corpus, tmp_path / "whole", **growing)
+    train(whole)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 rows of 32 up to step 4, 4 rows of 32 up to step 12, 8 rows of 32 up to step 24" in said
+    assert "the step is compiled for 3 shapes" in said and said.count("the step for ") == 3
+    cut = with_fields(whole, run_dir=str(tmp_path / "cut"))
+    for steps in (3, 6):  # before the first growth, and between the two
+        with monkeypatch.context() as patch:
+            patch.setattr("train.StopSignals", lambda steps=steps: Stops(steps))
+            assert train(cut) is None
+    train(cut)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+class Ticks:
+    """A clock that goes on by one second whenever it is read."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+def test_a_budget_of_time_ends_a_run_that_resumes_with_what_it_spent(corpus, tmp_path, one_device, monkeypatch):
+    config = tiny(corpus, tmp_path / "run", steps=10_000, budget_minutes=5.0, log_every=1, checkpoint_every=1000)
+    config = with_fields(config, optimizer__warmup_rate=0.0, model__num_layers=1)
+    monkeypatch.setattr("flax_encoder.training.run_log.time.monotonic", Ticks())
+    with monkeypatch.context() as patch:
+        patch.setattr("train.StopSignals", lambda: Stops(5))
+        assert train(config) is None
+    metrics = train(config)
+    lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    rates = np.array([line["learning_rate"] for line in lines])
+    assert [line["step"] for line in lines] == [*range(1, len(lines) + 1)] and 5 < len(lines) < 300
+    assert rates[0] > 0.9 * config.optimizer.learning_rate and rates[-1] == 0  # straight down over the time
+    assert (np.diff(rates[:-3]) < 0).all()
+    assert rates[4] > rates[5] > rates[4] - 0.3 * config.optimizer.learning_rate  # resumed where it was
+    assert train(config) == metrics, "a run whose budget is spent reports again and trains no more"
+    assert [line for line in read_metrics(tmp_path / "run") if "loss" in line] == lines
+    assert sum("eval/loss" in line for line in read_metrics(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("name", ["schedule_free", "soap", "adafactor"])
+def test_each_optimizers_state_is_saved_and_resumed_to_the_bit(corpus, tmp_path, one_device, monkeypatch, name):
+    constant = {"schedule": "wsd", "decay_rate": 0.0}  # what schedule_free asks for
+    config = tiny(corpus, tmp_path, steps=8, log_every=1, model__num_layers=1)
+    config = with_fields(config, optimizer=OptimizerConfig(name, soap_every=3, **constant))
+    whole, cut = (dataclasses.replace(config, run_dir=str(tmp_path / part)) for part in ("whole", "cut"))
+    metrics = train(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.StopSignals", lambda: Stops(5))
+        assert train(cut) is None
+    assert train(cut) == metrics
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
 class Stops:

@@ -1,7 +1,6 @@
 """Batches by their number: rows assembled from stores, with an objective's targets, ready for the device."""
 
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -250,7 +249,8 @@ class OneByOne:
 
 
 class Batches:
-    """Random access to batches: number s holds rows [s * batch_size, (s + 1) * batch_size) of a sequence of rows.
+    """Random access to batches: number s holds rows [s * batch_size, (s + 1) * batch_size) of a sequence of rows,
+    or with `first` = (number, row) the batches from that number on hold the rows from that row on.
 
     What is in them is a function of (stores, seed, s) alone; a process that takes part of each batch, `rows`, makes
     only that part.
@@ -266,12 +266,13 @@ class Batches:
 
     def __init__(
         self, splits: Sequence[Split], order: Mixture | OneByOne, targets: Targets, frame: Frame, *, row_length: int,
-        batch_size: int, seed: int, num_batches: int, rows: slice = slice(None), stop_row: int | None = None,
-        with_words: bool = False, buckets: tuple[int, ...] = (),
+        batch_size: int, seed: int, num_batches: int, first: tuple[int, int] = (0, 0), rows: slice = slice(None),
+        stop_row: int | None = None, with_words: bool = False, buckets: tuple[int, ...] = (),
     ):  # fmt: skip
         self._splits, self._order, self._targets, self._frame = splits, order, targets, frame
         self._row_length, self._batch_size, self._seed = row_length, batch_size, seed
         self._num_batches, self._rows, self._stop_row = num_batches, rows, stop_row
+        self._first_batch, self._first_row = first
         self._with_words, self._buckets = with_words, tuple(sorted({*buckets, row_length})) if buckets else ()
         self._pool: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -301,14 +302,16 @@ class Batches:
 
     def _numbers(self, number: int) -> tuple[np.ndarray, int]:
         """The rows of a batch, and their length T."""
+        number -= self._first_batch
         if not self._buckets:
-            return np.arange(number * self._batch_size, (number + 1) * self._batch_size), self._row_length
+            first = self._first_row + number * self._batch_size
+            return np.arange(first, first + self._batch_size), self._row_length
         pool, inside = divmod(number, _POOL)
-        # An evaluation ends within a pool; there the pool does too.
-        batches = min(_POOL, self._num_batches - pool * _POOL) if self._stop_row is not None else _POOL
+        # An evaluation, or a stage, ends within a pool; there the pool does too.
+        batches = min(_POOL, self._num_batches - self._first_batch - pool * _POOL)
         found = self._pool  # one reading: another thread may put the next one there
         if found is None or found[0] != pool:
-            first = pool * _POOL * self._batch_size
+            first = self._first_row + pool * _POOL * self._batch_size
             numbers = np.arange(first, first + batches * self._batch_size)
             lengths = np.zeros(len(numbers), np.int64)
             for _, rows, p in self._pieces(numbers):
@@ -363,20 +366,19 @@ class Batches:
 
 @dataclass(frozen=True)
 class Stages:
-    """A run's batches where the rows' length changes: `stages[i]` makes those before number `ends[i]`."""
+    """A run's batches where their shape changes: each stage makes those from the end of the one before to its own."""
 
     stages: Sequence[Batches]
-    ends: Sequence[int]
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return len(self.stages[-1])
 
     def __getitem__(self, number: int) -> Batch:
-        return next(batches for batches, end in zip(self.stages, self.ends, strict=True) if number < end)[number]
+        return next(batches for batches in self.stages if number < len(batches))[number]
 
     def iterate(self, start: int = 0, workers: int = 0) -> Iterator[Batch]:
         """All stages' batches from number `start` on; `Batches.iterate` says how."""
-        for batches, end in zip(self.stages, self.ends, strict=True):
-            if start < end:
-                yield from itertools.islice(batches.iterate(start, workers), end - start)
-                start = end
+        for batches in self.stages:
+            if start < len(batches):
+                yield from batches.iterate(start, workers)
+                start = len(batches)

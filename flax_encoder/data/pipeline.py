@@ -75,13 +75,19 @@ def open_data(
     )
     frame = Frame.of(tokenizer)
     make = functools.partial(_batches, config, stores, tokenizer, frame, with_labels)
-    data, stages, plans, ends = config.data, [], [], [config.steps]
-    if data.last_row_length:
-        ends = [config.steps - round(config.steps * data.last_rate), config.steps]
-    for row_length in (data.row_length, data.last_row_length)[: len(ends)]:
-        plans = _plans(config, [s.train for s in stores], row_length, frame, split_long=not with_labels)
-        order = Mixture(plans, weights or [float(plan.rows_per_epoch) for plan in plans])
-        stages.append(make(order, "train", row_length, config.masking.rates, process, num_batches=config.steps))
+    data, stages, plans, order = config.data, [], [], None
+    first_step, first_row, row_length = 0, 0, 0
+    for stage in config.stages:
+        if stage.row_length != row_length:
+            first_row, row_length = first_row * row_length // stage.row_length, stage.row_length
+            plans = _plans(config, [s.train for s in stores], row_length, frame, split_long=not with_labels)
+            order = Mixture(plans, weights or [float(plan.rows_per_epoch) for plan in plans])
+        stages.append(make(
+            order, "train", row_length, stage.batch_size, config.masking.rates, process, num_batches=stage.end_step,
+            first=(first_step, first_row),
+        ))  # fmt: skip
+        first_row += (stage.end_step - first_step) * stage.batch_size
+        first_step = stage.end_step
     for store in stores:
         if not len(store.test):
             raise DataError(
@@ -89,14 +95,14 @@ def open_data(
                 f"--data.held-out-rate (now {data.held_out_rate}), or cut text finer with --data.text-unit line; a "
                 f"store that prepare wrote must be prepared again."
             )
-    T = data.final_row_length
+    T, batch_size = data.final_row_length, config.stages[-1].batch_size
     order = OneByOne(_plans(config, [s.test for s in stores], T, frame, split_long=not with_labels))
-    batches = -(-len(order) // (config.batch_size * data.row_length // T))
+    batches = -(-len(order) // batch_size)
     evaluation = make(
-        order, "test", T, (config.masking.eval_rate,) * 2, process,
+        order, "test", T, batch_size, (config.masking.eval_rate,) * 2, process,
         num_batches=min(batches, config.eval_batches or batches), stop_row=len(order),
     )  # fmt: skip
-    return RunData(tokenizer, stores, Stages(stages, ends), evaluation, plans, weights)
+    return RunData(tokenizer, stores, Stages(stages), evaluation, plans, weights)
 
 
 def _plans(config: RunConfig, splits: list[Split], row_length: int, frame: Frame, *, split_long: bool):
@@ -111,8 +117,8 @@ def _plans(config: RunConfig, splits: list[Split], row_length: int, frame: Frame
 
 def _batches(
     config: RunConfig, stores: list[Store], tokenizer: TextTokenizer, frame: Frame, with_labels: bool, order,
-    split: str, row_length: int, rates: tuple[float, float], process: tuple[int, int], *, num_batches: int,
-    stop_row: int | None = None,
+    split: str, row_length: int, batch_size: int, rates: tuple[float, float], process: tuple[int, int], *,
+    num_batches: int, first: tuple[int, int] = (0, 0), stop_row: int | None = None,
 ) -> Batches:  # fmt: skip
     masking = config.masking
     splits = [getattr(store, split) for store in stores]
@@ -121,12 +127,11 @@ def _batches(
     else:
         slots = masking.budget or budget(masking.kind, max(rates), row_length)
         targets = masked_lm_targets(tokenizer, masking, rates, slots, config.steps, config.seed)
-    batch_size = config.batch_size * config.data.row_length // row_length
     share = batch_size // process[1]
     return Batches(
         splits, order, targets, frame, row_length=row_length, batch_size=batch_size, seed=config.seed,
-        num_batches=num_batches, rows=slice(process[0] * share, (process[0] + 1) * share), stop_row=stop_row,
-        with_words=not with_labels and masking.kind != "token", buckets=config.data.buckets,
+        num_batches=num_batches, first=first, rows=slice(process[0] * share, (process[0] + 1) * share),
+        stop_row=stop_row, with_words=not with_labels and masking.kind != "token", buckets=config.data.buckets,
     )  # fmt: skip
 
 

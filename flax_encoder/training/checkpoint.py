@@ -2,7 +2,7 @@
 
 RUN_DIR/checkpoints/STEP/params       float32 parameters, by path
 RUN_DIR/checkpoints/STEP/optimizer    step and optimizer state
-RUN_DIR/checkpoints/STEP/run          {config, tokenizer, label_names, step}, which locates the data too
+RUN_DIR/checkpoints/STEP/run          {config, tokenizer, label_names, step, spent_seconds}, which locates the data too
 """
 
 import json
@@ -111,7 +111,7 @@ def _checkpoint_folder(path: pathlib.Path) -> pathlib.Path:
 
 
 def read_run(path: pathlib.Path) -> dict[str, Any]:
-    """What a checkpoint, or a run's newest one, says of its run: {config, tokenizer, label_names, step}."""
+    """What a checkpoint, or a run's newest one, says of its run: {config, tokenizer, label_names, step, ...}."""
     folder = _checkpoint_folder(path)
     with _explained(f"checkpoint {folder} could not be read"):
         return json.loads(ocp.load_checkpointables(folder, {"run": None})["run"]["json"])

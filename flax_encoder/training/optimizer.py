@@ -1,94 +1,102 @@
-"""Schedules and optimizers, from Optax."""
+"""Optimizers by name: Optax's where it has them, with what decays, what is stacked and what is frozen settled."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers
+from jaxtyping import Array, Float, Int
 
 from flax_encoder.config import OptimizerConfig
+from flax_encoder.training.schedule import share_of_peak
+from flax_encoder.training.transformations import (
+    clip_by_global_norm,
+    each_parameter,
+    like,
+    matrix_axes,
+    scale_by_muon,
+    scale_by_soap,
+    scale_by_stable_adam,
+    schedule_free,
+)
 
 
-def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak`, then config.schedule down to final_rate * peak at step `steps`."""
-    warmup = round(config.warmup_rate * steps)
-    final = config.final_rate * peak
-    rest = max(steps - warmup, 1)
-    if config.schedule == "cosine":
-        after = [(rest, optax.cosine_decay_schedule(peak, rest, alpha=config.final_rate))]
-    elif config.schedule == "linear":
-        after = [(rest, optax.linear_schedule(peak, final, rest))]
-    else:
-        decay = min(max(round(config.decay_rate * steps), 1), rest)
-        after = [(rest - decay, optax.constant_schedule(peak)), (decay, optax.linear_schedule(peak, final, decay))]
-    pieces = [(warmup, optax.linear_schedule(0.0, peak, warmup))] * (warmup > 0) + after
-    boundaries = [sum(n for n, _ in pieces[: i + 1]) for i in range(len(pieces) - 1)]
-    return optax.join_schedules([schedule for _, schedule in pieces], boundaries)
+class ScheduledState(NamedTuple):
+    count: Int[Array, ""]
+    inner: Any
 
 
-def muon_dimensions(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
-    """Which axes of a parameter Muon orthogonalises, from their names: a layer's matrices, each layer by itself.
-
-    A layer's kernel maps `embed` to other axes, or other axes to `embed`. What is no such map (embeddings, heads,
-    norms, biases) gives None.
-    """
-    if axes[0] != "layers" or "embed" not in axes or len(axes) < 3:
-        return None
-    matrix = tuple(range(1, len(axes)))
-    return (
-        MuonDimensionNumbers((1,), matrix[1:]) if axes[1] == "embed" else MuonDimensionNumbers(matrix[:-1], matrix[-1:])
-    )
-
-
-def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then config.name with its schedule and decoupled weight decay; what is frozen stays.
 
-    `axes` is the tree of logical axes (training/sharding.py). Optimizer state is float32. AdamW is Loshchilov and
-    Hutter, arXiv 1711.05101; Muon is Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    The schedule goes by updates made, of `steps`, or by `progress`, which `update` takes as an extra argument (a share
+    of the run from 0 to 1, such as of its time), whichever is further. Optimizer state is float32.
+
+    Args:
+      axes: the tree of logical axes (training/sharding.py).
     """
-    decayed = jax.tree_util.tree_map_with_path(
+    is_decayed = jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key not in ("bias", "scale"), axes, is_leaf=_is_axes
     )
-    update = optax.adamw(
-        make_schedule(config, steps, config.learning_rate),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=lambda params: _like(params, decayed),
-    )
+
+    def at(share: Float[Array, ""] | float) -> optax.GradientTransformation:
+        """The optimizer with its rates at this share of their peaks."""
+        update = _by_name(config, share, axes, lambda params: like(params, is_decayed))
+        clip = [clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
+        update = optax.chain(*clip, update)
+        if config.freeze_embedding:
+            kinds = jax.tree_util.tree_map_with_path(
+                lambda path, _: "frozen" if _is_token_embedding(path) else "trained", axes, is_leaf=_is_axes
+            )
+            update = optax.partition({"trained": update, "frozen": optax.set_to_zero()}, kinds)
+        return update
+
+    def init(params):
+        return ScheduledState(jnp.zeros((), jnp.int32), at(1.0).init(params))
+
+    def update(updates, state, params=None, *, progress: Float[Array, ""] | float = 0.0):
+        share = share_of_peak(config, jnp.maximum(state.count / steps, progress))
+        updates, inner = at(share).update(updates, state.inner, params)
+        return updates, ScheduledState(optax.safe_increment(state.count), inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _by_name(config: OptimizerConfig, share: Any, axes: Any, is_decayed: Any) -> optax.GradientTransformation:
+    """The optimizer that config.name names, of the paper that its comment there names."""
+    rate = share * config.learning_rate
+    decay = optax.add_decayed_weights(config.weight_decay, is_decayed)
+    descend = optax.scale_by_learning_rate(rate)
+    adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+    adamw = optax.chain(adam, decay, descend)
+    if config.name == "adamw":
+        return adamw
+    if config.name == "stable_adamw":
+        stable = scale_by_stable_adam(config.b1, config.b2, config.epsilon, config.weight_decay, is_decayed, axes)
+        return optax.chain(stable, descend)
+    if config.name == "lamb":
+        # What does not decay has no trust ratio, as in the authors' code: biases start at zero, and would stay near it.
+        ratio = optax.masked(each_parameter(optax.scale_by_trust_ratio(), axes), is_decayed)
+        return optax.chain(adam, decay, ratio, descend)
+    if config.name == "lion":
+        return optax.chain(optax.scale_by_lion(config.b1, config.b2), decay, descend)
+    if config.name == "adafactor":
+        factored = optax.chain(
+            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+        )
+        return optax.chain(each_parameter(factored, axes), decay, descend)
+    if config.name == "schedule_free":
+        squares = optax.scale_by_rms(config.b2, config.epsilon, eps_in_sqrt=False, bias_correction=True)
+        without_momentum = optax.chain(squares, decay, descend)
+        return schedule_free(without_momentum, rate, config.b1)
     if config.name == "muon":
-        dimensions = jax.tree.map(muon_dimensions, axes, is_leaf=_is_axes)
-        muon = optax.contrib.muon(
-            make_schedule(config, steps, config.muon_learning_rate),
-            beta=config.muon_momentum,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=lambda params: _like(params, dimensions),
-        )
-        # Optax's muon has an adamw inside for the rest, but with Nesterov momentum and no mask for the decay.
-        kinds = jax.tree.map(lambda a: "adamw" if muon_dimensions(a) is None else "muon", axes, is_leaf=_is_axes)
-        update = optax.partition({"adamw": update, "muon": muon}, kinds)
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
-    update = optax.chain(*clip, update)
-    if config.freeze_embedding:
-        kinds = jax.tree_util.tree_map_with_path(
-            lambda path, _: "frozen" if _is_token_embedding(path) else "trained", axes, is_leaf=_is_axes
-        )
-        update = optax.partition({"trained": update, "frozen": optax.set_to_zero()}, kinds)
-    return update
-
-
-def _like(params: Any, values: Any) -> Any:
-    """`values`, a tree like all parameters, at the paths that `params` has: a partition sees some of them only."""
-
-    def at(path, _):
-        value = values
-        for key in path:
-            value = value[key.key]
-        return value
-
-    return jax.tree_util.tree_map_with_path(at, params)
+        muon = scale_by_muon(config.muon_momentum, config.epsilon, config.muon_dtype, axes)
+        matrices = optax.chain(muon, decay, optax.scale_by_learning_rate(share * config.muon_learning_rate))
+    else:
+        soap = scale_by_soap(config.b1, config.b2, config.epsilon, config.soap_every, axes)
+        matrices = optax.chain(soap, decay, descend)
+    kinds = jax.tree.map(lambda names: "matrix" if matrix_axes(names) else "other", axes, is_leaf=_is_axes)
+    return optax.partition({"matrix": matrices, "other": adamw}, kinds)
 
 
 def _is_token_embedding(path: tuple[Any, ...]) -> bool:

@@ -17,12 +17,20 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Clock:
-    """Throughput between two readings: real tokens a second, and the share of time spent waiting for data."""
+    """Throughput between two readings: real tokens a second, and the share of time spent waiting for data.
 
-    def __init__(self, tokens: int = 0):
-        self.tokens, self.steps, self.overflow = tokens, 0, 0
+    `spent_seconds` is the time that counted since the run began, from what it was in runs before.
+    """
+
+    def __init__(self, spent_seconds: float = 0.0):
+        self.tokens, self.steps, self.overflow = 0, 0, 0
         self.seconds_per_step = 0.0
         self._began, self._waited = time.monotonic(), 0.0
+        self._run_began = self._began - spent_seconds
+
+    @property
+    def spent_seconds(self) -> float:
+        return time.monotonic() - self._run_began
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -37,6 +45,7 @@ class Clock:
         began = time.monotonic()
         yield
         self._began += time.monotonic() - began
+        self._run_began += time.monotonic() - began
 
     def count(self, rows: dict[str, np.ndarray], processes: int = 1) -> None:
         """Take in a batch's real tokens, and what masking left out for want of slots, on this of several processes."""
@@ -64,7 +73,9 @@ class RunLog:
     seconds or so.
     """
 
-    def __init__(self, run_dir: pathlib.Path, *, steps: int, resume_step: int, is_main: bool = True):
+    def __init__(
+        self, run_dir: pathlib.Path, *, steps: int, resume_step: int, is_finished: bool = False, is_main: bool = True
+    ):
         self._steps, self._is_main = steps, is_main
         self._console = Console(highlight=False, soft_wrap=True, quiet=not is_main)
         self._progress: Progress | None = None
@@ -73,8 +84,8 @@ class RunLog:
             return
         path = run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(run_dir) if line["step"] <= resume_step]
-        if resume_step == steps:  # the last evaluation is made, and written, again
-            kept = [line for line in kept if line["step"] < steps or "eval/loss" not in line]
+        if is_finished:  # the last evaluation is made, and written, again
+            kept = [line for line in kept if line["step"] < resume_step or "eval/loss" not in line]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         from tensorboardX import SummaryWriter  # slow to import, and only needed here

@@ -69,6 +69,17 @@ def sharding_tree(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
+def spread(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Split an array that has no logical axes: each mesh axis that splits parameters takes the first dimension that it
+    divides and no other has. Vectors, and what no mesh axis divides, are copied."""
+    spec: list[str | None] = [None] * len(shape)
+    for mesh_axis in ("fsdp", "tensor") if len(shape) > 1 else ():
+        free = (i for i, size in enumerate(shape) if spec[i] is None and size % mesh.shape[mesh_axis] == 0)
+        if (i := next(free, None)) is not None:
+            spec[i] = mesh_axis
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
 def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
     """Every microbatch must divide over the devices that split rows, and each process must have rows of its own."""
     if jax.local_device_count() % mesh.shape["tensor"] and jax.process_count() > 1:

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.objectives.loss import LossSum
-from flax_encoder.training.sharding import BATCH_SPEC, logical_axes, sharding_tree
+from flax_encoder.training.sharding import BATCH_SPEC, logical_axes, sharding_tree, spread
+from flax_encoder.training.transformations import global_norm, gradient_point
 
 Batch = dict[str, Array]
 
@@ -30,6 +31,8 @@ class TrainState(NamedTuple):
 class StepMetrics(NamedTuple):
     loss: LossSum
     grad_norm: Float[Array, ""]
+    progress: Float[Array, ""] | None = None
+    """What the batch said of it, on all processes the same."""
 
 
 def init_train_state(
@@ -51,16 +54,20 @@ def init_train_state(
 
 
 def state_shardings(make_model, tx: optax.GradientTransformation, mesh: Mesh, abstract: TrainState) -> TrainState:
-    """What the optimizer keeps for a parameter lies where the parameter lies; everything else is copied."""
+    """What the optimizer keeps for a parameter lies where the parameter lies, or if its shape is another, such as
+    Adafactor's rows and columns and SOAP's bases, it is spread; what is of no parameter is copied."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = sharding_tree(mesh, logical_axes(make_model), abstract.params)
     by_path = dict(jax.tree_util.tree_flatten_with_path(params)[0])
     shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(abstract.params)[0]}
 
     def like_its_parameter(path, leaf):
-        # Optax keeps moments in trees shaped like the parameters, so a moment's path ends with its parameter's.
-        tails = (path[i:] for i in range(len(path)))
-        return next((by_path[t] for t in tails if t in by_path and shapes[t] == leaf.shape), everywhere)
+        # Optimizers keep their state in trees like the parameters, whose paths lie within those of the state.
+        parts = (path[i:j] for i in range(len(path)) for j in range(i + 1, len(path) + 1))
+        own = next((part for part in parts if part in by_path), None)
+        if own is None:
+            return everywhere
+        return by_path[own] if shapes[own] == leaf.shape else spread(mesh, leaf.shape)
 
     opt_state = jax.tree_util.tree_map_with_path(like_its_parameter, abstract.opt_state)
     return TrainState(everywhere, params, opt_state)
@@ -77,7 +84,8 @@ def make_train_step(
     """A jitted `step(state, batch) -> (state, metrics)`. The state passed in is donated: use the one returned.
 
     The model's `loss(batch, key=)` gives sums, so any split into microbatches or over devices makes the same update
-    up to float32 rounding. The dropout key is a function of (seed, step).
+    up to float32 rounding. The dropout key is a function of (seed, step). A batch may have `progress` [B, 1], the share
+    of the run's time that has gone by: the optimizer is given the largest.
 
     Args:
       graphdef, shardings: from `init_train_state`.
@@ -92,23 +100,27 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        progress = batch["progress"].max() if "progress" in batch else None
+        batch = {name: rows for name, rows in batch.items() if name != "progress"}
+        params = gradient_point(state.opt_state, state.params)
         if num_microbatches == 1:
-            grads, loss = grad_fn(state.params, batch, key)
+            grads, loss = grad_fn(params, batch, key)
         else:
             # Rows are dealt out, not cut into runs, so that each microbatch still lies evenly on all devices.
             parts = jax.tree.map(lambda x: rearrange(x, "(B parts) ... -> parts B ...", parts=num_microbatches), batch)
             part_keys = jax.random.split(key, num_microbatches)
 
             def accumulate(total, xs):
-                return jax.tree.map(jnp.add, total, grad_fn(state.params, *xs)), None
+                return jax.tree.map(jnp.add, total, grad_fn(params, *xs)), None
 
-            shapes = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], parts), key)
+            shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts), key)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, loss), _ = jax.lax.scan(accumulate, zeros, (parts, part_keys))
         grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        measured = {} if progress is None else {"progress": progress}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **measured)
         new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        return new_state, StepMetrics(loss, optax.tree.norm(grads))
+        return new_state, StepMetrics(loss, global_norm(grads), progress)
 
     jit = partial(jax.jit, donate_argnums=0)
     if shardings is None:

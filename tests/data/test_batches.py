@@ -1,5 +1,6 @@
 """Batches: what a row holds, and that it does not matter who asks for it or when."""
 
+import functools
 import os
 import signal
 
@@ -303,13 +304,35 @@ def test_buckets_give_every_row_once_in_batches_just_long_enough(make, split, is
 
 @pytest.mark.parametrize("start", [0, 3, 4, 6])
 def test_rows_change_length_where_a_stage_ends(make, split, start):
-    short, long = make(), make(plan=plan_of(split, row_length=2 * T), row_length=2 * T, batch_size=4)
-    stages = Stages([short, long], [4, 9])
+    short = make(num_batches=4)
+    long = make(plan=plan_of(split, row_length=2 * T), row_length=2 * T, batch_size=4, num_batches=9)
+    stages = Stages([short, long])
     read = list(stages.iterate(start))
     assert len(read) == len(stages) - start == 9 - start
     for number, batch in enumerate(read, start):
         assert_equal(batch, (short if number < 4 else long)[number])
         assert_equal(batch, stages[number])
+
+
+@pytest.mark.parametrize("buckets", [(), (8, 16)])
+def test_batches_that_grow_read_the_rows_that_equal_ones_would(make, split, buckets):
+    """None twice and none left out, though pools of rows of like length end where a stage does."""
+    plan = plan_of(split, "labels", packing="one-per-row")
+    make = functools.partial(make, "plain", plan, buckets=buckets)
+    stages = Stages([
+        make(batch_size=2, num_batches=3),
+        make(batch_size=4, num_batches=70, first=(3, 6)),
+        make(batch_size=8, num_batches=80, first=(70, 6 + 67 * 4)),
+    ])  # fmt: skip
+    grown = list(stages.iterate())
+    assert [len(batch["tokens"]) for batch in grown] == [2] * 3 + [4] * 67 + [8] * 10
+    for number in (0, 2, 3, 69, 70, 79):
+        assert_equal(stages[number], grown[number])
+    texts = lambda batch: [tuple(t[s > 0]) for t, s in zip(batch["tokens"], batch["segment_ids"], strict=True)]  # noqa: E731
+    rows = [text for batch in grown for text in texts(batch)]
+    expected = texts(make(batch_size=6 + 67 * 4 + 80, num_batches=1)[0])
+    assert sorted(rows) == sorted(expected)
+    assert buckets or rows == expected
 
 
 def test_an_evaluation_of_several_stores_samples_all_and_reads_each_row_once(split):

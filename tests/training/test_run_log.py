@@ -34,7 +34,7 @@ def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path):
 def test_a_finished_run_opened_again_writes_its_last_evaluation_once(tmp_path):
     write_run(tmp_path, 0, range(1, 8))
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with RunLog(tmp_path, steps=7, resume_step=7) as log:
+    with RunLog(tmp_path, steps=7, resume_step=7, is_finished=True) as log:
         log.write(7, {"eval/loss": 3.0})
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 

@@ -18,11 +18,13 @@ from flax_encoder.objectives import MaskedLM
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.sharding import check_batch, logical_axes, make_mesh, put_batch
 from flax_encoder.training.step import TrainState, init_train_state, make_eval_step, make_train_step
+from flax_encoder.training.transformations import gradient_point
 
 # Sizes that eight fsdp or four tensor devices divide, and no two alike.
 CONFIG = EncoderConfig(vocab_size=40, num_layers=3, embed_dim=16, num_heads=4, mlp_dim=24, max_length=13)
 ROWS, T, M, STEPS = 8, 11, 5, 5
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_rate=0.0)
+OPTIONS = {"muon": {"muon_dtype": "float32"}, "schedule_free": {"schedule": "wsd", "decay_rate": 0.0}}
 MESHES = {
     "data 8": MeshConfig(),
     "fsdp 8": MeshConfig(fsdp=8),
@@ -56,7 +58,7 @@ def loss_of(metrics):
 @functools.cache
 def trajectory(optimizer, mesh_name=None):
     """Of five steps: losses and gradient norms, how each array of the state was born, the last state, its axes."""
-    config, make_model = dataclasses.replace(OPTIMIZER, name=optimizer), model_maker()
+    config, make_model = dataclasses.replace(OPTIMIZER, name=optimizer, **OPTIONS.get(optimizer, {})), model_maker()
     axes = logical_axes(make_model)
     tx = make_optimizer(config, 100, axes)
     if mesh_name is None:
@@ -82,8 +84,9 @@ def _run(step, state, put):
     return np.array(lines), born, state
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize(
+    ("mesh_name", "optimizer"), [*((m, o) for m in MESHES for o in ("adamw", "muon")), ("2 x 2 x 2", "schedule_free")]
+)
 def test_sharded_equals_single_device(mesh_name, optimizer):
     want, *_ = trajectory(optimizer)
     got, *_ = trajectory(optimizer, mesh_name)
@@ -142,6 +145,38 @@ def test_microbatches_equal_one_batch(num_microbatches):
     one, many = gradient_of_one_batch(1), gradient_of_one_batch(num_microbatches)
     assert_trees_close(many, one)
     assert float(many[1]["loss"].count) == make_batch(0)["target_weights"].sum()
+
+
+def test_gradients_of_schedule_free_are_taken_at_its_gradient_point():
+    """The step's loss is that of the point, and evaluation's that of the parameters."""
+    config = dataclasses.replace(OPTIMIZER, name="schedule_free", **OPTIONS["schedule_free"])
+    make_model = model_maker()
+    tx = make_optimizer(config, 100, logical_axes(make_model))
+    graphdef, state = start(tx)
+    step, evaluate = make_train_step(graphdef, tx), make_eval_step(graphdef)
+    batch = jax.tree.map(jnp.asarray, make_batch(0))
+    for _ in range(3):
+        state, _ = step(state, batch)
+    point, params = gradient_point(state.opt_state, state.params), jax.tree.map(jnp.copy, state.params)
+    at_point, at_params = (evaluate(p, batch) for p in (point, params))
+    _, metrics = step(state, batch)
+    np.testing.assert_allclose(loss_of(metrics), at_point.sum / at_point.count, rtol=1e-6)
+    assert abs(float(at_point.sum - at_params.sum)) > 1e-3
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_the_batch_tells_the_optimizer_how_far_the_run_is(num_microbatches):
+    """By the largest of what its rows say, since processes' clocks differ."""
+    tx = make_optimizer(dataclasses.replace(OPTIMIZER, name="lion", weight_decay=0.0), 100, logical_axes(model_maker()))
+    graphdef, state = start(tx)
+    before = jax.tree.map(np.array, state.params)
+    progress = np.linspace(0.0, 0.75, ROWS, dtype=np.float32)[:, None]
+    step = make_train_step(graphdef, tx, num_microbatches=num_microbatches)
+    state, metrics = step(state, jax.tree.map(jnp.asarray, make_batch(0) | {"progress": progress}))
+    assert float(metrics.progress) == 0.75
+    was, now = (tree["encoder"]["embedding"]["norm"]["scale"] for tree in (before, state.params))
+    moves = np.abs(now - was)
+    np.testing.assert_allclose(moves, 0.25 * OPTIMIZER.learning_rate, rtol=1e-4)
 
 
 def test_a_batch_without_targets_changes_nothing():

@@ -1,0 +1,27 @@
+"""Learning rates, as functions of how much of a run is behind it."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flax_encoder.config import OptimizerConfig
+
+
+def share_of_peak(config: OptimizerConfig, progress: Float[Array, "..."] | float) -> Float[Array, "..."]:
+    """The learning rate as a share of its peak, where `progress` of the run, from 0 to 1, has gone by.
+
+    It rises straight from 0 over warmup_rate of the run, and then goes by config.schedule to final_rate at 1. Linear
+    with warmup_rate 0.5 is a triangle. Linear, cosine (Loshchilov and Hutter, arXiv 1608.03983) and wsd, constant with
+    a decay at the end (Hu et al., arXiv 2404.06395), whose shape one_minus_sqrt is Hägele et al.'s (arXiv 2405.18392).
+    """
+    progress = jnp.clip(jnp.asarray(progress, jnp.float32), 0.0, 1.0)
+    start = 1.0 - config.decay_rate if config.schedule == "wsd" else config.warmup_rate
+    fallen = jnp.clip((progress - start) / (1.0 - start), 0.0, 1.0) if start < 1 else jnp.zeros_like(progress)
+    shape = config.decay_shape if config.schedule == "wsd" else config.schedule
+    if shape == "cosine":
+        left = (1.0 + jnp.cos(jnp.pi * fallen)) / 2
+    else:
+        left = 1.0 - (jnp.sqrt(fallen) if shape == "one_minus_sqrt" else fallen)
+    after = config.final_rate + (1.0 - config.final_rate) * left
+    if config.warmup_rate == 0:
+        return after
+    return jnp.where(progress < config.warmup_rate, progress / config.warmup_rate, after)
