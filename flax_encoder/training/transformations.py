@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from flax_encoder.ops.linear import linear, on_cpu
+from flax_encoder.ops.linear import linear
+from flax_encoder.ops.platform import platform
 
 Axes = tuple[str, ...]
 
@@ -104,7 +105,7 @@ def sum_over(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "...
     """
     mesh = jax.sharding.get_abstract_mesh()
     first = min(axes, default=0)
-    if not on_cpu() or (not mesh.empty and mesh.size > 1) or axes != tuple(range(first, x.ndim)):
+    if platform() != "cpu" or (not mesh.empty and mesh.size > 1) or axes != tuple(range(first, x.ndim)):
         return jnp.sum(x, axes, keepdims=True)
     y = x.reshape(*x.shape[:first], -1)
     while y.shape[-1] % 8 == 0 and y.shape[-1] >= 4096:
@@ -190,7 +191,7 @@ def orthogonalized(x: Float[Array, "S m n"], eps: float, dtype: str = "float32")
 
     if x.shape[1] > x.shape[2]:
         return orthogonalized(x.mT, eps, dtype).mT
-    if not on_cpu():
+    if platform() != "cpu":
         return jax.vmap(one)(x)
     # XLA:CPU takes its quick path for bfloat16 only with plain matrices (ops/linear.py).
     return jax.lax.scan(lambda _, matrix: (None, one(matrix)), None, x, unroll=min(len(x), 4))[1]
