@@ -487,7 +487,7 @@ class OptimizerConfig:
     """Decay of the mean square; with lion, of the mean gradient that is kept."""
     epsilon: float = 1e-6
     muon_momentum: float = 0.95
-    muon_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    muon_dtype: Literal["bfloat16", "float32"] = "float32"
     """Operands of muon's products; its authors' are bfloat16."""
     soap_every: int = 10
     """Steps between SOAP's QR decompositions."""
