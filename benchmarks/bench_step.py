@@ -98,6 +98,7 @@ def resident_peak_bytes() -> int:
 def ours(folder: pathlib.Path) -> None:
     """The worker of our side: compiles the step ahead of time and says what it is."""
     set_up_runtime()
+    jax.config.update("jax_enable_compilation_cache", False)  # what it takes to compile is a result
     spec = json.loads((folder / "spec.json").read_text())
     config = EncoderConfig(**spec["config"])
 
@@ -108,7 +109,7 @@ def ours(folder: pathlib.Path) -> None:
     graphdef, state, _ = init_train_state(make_model, tx)
     batches = [jax.device_put(dict(np.load(path))) for path in sorted(folder.glob("ours-*.npz"))]
     began = time.perf_counter()
-    compiled = make_train_step(graphdef, tx).lower(state, batches[0]).compile()
+    compiled = make_train_step(graphdef, tx, num_microbatches=spec["microbatches"]).lower(state, batches[0]).compile()
     seconds = time.perf_counter() - began
 
     def step(i: int) -> None:
@@ -211,6 +212,9 @@ def main() -> None:
     add_model_arguments(arguments, batch=16, length=128)
     arguments.add_argument("--objective", choices=("masked_lm",), default="masked_lm")
     arguments.add_argument("--data", default="full", help="full, real (python_docs), or any text the library reads")
+    arguments.add_argument(
+        "--microbatches", type=int, default=1, help="parts of a batch whose gradients ours adds up (default 1)"
+    )
     arguments.add_argument("--peer", choices=("torch", "flax", "none"), default="none")
     arguments.add_argument("--peer-python", help="the Python of the peer's environment")
     arguments.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
@@ -234,7 +238,12 @@ def main() -> None:
         folder = pathlib.Path(temporary)
         for i, batch in enumerate(rows):
             np.savez(folder / f"ours-{i:03}.npz", **batch)
-        spec = {"config": dataclasses.asdict(config), "dtype": asked.dtype, "ours_tokens": tokens}
+        spec = {
+            "config": dataclasses.asdict(config),
+            "dtype": asked.dtype,
+            "ours_tokens": tokens,
+            "microbatches": asked.microbatches,
+        }
         if asked.peer != "none":
             for i, batch in enumerate(theirs):
                 np.savez(folder / f"peer-{i:03}.npz", **batch)
