@@ -111,6 +111,7 @@ BERT = Family(
     leftovers=(r"cls\.seq_relationship\.",),
     presets={
         "bert_base": bert_base,
+        "bert_large": dataclasses.replace(bert_base, num_layers=24, embed_dim=1024, num_heads=16, mlp_dim=4096),
         # Turc et al., arXiv 1908.08962, table 1.
         **{
             f"bert_{name}": dataclasses.replace(
@@ -118,7 +119,6 @@ BERT = Family(
             )
             for name, layers, width in (("tiny", 2, 128), ("mini", 4, 256), ("small", 4, 512), ("medium", 8, 512))
         },
-        "bert_large": dataclasses.replace(bert_base, num_layers=24, embed_dim=1024, num_heads=16, mlp_dim=4096),
     },
 )
 

@@ -31,6 +31,10 @@ from flax_encoder.ops.position import apply_rope, rope_tables
 PUBLISHED = {
     "bert_base": 108_891_648,  # 110M, arXiv 1810.04805, section 3
     "bert_large": 334_092_288,  # 340M, same
+    "bert_tiny": 4_369_408,  # 4.4M, arXiv 1908.08962, table 1
+    "bert_mini": 11_104_768,  # 11.3M, same
+    "bert_small": 28_500_992,  # 29.1M, same
+    "bert_medium": 41_110_528,  # 41.7M, same
     "roberta_base": 124_055_040,  # 125M, the model card
     "xlm_roberta_base": 277_453_056,  # 270M, arXiv 1911.02116, table 1
     "albert_base_v2": 11_092_992,  # 12M, arXiv 1909.11942, table 1
