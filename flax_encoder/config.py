@@ -155,7 +155,7 @@ class EncoderConfig:
     """Run the stacked layers by `lax.scan` (quick to compile) or unrolled (quicker to run); same parameters."""
     remat: Literal["none", "feed_forward", "dots", "full"] = "none"
     """What the backward pass recomputes: chains of elementwise operations at most, the feed-forward blocks' first
-    product too (a twentieth more work for a third less memory), all but matrix products, or everything in a layer."""
+    product too, whose result is the largest they keep, all but matrix products, or everything in a layer."""
 
     def __post_init__(self):
         _require_positive(

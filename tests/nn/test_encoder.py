@@ -160,7 +160,8 @@ def _keyed(graphdef):
 
 
 @pytest.mark.parametrize(
-    ("scan_layers", "remat"), [(False, "none"), (True, "dots"), (False, "dots"), (True, "full"), (False, "full")]
+    ("scan_layers", "remat"),
+    [(False, "none"), *((scans, remat) for scans in (True, False) for remat in ("feed_forward", "dots", "full"))],
 )
 def test_how_layers_run_changes_nothing(scan_layers, remat):
     """Scanned or unrolled, recomputed or kept: one output, one gradient, dropout and windows included."""
