@@ -70,7 +70,15 @@ def _rows_dot(a, b, contract: tuple[int, int]):
 
 
 def _rows_dot_over_rows(a, b):
-    """a^T b. The transpose is made explicit, since a product over the leading axis misses the fast path."""
+    """a^T b. The transpose is made explicit, since a product over the leading axis misses the fast path.
+
+    It is the narrower operand that is transposed, and then if need be the result: a wide one is often an activation, and
+    XLA:CPU makes that element by element in the order of the transpose, which is no order for memory (LOG.md).
+    """
+    (rows, A), B = a.shape, b.shape[1]
+    if platform() == "cpu" and rows * (A - B) >= 2 * A * B:
+        # Without the barrier the transposes would be folded into the product.
+        return _row_major(jax.lax.optimization_barrier(_rows_dot(b.astype(jnp.bfloat16).T, a, (1, 0))).T)
     return _rows_dot(a.astype(jnp.bfloat16).T, b, (1, 0))
 
 

@@ -17,6 +17,7 @@ from flax_encoder.data.pipeline import default_cache_dir
 
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+_MADV_HUGEPAGE = 14
 # What /proc/cpuinfo calls them on x86 and on Arm.
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "stepping", "flags", "Features", "CPU implementer", "CPU part")
 
@@ -28,25 +29,40 @@ def set_up_runtime() -> None:
     instruction (jax issue 38445). Only TF_CPP_MIN_LOG_LEVEL=3 before JAX is imported quiets it, so programs set that.
     """
     if sys.platform == "linux":
-        # XLA:CPU allocates a step's temporaries anew each step, on whichever thread. By default glibc gives such blocks
-        # back to the kernel, which then clears every page again: a fifth of a small model's step (LOG.md). Threads must
-        # share one arena, since only that one can grow to such sizes, and it must be so before they start.
-        try:
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-        except (OSError, AttributeError):
-            pass  # another C library: as fast as it is
-        else:
-            never, spare_bytes = -1, 2**28
-            for parameter, value in (
-                (_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, never), (_M_TOP_PAD, spare_bytes)
-            ):  # fmt: skip
-                mallopt(parameter, value)
+        keep_memory()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = default_cache_dir() / "xla"
         # JAX's keys hold its version, the flags, the program and the kind of device, but of CPUs nothing that tells one
         # from another, and code made for one may be illegal on the next.
         folder = folder / host_cpu() if jax.default_backend() == "cpu" else folder
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed, in huge pages; with another C library, nothing.
+
+    XLA:CPU allocates a step's temporaries anew each step, on whichever thread. By default glibc gives such blocks back to
+    the kernel, which clears every page again: a fifth of a small model's step (LOG.md). Threads must share one arena, since
+    only that one can grow to such sizes, and it must be so before they start. The room that the heap may need is taken at
+    once, half of the machine's memory, of which only what is used is ever backed: so that its pages can be asked to be
+    huge, without which a large step spends an eighth of its time looking pages up.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mallopt, malloc, free, madvise = libc.mallopt, libc.malloc, libc.free, libc.madvise
+    except (OSError, AttributeError):
+        return
+    never = -1
+    for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, never), (_M_TOP_PAD, 2**28)):
+        mallopt(parameter, value)
+    page, size = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    free.restype, free.argtypes = None, [ctypes.c_void_p]
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if start := malloc(size):
+        first = -(-start // page) * page
+        madvise(first, (start + size - first) // page * page, _MADV_HUGEPAGE)
+        free(start)
 
 
 def host_cpu() -> str:

@@ -154,14 +154,14 @@ def _forward(query, key, value, bias, context, plan: _Plan):
             out, top, total = _over_keys(key_block, carry, i, plan)
             total = jnp.maximum(total, 1e-30)
             out = out / (total * (1.0 - plan.dropout_rate))[..., None]
-            return None, (out.astype(query.dtype), top + jnp.log(total))
+            return None, (out, top + jnp.log(total))
 
         _, (out, log_total) = _over(query_block, None, query.shape[3] // plan.query_block)
         return None, (_uncut(out), _uncut(log_total))
 
     _, (out, log_total) = _over(tile, None, tiles)
     T = query.shape[3]
-    out = out.reshape(*query.shape[:3], -1, query.shape[4])[:, :, :, :T]
+    out = out.reshape(*query.shape[:3], -1, query.shape[4])[:, :, :, :T].astype(query.dtype)
     return out, (query, key, value, bias, context, out, log_total)
 
 
@@ -204,19 +204,20 @@ def _backward(plan: _Plan, residuals, d_out):
             d_query = jnp.zeros((b, h, H, G * plan.query_block), jnp.float32)
             d_query, *carry = _over_keys(key_block, (d_query, *carry), i, plan)
             d_query = plan.scale * jnp.swapaxes(d_query, 2, 3)
-            return tuple(carry), d_query.reshape(q.shape).astype(query.dtype)
+            return tuple(carry), d_query.reshape(q.shape)
 
         zeros = jnp.zeros(key.shape, jnp.float32)
         carry, d_query = _over(query_block, (zeros, zeros, d_bias), query.shape[3] // plan.query_block)
         d_key, d_value, d_bias = carry
-        return d_bias, (_uncut(d_query), (plan.scale * d_key).astype(key.dtype), d_value.astype(key.dtype))
+        return d_bias, (_uncut(d_query), plan.scale * d_key, d_value)
 
     d_bias = None if bias is None else jnp.zeros(bias_padded.shape, jnp.float32)
     d_bias, (d_query, d_key, d_value) = _over(tile, d_bias, (tiles, d_out, delta, log_total))
     T, S = plan.lengths
-    d_query = d_query.reshape(*query.shape[:3], -1, query.shape[4])[:, :, :, :T]
+    d_query = d_query.reshape(*query.shape[:3], -1, query.shape[4])[:, :, :, :T].astype(query.dtype)
     d_key, d_value = (
-        x.reshape(*key.shape[:2], -1, key.shape[3])[:, :, plan.before : plan.before + S] for x in (d_key, d_value)
+        x.reshape(*key.shape[:2], -1, key.shape[3])[:, :, plan.before : plan.before + S].astype(key.dtype)
+        for x in (d_key, d_value)
     )
     if bias is not None:
         d_bias = d_bias[..., :T, plan.before : plan.before + S].astype(bias.dtype)
