@@ -299,6 +299,17 @@ def test_one_block_and_many_give_the_same(monkeypatch):
         assert_close(out, outs[0])
 
 
+def test_blocks_without_a_document_in_common_are_not_visited(monkeypatch):
+    """What is not a number there would not be multiplied away."""
+    monkeypatch.setattr(chunked, "KEY_BLOCK", 4)
+    monkeypatch.setattr(chunked, "QUERY_BLOCK", 4)
+    segments = jnp.repeat(jnp.asarray([[1, 2, 3, 3, 0], [1, 1, 1, 1, 2]]), 4, axis=1)
+    arrays = [jnp.asarray(x).at[0, 4:8].set(jnp.nan) for x in draw(*3 * [(2, 20, 2, H)])]
+    out, vjp = jax.vjp(lambda *x: attention(*x, segment_ids=segments, implementation="chunked"), *arrays)
+    for x in (out, *vjp(jnp.where(jnp.isnan(out), 0.0, 1.0))):
+        np.testing.assert_array_equal(jnp.isnan(x).any((2, 3)), jnp.zeros((2, 20), bool).at[0, 4:8].set(True))
+
+
 def test_a_rate_without_a_key_is_deterministic_on_every_implementation(implementation):
     query, key, value = map(jnp.asarray, draw((B, T, N, H), (B, T, K, H), (B, T, K, H)))
     calls = [attention(query, key, value, dropout_rate=r, implementation=implementation) for r in (0.0, 0.5)]

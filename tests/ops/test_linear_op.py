@@ -24,11 +24,13 @@ def assert_close(got, want, dtype=np.float32):
 @pytest.mark.parametrize("contract_last", [False, True])
 @pytest.mark.parametrize("features", [(11,), F], ids=["vector", "matrix"])
 @pytest.mark.parametrize("operands", ["float32", "bfloat16"])
-def test_linear_and_gradients_equal_numpy(dtype, contract_last, features, operands):
+@pytest.mark.parametrize("batch", [BATCH, (5, 12)], ids=["few rows", "rows"])
+def test_linear_and_gradients_equal_numpy(dtype, contract_last, features, operands, batch):
+    """With many rows the wider operand of the kernel's gradient is not the one that is transposed."""
     generator = np.random.default_rng(0)
     shape = (*features, D) if contract_last else (D, *features)
-    x, kernel = (generator.standard_normal(s).astype(jnp.dtype(operands)) for s in ((*BATCH, D), shape))
-    bias, d_y = (generator.standard_normal(s).astype(np.float32) for s in (features, (*BATCH, *features)))
+    x, kernel = (generator.standard_normal(s).astype(jnp.dtype(operands)) for s in ((*batch, D), shape))
+    bias, d_y = (generator.standard_normal(s).astype(np.float32) for s in (features, (*batch, *features)))
 
     @jax.jit
     def out_and_gradients(x, kernel, bias, d_y):

@@ -1,7 +1,8 @@
 """Attention a tile at a time: online softmax over blocks of keys, and again in its own backward pass.
 
 Memory is linear in length, and with a static window so is the cost: blocks of queries meet the keys that they can
-see and no others. (Rabe and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135, algorithm 4.)
+see and no others. Nor do they meet blocks in which there is no document of theirs. (Rabe and Staats, arXiv 2112.05682;
+Dao et al., arXiv 2205.14135, algorithm 4.)
 
 Inside, b and h are the batch rows and key/value heads of a tile, Q the queries of a block and S its keys. Backward,
 logits are made transposed, [b h S (G Q)], so that no product contracts the leading axis of a matrix: on CPUs those
@@ -70,7 +71,9 @@ def _plan(problem: Problem) -> _Plan:
     key_block = -(-reach // num_key_blocks)
     room = max(1, TILE // (query_block * key_block * (N // K)))
     h = max(d for d in range(1, K + 1) if K % d == 0 and d <= room)
-    b = max(d for d in range(1, B + 1) if B % d == 0 and d <= max(1, room // K))
+    # Rows that lie in one tile visit each other's blocks of keys.
+    most_rows = 1 if num_key_blocks > 1 else max(1, room // K)
+    b = max(d for d in range(1, B + 1) if B % d == 0 and d <= most_rows)
     before = 0 if window is None else window[0]
     return _Plan(
         problem.scale,
@@ -151,7 +154,7 @@ def _forward(query, key, value, bias, context, plan: _Plan):
                 return out, new_top, total
 
             carry = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:4], MASKED), jnp.zeros(q.shape[:4])
-            out, top, total = _over_keys(key_block, carry, i, plan)
+            out, top, total = _over_keys(key_block, carry, i, plan, where)
             total = jnp.maximum(total, 1e-30)
             out = out / (total * (1.0 - plan.dropout_rate))[..., None]
             return None, (out, top + jnp.log(total))
@@ -202,7 +205,7 @@ def _backward(plan: _Plan, residuals, d_out):
                 return d_query, d_key, d_value, d_bias
 
             d_query = jnp.zeros((b, h, H, G * plan.query_block), jnp.float32)
-            d_query, *carry = _over_keys(key_block, (d_query, *carry), i, plan)
+            d_query, *carry = _over_keys(key_block, (d_query, *carry), i, plan, where)
             d_query = plan.scale * jnp.swapaxes(d_query, 2, 3)
             return tuple(carry), d_query.reshape(q.shape)
 
@@ -234,6 +237,8 @@ class _Where(NamedTuple):
     head: Array
     query_segments: Array | None
     key_segments: Array | None
+    key_blocks: Array | None
+    """First and last of those that each block of queries sees, [blocks of queries, 2]."""
 
 
 class _Place:
@@ -319,12 +324,34 @@ def _tiles(query, key, value, bias, context: _Context, plan: _Plan):
     if bias is not None:
         bias = _pad(_pad(bias, 3, 0, T), 4, plan.before, S)
     row, head = (x.reshape(-1) for x in jnp.meshgrid(jnp.arange(0, B, b), jnp.arange(0, K, h), indexing="ij"))
-    segments = None, None
+    segments = None, None, None
     if context.query_segments is not None:
         padded = _pad(context.query_segments, 1, 0, T), _pad(context.key_segments, 1, plan.before, S)
+        padded = [x.reshape(-1, b, x.shape[1]) for x in padded]
         # Before the loop over tiles: found in it, they would be found for every logit.
-        segments = (jnp.repeat(x.reshape(-1, b, x.shape[1]), K // h, axis=0) for x in padded)
+        segments = (jnp.repeat(x, K // h, axis=0) for x in (*padded, _key_blocks(*padded, plan)))
     return (_Where(row, head, *segments), query, key, value), bias
+
+
+def _key_blocks(query_segments, key_segments, plan: _Plan):
+    """Of segments [R b T] and [R b S]: where the blocks of keys begin and end that blocks of queries see, [R blocks 2].
+
+    Blocks without a document in common are not visited, which leaves every sum as it is, to the bit.
+    """
+    num_query_blocks = query_segments.shape[2] // plan.query_block
+    starts = jnp.arange(num_query_blocks if plan.stride else 1)[:, None] * plan.stride
+    index = (starts + jnp.arange(plan.num_key_blocks) * plan.key_block)[..., None] + jnp.arange(plan.key_block)
+    queries = query_segments.reshape(*query_segments.shape[:2], num_query_blocks, 1, plan.query_block)
+    (query_least, query_most), (key_least, key_most) = (_range(x) for x in (queries, key_segments[:, :, index]))
+    is_seen = (query_least <= key_most) & (key_least <= query_most)
+    first, behind = is_seen.argmax(-1), is_seen[..., ::-1].argmax(-1)
+    return jnp.stack([first, jnp.where(is_seen.any(-1), plan.num_key_blocks - behind, first)], -1).astype(jnp.int32)
+
+
+def _range(segments):
+    """Least and most document of [R b blocks blocks tokens], over b and tokens."""
+    is_token = segments > 0
+    return jnp.where(is_token, segments, 2**30).min((1, 4)), jnp.where(is_token, segments, 0).max((1, 4))
 
 
 def _fold(x, plan: _Plan):
@@ -348,10 +375,12 @@ def _over(body, carry, xs):
     return carry, jax.tree.map(lambda x: x[None], y)
 
 
-def _over_keys(body, carry, i, plan: _Plan):
-    """`body` over the blocks of keys before a block of queries, but for those that lie wholly in padding."""
+def _over_keys(body, carry, i, plan: _Plan, where: _Where):
+    """`body` over the blocks of keys before a block of queries, but for those that it does not see."""
     if plan.num_key_blocks == 1:
         return body(0, carry)
+    if where.key_blocks is not None:
+        return jax.lax.fori_loop(where.key_blocks[i, 0], where.key_blocks[i, 1], body, carry)
     first = jnp.maximum(0, (plan.before - i * plan.stride) // plan.key_block)
     last = jnp.minimum(plan.num_key_blocks, -((i * plan.stride - plan.before - plan.lengths[1]) // plan.key_block))
     return jax.lax.fori_loop(first, last, body, carry)
