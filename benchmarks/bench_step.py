@@ -219,6 +219,9 @@ def main() -> None:
     arguments.add_argument("--peer-python", help="the Python of the peer's environment")
     arguments.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
     arguments.add_argument("--seconds", type=float, default=15.0, help="of a turn, a step at least (default 15)")
+    arguments.add_argument(
+        "--apart", action="store_true", help="start a side anew for each turn, for steps that do not fit memory together"
+    )
     asked = arguments.parse_args()
     if (asked.peer == "none") != (asked.peer_python is None):
         raise SystemExit("a peer runs in its own environment: give --peer and --peer-python together, or neither.")
@@ -258,31 +261,45 @@ def main() -> None:
                 "cores": len(os.sched_getaffinity(0)),
             }
         (folder / "spec.json").write_text(json.dumps(spec))
-        say(f"compiling {asked.model}, {asked.batch} x {asked.length}, {asked.dtype}")
-        sides = {"ours": Worker([sys.executable, __file__, "ours"], folder, "ours")}
+        sides = {"ours": [sys.executable, __file__, "ours"]}
         if asked.peer != "none":
-            say(f"starting the peer, {asked.peer}")
-            sides["peer"] = Worker([asked.peer_python, str(HERE / "peer_step.py")], folder, "peer")
+            sides["peer"] = [asked.peer_python, str(HERE / "peer_step.py")]
         turns: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-        for turn in range(asked.rounds + 1):
-            for name, side in sides.items():
-                answer = side.run(asked.seconds if turn else 0.0)  # the first turn warms up
-                rate = 1000 * answer["tokens"] / sum(answer["milliseconds"])
-                say(f"turn {turn}/{asked.rounds}  {name}: {rate:,.0f} tokens/s")
-                if turn:
-                    turns[name].append(answer | {"rate": rate})
-        for side in sides.values():
-            side.close()
+        ready: dict[str, dict[str, Any]] = {}
+        workers: dict[str, Worker] = {}
 
-    peak = sides["ours"].ready["matmul_peak"]
+        def worker(name: str) -> Worker:
+            if name not in workers:
+                say(f"starting {name}: {asked.model}, {asked.batch} x {asked.length}, {asked.dtype}")
+                workers[name] = Worker(sides[name], folder, name)
+                ready.setdefault(name, workers[name].ready)
+                workers[name].run(0.0)  # warms up
+            return workers[name]
+
+        try:
+            for name in () if asked.apart else sides:
+                worker(name)
+            for turn in range(1, asked.rounds + 1):
+                for name in sides:
+                    answer = worker(name).run(asked.seconds)
+                    rate = 1000 * answer["tokens"] / sum(answer["milliseconds"])
+                    say(f"turn {turn}/{asked.rounds}  {name}: {rate:,.0f} tokens/s")
+                    turns[name].append(answer | {"rate": rate})
+                    if asked.apart:
+                        workers.pop(name).close()
+        finally:
+            for one in workers.values():
+                one.close()
+
+    peak = ready["ours"]["matmul_peak"]
     result: dict[str, Any] = {"header": header(**{k: v for k, v in vars(asked).items() if k != "json"})}
-    for name, side in sides.items():
+    for name in sides:
         steps = [ms for turn in turns[name] for ms in turn["milliseconds"]]
         result[name] = {
             "tokens_per_second": statistics.median(turn["rate"] for turn in turns[name]),
             "step_milliseconds": statistics.median(steps),
             "step_spread_milliseconds": [min(steps), max(steps)],
-            "compile_seconds": side.ready["compile_seconds"],
+            "compile_seconds": ready[name]["compile_seconds"],
             "peak_memory_bytes": max(turn["memory"] for turn in turns[name]),
         }
     # Model FLOPs a real token, so that the same count serves a side whose batches vary.
@@ -293,7 +310,7 @@ def main() -> None:
     result["model_flops"] = flops
     if "peer" in sides:
         # By turns, so that a machine that slows down for a while slows both sides of a ratio.
-        result["peer"]["versions"] = sides["peer"].ready["versions"]
+        result["peer"]["versions"] = ready["peer"]["versions"]
         pairs = zip(turns["ours"], turns["peer"], strict=True)
         result["ratio"] = statistics.median(a["rate"] / b["rate"] for a, b in pairs)
     rows_shown = [

@@ -60,7 +60,7 @@ def _drop(x, words, rate):
     row = sum(jax.lax.broadcasted_iota(jnp.uint32, (*shape[:-1], 1), a) * jnp.uint32(strides[a]) for a in axes)
     column = jax.lax.broadcasted_iota(jnp.uint32, (*(1,) * len(strides), shape[-1]), len(strides))
     keep = keep_mask(words, rate, row, column).reshape(x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
+    return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros_like(x))
 
 
 # The mask is linear and made again, so the backward pass needs the words alone.

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_encoder.ops.linear import linear
+from flax_encoder.ops.linear import bias_gradient, linear
+from flax_encoder.ops.platform import platform_for_tracing
 
 BATCH, D, F = (2, 3), 7, (5, 11)
 
@@ -64,3 +65,14 @@ def test_both_layouts_of_a_kernel_give_the_same():
     generator = np.random.default_rng(0)
     x, kernel = (jnp.asarray(generator.standard_normal(s), jnp.float32) for s in ((*BATCH, D), (D, 11)))
     np.testing.assert_allclose(linear(x, kernel), linear(x, kernel.T, contract_last=True), rtol=1e-6, atol=1e-6)
+
+
+def test_a_bias_gradient_by_products_is_the_sum_of_rounded_rows():
+    """As a TPU has it: through `linear`, and of rows alone."""
+    g = np.random.default_rng(0).standard_normal((60, 7)).astype(np.float32)
+    want = rounded(g, jnp.bfloat16).sum(0)
+    assert_close(bias_gradient(jnp.asarray(g)), want)
+    x, kernel = jnp.ones((60, 3)), jnp.ones((3, 7))
+    with platform_for_tracing("tpu"):
+        _, vjp = jax.vjp(lambda bias: linear(x, kernel, bias, dtype="bfloat16"), jnp.ones(7))
+    assert_close(vjp(jnp.asarray(g))[0], want)

@@ -49,3 +49,29 @@ def test_constant_rows_come_out_as_the_bias_with_finite_gradients():
     np.testing.assert_array_equal(layer_norm(x, scale, bias, 1e-12), jnp.broadcast_to(bias, x.shape))
     assert jnp.isfinite(jax.grad(lambda x: (layer_norm(x, scale, bias, 1e-12) ** 2).sum())(x)).all()
     assert jnp.isfinite(jax.grad(lambda x: (rms_norm(x, scale, 1e-12) ** 2).sum())(x)).all()
+
+
+@pytest.mark.parametrize("kind", ["layer", "layer without bias", "rms"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_equal_those_of_the_definition(kind, dtype):
+    """Of x as it is kept: rounded to `dtype`."""
+    x, scale, bias = arrays()
+    x = x.astype(jnp.dtype(dtype)).astype(np.float32)
+    d_y = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+
+    def definition(x, scale, bias):
+        if kind != "rms":
+            x = x - x.mean(-1, keepdims=True)
+        y = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + EPSILON) * scale
+        return y + bias if kind == "layer" else y
+
+    def norm(x, scale, bias):
+        if kind == "rms":
+            return rms_norm(x, scale, EPSILON, dtype)
+        return layer_norm(x, scale, bias if kind == "layer" else None, EPSILON, dtype)
+
+    got, want = (jax.vjp(f, *map(jnp.asarray, (x, scale, bias)))[1](jnp.asarray(d_y)) for f in (norm, definition))
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == jnp.float32
+        atol = 8 * float(jnp.finfo(jnp.float32).eps) * max(1.0, float(jnp.abs(w).max()))
+        np.testing.assert_allclose(g, w, rtol=0, atol=atol)
