@@ -220,7 +220,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
     arguments.add_argument("--seconds", type=float, default=15.0, help="of a turn, a step at least (default 15)")
     arguments.add_argument(
-        "--apart", action="store_true", help="start a side anew for each turn, for steps that do not fit memory together"
+        "--apart", action="store_true", help="start a side anew for each turn, for two that do not fit memory together"
     )
     asked = arguments.parse_args()
     if (asked.peer == "none") != (asked.peer_python is None):

@@ -48,9 +48,9 @@ class Linear(nnx.Module):
 def packed(x: Float[Array, "*B D"], *layers: Linear) -> list[Float[Array, "..."]]:
     """What each of several layers makes of one x, by one matrix product over their kernels side by side.
 
-    One wide product keeps a matrix unit busier than several narrow ones. A TPU's is as busy with narrow ones, and there
-    it is taking the outputs apart that costs (LOG.md). Where the outputs are split over devices they stay apart too: side
-    by side, each device would hold parts that belong elsewhere.
+    One wide product keeps a matrix unit busier than several narrow ones. A TPU's is as busy with narrow ones, and
+    there it is taking the outputs apart that costs (LOG.md). Where the outputs are split over devices they stay apart
+    too: side by side, each device would hold parts that belong elsewhere.
     """
     if platform() == "tpu" or any(is_split(name) for layer in layers for name, _ in layer.outputs):
         return [layer(x) for layer in layers]

@@ -90,8 +90,8 @@ def _rows_dot(a, b, contract: tuple[int, int]):
 def _rows_dot_over_rows(a, b):
     """a^T b. The transpose is made explicit, since a product over the leading axis misses the fast path.
 
-    It is the narrower operand that is transposed, and then if need be the result: a wide one is often an activation, and
-    XLA:CPU makes that element by element in the order of the transpose, which is no order for memory (LOG.md).
+    It is the narrower operand that is transposed, and then if need be the result: a wide one is often an activation,
+    and XLA:CPU makes that element by element in the order of the transpose, which is no order for memory (LOG.md).
     """
     (rows, A), B = a.shape, b.shape[1]
     if platform() == "cpu" and rows * (A - B) >= 2 * A * B:

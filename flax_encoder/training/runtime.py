@@ -41,11 +41,11 @@ def set_up_runtime() -> None:
 def keep_memory() -> None:
     """Have glibc keep what is freed, in huge pages; with another C library, nothing.
 
-    XLA:CPU allocates a step's temporaries anew each step, on whichever thread. By default glibc gives such blocks back to
-    the kernel, which clears every page again: a fifth of a small model's step (LOG.md). Threads must share one arena, since
-    only that one can grow to such sizes, and it must be so before they start. The room that the heap may need is taken at
-    once, half of the machine's memory, of which only what is used is ever backed: so that its pages can be asked to be
-    huge, without which a large step spends an eighth of its time looking pages up.
+    XLA:CPU allocates a step's temporaries anew each step, on whichever thread. By default glibc gives such blocks back
+    to the kernel, which clears every page again: a fifth of a small model's step (LOG.md). Threads must share one
+    arena, since only that one can grow to such sizes, and it must be so before they start. Half of the machine's
+    memory is reserved as the heap's room, though only what is used of it is ever backed, so that its pages can be
+    asked to be huge: a large step spends an eighth of its time looking small ones up.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")

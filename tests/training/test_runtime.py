@@ -1,0 +1,38 @@
+"""What a process sets up before it trains."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+HUGE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+SCRIPT = """
+import ctypes, resource
+from flax_encoder.training.runtime import keep_memory
+
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+size = 2**28
+
+def faults():
+    block, before = libc.malloc(size), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+before = resident()
+keep_memory()
+print(resident() - before, faults(), faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is Linux's")
+def test_freed_memory_is_kept_and_its_pages_are_huge():
+    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    reserved, first, second = map(int, run.stdout.split())
+    assert reserved < 2**24  # room that is not used is not taken
+    assert second < 100  # of 65,536 pages of 4 kB
+    if HUGE.exists() and "[never]" not in HUGE.read_text():
+        assert first < 2000
