@@ -77,6 +77,19 @@ def unstack(tree: Any) -> list[Any]:
 unstack.defvjp(lambda tree: (unstack(tree), None), lambda _, slices: (jax.tree.map(lambda *g: jnp.stack(g), *slices),))
 
 
+@jax.custom_vjp
+def in_turn(tree: Any) -> Any:
+    """The tree, whose gradients are all made before any is read.
+
+    A TPU's scheduler puts the gradients of unrolled layers' weights off until they are stacked, and keeps all layers'
+    activations for them (LOG.md).
+    """
+    return tree
+
+
+in_turn.defvjp(lambda tree: (tree, None), lambda _, grads: (jax.lax.optimization_barrier(grads),))
+
+
 def _period(kinds: Sequence[Any]) -> int:
     """After how many the sequence repeats itself."""
     return next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False)))
@@ -186,7 +199,7 @@ class Encoder(nnx.Module):
                 states = [] if ys is None else [ys.reshape(-1, *x.shape)]
             rest = unstack(jax.tree.map(lambda a: a[done // runs :], params)) if start + done < stop else []
             for i in range(start + done, stop):
-                x = run[kinds[i]](x, rest[(i - start) // runs - done // runs], i)
+                x = run[kinds[i]](*in_turn((x, rest[(i - start) // runs - done // runs])), i)
                 states.append(x[None])
             return x, jnp.concatenate(states) if every_layer else None
 
