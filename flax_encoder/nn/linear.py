@@ -39,10 +39,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel = self.kernel[...]
+        features = kernel.shape[self.num_inputs :]
         x = x.reshape(*x.shape[: x.ndim - self.num_inputs], -1)
-        kernel = kernel.reshape(-1, *kernel.shape[self.num_inputs :])
-        bias = None if self.bias is None else self.bias[...]
-        return linear(x, kernel, bias, dtype=self.dtype).astype(self.out_dtype)
+        bias = None if self.bias is None else self.bias[...].reshape(-1)
+        # Rounded before the features are taken apart: heads of 64 do not fill a TPU's 128 lanes.
+        y = linear(x, kernel.reshape(x.shape[-1], -1), bias, dtype=self.dtype).astype(self.out_dtype)
+        return y.reshape(*x.shape[:-1], *features)
 
 
 def packed(x: Float[Array, "*B D"], *layers: Linear) -> list[Float[Array, "..."]]:

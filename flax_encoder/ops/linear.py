@@ -29,7 +29,6 @@ def linear(
     matrix = kernel.reshape((-1, D) if contract_last else (D, -1))
     product = _bfloat16_product if dtype == "bfloat16" else _plain_product
     y = product(x.reshape(-1, D), matrix, contract_last)
-    # Before the features are taken apart: heads of 64 do not fill a TPU's 128 lanes.
     if bias is not None:
         y = (_biased if dtype == "bfloat16" and platform() == "tpu" else jnp.add)(y, bias.reshape(-1))
     return y.reshape(*x.shape[:-1], *features)

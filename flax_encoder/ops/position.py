@@ -6,6 +6,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from flax_encoder.ops.platform import platform
+
 RopeTables = tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]
 
 
@@ -30,17 +32,45 @@ def rope_tables(positions: Int[Array, "B T"], head_dim: int, theta: float = 10_0
     return jax.lax.optimization_barrier(tables)
 
 
+@jax.custom_vjp
 def apply_rope(x: Float[Array, "B T N H"], tables: RopeTables) -> Float[Array, "B T N H"]:
-    """Turn the feature pairs (h, h + H/2) of each head by the tables' angles; x's dtype.
+    """Turn the feature pairs (h, h + H/2) of each head by the tables' angles; x's dtype. The tables get no gradient.
 
     (Su et al., arXiv 2104.09864, equation 34, with pairs split by halves as in GPT-NeoX and ModernBERT.)
     """
-    cos, sin = tables
+    turn = _turn_by_product if platform() == "tpu" and x.dtype == jnp.bfloat16 else _turn
+    return turn(x, *tables)
+
+
+def _turn(x, cos, sin):
     # Halves are swapped by reversing an axis of two: a concatenation would make slower loops, backward above all.
     swapped = rearrange(
         jnp.flip(rearrange(x, "B T N (two H) -> B T N two H", two=2), axis=3), "B T N two H -> B T N (two H)"
     )
     return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
+
+
+def _turn_by_product(x, cos, sin):
+    """The same for a TPU, which moves lanes slowly: its matrix unit swaps the halves of heads that stay side by side.
+
+    A sum of one number and zeros is exact.
+    """
+    B, T, N, H = x.shape
+    feature = np.arange(N * H)
+    swap = np.zeros((N * H, N * H), np.float32)
+    swap[feature, feature // H * H + (feature + H // 2) % H] = 1
+    wide = x.reshape(B, T, N * H)
+    swapped = jnp.dot(wide, jnp.asarray(swap, x.dtype), preferred_element_type=jnp.float32)
+    cos, sin = (jnp.broadcast_to(a, (B, T, N, H)).reshape(B, T, N * H) for a in (cos, sin))
+    return (wide.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype).reshape(x.shape)
+
+
+def _turn_back(tables, g):
+    cos, sin = tables
+    return apply_rope(g, (cos, -sin)), None
+
+
+apply_rope.defvjp(lambda x, tables: (apply_rope(x, tables), tables), _turn_back)
 
 
 def sinusoidal(positions: Int[Array, "B T"], embed_dim: int) -> Float[Array, "B T D"]:

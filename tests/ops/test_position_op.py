@@ -1,9 +1,11 @@
 """Rotary and sinusoidal positions against their formulas."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_encoder.ops.platform import platform_for_tracing
 from flax_encoder.ops.position import apply_rope, rope_tables, sinusoidal
 
 B, T, N, H, THETA = 2, 7, 3, 10, 10_000.0
@@ -64,3 +66,25 @@ def test_sinusoidal_equals_the_formula():
         want[b, t, 2 * i], want[b, t, 2 * i + 1] = np.sin(angle), np.cos(angle)
     atol = 4 * np.finfo(np.float32).eps * POSITIONS.max()
     np.testing.assert_allclose(sinusoidal(jnp.asarray(POSITIONS), H), want, rtol=0, atol=atol)
+
+
+def test_rope_by_a_product_is_rope_to_the_bit():
+    """As TPUs have it, forward and backward; the gradient is the turn back."""
+    generator = np.random.default_rng(0)
+    x, g = (jnp.asarray(generator.standard_normal((2, 5, 3, 8)), jnp.bfloat16) for _ in range(2))
+    tables = rope_tables(jnp.asarray(generator.integers(0, 100, (2, 5)), jnp.int32), 8)
+    plain, turn_back = jax.vjp(lambda x: apply_rope(x, tables), x)
+    with platform_for_tracing("tpu"):
+        turned, vjp = jax.vjp(lambda x: apply_rope(x, tables), x)
+        backward = vjp(g)[0]
+    np.testing.assert_array_equal(turned, plain)
+    np.testing.assert_array_equal(backward, turn_back(g)[0])
+    want = jax.vjp(lambda x: _by_definition(x, tables), x.astype(jnp.float32))[1](g.astype(jnp.float32))[0]
+    atol = 4 * float(jnp.finfo(jnp.bfloat16).eps)
+    np.testing.assert_allclose(np.asarray(backward, np.float32), want, rtol=0, atol=atol)
+
+
+def _by_definition(x, tables):
+    cos, sin = tables
+    left, right = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([right, left], axis=-1) * sin
