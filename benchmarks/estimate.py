@@ -292,7 +292,8 @@ def kernel_flops(line: Line) -> int:
     operands = arrays(layouts)
     sizes = next(sizes for dtype, sizes, _ in operands if dtype in ("bf16", "f32") and len(sizes) >= 3)
     *_, length, width = sizes
-    pairs = math.prod(sizes[:-2]) * length * length
+    of_a_row = re.search(r"_of_(\d+)_pairs", f"{x.name} {x.op_name}")  # `rows` says how many its window leaves
+    pairs = math.prod(sizes[:-2]) * (int(of_a_row[1]) if of_a_row else length * length)
     # splash has first, for each block of queries, which blocks of keys it visits.
     grid = next((s for dtype, s, _ in operands if dtype in ("s8", "s16", "s32") and len(s) >= 3), None)
     if names[0].startswith("splash") and grid is not None:

@@ -1,4 +1,4 @@
-"""The kernels of `rows`: all logits of a block of queries at once, in fast memory.
+"""The kernels of `rows`: all logits of a block of queries at once, in fast memory, of the keys that its window reaches.
 
 One program has a row's queries, keys and values of a few heads. Heads stay where they are in memory, side by side:
 where a head is narrower than the 128 lanes of a matrix unit, the others' lanes are zeroed in one operand, which
@@ -55,6 +55,17 @@ def _backward(plan, residuals, d_out):
 attend_rows.defvjp(_forward, _backward)
 
 
+def _block(T: int) -> int:
+    return min(QUERY_BLOCK, T) if T % QUERY_BLOCK == 0 else LANES
+
+
+def _reach(plan: Plan, start: int, block: int, T: int) -> slice:
+    if plan.window is None:
+        return slice(0, T)
+    left, right = plan.window
+    return slice(max(0, (start - left) // LANES * LANES), min(T, -(-(start + block + right) // LANES) * LANES))
+
+
 def _call(kernel, plan: Plan, scalars, segments, arrays, statistics, out_shape):
     """Run `kernel` over rows and groups of heads; arrays are [B T D], statistics [B N 1 T]."""
     B, T, D = arrays[0].shape
@@ -64,6 +75,9 @@ def _call(kernel, plan: Plan, scalars, segments, arrays, statistics, out_shape):
     statistic = pl.BlockSpec((1, width // plan.head_dim, 1, T), lambda b, n, *_: (b, n, 0, 0))
     specs = [pl.BlockSpec((1, 2, T), lambda b, n, *_: (b, 0, 0))]
     specs += [row] * len(arrays) + [statistic] * len(statistics)
+    block = _block(T)
+    reaches = [_reach(plan, start, block, T) for start in range(0, T, block)]
+    pairs = block * sum(keys.stop - keys.start for keys in reaches)
     return pl.pallas_call(
         functools.partial(kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -75,7 +89,7 @@ def _call(kernel, plan: Plan, scalars, segments, arrays, statistics, out_shape):
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=plan.is_interpreted,
-        name=kernel.__name__.strip("_"),
+        name=f"{kernel.__name__.strip('_')}_of_{pairs}_pairs",  # which benchmarks/estimate.py reads
     )(scalars, segments, *arrays, *statistics)
 
 
@@ -101,9 +115,13 @@ class _Heads:
         self.key_segments = jnp.broadcast_to(segments_ref[0, 1:2, :], (LANES, self.T)).T[:, :1]
         self.row = scalars_ref[2] + pl.program_id(0)
         self.head = scalars_ref[3] + pl.program_id(1) * (width // plan.head_dim)
-        self.block = min(QUERY_BLOCK, self.T) if self.T % QUERY_BLOCK == 0 else LANES
+        self.block = _block(self.T)
         self.unit = max(LANES, plan.head_dim)
         self.per_unit = self.unit // plan.head_dim
+
+    def keys(self, start: int) -> slice:
+        """Those that a block of queries can see, in whole lanes."""
+        return _reach(self.plan, start, self.block, self.T)
 
     def own(self, x, j: int, axis: int = 1):
         """x with the lanes of the unit's other heads zeroed."""
@@ -113,12 +131,13 @@ class _Heads:
         return jnp.where((lane >= j * self.plan.head_dim) & (lane < (j + 1) * self.plan.head_dim), x, jnp.zeros_like(x))
 
     def indices(self, start: int):
+        keys = self.keys(start)
         query = start + jax.lax.broadcasted_iota(jnp.int32, (1, self.block), 1)
-        return query, jax.lax.broadcasted_iota(jnp.int32, (self.T, 1), 0)
+        return query, keys.start + jax.lax.broadcasted_iota(jnp.int32, (keys.stop - keys.start, 1), 0)
 
     def logits(self, key, query, start: int):
-        """Transposed, [S, queries of a block]."""
-        segments = self.query_segments[:, start : start + self.block], self.key_segments
+        """Transposed, [keys, queries of a block]."""
+        segments = self.query_segments[:, start : start + self.block], self.key_segments[self.keys(start)]
         mask = visible(*segments, self.plan.window, *self.indices(start))
         return jnp.where(mask, self.plan.scale * _dot(key, query, (1, 1)), MASKED)
 
@@ -140,10 +159,10 @@ def _forward_kernel(plan, scalars_ref, segments_ref, query_ref, key_ref, value_r
         lanes = slice(u * heads.unit, (u + 1) * heads.unit)
         key, value_transposed = key_ref[0, :, lanes], _transposed(value_ref[0, :, lanes])
         for start in range(0, heads.T, heads.block):
-            block = slice(start, start + heads.block)
+            block, keys = slice(start, start + heads.block), heads.keys(start)
             query, out = query_ref[0, block, lanes], 0.0
             for j in range(heads.per_unit):
-                logits = heads.logits(key, heads.own(query, j), start)
+                logits = heads.logits(key[keys], heads.own(query, j), start)
                 # A query that sees nothing stays below this, and its weights vanish.
                 top = jnp.maximum(logits.max(0, keepdims=True), MASKED / 2)
                 weights = jnp.exp(logits - top)
@@ -151,7 +170,7 @@ def _forward_kernel(plan, scalars_ref, segments_ref, query_ref, key_ref, value_r
                 n = u * heads.per_unit + j
                 log_total_ref[0, n, :, block] = top + jnp.log(total)
                 weights = heads.dropped(n, start)(weights).astype(key.dtype)
-                own_value = heads.own(value_transposed, j, 0)
+                own_value = heads.own(value_transposed[:, keys], j, 0)
                 out += _dot(own_value, weights) / (total * (1.0 - plan.dropout_rate))
             out_ref[0, block, lanes] = out.T.astype(out_ref.dtype)
 
@@ -166,9 +185,9 @@ def _backward_kernel(
         lanes = slice(u * heads.unit, (u + 1) * heads.unit)
         key, value = key_ref[0, :, lanes], value_ref[0, :, lanes]
         key_transposed = _transposed(key)
-        d_key = d_value = 0.0
+        d_key, d_value = [0.0] * (heads.T // LANES), [0.0] * (heads.T // LANES)
         for start in range(0, heads.T, heads.block):
-            block = slice(start, start + heads.block)
+            block, keys = slice(start, start + heads.block), heads.keys(start)
             query, out, d_out = (ref[0, block, lanes] for ref in (query_ref, out_ref, d_out_ref))
             products = out.astype(jnp.float32) * d_out.astype(jnp.float32)
             d_out = (d_out.astype(jnp.float32) / (1.0 - plan.dropout_rate)).astype(query.dtype)
@@ -179,12 +198,20 @@ def _backward_kernel(
                 # Summed over lanes by a transpose, so that it lies along them as the statistics do.
                 delta = heads.own(products, j).T.sum(0, keepdims=True)
                 dropped = heads.dropped(n, start)
-                weights = jnp.exp(heads.logits(key, own_query, start) - log_total_ref[0, n, :, block])
-                d_logits = weights * (dropped(_dot(value, own_d_out, (1, 1))) - delta)
+                weights = jnp.exp(heads.logits(key[keys], own_query, start) - log_total_ref[0, n, :, block])
+                d_logits = weights * (dropped(_dot(value[keys], own_d_out, (1, 1))) - delta)
                 d_logits = d_logits.astype(query.dtype)
-                d_key += _dot(d_logits, own_query)
-                d_value += _dot(dropped(weights).astype(query.dtype), own_d_out)
-                d_query += _dot(heads.own(key_transposed, j, 0), d_logits)
+                _add_to(d_key, _dot(d_logits, own_query), keys)
+                _add_to(d_value, _dot(dropped(weights).astype(query.dtype), own_d_out), keys)
+                d_query += _dot(heads.own(key_transposed[:, keys], j, 0), d_logits)
             dq_ref[0, block, lanes] = (plan.scale * d_query).T.astype(dq_ref.dtype)
-        dk_ref[0, :, lanes] = (plan.scale * d_key).astype(dk_ref.dtype)
-        dv_ref[0, :, lanes] = d_value.astype(dv_ref.dtype)
+        for i, (d_k, d_v) in enumerate(zip(d_key, d_value, strict=True)):
+            block = slice(i * LANES, (i + 1) * LANES)
+            dk_ref[0, block, lanes] = (plan.scale * d_k).astype(dk_ref.dtype)
+            dv_ref[0, block, lanes] = d_v.astype(dv_ref.dtype)
+
+
+def _add_to(blocks: list, x, keys: slice) -> None:
+    """Add the rows of `keys` to blocks of LANES rows each."""
+    for i in range(keys.start, keys.stop, LANES):
+        blocks[i // LANES] += x[i - keys.start : i - keys.start + LANES]
