@@ -45,7 +45,8 @@ def keep_memory() -> None:
     to the kernel, which clears every page again: a fifth of a small model's step (LOG.md). Threads must share one
     arena, since only that one can grow to such sizes, and it must be so before they start. Half of the machine's
     memory is reserved as the heap's room, though only what is used of it is ever backed, so that its pages can be
-    asked to be huge: a large step spends an eighth of its time looking small ones up.
+    asked to be huge: a large step spends an eighth of its time looking small ones up. Where the kernel counts room as
+    if it were used (`vm.overcommit_memory` 2), none is reserved.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -59,7 +60,9 @@ def keep_memory() -> None:
     malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     free.restype, free.argtypes = None, [ctypes.c_void_p]
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    if start := malloc(size):
+    counting = pathlib.Path("/proc/sys/vm/overcommit_memory")
+    is_room_free = not counting.exists() or counting.read_text().strip() != "2"
+    if is_room_free and (start := malloc(size)):
         first = -(-start // page) * page
         madvise(first, (start + size - first) // page * page, _MADV_HUGEPAGE)
         free(start)
