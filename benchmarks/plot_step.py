@@ -34,11 +34,10 @@ def main() -> None:
         ylabel="real tokens a second",
         title=f"{about['model']}, {about['dtype']}, {about['cores']} cores of {about['device']}",
         xscale="log",
-        ylim=(0, None),
+        ylim=(0, 1.15 * max(r[side]["tokens_per_second"] for r in results for side, *_ in sides)),
     )
     axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
     axes.minorticks_off()
-    axes.margins(y=0.15)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(asked.out, dpi=150)
