@@ -38,8 +38,10 @@ def apply_rope(x: Float[Array, "B T N H"], tables: RopeTables) -> Float[Array, "
 
     (Su et al., arXiv 2104.09864, equation 34, with pairs split by halves as in GPT-NeoX and ModernBERT.)
     """
-    turn = _turn_by_product if platform() == "tpu" and x.dtype == jnp.bfloat16 else _turn
-    return turn(x, *tables)
+    # Where devices split the heads, a product over all of them would gather them.
+    splits_heads = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
+    by_product = platform() == "tpu" and x.dtype == jnp.bfloat16 and not splits_heads
+    return (_turn_by_product if by_product else _turn)(x, *tables)
 
 
 def _turn(x, cos, sin):
