@@ -12,7 +12,7 @@ from flax_encoder.nn.normalization import Norm
 from flax_encoder.nn.partition import normal, param
 from flax_encoder.ops.attention import Window, attention
 from flax_encoder.ops.dropout import dropout
-from flax_encoder.ops.position import RopeTables, apply_rope
+from flax_encoder.ops.position import RopeTables
 from flax_encoder.ops.relative import alibi_bias, disentangled_bias, disentangled_buckets, offsets, t5_bias
 
 
@@ -81,8 +81,6 @@ class SelfAttention(nnx.Module):
         """`window` is an argument, not a setting of the layer, so that stacked layers can differ in it."""
         config = self.config
         query, keys, value = packed(x, self.query, self.key, self.value)
-        if position.rope is not None:
-            query, keys = apply_rope(query, position.rope), apply_rope(keys, position.rope)
         attention_key, output_key = (None, None) if key is None else jax.random.split(key)
         bias, scale = position.bias, config.attention_scale
         if position.distances is not None:
@@ -93,6 +91,7 @@ class SelfAttention(nnx.Module):
             value,
             segment_ids=segment_ids,
             window=window,
+            rope=position.rope,
             bias=bias,
             scale=scale,
             dropout_rate=config.attention_dropout_rate,

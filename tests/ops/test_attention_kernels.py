@@ -10,6 +10,7 @@ from benchmarks.cases import ATTENTION_CASES
 from flax_encoder.ops.attention import CHOICES, IMPLEMENTATIONS, _choose, attention
 from flax_encoder.ops.attention.problem import Problem
 from flax_encoder.ops.platform import platform_for_tracing
+from flax_encoder.ops.position import rope_tables
 from tests.ops.test_attention_op import assert_close, draw
 
 B, T, N, H = 2, 256, 4, 64
@@ -21,6 +22,11 @@ CASES = {
         "segments": {},
         "one document a row": {"segment_ids": None},
         "window": {"window": (70, 3)},
+        "one-sided window": {"window": (0, 20)},
+        "rope": {"rope": True, "window": (33, 5)},
+        "rope of narrow heads": {"rope": True, "heads": (8, 8, 32)},
+        "rope of wide heads": {"rope": True, "heads": (1, 1, 256)},
+        "rope in bfloat16": {"rope": True, "dtype": jnp.bfloat16},
         "dropout": {"dropout_rate": 0.3, "window": (9, 9)},
         "narrow heads": {"heads": (8, 8, 32), "dropout_rate": 0.3},
         "wide heads": {"heads": (2, 2, 128)},
@@ -31,6 +37,7 @@ CASES = {
         "one document a row": {"segment_ids": None},
         "window": {"window": (70, 3)},
         "grouped heads": {"heads": (4, 2, 64)},
+        "rope": {"rope": True},
     },
 }
 EVERY = [(name, case) for name, cases in CASES.items() for case in cases]
@@ -54,6 +61,9 @@ def out_and_gradients(implementation, arrays, **options):
 def problem_of(case):
     options = {"segment_ids": jnp.asarray(SEGMENTS), "dropout_key": jax.random.key(4), **case}
     (n, k, h), dtype = options.pop("heads", (N, N, H)), options.pop("dtype", jnp.float32)
+    if options.pop("rope", False):
+        positions = np.random.default_rng(7).integers(0, 1000, (B, T))
+        options["rope"] = rope_tables(jnp.asarray(positions, jnp.int32), h)
     return draw((B, T, n, h), (B, T, k, h), (B, T, k, h), (B, T, n, h), dtype=dtype), dtype, options
 
 
@@ -116,9 +126,10 @@ def test_padding_comes_out_as_zeros_with_zero_gradients(implementation):
 def test_sharded_equals_single_device(implementation):
     """Rows over data and fsdp, heads over tensor; with dropout, which follows from the place in the whole problem."""
     rate = 0.0 if implementation == "splash" else 0.2
-    arrays, _, options = problem_of({"dropout_rate": rate, "heads": (4, 4, 64)})
+    arrays, _, options = problem_of({"dropout_rate": rate, "heads": (4, 4, 64), "rope": True})
     arrays, segments = [np.concatenate([x, x[::-1]]) for x in arrays], np.concatenate([SEGMENTS, SEGMENTS[::-1]])
     options["segment_ids"] = jnp.asarray(segments)
+    options["rope"] = tuple(jnp.concatenate([x, x[::-1]]) for x in options["rope"])
     want = out_and_gradients(implementation, arrays, **options)
     with jax.set_mesh(jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)):
         got = out_and_gradients(implementation, arrays, **options)
@@ -206,7 +217,7 @@ def test_every_platform_has_a_choice_that_serves_everything():
     [
         ("rows", 128, {}),
         ("rows", 512, {"dropout_rate": 0.1}),
-        ("rows", 1024, {"dropout_rate": 0.1, "window": (64, 64)}),
+        ("rows", 1024, {"dropout_rate": 0.1, "window": (64, 64), "rope": True}),
         ("splash", 8192, {"window": (64, 64)}),
     ],
 )
@@ -222,10 +233,19 @@ def test_kernels_compile_for_a_tpu(implementation, T, options, monkeypatch):
     array = jax.ShapeDtypeStruct((2, T, 12 * 64), jnp.bfloat16, sharding=place)
     segments = jax.ShapeDtypeStruct((2, T), jnp.int32, sharding=place)
 
+    options = dict(options)
+    has_rope = options.pop("rope", False)
+
     def loss(query, key, value, segments):
+        rope = rope_tables(segments, 64) if has_rope else None
         heads = (x.reshape(*x.shape[:2], 12, 64) for x in (query, key, value))
         out = attention(
-            *heads, segment_ids=segments, dropout_key=jax.random.key(0), implementation=implementation, **options
+            *heads,
+            segment_ids=segments,
+            rope=rope,
+            dropout_key=jax.random.key(0),
+            implementation=implementation,
+            **options,
         )
         return out.astype(jnp.float32).sum()
 

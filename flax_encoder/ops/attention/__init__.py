@@ -19,6 +19,7 @@ from flax_encoder.ops.attention import chunked, cudnn, reference, rows, splash
 from flax_encoder.ops.attention.problem import Problem, Refusal, Window
 from flax_encoder.ops.dropout import dropout_words
 from flax_encoder.ops.platform import platform
+from flax_encoder.ops.position import RopeTables
 
 __all__ = ["CHOICES", "IMPLEMENTATIONS", "Window", "attention"]
 
@@ -29,10 +30,12 @@ class Implementation(NamedTuple):
     attend: Callable[[Problem], Float[Array, "B T N H"]]
     refusal: Callable[[Problem], Refusal | None]
     """Why it cannot serve a problem, or None."""
+    applies_rope: bool
+    """Whether it turns queries and keys itself, or is given them turned."""
 
 
 IMPLEMENTATIONS = {
-    module.__name__.rsplit(".", 1)[1]: Implementation(module.attend, module.refusal)
+    module.__name__.rsplit(".", 1)[1]: Implementation(module.attend, module.refusal, module is rows)
     for module in (reference, chunked, rows, splash, cudnn)
 }
 
@@ -54,6 +57,7 @@ def attention(
     segment_ids: Int[Array, "B T"] | None = None,
     key_segment_ids: Int[Array, "B S"] | None = None,
     window: Window | None = None,
+    rope: RopeTables | None = None,
     bias: Float[Array, "#B #N T S"] | None = None,
     scale: float | None = None,
     dropout_rate: float = 0.0,
@@ -67,6 +71,7 @@ def attention(
       key_segment_ids: each key's; None is segment_ids, for self-attention, where T = S.
       window: how many tokens to the (left, right) a query sees, in row indices. Python ints let a backend skip what
         lies outside; traced values cost as much as no window, where a backend takes them at all.
+      rope: `rope_tables` of the positions, by which queries and keys are turned first, T = S; None leaves them.
       bias: added to the scaled logits; T5's and ALiBi's positions go here.
       scale: None is H ** -0.5.
       dropout_rate: of the attention probabilities, where dropout_key is given (Srivastava et al. 2014, inverted).
@@ -107,11 +112,12 @@ def attention(
         dropout_rate if is_dropped else 0.0,
         dropout_words(dropout_key) if is_dropped else None,
         N,
+        rope=rope,
     )
     name = implementation or _choose(problem)
     if refusal := IMPLEMENTATIONS[name].refusal(problem):
         raise ValueError(f"attention implementation {name!r} cannot serve: {refusal}")
-    return IMPLEMENTATIONS[name].attend(problem)
+    return IMPLEMENTATIONS[name].attend(problem if IMPLEMENTATIONS[name].applies_rope else problem.turned())
 
 
 def _narrowest(window: Window | None, T: int, S: int) -> Window | None:

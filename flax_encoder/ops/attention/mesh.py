@@ -23,13 +23,13 @@ def over_mesh(attend):
         (B, _, N, _), K = problem.query.shape, problem.key.shape[2]
         batch, heads = _splitting(mesh, BATCH_AXES, B), _splitting(mesh, HEAD_AXES, K)
         rows, segments = PartitionSpec(batch, None, heads), PartitionSpec(batch)
-        names = ["query", "key", "value"]
-        specs = [rows, rows, rows]
-        for name in ("query_segments", "key_segments", "bias", "dropout_words"):
-            if (x := getattr(problem, name)) is not None:
-                names.append(name)
-                own = batch if x.shape[0] == B > 1 else None, heads if name == "bias" and x.shape[1] == N else None
-                specs.append({"bias": PartitionSpec(*own), "dropout_words": PartitionSpec()}.get(name, segments))
+        own = {"query": rows, "key": rows, "value": rows, "dropout_words": PartitionSpec()}
+        if problem.bias is not None:
+            rows_of, heads_of, *_ = problem.bias.shape
+            own["bias"] = PartitionSpec(batch if rows_of == B > 1 else None, heads if heads_of == N else None)
+        names = ("query", "key", "value", "query_segments", "key_segments", "bias", "dropout_words", "rope")
+        names = [name for name in names if getattr(problem, name) is not None]
+        specs = [own.get(name, segments) for name in names]
         window = problem.window if problem.has_traced_window else ()
 
         def own_part(arrays, window):

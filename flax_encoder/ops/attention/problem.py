@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from flax_encoder.ops.dropout import Words, keep_mask
+from flax_encoder.ops.position import RopeTables, apply_rope
 
 Window = tuple[int | Int[Array, ""], int | Int[Array, ""]]
 
@@ -34,6 +35,14 @@ class Problem(NamedTuple):
     """from this batch row on"""
     first_head: int | Int[Array, ""] = 0
     """and this query head."""
+    rope: RopeTables | None = None
+    """By which queries and keys are yet to be turned."""
+
+    def turned(self) -> "Problem":
+        if self.rope is None:
+            return self
+        query, key = (apply_rope(x, self.rope) for x in (self.query, self.key))
+        return self._replace(query=query, key=key, rope=None)
 
     @property
     def static_window(self) -> tuple[int, int] | None:

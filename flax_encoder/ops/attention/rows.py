@@ -45,4 +45,7 @@ def attend(problem: Problem) -> Float[Array, "B T N H"]:
     first = jnp.asarray([problem.first_row, problem.first_head], jnp.int32)
     scalars = jnp.concatenate([jax.lax.bitcast_convert_type(words, jnp.int32), first])
     segments = jnp.stack([query_segments, key_segments], 1).astype(jnp.int32)
-    return attend_rows(query, key, value, segments, scalars, plan).reshape(B, T, N, H)
+    tables = ()
+    if problem.rope is not None:  # as wide as the lanes that a program turns at once
+        tables = tuple(jnp.tile(a[:, :, 0], max(1, LANES // H)) for a in problem.rope)
+    return attend_rows(query, key, value, segments, tables, scalars, plan).reshape(B, T, N, H)
