@@ -55,6 +55,7 @@ class EncoderLayer(nnx.Module):
         if self.is_pre_norm:
             normed = x if self.attention_norm is None else self.attention_norm(x)
             x = x + self.attention(normed, segment_ids, position, window, key=attention_key)
+            x = in_turn(x)
             x = x + self.feed_forward(self.feed_forward_norm(x), key=feed_forward_key)
         else:
             x = self.attention_norm(x + self.attention(x, segment_ids, position, window, key=attention_key))

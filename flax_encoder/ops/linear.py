@@ -114,6 +114,9 @@ def _bfloat16_forward(x, kernel, transposed):
 def _bfloat16_backward(transposed, residuals, g):
     x, kernel, (x_like, kernel_like) = residuals
     d_x, d_kernel = linear_gradients(x, kernel, g, contract_last=transposed, dtype="bfloat16")
+    if platform() == "tpu":
+        # Otherwise a reshape that takes heads apart becomes part of the product, which then wants x transposed.
+        d_kernel = jax.lax.optimization_barrier(d_kernel)
     return d_x.astype(x_like.dtype), d_kernel.astype(kernel_like.dtype)
 
 
