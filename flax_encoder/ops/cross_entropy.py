@@ -15,11 +15,13 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from flax_encoder.ops.linear import linear, linear_gradients
+from flax_encoder.ops.linear import bias_gradient, linear, linear_gradients
+from flax_encoder.ops.platform import platform
 
 # Float32 logits that live at once. Larger chunks re-read the table and its gradient less often, smaller ones stay
-# nearer to the caches: 2500 x 50432 ran fastest in three to five chunks (LOG.md).
-_CHUNK_BYTES = 2**27
+# nearer to the caches: 2500 x 50432 ran fastest on a CPU in three to five chunks, and would on a TPU in one (LOG.md).
+_CHUNK_BYTES = {"cpu": 2**27, "gpu": 2**27, "tpu": 2**29}
+_SMALL_BYTES = 2**27  # below which it is not worth it to make gradients with the loss
 logger = logging.getLogger(__name__)
 
 Sums = tuple[Float[Array, ""], Float[Array, ""]]
@@ -77,7 +79,7 @@ def _choose(rows: tuple[int, int], vocab_size: int, axes: MeshAxes | None) -> st
     mesh = jax.sharding.get_abstract_mesh()
     parts = math.prod(mesh.shape[name] for name in (*axes.rows, axes.vocab)) if axes else 1
     num_logits = math.prod(rows) * vocab_size // parts
-    choice = "reference" if 4 * num_logits <= _CHUNK_BYTES else "chunked"
+    choice = "reference" if 4 * num_logits <= _SMALL_BYTES else "chunked"
     _log_choice(choice, num_logits)
     return choice
 
@@ -141,7 +143,7 @@ def _all_chunks(hidden, table, bias, targets, weights, dtype, axes, *, with_grad
 
 def _own_chunks(hidden, table, bias, targets, weights, *, dtype, axes: MeshAxes | None, with_gradients: bool):
     (B, M, E), V = hidden.shape, table.shape[0]
-    num_chunks = min(M, -(-4 * B * M * V // _CHUNK_BYTES))
+    num_chunks = min(M, -(-4 * B * M * V // _CHUNK_BYTES[platform()]))
     size = -(-M // num_chunks)
     over_vocab = (lambda collective, x: x) if axes is None else (lambda collective, x: collective(x, axes.vocab))
     if axes is not None:  # another device's token is -1 here
@@ -168,12 +170,17 @@ def _own_chunks(hidden, table, bias, targets, weights, *, dtype, axes: MeshAxes 
         losses, correct = top + jnp.log(normalizer) - at_target, (at_target >= top).astype(jnp.float32)
         if not with_gradients:
             return None, (losses, correct)
+        if dtype == "bfloat16" and platform() == "tpu":
+            # Made and rounded in the pass that sums them; three products read them, in half the bytes.
+            exponentials = jax.lax.optimization_barrier(exponentials.astype(dtype)).astype(jnp.float32)
         scale = weight / normalizer
         is_target = jnp.arange(V, dtype=target.dtype) == target[:, None]
         d_logits = exponentials * scale[:, None] - jnp.where(is_target, weight[:, None], 0.0)
         d_x, d_table = linear_gradients(x, table, d_logits, contract_last=True, dtype=dtype)
         d_bias = None
-        if bias is not None:  # the sum of d_logits, by a product, so that they need not be stored in float32 for it
+        if bias is not None and dtype == "bfloat16" and platform() == "tpu":
+            d_bias = bias_gradient(d_logits)
+        elif bias is not None:  # the sum of d_logits, by a product, so that they need not be stored in float32 for it
             at = jnp.where(target < 0, V, target)
             d_bias = jnp.dot(scale, exponentials, precision="highest").at[at].add(-weight, mode="drop")
         total = jax.tree.map(jnp.add, total, (d_table, d_bias))

@@ -12,6 +12,7 @@ import flax_encoder.ops.cross_entropy as op
 from benchmarks.cases import HEAD_CASES
 from flax_encoder.config import MeshConfig
 from flax_encoder.nn.partition import MESH_AXES
+from flax_encoder.ops.platform import platform_for_tracing
 from flax_encoder.training.sharding import make_mesh
 
 B, M, E, V = HEAD_CASES["small_primes"].values()
@@ -21,7 +22,8 @@ AXES = op.MeshAxes(MESH_AXES["batch"], MESH_AXES["vocab"], MESH_AXES["embed"])
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Three chunks of 4 positions a row, of which the last has one slot too many."""
-    monkeypatch.setattr(op, "_CHUNK_BYTES", 4 * B * 4 * V)
+    monkeypatch.setattr(op, "_CHUNK_BYTES", dict.fromkeys(op._CHUNK_BYTES, 4 * B * 4 * V))
+    monkeypatch.setattr(op, "_SMALL_BYTES", 4 * B * 4 * V)
 
 
 def draw(B=B, M=M, E=E, V=V, dtype=np.float32):
@@ -88,6 +90,15 @@ def test_sums_and_gradients_equal_the_definition(implementation, has_bias, dtype
     assert 0 < float(sums[1]) < weights.sum()
     assert_close(gradients, want_gradients, "float32" if dtype == operands == "float32" else "bfloat16")
     assert [g.dtype for g in gradients[:2]] == [jnp.dtype(operands)] * 2
+
+
+def test_a_tpu_reads_rounded_exponentials_and_sums_by_products():
+    inputs = draw()
+    with platform_for_tracing("tpu"):
+        sums, gradients = sums_and_gradients("chunked", "bfloat16")(*inputs)
+    want_sums, want_gradients = definition(*inputs, "bfloat16")
+    assert_close(sums, want_sums, "float32")
+    assert_close(gradients, want_gradients, "bfloat16")
 
 
 @pytest.mark.parametrize("implementation", op.IMPLEMENTATIONS)
