@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from flax_encoder.ops.norm import layer_norm, rms_norm
+from flax_encoder.ops.platform import platform_for_tracing
 
 B, T, D = 2, 3, 31
 EPSILON = 1e-5
@@ -41,6 +42,24 @@ def test_layer_norm_forgets_shift_and_size_and_rms_norm_size():
         layer_norm(5 * x + 7, scale, bias, 1e-12), layer_norm(x, scale, bias, 1e-12), rtol=0, atol=1e-5
     )
     np.testing.assert_allclose(rms_norm(5 * x, scale, 1e-12), rms_norm(x, scale, 1e-12), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 30])
+def test_a_tpu_sums_a_row_once_which_is_exact_enough_for_bfloat16(ratio):
+    """With a mean of `ratio` standard deviations, forward and backward."""
+    x, scale, bias = map(jnp.asarray, arrays())
+    x = jnp.tile(x, (1, 1, 32)) - 2
+    x = x + ratio * x.std(-1, keepdims=True)
+
+    def out_and_gradient(platform):
+        with platform_for_tracing(platform):
+            norm = jax.jit(lambda x: layer_norm(x, jnp.tile(scale, 32), jnp.tile(bias, 32), EPSILON, "bfloat16"))
+            y, vjp = jax.vjp(norm, x)
+            return y, vjp(jnp.cos(y))[0]
+
+    for got, want in zip(out_and_gradient("tpu"), out_and_gradient("cpu"), strict=True):
+        atol = float(jnp.finfo(jnp.bfloat16).eps) / 8 * float(jnp.abs(want).max())
+        np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
 
 def test_constant_rows_come_out_as_the_bias_with_finite_gradients():
