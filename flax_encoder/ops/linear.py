@@ -28,7 +28,9 @@ def linear(
     D, features = (kernel.shape[-1], kernel.shape[:-1]) if contract_last else (kernel.shape[0], kernel.shape[1:])
     matrix = kernel.reshape((-1, D) if contract_last else (D, -1))
     product = _bfloat16_product if dtype == "bfloat16" else _plain_product
-    y = product(x.reshape(-1, D), matrix, contract_last)
+    # Batch axes come back before the bias, features after: a reshape between the product and what reads it keeps a TPU
+    # from fusing them, and heads of 64 fill half of its lanes (LOG.md).
+    y = product(x.reshape(-1, D), matrix, contract_last).reshape(*x.shape[:-1], -1)
     if bias is not None:
         y = (_biased if dtype == "bfloat16" and platform() == "tpu" else jnp.add)(y, bias.reshape(-1))
     return y.reshape(*x.shape[:-1], *features)
@@ -40,7 +42,7 @@ def _biased(y, bias):
     return y + bias
 
 
-_biased.defvjp(lambda y, bias: (y + bias, None), lambda _, g: (g, bias_gradient(g)))
+_biased.defvjp(lambda y, bias: (y + bias, None), lambda _, g: (g, bias_gradient(g.reshape(-1, g.shape[-1]))))
 
 
 def bias_gradient(g: Float[Array, "B F"]) -> Float[Array, "F"]:
