@@ -33,7 +33,7 @@ class EncoderLayer(nnx.Module):
     """
 
     def __init__(self, config: EncoderConfig, is_first: bool = False, *, rngs: nnx.Rngs):
-        self.is_pre_norm = config.norm_placement == "pre"
+        self.is_pre_norm, self.dtype = config.norm_placement == "pre", config.dtype
         has_norm = config.first_attention_norm or not is_first
         self.attention_norm = Norm(config, rngs=rngs) if has_norm else None
         self.attention = SelfAttention(config, rngs=rngs)
@@ -54,15 +54,32 @@ class EncoderLayer(nnx.Module):
         before = x
         if self.is_pre_norm:
             normed = x if self.attention_norm is None else self.attention_norm(x)
-            x = x + self.attention(normed, segment_ids, position, window, key=attention_key)
-            x = in_turn(x)
-            x = x + self.feed_forward(self.feed_forward_norm(x), key=feed_forward_key)
+            branch = self.attention(normed, segment_ids, position, window, key=attention_key)
+            x = add_branch(x, branch, self.dtype)
+            x = add_branch(x, self.feed_forward(self.feed_forward_norm(x), key=feed_forward_key), self.dtype)
         else:
             x = self.attention_norm(x + self.attention(x, segment_ids, position, window, key=attention_key))
             x = self.feed_forward_norm(x + self.feed_forward(x, key=feed_forward_key))
         if self.convolution is not None:
             x = self.convolution(before, x, segment_ids, key=None if key is None else jax.random.fold_in(key, 2))
         return constrain(x, "batch", "length", "features")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def add_branch(x: Float[Array, "B T D"], branch: Float[Array, "B T D"], dtype: str) -> Float[Array, "B T D"]:
+    """x + branch. The gradient is made once, and rounded to `dtype` in the same pass for the branch's products.
+
+    Left alone, a TPU's compiler makes it again, from all that is added up in it, wherever it is read (LOG.md).
+    """
+    return x + branch
+
+
+def _branch_gradients(dtype, _, g):
+    g, rounded = jax.lax.optimization_barrier((g, g.astype(dtype)))
+    return g, rounded.astype(g.dtype)
+
+
+add_branch.defvjp(lambda x, branch, dtype: (x + branch, None), _branch_gradients)
 
 
 @jax.custom_vjp
