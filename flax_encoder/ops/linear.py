@@ -32,7 +32,9 @@ def linear(
     # from fusing them, and heads of 64 fill half of its lanes (LOG.md).
     y = product(x.reshape(-1, D), matrix, contract_last).reshape(*x.shape[:-1], -1)
     if bias is not None:
-        y = (_biased if dtype == "bfloat16" and platform() == "tpu" else jnp.add)(y, bias.reshape(-1))
+        # A wide result is an activation's, whose gradient's sum a TPU's compiler fuses into the product that makes it.
+        by_product = dtype == "bfloat16" and platform() == "tpu" and y.shape[-1] <= D
+        y = (_biased if by_product else jnp.add)(y, bias.reshape(-1))
     return y.reshape(*x.shape[:-1], *features)
 
 
