@@ -311,24 +311,40 @@ def dump_schedules(folder: pathlib.Path) -> str:
 def kernel_cycles(folder: pathlib.Path) -> dict[str, int]:
     """By instruction, the bundles that it runs through, where it has no more than one loop (a kernel's is its grid).
 
-    Waits for memory are not in it. Regions that are skipped in some turns count in all.
+    Waits for memory are not in it. What a kernel skips but for the first or the last of a row's blocks counts once in
+    as many turns as its name states blocks ("in_8_blocks"); other regions that are skipped in some turns count in all.
     """
     found = {}
     for path in folder.glob("*-final_bundles.txt"):
         name = re.match(r"\d+-(.*)-\d+-", path.name)[1]
         if any(kernel in name for kernel in KERNEL_PRODUCTS) and "schedule-analysis" not in path.name:
-            found[name] = bundle_cycles(path.read_text())
+            blocks = re.search(r"_in_(\d+)_blocks", name)
+            found[name] = bundle_cycles(path.read_text(), int(blocks[1]) if blocks else 1)
     return {name: cycles for name, cycles in found.items() if cycles is not None}
 
 
-def bundle_cycles(schedule: str) -> int | None:
-    """Of a schedule as text; None if it has loops within loops."""
-    # `0x1f LB: > { ... }` is a bundle within one loop.
-    depths = [len(marks.split()) for marks in re.findall(r"^ *(?:0x[0-9a-f]+|0) +(?:\w\w)?: ((?:> )*)", schedule, re.M)]
+def bundle_cycles(schedule: str, blocks: int = 1) -> int | None:
+    """Of a schedule as text; None if it has loops within loops.
+
+    Branches around a part of what the kernel itself does, the longest stretch that a branch goes around, are taken but
+    once in `blocks` turns.
+    """
+    # `0x1f LB: > { ... }` is a bundle within one loop; what follows it may go on for lines.
+    bundles = re.findall(r"^ *(?:0x[0-9a-f]+|0) +(?:\w\w)?: (?:(?!^ *0x).*\n?)*", schedule, re.M)
+    depths = [bundle.split(": ", 1)[1].split("{")[0].count(">") for bundle in bundles]
     turns = [int(n) for n in re.findall(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test", schedule)]
     if max(depths) > 1 or len(turns) > 1:
         return None
-    return depths.count(0) + depths.count(1) * (turns[0] if turns else 0)
+    stretches = []
+    for i, bundle in enumerate(bundles):
+        if branch := re.search(r"sbr\.rel [^;]*target = \$region(\d+)", bundle):
+            ends = (j for j in range(i + 1, len(bundles)) if re.search(rf"region {branch[1]}\b", bundles[j]))
+            stretches.append(range(i + 1, next(ends, i + 1)))
+    body = max(stretches, key=len, default=range(0))
+    inner = [s for s in stretches if s is not body and s and s[0] in body and s[-1] in body]
+    seldom = {i for stretch in inner for i in stretch if depths[i] == 1}
+    each_turn = depths.count(1) - len(seldom)
+    return depths.count(0) + round((each_turn + len(seldom) / blocks) * (turns[0] if turns else 0))
 
 
 class KernelTimes(NamedTuple):

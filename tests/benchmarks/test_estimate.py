@@ -151,6 +151,30 @@ def test_a_schedule_counts_its_loop_by_its_turns():
     assert bundle_cycles(SCHEDULE.replace("0x4 PF: > {", "0x4 PF: > > {")) is None
 
 
+BRANCHES = """\
+     0   :  { %s1 = smov.u32 0 } /* Start region 1 */
+   0x1 LB: > { %s2 = sadd.s32 1, %s3 }
+   0x2   : > { %2 = sbr.rel (%p1) target = $region9 }
+   0x3   : > { %s2 = sadd.s32 1, %s3 } /* Start region 8 */
+   0x4   : > { %s2 = sadd.s32 1, %s3 } /* End region 8 */
+   0x5 PF: > { %s2 = sadd.s32 1, %s3 } /* Start/End empty region 9 */
+   0x6   : > { %3 = sbr.rel (%p2) target = $region40 }
+   0x7   : > { %s2 = sadd.s32 1, %s3 } /* Start region 39 */
+   0x8   : > { %4 = sbr.rel (!%p3) target = $region50 }
+   0x9   : > { %s2 = sadd.s32 1, %s3
+second_minor_factor: 1 */ } /* Start region 49 */
+   0xa   : > { %s2 = sadd.s32 1, %s3 } /* End region 49 */
+   0xb PF: > { %s2 = sadd.s32 1, %s3 } /* Start/End empty region 50 */
+   0xc PF: > { %p28_p4 = scmp.ge.s32.totalorder %s2, 40 /* loop exit test */ } /* Start/End empty region 40 */
+"""
+
+
+def test_what_a_kernel_does_for_some_blocks_counts_for_those():
+    """The two bundles of region 49 within the body, not those of region 8, which brings blocks in."""
+    assert bundle_cycles(BRANCHES) == 1 + 40 * 12
+    assert bundle_cycles(BRANCHES, blocks=8) == 1 + 40 * 10 + 40 // 8 * 2
+
+
 def test_the_costliest_are_grouped_over_layers_and_say_where_they_come_from():
     first, second = costliest(PROGRAM, CHIPS["v5e"], 2)
     assert first["shape"] == "bf16[8,128]" and first["op_name"] == "jit(step)/layers_N/dot_general"

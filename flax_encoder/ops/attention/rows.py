@@ -1,4 +1,4 @@
-"""A Pallas kernel for TPUs and rows that are short; see `rows_kernel`."""
+"""A Pallas kernel for TPUs that has a row's keys in fast memory; see `rows_kernel`."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from flax_encoder.ops.attention.problem import Problem, Refusal
 from flax_encoder.ops.platform import kernels_are_interpreted, platform
 
 LANES = 128
-LONGEST = 1024
+LARGEST = 2**20  # numbers of a row that lie side by side there: 8192 places of heads up to 128 wide
 
 
 def refusal(problem: Problem) -> Refusal | None:
@@ -22,8 +22,9 @@ def refusal(problem: Problem) -> Refusal | None:
         return Refusal("its window must be two Python ints", "traced values", "'chunked' takes them")
     if N != K:
         return Refusal("each query head needs a key/value head", f"{K} for {N}", "'splash' groups heads")
-    if T != S or T % LANES or T > LONGEST:
-        rule = f"queries and keys must be as many, a multiple of {LANES} and at most {LONGEST}"
+    longest = LARGEST // max(LANES, H)
+    if T != S or T % LANES or longest < T:
+        rule = f"queries and keys must be as many, a multiple of {LANES} and at most {longest}"
         return Refusal(rule, f"{T} and {S}", "'splash' takes longer rows, 'chunked' any")
     if (LANES % H and H % LANES) or N * H % LANES:
         return Refusal(f"heads must fill {LANES} lanes", f"{N} of {H}", "'chunked' takes any")
@@ -44,7 +45,7 @@ def attend(problem: Problem) -> Float[Array, "B T N H"]:
     words = jnp.zeros(2, jnp.uint32) if problem.dropout_words is None else problem.dropout_words
     first = jnp.asarray([problem.first_row, problem.first_head], jnp.int32)
     scalars = jnp.concatenate([jax.lax.bitcast_convert_type(words, jnp.int32), first])
-    segments = jnp.stack([query_segments, key_segments], 1).astype(jnp.int32)
+    segments = tuple(x[:, None].astype(jnp.int32) for x in (query_segments, key_segments))
     tables = ()
     if problem.rope is not None:  # as wide as the lanes that a program turns at once
         tables = tuple(jnp.tile(a[:, :, 0], max(1, LANES // H)) for a in problem.rope)

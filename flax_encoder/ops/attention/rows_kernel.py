@@ -1,6 +1,7 @@
 """The kernels of `rows`: all logits of a block of queries at once, in fast memory, of the keys that its window reaches.
 
-One program has a row's queries, keys and values of a few heads. Heads stay where they are in memory, side by side:
+One program has a block of a row's queries, and all its keys and values, of a few heads; those stay from block to block,
+and their gradients are added up there. Heads stay where they are in memory, side by side:
 where a head is narrower than the 128 lanes of a matrix unit, the others' lanes are zeroed in one operand, which
 costs nothing, as the unit would be padded to its width. Logits are made transposed, [S Q], so that the softmax's
 statistics lie along lanes and no large matrix is transposed, and again in the backward pass, which makes the three
@@ -9,7 +10,8 @@ back as they go: outside, that would be four more passes over them.
 """
 
 import functools
-from typing import NamedTuple
+import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,10 @@ from flax_encoder.ops.attention.problem import MASKED, kept, visible
 from flax_encoder.ops.platform import kernels_are_interpreted
 
 LANES = 128
-QUERY_BLOCK, WINDOW_QUERY_BLOCK = 256, 128  # fewer where a window is, as a block sees what any of its queries sees
 KEY_TILE = 16  # rows that lie together in memory in bfloat16
+_MOST_LOGITS = 2**20  # of a head in one program, which are code: its loops are unrolled
 _WIDEST = LANES * 768  # numbers of a row a program takes: 12 heads of 64 at length 128
+_SMALL_BYTES, _VMEM_BYTES = 2**18, 110 * 2**20  # larger rows need more fast memory than kernels have unless they ask
 
 
 class Plan(NamedTuple):
@@ -52,54 +55,77 @@ def _backward(plan, residuals, d_out):
     query, key, value, segments, tables, scalars, out, log_total = residuals
     likes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value))
     arrays = query, key, value, out, d_out
-    gradients = _call(_backward_kernel, plan, scalars, segments, tables, arrays, (log_total,), likes, sums=2)
+    gradients = _call(_backward_kernel, plan, scalars, segments, tables, arrays, (log_total,), likes)
     return (*gradients, None, None, None)
 
 
 attend_rows.defvjp(_forward, _backward)
 
 
-def _blocks(plan: Plan, T: int) -> list[tuple[slice, slice]]:
-    """Blocks of queries, and the keys that each sees, in whole tiles."""
-    size = QUERY_BLOCK if plan.window is None else WINDOW_QUERY_BLOCK
-    size = size if T % size == 0 else LANES
-    left, right = plan.window or (T, T)
-    blocks = []
-    for start in range(0, T, size):
-        first, last = start - left, start + size + right
-        keys = slice(max(0, first // KEY_TILE * KEY_TILE), min(T, -(-last // KEY_TILE) * KEY_TILE))
-        blocks.append((slice(start, start + size), keys))
-    return blocks
+class _Cut(NamedTuple):
+    """How rows are cut."""
+
+    span: int
+    """Queries of a program, which meets a part of them at a time:"""
+    queries: int
+    keys: int
+    before: int
+    """so many keys, of which the first lies as far before the first of the queries, or begins or ends the row."""
 
 
-def _call(kernel, plan: Plan, scalars, segments, tables, arrays, statistics, out_shape, sums=0):
-    """Run `kernel` over rows and groups of heads; tables are [B T unit], arrays [B T D], statistics [B N 1 T].
+def _cut(plan: Plan, T: int) -> _Cut:
+    queries, keys, before = LANES, T, 0
+    if plan.window is not None:  # few queries at a time, as they meet what any of them sees
+        before, after = (-(-w // KEY_TILE) * KEY_TILE for w in plan.window)
+        keys = min(T, before + queries + after)
+    elif T % (2 * LANES) == 0 and 2 * LANES * T <= _MOST_LOGITS:
+        queries = 2 * LANES
+    span = max(n for n in range(queries, T + 1, queries) if T % n == 0 and (n == queries or n * keys <= _MOST_LOGITS))
+    return _Cut(span, queries, keys, before)
 
-    `sums` is how many arrays [T unit] a program adds up in.
+
+def _call(kernel, plan: Plan, scalars, segments, tables, arrays, statistics, out_shape):
+    """Run `kernel` over rows, groups of heads, and blocks of queries.
+
+    Segments are [B 1 T] of queries and of keys, tables [B T unit], arrays [B T D], the second and third of which and
+    outputs of their names are of keys; statistics [B N 1 T].
     """
     B, T, D = arrays[0].shape
     unit = max(LANES, plan.head_dim)
     width = max(w for w in range(unit, D + 1, unit) if D % w == 0 and (w == unit or w * T <= _WIDEST))
-    row = pl.BlockSpec((1, T, width), lambda b, n, *_: (b, 0, n))
-    statistic = pl.BlockSpec((1, width // plan.head_dim, 1, T), lambda b, n, *_: (b, n, 0, 0))
-    specs = [pl.BlockSpec((1, 2, T), lambda b, n, *_: (b, 0, 0))]
-    specs += [pl.BlockSpec((1, T, unit), lambda b, n, *_: (b, 0, 0))] * len(tables)
-    specs += [row] * len(arrays) + [statistic] * len(statistics)
-    pairs = sum((queries.stop - queries.start) * (keys.stop - keys.start) for queries, keys in _blocks(plan, T))
+    cut = _cut(plan, T)
+    of_queries = pl.BlockSpec((1, cut.span, width), lambda b, n, i, *_: (b, i, n))
+    of_keys = pl.BlockSpec((1, T, width), lambda b, n, i, *_: (b, 0, n))
+    statistic = pl.BlockSpec((1, width // plan.head_dim, 1, cut.span), lambda b, n, i, *_: (b, n, 0, i))
+    table = pl.BlockSpec((1, T, unit), lambda b, n, i, *_: (b, 0, 0))
+    is_backward = kernel is _backward_kernel
+    scratch = [pltpu.VMEM((T, LANES), jnp.int32)]
+    scratch += [pltpu.VMEM((T, width), arrays[1].dtype)] * bool(tables)
+    scratch += [pltpu.VMEM((T, width), jnp.float32)] * (2 * is_backward)
     return pl.pallas_call(
         functools.partial(kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(B, D // width),
-            in_specs=specs,
-            out_specs=tuple(row if len(x.shape) == 3 else statistic for x in out_shape),
-            scratch_shapes=[pltpu.VMEM((T, unit), jnp.float32)] * sums,
+            grid=(B, D // width, T // cut.span),
+            in_specs=[
+                pl.BlockSpec((1, 1, cut.span), lambda b, n, i, *_: (b, 0, i)),
+                pl.BlockSpec((1, 1, T), lambda b, n, i, *_: (b, 0, 0)),
+                *[table] * len(tables),
+                *(of_keys if j in (1, 2) else of_queries for j in range(len(arrays))),
+                *[statistic] * len(statistics),
+            ],
+            out_specs=(of_queries, of_keys, of_keys) if is_backward else (of_queries, statistic),
+            scratch_shapes=scratch,
         ),
         out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM_BYTES if T * unit * arrays[0].dtype.itemsize > _SMALL_BYTES else None,
+        ),
         interpret=plan.is_interpreted,
-        name=f"{kernel.__name__.strip('_')}_of_{pairs}_pairs",  # which benchmarks/estimate.py reads
-    )(scalars, segments, *tables, *arrays, *statistics)
+        # Which benchmarks/estimate.py reads.
+        name=f"{kernel.__name__.strip('_')}_of_{T * cut.keys}_pairs_in_{T // cut.span}_blocks",
+    )(scalars, *segments, *tables, *arrays, *statistics)
 
 
 def _dot(a, b, contract: tuple[int, int] = (1, 0)):
@@ -114,20 +140,64 @@ def _transposed(x):
     return x.astype(jnp.float32).T.astype(x.dtype)
 
 
-class _Heads:
-    """The heads of one program: their lanes, and their logits' places."""
+class _Part(NamedTuple):
+    """Of a program's queries some at a time."""
 
-    def __init__(self, plan: Plan, scalars_ref, segments_ref, table_refs, width: int):
-        self.plan, self.scalars_ref, self.T = plan, scalars_ref, segments_ref.shape[2]
-        self.query_segments = segments_ref[0, 0:1, :]
-        # One column of the transpose of equal rows, since a vector cannot be turned by itself.
-        self.key_segments = jnp.broadcast_to(segments_ref[0, 1:2, :], (LANES, self.T)).T[:, :1]
-        self.table_refs = table_refs
-        self.row = scalars_ref[2] + pl.program_id(0)
-        self.head = scalars_ref[3] + pl.program_id(1) * (width // plan.head_dim)
-        self.blocks = _blocks(plan, self.T)
+    queries: Any
+    """Their places in the program's block,"""
+    places: Any
+    """and in the row,"""
+    keys: Any
+    """and those of the keys that they meet."""
+
+    def indices(self):
+        query = self.places.start + jax.lax.broadcasted_iota(jnp.int32, (1, self.places.size), 1)
+        return query, self.keys.start + jax.lax.broadcasted_iota(jnp.int32, (self.keys.size, 1), 0)
+
+
+class _Program:
+    """A block of a row's queries, cut into parts, and its heads' lanes."""
+
+    def __init__(self, plan: Plan, scalars_ref, query_segments_ref, table_refs, key_ref, column_ref, turned_ref):
+        self.plan, self.scalars_ref, self.query_segments_ref = plan, scalars_ref, query_segments_ref
+        self.table_refs, self.column_ref = table_refs, column_ref
+        self.key_ref = key_ref if turned_ref is None else turned_ref
+        self.T, width = key_ref.shape[1:]
         self.unit = max(LANES, plan.head_dim)
         self.per_unit = self.unit // plan.head_dim
+        self.units = [pl.ds(u, self.unit) for u in range(0, width, self.unit)]
+        self.row = scalars_ref[2] + pl.program_id(0)
+        self.head = scalars_ref[3] + pl.program_id(1) * (width // plan.head_dim)
+        cut = _cut(plan, self.T)
+        self.is_whole_row = cut.span == self.T
+        self.parts = []
+        for q in range(0, cut.span, cut.queries):
+            place, start = q, 0
+            if not self.is_whole_row:
+                place = pl.multiple_of(pl.program_id(2) * cut.span + q, LANES)
+            if plan.window is not None:
+                start = place - cut.before
+                last = self.T - cut.keys
+                start = min(max(start, 0), last) if self.is_whole_row else jnp.clip(start, 0, last)
+            keys = pl.ds(start if self.is_whole_row or not plan.window else pl.multiple_of(start, KEY_TILE), cut.keys)
+            self.parts.append(_Part(pl.ds(q, cut.queries), pl.ds(place, cut.queries), keys))
+
+    def at(self, block: int):
+        """A decorator for what is done in the row's first or last (-1) block."""
+        if self.is_whole_row:
+            return lambda do: do()
+        return pl.when(pl.program_id(2) == (block if block >= 0 else pl.num_programs(2) + block))
+
+    def begin(self, key_segments_ref, key_ref):
+        """What the blocks of a row share."""
+        # One column of the transpose of equal rows, since a vector cannot be turned by itself.
+        self.column_ref[...] = jnp.broadcast_to(key_segments_ref[0], (LANES, self.T)).T
+        if self.table_refs:
+            for lanes in self.units:
+                self.key_ref[:, lanes] = self.turned(key_ref[0, :, lanes], pl.ds(0, self.T))
+
+    def keys(self, part: _Part, lanes):
+        return self.key_ref[part.keys, lanes] if self.table_refs else self.key_ref[0, part.keys, lanes]
 
     def own(self, x, j: int, axis: int = 1):
         """x with the lanes of the unit's other heads zeroed."""
@@ -136,11 +206,11 @@ class _Heads:
         lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
         return jnp.where((lane >= j * self.plan.head_dim) & (lane < (j + 1) * self.plan.head_dim), x, jnp.zeros_like(x))
 
-    def turned(self, x, block: slice, way: int = 1):
+    def turned(self, x, places, way: int = 1):
         """x of those places turned by RoPE, or back; as `apply_rope` does it."""
         if not self.table_refs:
             return x
-        cos, sin = (ref[0, block, :] for ref in self.table_refs)
+        cos, sin = (ref[0, places, :] for ref in self.table_refs)
         x32, half = x.astype(jnp.float32), self.plan.head_dim // 2
         swapped = pltpu.roll(x32, half, 1)
         if self.per_unit > 1:
@@ -148,85 +218,88 @@ class _Heads:
             swapped = jnp.where(lane % self.plan.head_dim < half, pltpu.roll(x32, self.unit - half, 1), swapped)
         return (x32 * cos + way * swapped * sin).astype(x.dtype)
 
-    def logits(self, key, query, queries: slice, keys: slice):
+    def masked_parts(self):
+        """Parts, and what their queries see, [keys, queries]: the same for all heads."""
+        for part in self.parts:
+            segments = self.query_segments_ref[0, :, part.queries], self.column_ref[part.keys, :1]
+            yield part, visible(*segments, self.plan.window, *part.indices())
+
+    def logits(self, key, query, mask):
         """Transposed, [keys, queries]."""
-        segments = self.query_segments[:, queries], self.key_segments[keys]
-        mask = visible(*segments, self.plan.window, *_indices(queries, keys))
         return jnp.where(mask, self.plan.scale * _dot(key, query, (1, 1)), MASKED)
 
-    def dropped(self, head: int, queries: slice, keys: slice):
+    def dropped(self, head: int, part: _Part):
         """A function that zeroes what dropout drops, the same each time."""
         plan, words = self.plan, self.scalars_ref
         if plan.dropout_rate == 0.0:
             return lambda x: x
         words = tuple(jax.lax.bitcast_convert_type(words[i], jnp.uint32) for i in range(2))
-        places = self.row, self.head + head, *_indices(queries, keys)
+        places = self.row, self.head + head, *part.indices()
         keep = kept(words, plan.dropout_rate, (plan.num_heads, self.T), *places)
         return lambda x: jnp.where(keep, x, 0.0)
 
 
-def _indices(queries: slice, keys: slice):
-    query = queries.start + jax.lax.broadcasted_iota(jnp.int32, (1, queries.stop - queries.start), 1)
-    return query, keys.start + jax.lax.broadcasted_iota(jnp.int32, (keys.stop - keys.start, 1), 0)
+def _forward_kernel(plan, scalars_ref, query_segments_ref, key_segments_ref, *refs):
+    table_refs, refs = (refs[:2], refs[2:]) if len(refs) > 6 else ((), (*refs, None))
+    query_ref, key_ref, value_ref, out_ref, log_total_ref, column_ref, turned_ref = refs
+    program = _Program(plan, scalars_ref, query_segments_ref, table_refs, key_ref, column_ref, turned_ref)
+    program.at(0)(lambda: program.begin(key_segments_ref, key_ref))
+    for (part, mask), (u, lanes) in itertools.product(program.masked_parts(), enumerate(program.units)):
+        key, value_transposed = program.keys(part, lanes), _transposed(value_ref[0, part.keys, lanes])
+        query, out = program.turned(query_ref[0, part.queries, lanes], part.places), 0.0
+        for j in range(program.per_unit):
+            logits = program.logits(key, program.own(query, j), mask)
+            # A query that sees nothing stays below this, and its weights vanish.
+            top = jnp.maximum(logits.max(0, keepdims=True), MASKED / 2)
+            weights = jnp.exp(logits - top)
+            total = jnp.maximum(weights.sum(0, keepdims=True), 1e-30)
+            n = u * program.per_unit + j
+            log_total_ref[0, n, :, part.queries] = top + jnp.log(total)
+            weights = program.dropped(n, part)(weights).astype(key.dtype)
+            out += _dot(program.own(value_transposed, j, 0), weights) / (total * (1.0 - plan.dropout_rate))
+        out_ref[0, part.queries, lanes] = out.T.astype(out_ref.dtype)
 
 
-def _forward_kernel(plan, scalars_ref, segments_ref, *refs):
-    *table_refs, query_ref, key_ref, value_ref, out_ref, log_total_ref = refs
-    width = query_ref.shape[2]
-    heads = _Heads(plan, scalars_ref, segments_ref, table_refs, width)
-    for u in range(width // heads.unit):
-        lanes = slice(u * heads.unit, (u + 1) * heads.unit)
-        key = heads.turned(key_ref[0, :, lanes], slice(None))
-        for queries, keys in heads.blocks:
-            query, out = heads.turned(query_ref[0, queries, lanes], queries), 0.0
-            value_transposed = _transposed(value_ref[0, keys, lanes])
-            for j in range(heads.per_unit):
-                logits = heads.logits(key[keys], heads.own(query, j), queries, keys)
-                # A query that sees nothing stays below this, and its weights vanish.
-                top = jnp.maximum(logits.max(0, keepdims=True), MASKED / 2)
-                weights = jnp.exp(logits - top)
-                total = jnp.maximum(weights.sum(0, keepdims=True), 1e-30)
-                n = u * heads.per_unit + j
-                log_total_ref[0, n, :, queries] = top + jnp.log(total)
-                weights = heads.dropped(n, queries, keys)(weights).astype(key.dtype)
-                out += _dot(heads.own(value_transposed, j, 0), weights) / (total * (1.0 - plan.dropout_rate))
-            out_ref[0, queries, lanes] = out.T.astype(out_ref.dtype)
+def _backward_kernel(plan, scalars_ref, query_segments_ref, key_segments_ref, *refs):
+    table_refs, refs = (refs[:2], refs[2:]) if len(refs) > 12 else ((), (*refs[:-2], None, *refs[-2:]))
+    query_ref, key_ref, value_ref, out_ref, d_out_ref, log_total_ref, dq_ref, dk_ref, dv_ref = refs[:9]
+    column_ref, turned_ref, d_key_ref, d_value_ref = refs[9:]
+    program = _Program(plan, scalars_ref, query_segments_ref, table_refs, key_ref, column_ref, turned_ref)
 
-
-def _backward_kernel(plan, scalars_ref, segments_ref, *refs):
-    *table_refs, query_ref, key_ref, value_ref, out_ref, d_out_ref, log_total_ref, dq_ref, dk_ref, dv_ref = refs[:-2]
-    sum_refs = refs[-2:]
-    width = query_ref.shape[2]
-    heads = _Heads(plan, scalars_ref, segments_ref, table_refs, width)
-    for u in range(width // heads.unit):
-        lanes = slice(u * heads.unit, (u + 1) * heads.unit)
-        key, value = heads.turned(key_ref[0, :, lanes], slice(None)), value_ref[0, :, lanes]
-        for ref in sum_refs:
+    @program.at(0)
+    def _begin():
+        program.begin(key_segments_ref, key_ref)
+        for ref in (d_key_ref, d_value_ref):
             ref[...] = jnp.zeros_like(ref)
-        for queries, keys in heads.blocks:
-            query, out, d_out = (ref[0, queries, lanes] for ref in (query_ref, out_ref, d_out_ref))
-            query = heads.turned(query, queries)
-            products = out.astype(jnp.float32) * d_out.astype(jnp.float32)
-            d_out = (d_out.astype(jnp.float32) / (1.0 - plan.dropout_rate)).astype(query.dtype)
-            own_key, own_value = key[keys], value[keys]
-            key_transposed = _transposed(own_key)
-            d_query = d_key = d_value = 0.0
-            for j in range(heads.per_unit):
-                n = u * heads.per_unit + j
-                own_query, own_d_out = heads.own(query, j), heads.own(d_out, j)
-                # Summed over lanes by a transpose, so that it lies along them as the statistics do.
-                delta = heads.own(products, j).T.sum(0, keepdims=True)
-                dropped = heads.dropped(n, queries, keys)
-                logits = heads.logits(own_key, own_query, queries, keys)
-                weights = jnp.exp(logits - log_total_ref[0, n, :, queries])
-                d_logits = weights * (dropped(_dot(own_value, own_d_out, (1, 1))) - delta)
-                d_logits = d_logits.astype(query.dtype)
-                d_key += _dot(d_logits, own_query)
-                d_value += _dot(dropped(weights).astype(query.dtype), own_d_out)
-                d_query += _dot(heads.own(key_transposed, j, 0), d_logits)
-            for ref, x in zip(sum_refs, (d_key, d_value), strict=True):
-                ref[keys, :] += x
-            dq_ref[0, queries, lanes] = heads.turned((plan.scale * d_query).T, queries, -1).astype(dq_ref.dtype)
-        d_key, d_value = (ref[...] for ref in sum_refs)
-        dk_ref[0, :, lanes] = heads.turned(plan.scale * d_key, slice(None), -1).astype(dk_ref.dtype)
-        dv_ref[0, :, lanes] = d_value.astype(dv_ref.dtype)
+
+    for (part, mask), (u, lanes) in itertools.product(program.masked_parts(), enumerate(program.units)):
+        key, value = program.keys(part, lanes), value_ref[0, part.keys, lanes]
+        key_transposed = _transposed(key)
+        query, out, d_out = (ref[0, part.queries, lanes] for ref in (query_ref, out_ref, d_out_ref))
+        query = program.turned(query, part.places)
+        products = out.astype(jnp.float32) * d_out.astype(jnp.float32)
+        d_out = (d_out.astype(jnp.float32) / (1.0 - plan.dropout_rate)).astype(query.dtype)
+        d_query = d_key = d_value = 0.0
+        for j in range(program.per_unit):
+            n = u * program.per_unit + j
+            own_query, own_d_out = program.own(query, j), program.own(d_out, j)
+            # Summed over lanes by a transpose, so that it lies along them as the statistics do.
+            delta = program.own(products, j).T.sum(0, keepdims=True)
+            dropped = program.dropped(n, part)
+            weights = jnp.exp(program.logits(key, own_query, mask) - log_total_ref[0, n, :, part.queries])
+            d_logits = weights * (dropped(_dot(value, own_d_out, (1, 1))) - delta)
+            d_logits = d_logits.astype(query.dtype)
+            d_key += _dot(d_logits, own_query)
+            d_value += _dot(dropped(weights).astype(query.dtype), own_d_out)
+            d_query += _dot(program.own(key_transposed, j, 0), d_logits)
+        d_key_ref[part.keys, lanes] += d_key
+        d_value_ref[part.keys, lanes] += d_value
+        d_query = (plan.scale * d_query).T
+        dq_ref[0, part.queries, lanes] = program.turned(d_query, part.places, -1).astype(dq_ref.dtype)
+
+    @program.at(-1)
+    def _end():
+        for lanes in program.units:
+            d_key = program.turned(plan.scale * d_key_ref[:, lanes], pl.ds(0, program.T), -1)
+            dk_ref[0, :, lanes] = d_key.astype(dk_ref.dtype)
+            dv_ref[0, :, lanes] = d_value_ref[:, lanes].astype(dv_ref.dtype)
