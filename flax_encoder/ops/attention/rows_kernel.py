@@ -87,8 +87,8 @@ def _cut(plan: Plan, T: int) -> _Cut:
 def _call(kernel, plan: Plan, scalars, segments, tables, arrays, statistics, out_shape):
     """Run `kernel` over rows, groups of heads, and blocks of queries.
 
-    Segments are [B 1 T] of queries and of keys, tables [B T unit], arrays [B T D], the second and third of which and
-    outputs of their names are of keys; statistics [B N 1 T].
+    Segments are [B 1 T] of queries and of keys, tables [B T unit], arrays [B T D], the second and third of keys as
+    their gradients are; statistics [B N 1 T].
     """
     B, T, D = arrays[0].shape
     unit = max(LANES, plan.head_dim)
@@ -172,14 +172,13 @@ class _Program:
         self.is_whole_row = cut.span == self.T
         self.parts = []
         for q in range(0, cut.span, cut.queries):
-            place, start = q, 0
-            if not self.is_whole_row:
-                place = pl.multiple_of(pl.program_id(2) * cut.span + q, LANES)
-            if plan.window is not None:
-                start = place - cut.before
-                last = self.T - cut.keys
-                start = min(max(start, 0), last) if self.is_whole_row else jnp.clip(start, 0, last)
-            keys = pl.ds(start if self.is_whole_row or not plan.window else pl.multiple_of(start, KEY_TILE), cut.keys)
+            place = q if self.is_whole_row else pl.multiple_of(pl.program_id(2) * cut.span + q, LANES)
+            start, last = place - cut.before, self.T - cut.keys
+            if last == 0 or self.is_whole_row:  # known now
+                start = 0 if last == 0 else min(max(start, 0), last)
+            else:
+                start = pl.multiple_of(jnp.clip(start, 0, last), KEY_TILE)
+            keys = pl.ds(start, cut.keys)
             self.parts.append(_Part(pl.ds(q, cut.queries), pl.ds(place, cut.queries), keys))
 
     def at(self, block: int):

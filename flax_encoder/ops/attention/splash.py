@@ -19,7 +19,7 @@ def refusal(problem: Problem) -> Refusal | None:
     if problem.bias is not None:
         return Refusal("it adds no bias", f"one of shape {problem.bias.shape}", "'chunked' does")
     if problem.dropout_words is not None:
-        return Refusal("it has no dropout", problem.dropout_rate, "'chunked' has, and 'rows' for short rows")
+        return Refusal("it has no dropout", problem.dropout_rate, "'chunked' and 'rows' have")
     if problem.has_traced_window:
         return Refusal("its window must be two Python ints", "traced values", "'chunked' takes them")
     if T != S or T % LANES:
