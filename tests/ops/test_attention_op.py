@@ -11,6 +11,7 @@ import pytest
 
 from flax_encoder.ops import attention as attention_module
 from flax_encoder.ops.attention import attention, chunked
+from flax_encoder.ops.position import apply_rope, rope_tables
 
 B, K, G, T, S, H = 2, 3, 5, 13, 7, 17
 N = K * G
@@ -287,6 +288,19 @@ def test_inputs_that_cannot_be_served_say_why():
         attention(q, k, k, implementation="fast")
     with pytest.raises(ValueError, match=rf"need key_segment_ids beside segment_ids: got T {T}, S {S}"):
         attention(q, cross, cross, segment_ids=jnp.asarray(SEGMENTS))
+    tables = rope_tables(jnp.zeros((B, T), jnp.int32), H + 1)
+    with pytest.raises(ValueError, match=rf"by the same positions: got T {T}, S {S}"):
+        attention(*(jnp.pad(x, ((0, 0),) * 3 + ((0, 1),)) for x in (q, cross, cross)), rope=tables)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_rope_turns_queries_and_keys_first(implementation):
+    query, key, value = map(jnp.asarray, draw((B, T, N, H + 1), (B, T, K, H + 1), (B, T, K, H + 1)))
+    tables = rope_tables(jnp.asarray(np.random.default_rng(0).integers(0, 99, (B, T)), jnp.int32), H + 1)
+    turned = attention(apply_rope(query, tables), apply_rope(key, tables), value, implementation=implementation)
+    got = attention(query, key, value, rope=tables, implementation=implementation)
+    np.testing.assert_array_equal(got, turned)
+    assert np.abs(got - attention(query, key, value, implementation=implementation)).max() > 0.1
 
 
 def test_one_block_and_many_give_the_same(monkeypatch):

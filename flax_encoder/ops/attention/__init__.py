@@ -89,6 +89,8 @@ def attention(
         raise ValueError(f"key/value heads must divide query heads: got {K} for {N}.")
     if segment_ids is not None and key_segment_ids is None and T != S:
         raise ValueError(f"keys of their own need key_segment_ids beside segment_ids: got T {T}, S {S}.")
+    if rope is not None and T != S:
+        raise ValueError(f"rope turns queries and keys by the same positions: got T {T}, S {S}; turn them before.")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown attention implementation {implementation!r}; known are {', '.join(IMPLEMENTATIONS)}."
