@@ -67,12 +67,12 @@ def test_both_layouts_of_a_kernel_give_the_same():
     np.testing.assert_allclose(linear(x, kernel), linear(x, kernel.T, contract_last=True), rtol=1e-6, atol=1e-6)
 
 
-def test_a_bias_gradient_by_products_is_the_sum_of_rounded_rows():
-    """As a TPU has it: through `linear`, and of rows alone."""
-    g = np.random.default_rng(0).standard_normal((60, 7)).astype(np.float32)
-    want = rounded(g, jnp.bfloat16).sum(0)
-    assert_close(bias_gradient(jnp.asarray(g)), want)
-    x, kernel = jnp.ones((60, 3)), jnp.ones((3, 7))
+@pytest.mark.parametrize(("width", "dtype"), [(8, jnp.bfloat16), (3, np.float32)], ids=["narrow", "wide"])
+def test_a_bias_gradient_on_a_tpu_is_the_sum_of_rows_rounded_where_a_product_makes_it(width, dtype):
+    """Of a result wider than x it is a plain sum."""
+    g = np.random.default_rng(0).standard_normal((4, 15, 7)).astype(np.float32)
+    assert_close(bias_gradient(jnp.asarray(g.reshape(60, 7))), rounded(g, jnp.bfloat16).sum((0, 1)))
+    x, kernel = jnp.ones((4, 15, width)), jnp.ones((width, 7))
     with platform_for_tracing("tpu"):
         _, vjp = jax.vjp(lambda bias: linear(x, kernel, bias, dtype="bfloat16"), jnp.ones(7))
-    assert_close(vjp(jnp.asarray(g))[0], want)
+    assert_close(vjp(jnp.asarray(g))[0], rounded(g, dtype).sum((0, 1)))
