@@ -8,6 +8,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from flax_encoder.ops.platform import platform
+from flax_encoder.ops.sums import sum_over
 
 
 def linear(
@@ -23,7 +24,8 @@ def linear(
     Args:
       x: batch axes, then D.
       kernel: [D, ...], or with `contract_last` [..., D], as a tied vocabulary head has it.
-      dtype: of the operands, in the backward pass too; the gradients come back in the operands' own dtypes.
+      dtype: of the operands, in the backward pass too, where the bias's gradient is the sum of what the products take;
+        the gradients come back in the operands' own dtypes.
     """
     D, features = (kernel.shape[-1], kernel.shape[:-1]) if contract_last else (kernel.shape[0], kernel.shape[1:])
     matrix = kernel.reshape((-1, D) if contract_last else (D, -1))
@@ -33,14 +35,14 @@ def linear(
     y = product(x.reshape(-1, D), matrix, contract_last).reshape(*x.shape[:-1], -1)
     if bias is not None:
         # A wide result is an activation's, whose gradient's sum a TPU's compiler fuses into the product that makes it.
-        by_product = dtype == "bfloat16" and platform() == "tpu" and y.shape[-1] <= D
-        y = (_biased if by_product else jnp.add)(y, bias.reshape(-1))
+        is_plain = dtype == "float32" or (platform() == "tpu" and y.shape[-1] > D)
+        y = (jnp.add if is_plain else _biased)(y, bias.reshape(-1))
     return y.reshape(*x.shape[:-1], *features)
 
 
 @jax.custom_vjp
 def _biased(y, bias):
-    """y + bias, whose gradient is summed by a TPU's matrix unit, as its vector unit takes longer."""
+    """y + bias, whose gradient is `bias_gradient`."""
     return y + bias
 
 
@@ -48,9 +50,13 @@ _biased.defvjp(lambda y, bias: (y + bias, None), lambda _, g: (g, bias_gradient(
 
 
 def bias_gradient(g: Float[Array, "B F"]) -> Float[Array, "F"]:
-    """g rounded to bfloat16 and summed over rows, by a product."""
-    # Eight rows of ones, since a product with one is made a sum of the vector unit's again.
-    return _dot(jnp.ones((8, g.shape[0]), jnp.bfloat16), g.astype(jnp.bfloat16), (1, 0))[0]
+    """g rounded to bfloat16, as products have it, and summed over rows in float32."""
+    g = g.astype(jnp.bfloat16)
+    if platform() == "tpu":
+        # By its matrix unit: eight rows of ones, since a product with one is made a sum of the vector unit's again.
+        return _dot(jnp.ones((8, g.shape[0]), jnp.bfloat16), g, (1, 0))[0]
+    # The barrier keeps the rounding, and so what the product reads, which is then there anyway.
+    return sum_over(jax.lax.optimization_barrier(g).astype(jnp.float32), (0,))[0]
 
 
 def linear_gradients(

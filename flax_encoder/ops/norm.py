@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flax_encoder.ops.platform import platform
+from flax_encoder.ops.sums import mean_of_features, sum_over
 
 
 def layer_norm(
@@ -38,14 +39,14 @@ def _norm(x, scale, bias, is_centred, epsilon, dtype):
 
 def _forward(x, scale, bias, is_centred, epsilon, dtype):
     x32 = x.astype(jnp.float32)
-    mean = x32.mean(-1, keepdims=True) if is_centred else None
+    mean = mean_of_features(x32) if is_centred else None
     centred = x32 - mean if is_centred else x32
     if is_centred and dtype == "bfloat16" and platform() == "tpu":
         # Both sums in one pass, that of the product which made x. With a mean of r standard deviations the rate is off
         # by r^2 float32 roundings, which bfloat16's hide below an r of a hundred; features of a layer have r below 1.
         variance = jnp.maximum((x32 * x32).mean(-1, keepdims=True) - mean * mean, 0.0)
     else:
-        variance = (centred * centred).mean(-1, keepdims=True)
+        variance = sum_over(centred * centred, (x.ndim - 1,)) / x.shape[-1]
     rate = jax.lax.rsqrt(variance + epsilon)
     y = centred * rate * scale
     y = (y if bias is None else y + bias).astype(x.dtype)
@@ -60,11 +61,11 @@ def _backward(is_centred, epsilon, dtype, residuals, g):
     normed = (x - mean if is_centred else x) * rate
     g = g.astype(jnp.float32)
     d_normed = g * scale
-    d_x = d_normed - normed * (d_normed * normed).mean(-1, keepdims=True)
-    d_x = rate * (d_x - d_normed.mean(-1, keepdims=True) if is_centred else d_x)
-    batch = tuple(range(x.ndim - 1))
-    d_scale = (g * normed).sum(batch).astype(scale.dtype)
-    d_bias = None if bias is None else g.sum(batch).astype(bias.dtype)
+    *batch, features = range(x.ndim)
+    d_x = d_normed - normed * (sum_over(d_normed * normed, (features,)) / x.shape[-1])
+    d_x = rate * (d_x - mean_of_features(g, scale) if is_centred else d_x)
+    d_scale = sum_over(g * normed, tuple(batch)).reshape(scale.shape).astype(scale.dtype)
+    d_bias = None if bias is None else g.sum(tuple(batch)).astype(bias.dtype)
     return d_x.astype(like.dtype), d_scale, d_bias
 
 

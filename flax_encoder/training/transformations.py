@@ -4,7 +4,6 @@
 of them only, as within `optax.partition`.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_encoder.ops.linear import linear
 from flax_encoder.ops.platform import platform
+from flax_encoder.ops.sums import sum_over
 
 Axes = tuple[str, ...]
 
@@ -95,22 +95,6 @@ def each_parameter(tx: optax.GradientTransformation, axes: Any) -> optax.Gradien
         return _unzip(updates, jax.tree.map(one, updates, state, params, like(updates, axes)), 2)
 
     return optax.GradientTransformation(init, update)
-
-
-def sum_over(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
-    """jnp.sum(x, axes, keepdims=True).
-
-    XLA:CPU sums at 5 GB/s, after it has written out what is summed, but adds arrays at 20 to 30 (LOG.md): there, on one
-    device, eighths are added until little is left. Eight, since more streams a power of two apart share cache lines.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    first = min(axes, default=0)
-    if platform() != "cpu" or (not mesh.empty and mesh.size > 1) or axes != tuple(range(first, x.ndim)):
-        return jnp.sum(x, axes, keepdims=True)
-    y = x.reshape(*x.shape[:first], -1)
-    while y.shape[-1] % 8 == 0 and y.shape[-1] >= 4096:
-        y = functools.reduce(jnp.add, jnp.split(y, 8, axis=-1))
-    return jnp.sum(y, -1).reshape(*x.shape[:first], *[1] * len(axes))
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:

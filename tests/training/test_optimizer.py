@@ -12,7 +12,7 @@ from flax_encoder.config import EncoderConfig, OptimizerConfig
 from flax_encoder.objectives import Classifier, MaskedLM
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.sharding import logical_axes
-from flax_encoder.training.transformations import global_norm, gradient_point, matrix_axes, orthogonalized, sum_over
+from flax_encoder.training.transformations import global_norm, gradient_point, matrix_axes, orthogonalized
 
 AXES = {
     "token": ("vocab", "embed"),
@@ -347,18 +347,6 @@ def test_schedule_free_takes_gradients_between_the_average_and_what_moves(is_fro
 def test_elsewhere_gradients_are_taken_at_the_parameters(name):
     params = jax.tree.map(jnp.asarray, draw_tree(0))
     assert gradient_point(make_optimizer(OptimizerConfig(name), 10, AXES).init(params), params) is params
-
-
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-@pytest.mark.parametrize(
-    ("shape", "axes"),
-    [((), ()), ((7,), (0,)), ((3, 4096), (1,)), ((3, 64, 512), (1, 2)), ((64, 96), (0, 1)), ((5, 8, 3), (0, 2))],
-)
-def test_sums_by_eighths_are_sums(shape, axes, platform, monkeypatch):
-    monkeypatch.setattr("flax_encoder.training.transformations.platform", lambda: platform)
-    x = np.random.default_rng(0).uniform(0.5, 1.5, shape).astype(np.float32)
-    want = x.astype(np.float64).sum(axes, keepdims=True)
-    np.testing.assert_allclose(sum_over(jnp.asarray(x), axes), want, rtol=1e-6)
 
 
 def test_the_global_norm_is_the_norm_of_everything():
