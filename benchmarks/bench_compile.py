@@ -25,6 +25,7 @@ os.environ |= WITHOUT_TPU
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from bench_step import ADAMW, add_model_arguments, configs, masked_rows, peer_config
 from flax import nnx
 from flops import step_flops
@@ -97,6 +98,9 @@ def main() -> None:
     arguments.add_argument(
         "--kernel-fraction", type=float, default=KERNEL_FRACTION, help=f"of peak (default {KERNEL_FRACTION})"
     )
+    arguments.add_argument(
+        "--document", type=int, metavar="N", help="rows are packed with documents of N tokens (default: one a row)"
+    )
     arguments.add_argument("--peer", choices=("flax", "none"), default="none")
     arguments.add_argument("--peer-python", help="the Python of the peer's environment")
     arguments.add_argument("--top", type=int, default=0, metavar="N", help="list the N costliest operations")
@@ -118,6 +122,10 @@ def main() -> None:
     sizes = [int(n) for n in asked.mesh.split(",")] if asked.mesh else [1, 1, 1]
     mesh = make_mesh(MeshConfig(*sizes), devices if asked.mesh else devices[:1])
     batch = masked_rows(own, asked.batch * sizes[0] * sizes[1], asked.length, asked.masked_rate, 0)
+    if asked.document is not None:
+        if asked.document < 1:
+            raise SystemExit(f"--document must be a number of tokens: got {asked.document}.")
+        batch["segment_ids"] += np.arange(asked.length, dtype=np.int32) // asked.document
     tokens = batch["tokens"].size / mesh.size
     flops = step_flops(own, batch["segment_ids"], batch["targets"].size) / mesh.size
 
@@ -137,7 +145,8 @@ def main() -> None:
     text = compiled.as_text()
     if asked.text:
         asked.text.write_text(text)
-    made = report(compiled, chip, asked.kernel_fraction, kernel_cycles(schedules))
+    segment_ids = batch["segment_ids"]
+    made = report(compiled, chip, asked.kernel_fraction, kernel_cycles(schedules, segment_ids), segment_ids)
     sides = {"ours": made | {"compile_seconds": seconds}} | sides
     for side in sides.values():
         side["tokens_per_second_per_chip"] = tokens / side["step_seconds"]

@@ -275,7 +275,21 @@ def _constant(x: Instruction) -> int:
     return int(x.operands[0])
 
 
-def kernel_flops(line: Line) -> int:
+def stretch_shares(name: str, segment_ids: Any) -> dict[int, float]:
+    """Keys that a part of a row's queries meets, as the name of `rows`' kernel states them, and the share of parts."""
+    found = re.search(r"_of_(\d+)_by_([\d_]+)_pairs", name)
+    if not found:
+        return {}
+    import numpy as np
+
+    from flax_encoder.ops.attention.rows_kernel import reach  # which a peer's environment lacks, and does not need
+
+    sizes = tuple(int(n) for n in found[2].split("_"))
+    which = np.asarray(reach(segment_ids, segment_ids, int(found[1]), sizes))[..., 1]
+    return dict(zip(sizes, (np.bincount(which.ravel(), minlength=len(sizes)) / which.size).tolist(), strict=True))
+
+
+def kernel_flops(line: Line, segment_ids: Any = None) -> int:
     """FLOPs of one run of an attention kernel: its products, of all the pairs of tokens whose blocks it visits.
 
     Raises:
@@ -294,8 +308,10 @@ def kernel_flops(line: Line) -> int:
     floats = (sizes for dtype, sizes, _ in operands if dtype in ("bf16", "f32") and len(sizes) >= 3)
     sizes = max(floats, key=math.prod)
     *_, length, width = sizes
-    of_a_row = re.search(r"_of_(\d+)_pairs", f"{x.name} {x.op_name}")  # `rows` says how many its window leaves
-    pairs = math.prod(sizes[:-2]) * (int(of_a_row[1]) if of_a_row else length * length)
+    name = f"{x.name} {x.op_name}"
+    of_a_row = re.search(r"_of_(\d+)_pairs", name)  # `rows` says how many its window leaves
+    met = length * sum(keys * share for keys, share in stretch_shares(name, segment_ids).items())
+    pairs = math.prod(sizes[:-2]) * (int(of_a_row[1]) if of_a_row else round(met) or length * length)
     # splash has first, for each block of queries, which blocks of keys it visits.
     grid = next((s for dtype, s, _ in operands if dtype in ("s8", "s16", "s32") and len(s) >= 3), None)
     if names[0].startswith("splash") and grid is not None:
@@ -308,26 +324,29 @@ def dump_schedules(folder: pathlib.Path) -> str:
     return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
 
 
-def kernel_cycles(folder: pathlib.Path) -> dict[str, int]:
+def kernel_cycles(folder: pathlib.Path, segment_ids: Any = None) -> dict[str, int]:
     """By instruction, the bundles that it runs through, where it has no more than one loop (a kernel's is its grid).
 
     Waits for memory are not in it. What a kernel skips but for the first or the last of a row's blocks counts once in
-    as many turns as its name states blocks ("in_8_blocks"); other regions that are skipped in some turns count in all.
+    as many turns as its name states blocks ("in_8_blocks"), and what it does by a row's documents (`stretch_shares`) as
+    often as those of `segment_ids` [B T] ask for it; other regions that are skipped in some turns count in all.
     """
     found = {}
     for path in folder.glob("*-final_bundles.txt"):
         name = re.match(r"\d+-(.*)-\d+-", path.name)[1]
         if any(kernel in name for kernel in KERNEL_PRODUCTS) and "schedule-analysis" not in path.name:
             blocks = re.search(r"_in_(\d+)_blocks", name)
-            found[name] = bundle_cycles(path.read_text(), int(blocks[1]) if blocks else 1)
+            shares = tuple(stretch_shares(name, segment_ids).values())
+            found[name] = bundle_cycles(path.read_text(), int(blocks[1]) if blocks else 1, shares)
     return {name: cycles for name, cycles in found.items() if cycles is not None}
 
 
-def bundle_cycles(schedule: str, blocks: int = 1) -> int | None:
+def bundle_cycles(schedule: str, blocks: int = 1, shares: tuple[float, ...] = ()) -> int | None:
     """Of a schedule as text; None if it has loops within loops.
 
     Branches around a part of what the kernel itself does, the longest stretch that a branch goes around, are taken but
-    once in `blocks` turns.
+    once in `blocks` turns. With `shares` the first and perhaps the last of them are; those between are alternatives, as
+    many for each part of the queries as there are shares, of which each is taken in its share of all turns.
     """
     # `0x1f LB: > { ... }` is a bundle within one loop; what follows it may go on for lines.
     bundles = re.findall(r"^ *(?:0x[0-9a-f]+|0) +(?:\w\w)?: (?:(?!^ *0x).*\n?)*", schedule, re.M)
@@ -341,10 +360,18 @@ def bundle_cycles(schedule: str, blocks: int = 1) -> int | None:
             ends = (j for j in range(i + 1, len(bundles)) if re.search(rf"region {branch[1]}\b", bundles[j]))
             stretches.append(range(i + 1, next(ends, i + 1)))
     body = max(stretches, key=len, default=range(0))
-    inner = [s for s in stretches if s is not body and s and s[0] in body and s[-1] in body]
-    seldom = {i for stretch in inner for i in stretch if depths[i] == 1}
-    each_turn = depths.count(1) - len(seldom)
-    return depths.count(0) + round((each_turn + len(seldom) / blocks) * (turns[0] if turns else 0))
+    branches: list[range] = []  # without those within others; `stretches` are in order
+    for s in stretches:
+        if s is not body and s and s[0] in body and s[-1] in body and not (branches and s[0] in branches[-1]):
+            branches.append(s)
+    taken = [1 / blocks] * len(branches)
+    if shares:
+        alternatives = (len(branches) - 1) // len(shares) * len(shares)
+        if len(branches) - alternatives not in (1, 2):
+            return None
+        taken[1 : 1 + alternatives] = shares * (alternatives // len(shares))
+    skipped = sum((1 - often) * sum(depths[i] == 1 for i in s) for s, often in zip(branches, taken, strict=True))
+    return depths.count(0) + round((depths.count(1) - skipped) * (turns[0] if turns else 0))
 
 
 class KernelTimes(NamedTuple):
@@ -355,26 +382,31 @@ class KernelTimes(NamedTuple):
     bundles: float | None
 
 
-def kernel_times(line: Line, chip: Chip, fraction: float, cycles: dict[str, int]) -> KernelTimes:
+def kernel_times(
+    line: Line, chip: Chip, fraction: float, cycles: dict[str, int], segment_ids: Any = None
+) -> KernelTimes:
     # Of kernels that are alike the compiler writes one.
     name = line.instruction.name
     alike = [n for other, n in cycles.items() if re.sub(r"\.\d+$", "", other) == re.sub(r"\.\d+$", "", name)]
     own = cycles.get(name, max(alike, default=None))
     return KernelTimes(
-        kernel_flops(line) / (fraction * chip.peak_flops),
+        kernel_flops(line, segment_ids) / (fraction * chip.peak_flops),
         line.hbm_bytes / chip.bytes_per_second,
         None if own is None else own / chip.clock_hertz,
     )
 
 
-def report(compiled, chip: Chip, fraction: float, cycles: dict[str, int]) -> dict[str, Any]:
+def report(
+    compiled, chip: Chip, fraction: float, cycles: dict[str, int], segment_ids: Any = None
+) -> dict[str, Any]:
     """Of a compiled program (`jax.stages.Compiled`): seconds in parts, memory, and what is not in them.
 
-    `cycles` is from `kernel_cycles`; kernels that it lacks are counted in "kernels_without_schedule".
+    `cycles` is from `kernel_cycles`, for the same `segment_ids`; kernels that it lacks are counted in
+    "kernels_without_schedule".
     """
     made, memory = estimate(compiled.as_text()), compiled.memory_analysis()
     compiler = made.cycles / chip.clock_hertz
-    times = [(line.count, kernel_times(line, chip, fraction, cycles)) for line in made.kernels]
+    times = [(line.count, kernel_times(line, chip, fraction, cycles, segment_ids)) for line in made.kernels]
     kernels = sum(count * max(t for t in each if t is not None) for count, each in times)
     unestimated: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for line in made.unestimated:

@@ -11,7 +11,7 @@ from flax_encoder.config import EncoderConfig
 # Benchmarks are scripts, which import one another from their own folder.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 
-from estimate import CHIPS, bundle_cycles, costliest, estimate, kernel_flops, kernel_times
+from estimate import CHIPS, bundle_cycles, costliest, estimate, kernel_flops, kernel_times, stretch_shares
 from flops import step_flops, visible_pairs
 
 # A loop of 5 turns (7 to 17 by 2) whose body holds a fusion of 1,000 cycles, then a conditional of 30 or 40 cycles, a
@@ -173,6 +173,36 @@ def test_what_a_kernel_does_for_some_blocks_counts_for_those():
     """The two bundles of region 49 within the body, not those of region 8, which brings blocks in."""
     assert bundle_cycles(BRANCHES) == 1 + 40 * 12
     assert bundle_cycles(BRANCHES, blocks=8) == 1 + 40 * 10 + 40 // 8 * 2
+
+
+# A kernel's body of eight bundles: two for a row's first block, then one or three by the keys of the documents.
+ALTERNATIVES = """\
+     0   :  { %s1 = smov.u32 0 } /* Start region 1 */
+   0x1 LB: > { %1 = sbr.rel (%p1) target = $region40 }
+   0x2   : > { %2 = sbr.rel (%p2) target = $region20 }
+   0x3   : > { %s2 = sadd.s32 1, %s3 }
+   0x4   : > { %s2 = sadd.s32 1, %s3 }
+   0x5   : > { %3 = sbr.rel (%p3) target = $region21 } /* Start/End empty region 20 */
+   0x6   : > { %s2 = sadd.s32 1, %s3 }
+   0x7   : > { %4 = sbr.rel (%p4) target = $region22 } /* Start/End empty region 21 */
+   0x8   : > { %s2 = sadd.s32 1, %s3 }
+   0x9   : > { %s2 = sadd.s32 1, %s3 }
+   0xa   : > { %s2 = sadd.s32 1, %s3 }
+   0xb PF: > { %s2 = sadd.s32 1, %s3 } /* Start/End empty region 22 */
+   0xc PF: > { %p28_p4 = scmp.ge.s32.totalorder %s2, 40 /* loop exit test */ } /* Start/End empty region 40 */
+"""
+
+
+def test_what_a_kernel_does_by_documents_counts_as_often_as_they_ask_for_it():
+    assert bundle_cycles(ALTERNATIVES, 4, (0.25, 0.75)) == 1 + 6 * 40 + round(40 * (2 / 4 + 0.25 * 1 + 0.75 * 3))
+    assert bundle_cycles(ALTERNATIVES, 4, (0.25, 0.25, 0.25, 0.25)) is None
+
+    name = "forward_kernel_of_128_by_256_512_pairs_in_4_blocks"
+    halves = np.repeat([[1, 2]], 256, axis=1)
+    assert stretch_shares(name, halves) == {256: 1.0, 512: 0.0}
+    shifted = np.repeat([[1, 2]], [200, 312], axis=1)  # only the first part of 128 sees no more than 256 keys
+    assert stretch_shares(name, shifted) == {256: 0.25, 512: 0.75}
+    assert stretch_shares("forward_kernel_of_9_pairs_in_4_blocks", halves) == {}
 
 
 def test_the_costliest_are_grouped_over_layers_and_say_where_they_come_from():

@@ -80,12 +80,30 @@ def test_kernels_and_gradients_equal_the_reference(implementation, case):
 
 @pytest.mark.parametrize("case", CASES["rows"])
 def test_a_row_in_several_programs_gives_the_same(case, monkeypatch):
-    """But for the order of sums: blocks of queries are smaller, and meet other keys that a window masks."""
+    """But for the order of sums: blocks of queries are smaller, and meet other keys that a window or documents mask."""
     arrays, dtype, options = problem_of(CASES["rows"][case])
     whole = out_and_gradients("rows", arrays, **options)
     monkeypatch.setattr(rows_kernel, "_MOST_LOGITS", 1)
+    monkeypatch.setattr(rows_kernel, "_SHORTEST", 128)
     for got, want in zip(out_and_gradients("rows", arrays, **options), whole, strict=True):
         assert_close(got, want, dtype, terms=T if dtype == jnp.float32 else 4)
+
+
+@pytest.mark.parametrize("lengths", [(64,) * 16, (1, 300, 500, 90), (1024,), (0,), (129, 0, 700)])
+def test_a_part_of_a_row_meets_the_shortest_stretch_of_keys_with_its_documents(lengths):
+    queries, stretches, T = 128, (256, 512, 1024), 1024
+    row = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)])
+    row = np.pad(row, (0, T - len(row)))[None].astype(np.int32)
+    start, which = np.moveaxis(np.asarray(rows_kernel.reach(row, row, queries, stretches)), 2, 0)
+    sees = ((row[:, :, None] == row[:, None]) & (row > 0)[:, :, None]).reshape(1, -1, queries, T).any(2)
+    for part in range(T // queries):
+        places = np.flatnonzero(sees[0, part])
+        first, size = start[0, part], stretches[which[0, part]]
+        assert first % 128 == 0 and 0 <= first <= T - size
+        if len(places):
+            assert first <= places[0] and places[-1] < first + size
+        whole = places[-1] + 1 - places[0] // 128 * 128 if len(places) else 0
+        assert size == min(s for s in stretches if s >= whole)
 
 
 SMALL = [name for name, case in ATTENTION_CASES.items() if case.is_small]
@@ -112,8 +130,12 @@ def test_named_shapes_equal_the_reference_or_are_refused(name, case):
         assert_close(g, w, terms=case.T)
 
 
-@pytest.mark.parametrize("implementation", CASES)
-def test_a_document_neither_changes_nor_moves_another(implementation):
+@pytest.mark.parametrize("implementation", [*CASES, "rows in stretches"])
+def test_a_document_neither_changes_nor_moves_another(implementation, monkeypatch):
+    if implementation == "rows in stretches":
+        implementation = "rows"
+        monkeypatch.setattr(rows_kernel, "_MOST_LOGITS", 1)
+        monkeypatch.setattr(rows_kernel, "_SHORTEST", 128)
     arrays, _, options = problem_of({})
     others = draw(*(x.shape for x in arrays), seed=1)
     mine = (SEGMENTS == 2)[..., None, None]

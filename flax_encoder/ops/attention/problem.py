@@ -77,7 +77,8 @@ def visible(
         offset = key_index - query_index
         mask = (offset >= -window[0]) & (offset <= window[1])
     if query_segments is not None:
-        same = (query_segments == key_segments) & (query_segments > 0)
+        # Padding matches nothing: said of queries, so that pairs are compared once.
+        same = jnp.where(query_segments > 0, query_segments, -1) == key_segments
         mask = same if mask is None else mask & same
     return mask
 

@@ -37,7 +37,10 @@ def attend(problem: Problem) -> Float[Array, "B T N H"]:
     from flax_encoder.ops.attention.rows_kernel import Plan, attend_rows
 
     B, T, N, H = problem.query.shape
-    plan = Plan(problem.scale, problem.dropout_rate, problem.window, problem.num_heads, H, kernels_are_interpreted())
+    is_packed = problem.query_segments is not None
+    plan = Plan(
+        problem.scale, problem.dropout_rate, problem.window, problem.num_heads, H, is_packed, kernels_are_interpreted()
+    )
     query, key, value = (x.reshape(B, T, N * H) for x in (problem.query, problem.key, problem.value))
     query_segments, key_segments = problem.query_segments, problem.key_segments
     if query_segments is None:

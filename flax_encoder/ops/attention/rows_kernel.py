@@ -3,7 +3,8 @@
 One program has a block of a row's queries, and all its keys and values, of a few heads; those stay from block to block,
 and their gradients are added up there. Heads stay where they are in memory, side by side:
 where a head is narrower than the 128 lanes of a matrix unit, the others' lanes are zeroed in one operand, which
-costs nothing, as the unit would be padded to its width. Logits are made transposed, [S Q], so that the softmax's
+costs nothing, as the unit would be padded to its width. Of long packed rows queries meet the shortest of a few
+stretches of keys that has all of their documents. Logits are made transposed, [S Q], so that the softmax's
 statistics lie along lanes and no large matrix is transposed, and again in the backward pass, which makes the three
 gradients in one kernel of five products. Queries and keys are turned by RoPE as they come, and their gradients turned
 back as they go: outside, that would be four more passes over them.
@@ -24,6 +25,7 @@ from flax_encoder.ops.platform import kernels_are_interpreted
 LANES = 128
 KEY_TILE = 16  # rows that lie together in memory in bfloat16
 _MOST_LOGITS = 2**20  # of a head in one program, which are code: its loops are unrolled
+_SHORTEST = 512  # keys that queries of a long row meet at least
 _WIDEST = LANES * 768  # numbers of a row a program takes: 12 heads of 64 at length 128
 _SMALL_BYTES, _VMEM_BYTES = 2**18, 110 * 2**20  # larger rows need more fast memory than kernels have unless they ask
 
@@ -34,6 +36,8 @@ class Plan(NamedTuple):
     window: tuple[int, int] | None
     num_heads: int
     head_dim: int
+    is_packed: bool
+    """Whether rows may have several documents."""
     is_interpreted: bool
 
 
@@ -70,7 +74,9 @@ class _Cut(NamedTuple):
     queries: int
     keys: int
     before: int
-    """so many keys, of which the first lies as far before the first of the queries, or begins or ends the row."""
+    """so many keys, of which the first lies as far before the first of the queries, or begins or ends the row;"""
+    stretches: tuple[int, ...]
+    """or one of these numbers of keys, from where `reach` says."""
 
 
 def _cut(plan: Plan, T: int) -> _Cut:
@@ -78,10 +84,32 @@ def _cut(plan: Plan, T: int) -> _Cut:
     if plan.window is not None:  # few queries at a time, as they meet what any of them sees
         before, after = (-(-w // KEY_TILE) * KEY_TILE for w in plan.window)
         keys = min(T, before + queries + after)
-    elif T % (2 * LANES) == 0 and 2 * LANES * T <= _MOST_LOGITS:
+    elif T % (2 * LANES) == 0 and (plan.is_packed or 2 * LANES * T <= _MOST_LOGITS):
         queries = 2 * LANES
     span = max(n for n in range(queries, T + 1, queries) if T % n == 0 and (n == queries or n * keys <= _MOST_LOGITS))
-    return _Cut(span, queries, keys, before)
+    stretches: tuple[int, ...] = ()
+    if plan.is_packed and keys == T and span < T:
+        sizes = (_SHORTEST * 2**i * n // 2 for i in itertools.count() for n in (2, 3))
+        stretches = (*itertools.takewhile(lambda n: n < T, sizes), T)
+    return _Cut(span, queries, keys, before, stretches)
+
+
+def reach(query_segments, key_segments, queries: int, stretches: tuple[int, ...]):
+    """Of segments [B T]: where the keys begin that parts of so many queries meet, and which stretch it is, [B parts 2].
+
+    It has every document from the first to the last of a part's, in the order of their numbers.
+    """
+    B, T = query_segments.shape
+    parts = query_segments.reshape(B, -1, queries)
+    least = jnp.where(parts > 0, parts, 2**30).min(2, keepdims=True)
+    keys = key_segments[:, None]
+    is_met = (keys >= least) & (keys <= parts.max(2, keepdims=True))
+    place = jnp.arange(T, dtype=jnp.int32)
+    last = jnp.where(is_met, place, 0).max(2)
+    first = jnp.minimum(jnp.where(is_met, place, T).min(2), last) // LANES * LANES
+    sizes = jnp.asarray(stretches, jnp.int32)
+    which = (last[..., None] + 1 - first[..., None] > sizes).sum(2)
+    return jnp.stack([jnp.minimum(first, T - sizes[which]), which], 2).astype(jnp.int32)
 
 
 def _call(kernel, plan: Plan, scalars, segments, tables, arrays, statistics, out_shape):
@@ -99,13 +127,17 @@ def _call(kernel, plan: Plan, scalars, segments, tables, arrays, statistics, out
     statistic = pl.BlockSpec((1, width // plan.head_dim, 1, cut.span), lambda b, n, i, *_: (b, n, 0, i))
     table = pl.BlockSpec((1, T, unit), lambda b, n, i, *_: (b, 0, 0))
     is_backward = kernel is _backward_kernel
+    reaches, met = (), f"{T * cut.keys}_pairs"
+    if cut.stretches:
+        reaches = (reach(segments[0][:, 0], segments[1][:, 0], cut.queries, cut.stretches).reshape(-1),)
+        met = f"{cut.queries}_by_{'_'.join(map(str, cut.stretches))}_pairs"
     scratch = [pltpu.VMEM((T, LANES), jnp.int32)]
     scratch += [pltpu.VMEM((T, width), arrays[1].dtype)] * bool(tables)
     scratch += [pltpu.VMEM((T, width), jnp.float32)] * (2 * is_backward)
     return pl.pallas_call(
-        functools.partial(kernel, plan),
+        functools.partial(kernel, plan, len(reaches)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=1 + len(reaches),
             grid=(B, D // width, T // cut.span),
             in_specs=[
                 pl.BlockSpec((1, 1, cut.span), lambda b, n, i, *_: (b, 0, i)),
@@ -124,8 +156,8 @@ def _call(kernel, plan: Plan, scalars, segments, tables, arrays, statistics, out
         ),
         interpret=plan.is_interpreted,
         # Which benchmarks/estimate.py reads.
-        name=f"{kernel.__name__.strip('_')}_of_{T * cut.keys}_pairs_in_{T // cut.span}_blocks",
-    )(scalars, *segments, *tables, *arrays, *statistics)
+        name=f"{kernel.__name__.strip('_')}_of_{met}_in_{T // cut.span}_blocks",
+    )(scalars, *reaches, *segments, *tables, *arrays, *statistics)
 
 
 def _dot(a, b, contract: tuple[int, int] = (1, 0)):
@@ -148,7 +180,9 @@ class _Part(NamedTuple):
     places: Any
     """and in the row,"""
     keys: Any
-    """and those of the keys that they meet."""
+    """and those of the keys that they meet,"""
+    is_met: Any
+    """if this holds."""
 
     def indices(self):
         query = self.places.start + jax.lax.broadcasted_iota(jnp.int32, (1, self.places.size), 1)
@@ -158,7 +192,9 @@ class _Part(NamedTuple):
 class _Program:
     """A block of a row's queries, cut into parts, and its heads' lanes."""
 
-    def __init__(self, plan: Plan, scalars_ref, query_segments_ref, table_refs, key_ref, column_ref, turned_ref):
+    def __init__(
+        self, plan: Plan, scalars_ref, reach_ref, query_segments_ref, table_refs, key_ref, column_ref, turned_ref
+    ):
         self.plan, self.scalars_ref, self.query_segments_ref = plan, scalars_ref, query_segments_ref
         self.table_refs, self.column_ref = table_refs, column_ref
         self.key_ref = key_ref if turned_ref is None else turned_ref
@@ -173,13 +209,19 @@ class _Program:
         self.parts = []
         for q in range(0, cut.span, cut.queries):
             place = q if self.is_whole_row else pl.multiple_of(pl.program_id(2) * cut.span + q, LANES)
+            part = functools.partial(_Part, pl.ds(q, cut.queries), pl.ds(place, cut.queries))
+            if cut.stretches:
+                block = pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)
+                at = 2 * (block * (cut.span // cut.queries) + q // cut.queries)
+                start, which = pl.multiple_of(reach_ref[at], LANES), reach_ref[at + 1]
+                self.parts += [part(pl.ds(start, n), which == i) for i, n in enumerate(cut.stretches)]
+                continue
             start, last = place - cut.before, self.T - cut.keys
             if last == 0 or self.is_whole_row:  # known now
                 start = 0 if last == 0 else min(max(start, 0), last)
             else:
                 start = pl.multiple_of(jnp.clip(start, 0, last), KEY_TILE)
-            keys = pl.ds(start, cut.keys)
-            self.parts.append(_Part(pl.ds(q, cut.queries), pl.ds(place, cut.queries), keys))
+            self.parts.append(part(pl.ds(start, cut.keys), None))
 
     def at(self, block: int):
         """A decorator for what is done in the row's first or last (-1) block."""
@@ -217,11 +259,23 @@ class _Program:
             swapped = jnp.where(lane % self.plan.head_dim < half, pltpu.roll(x32, self.unit - half, 1), swapped)
         return (x32 * cos + way * swapped * sin).astype(x.dtype)
 
-    def masked_parts(self):
-        """Parts, and what their queries see, [keys, queries]: the same for all heads."""
+    def each(self, do):
+        """Call do(part, what its queries see [keys, queries], unit, lanes) for all that is met."""
+
+        def parts(chosen):
+            # Masks are the same for all heads.
+            seen = [(part, self.seen(part)) for part in chosen]
+            for (part, mask), (u, lanes) in itertools.product(seen, enumerate(self.units)):
+                do(part, mask, u, lanes)
+
+        parts([part for part in self.parts if part.is_met is None])
         for part in self.parts:
-            segments = self.query_segments_ref[0, :, part.queries], self.column_ref[part.keys, :1]
-            yield part, visible(*segments, self.plan.window, *part.indices())
+            if part.is_met is not None:
+                pl.when(part.is_met)(functools.partial(parts, [part]))
+
+    def seen(self, part: _Part):
+        segments = self.query_segments_ref[0, :, part.queries], self.column_ref[part.keys, :1]
+        return visible(*segments, self.plan.window, *part.indices())
 
     def logits(self, key, query, mask):
         """Transposed, [keys, queries]."""
@@ -238,12 +292,15 @@ class _Program:
         return lambda x: jnp.where(keep, x, 0.0)
 
 
-def _forward_kernel(plan, scalars_ref, query_segments_ref, key_segments_ref, *refs):
+def _forward_kernel(plan, num_reaches, scalars_ref, *refs):
+    reach_ref, query_segments_ref, key_segments_ref, *refs = refs if num_reaches else (None, *refs)
     table_refs, refs = (refs[:2], refs[2:]) if len(refs) > 6 else ((), (*refs, None))
     query_ref, key_ref, value_ref, out_ref, log_total_ref, column_ref, turned_ref = refs
-    program = _Program(plan, scalars_ref, query_segments_ref, table_refs, key_ref, column_ref, turned_ref)
+    program = _Program(plan, scalars_ref, reach_ref, query_segments_ref, table_refs, key_ref, column_ref, turned_ref)
     program.at(0)(lambda: program.begin(key_segments_ref, key_ref))
-    for (part, mask), (u, lanes) in itertools.product(program.masked_parts(), enumerate(program.units)):
+
+    @program.each
+    def _visit(part, mask, u, lanes):
         key, value_transposed = program.keys(part, lanes), _transposed(value_ref[0, part.keys, lanes])
         query, out = program.turned(query_ref[0, part.queries, lanes], part.places), 0.0
         for j in range(program.per_unit):
@@ -259,11 +316,12 @@ def _forward_kernel(plan, scalars_ref, query_segments_ref, key_segments_ref, *re
         out_ref[0, part.queries, lanes] = out.T.astype(out_ref.dtype)
 
 
-def _backward_kernel(plan, scalars_ref, query_segments_ref, key_segments_ref, *refs):
+def _backward_kernel(plan, num_reaches, scalars_ref, *refs):
+    reach_ref, query_segments_ref, key_segments_ref, *refs = refs if num_reaches else (None, *refs)
     table_refs, refs = (refs[:2], refs[2:]) if len(refs) > 12 else ((), (*refs[:-2], None, *refs[-2:]))
     query_ref, key_ref, value_ref, out_ref, d_out_ref, log_total_ref, dq_ref, dk_ref, dv_ref = refs[:9]
     column_ref, turned_ref, d_key_ref, d_value_ref = refs[9:]
-    program = _Program(plan, scalars_ref, query_segments_ref, table_refs, key_ref, column_ref, turned_ref)
+    program = _Program(plan, scalars_ref, reach_ref, query_segments_ref, table_refs, key_ref, column_ref, turned_ref)
 
     @program.at(0)
     def _begin():
@@ -271,7 +329,8 @@ def _backward_kernel(plan, scalars_ref, query_segments_ref, key_segments_ref, *r
         for ref in (d_key_ref, d_value_ref):
             ref[...] = jnp.zeros_like(ref)
 
-    for (part, mask), (u, lanes) in itertools.product(program.masked_parts(), enumerate(program.units)):
+    @program.each
+    def _visit(part, mask, u, lanes):
         key, value = program.keys(part, lanes), value_ref[0, part.keys, lanes]
         key_transposed = _transposed(key)
         query, out, d_out = (ref[0, part.queries, lanes] for ref in (query_ref, out_ref, d_out_ref))
