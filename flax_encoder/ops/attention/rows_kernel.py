@@ -24,7 +24,7 @@ from flax_encoder.ops.platform import kernels_are_interpreted
 
 LANES = 128
 KEY_TILE = 16  # rows that lie together in memory in bfloat16
-_MOST_LOGITS = 2**20  # of a head in one program, which are code: its loops are unrolled
+_MOST_LOGITS = 2**20  # of a head in one program with more than one part, which are code: its loops are unrolled
 _SHORTEST = 512  # keys that queries of a long row meet at least
 _WIDEST = LANES * 768  # numbers of a row a program takes: 12 heads of 64 at length 128
 _SMALL_BYTES, _VMEM_BYTES = 2**18, 110 * 2**20  # larger rows need more fast memory than kernels have unless they ask
