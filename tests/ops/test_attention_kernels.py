@@ -78,13 +78,20 @@ def test_kernels_and_gradients_equal_the_reference(implementation, case):
         assert_close(g, w, dtype, terms=T if dtype == jnp.float32 else 4)
 
 
+def in_stretches(monkeypatch):
+    """Rows of T are cut as long ones are: into programs of 128 queries, which meet 128, 192 or 256 keys if packed."""
+    for name, value in {"_MOST_LOGITS": 1, "_QUERIES": 128, "_SHORTEST": 128}.items():
+        monkeypatch.setattr(rows_kernel, name, value)
+    plan = rows_kernel.Plan(1.0, 0.0, None, N, H, True, True)
+    assert rows_kernel._cut(plan, T) == (128, 128, T, 0, (128, 192, 256))
+
+
 @pytest.mark.parametrize("case", CASES["rows"])
 def test_a_row_in_several_programs_gives_the_same(case, monkeypatch):
     """But for the order of sums: blocks of queries are smaller, and meet other keys that a window or documents mask."""
     arrays, dtype, options = problem_of(CASES["rows"][case])
     whole = out_and_gradients("rows", arrays, **options)
-    monkeypatch.setattr(rows_kernel, "_MOST_LOGITS", 1)
-    monkeypatch.setattr(rows_kernel, "_SHORTEST", 128)
+    in_stretches(monkeypatch)
     for got, want in zip(out_and_gradients("rows", arrays, **options), whole, strict=True):
         assert_close(got, want, dtype, terms=T if dtype == jnp.float32 else 4)
 
@@ -134,8 +141,7 @@ def test_named_shapes_equal_the_reference_or_are_refused(name, case):
 def test_a_document_neither_changes_nor_moves_another(implementation, monkeypatch):
     if implementation == "rows in stretches":
         implementation = "rows"
-        monkeypatch.setattr(rows_kernel, "_MOST_LOGITS", 1)
-        monkeypatch.setattr(rows_kernel, "_SHORTEST", 128)
+        in_stretches(monkeypatch)
     arrays, _, options = problem_of({})
     others = draw(*(x.shape for x in arrays), seed=1)
     mine = (SEGMENTS == 2)[..., None, None]

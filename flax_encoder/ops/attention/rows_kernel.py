@@ -25,6 +25,7 @@ from flax_encoder.ops.platform import kernels_are_interpreted
 LANES = 128
 KEY_TILE = 16  # rows that lie together in memory in bfloat16
 _MOST_LOGITS = 2**20  # of a head in one program with more than one part, which are code: its loops are unrolled
+_QUERIES = 2 * LANES  # that meet their keys at once, without a window
 _SHORTEST = 512  # keys that queries of a long row meet at least
 _WIDEST = LANES * 768  # numbers of a row a program takes: 12 heads of 64 at length 128
 _SMALL_BYTES, _VMEM_BYTES = 2**18, 110 * 2**20  # larger rows need more fast memory than kernels have unless they ask
@@ -84,8 +85,8 @@ def _cut(plan: Plan, T: int) -> _Cut:
     if plan.window is not None:  # few queries at a time, as they meet what any of them sees
         before, after = (-(-w // KEY_TILE) * KEY_TILE for w in plan.window)
         keys = min(T, before + queries + after)
-    elif T % (2 * LANES) == 0 and (plan.is_packed or 2 * LANES * T <= _MOST_LOGITS):
-        queries = 2 * LANES
+    elif T % _QUERIES == 0 and (plan.is_packed or _QUERIES * T <= _MOST_LOGITS):
+        queries = _QUERIES
     span = max(n for n in range(queries, T + 1, queries) if T % n == 0 and (n == queries or n * keys <= _MOST_LOGITS))
     stretches: tuple[int, ...] = ()
     if plan.is_packed and keys == T and span < T:
