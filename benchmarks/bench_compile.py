@@ -19,7 +19,8 @@ import tempfile
 import time
 from typing import Any
 
-from estimate import CHIPS, WITHOUT_TPU, costliest, dump_schedules, kernel_cycles, report
+from estimate import CHIPS, WITHOUT_TPU, costliest, report
+from schedules import dump_schedules, kernel_cycles
 
 os.environ |= WITHOUT_TPU
 

@@ -11,8 +11,9 @@ from flax_encoder.config import EncoderConfig
 # Benchmarks are scripts, which import one another from their own folder.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 
-from estimate import CHIPS, bundle_cycles, costliest, estimate, kernel_flops, kernel_times, stretch_shares
+from estimate import CHIPS, costliest, estimate, kernel_flops, kernel_times
 from flops import step_flops, visible_pairs
+from schedules import bundle_cycles, stretch_shares
 
 # A loop of 5 turns (7 to 17 by 2) whose body holds a fusion of 1,000 cycles, then a conditional of 30 or 40 cycles, a
 # fusion of 500, a kernel whose attributes take two lines, a gather without estimate, and an overlapped copy.

@@ -156,7 +156,7 @@ def _call(kernel, plan: Plan, scalars, segments, tables, arrays, statistics, out
             vmem_limit_bytes=_VMEM_BYTES if T * unit * arrays[0].dtype.itemsize > _SMALL_BYTES else None,
         ),
         interpret=plan.is_interpreted,
-        # Which benchmarks/estimate.py reads.
+        # Which benchmarks/schedules.py reads.
         name=f"{kernel.__name__.strip('_')}_of_{met}_in_{T // cut.span}_blocks",
     )(scalars, *reaches, *segments, *tables, *arrays, *statistics)
 

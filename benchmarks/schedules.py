@@ -1,0 +1,87 @@
+"""What libtpu's dumped schedules say of Pallas kernels: the bundles of instructions that one runs through, one a cycle.
+
+This file imports the standard library alone, as estimate.py does.
+"""
+
+import pathlib
+import re
+from typing import Any
+
+# A Pallas kernel's name, and how many products of queries by keys by head dim it makes: the backward pass of `rows`
+# makes the logits again (5), that of `splash` makes them in each of its two kernels (3 and 4).
+KERNEL_PRODUCTS = {
+    "forward_kernel": 2,
+    "backward_kernel": 5,
+    "splash_mha_fwd": 2,
+    "splash_mha_dq": 3,
+    "splash_mha_dkv": 4,
+}
+
+
+def stretch_shares(name: str, segment_ids: Any) -> dict[int, float]:
+    """Keys that a part of a row's queries meets, as the name of `rows`' kernel states them, and the share of parts."""
+    found = re.search(r"_of_(\d+)_by_([\d_]+)_pairs", name)
+    if not found:
+        return {}
+    import numpy as np
+
+    from flax_encoder.ops.attention.rows_kernel import reach  # which a peer's environment lacks, and does not need
+
+    sizes = tuple(int(n) for n in found[2].split("_"))
+    which = np.asarray(reach(segment_ids, segment_ids, int(found[1]), sizes))[..., 1]
+    return dict(zip(sizes, (np.bincount(which.ravel(), minlength=len(sizes)) / which.size).tolist(), strict=True))
+
+
+def dump_schedules(folder: pathlib.Path) -> str:
+    """The LIBTPU_INIT_ARGS with which the compiler writes what `kernel_cycles` reads."""
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
+
+
+def kernel_cycles(folder: pathlib.Path, segment_ids: Any = None) -> dict[str, int]:
+    """By instruction, the bundles that it runs through, where it has no more than one loop (a kernel's is its grid).
+
+    Waits for memory are not in it. What a kernel skips but for the first or the last of a row's blocks counts once in
+    as many turns as its name states blocks ("in_8_blocks"), and what it does by a row's documents (`stretch_shares`) as
+    often as those of `segment_ids` [B T] ask for it; other regions that are skipped in some turns count in all.
+    """
+    found = {}
+    for path in folder.glob("*-final_bundles.txt"):
+        name = re.match(r"\d+-(.*)-\d+-", path.name)[1]
+        if any(kernel in name for kernel in KERNEL_PRODUCTS) and "schedule-analysis" not in path.name:
+            blocks = re.search(r"_in_(\d+)_blocks", name)
+            shares = tuple(stretch_shares(name, segment_ids).values())
+            found[name] = bundle_cycles(path.read_text(), int(blocks[1]) if blocks else 1, shares)
+    return {name: cycles for name, cycles in found.items() if cycles is not None}
+
+
+def bundle_cycles(schedule: str, blocks: int = 1, shares: tuple[float, ...] = ()) -> int | None:
+    """Of a schedule as text; None if it has loops within loops.
+
+    Branches around a part of what the kernel itself does, the longest stretch that a branch goes around, are taken but
+    once in `blocks` turns. With `shares` the first and perhaps the last of them are; those between are alternatives, as
+    many for each part of the queries as there are shares, of which each is taken in its share of all turns.
+    """
+    # `0x1f LB: > { ... }` is a bundle within one loop; what follows it may go on for lines.
+    bundles = re.findall(r"^ *(?:0x[0-9a-f]+|0) +(?:\w\w)?: (?:(?!^ *0x).*\n?)*", schedule, re.M)
+    depths = [bundle.split(": ", 1)[1].split("{")[0].count(">") for bundle in bundles]
+    turns = [int(n) for n in re.findall(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test", schedule)]
+    if max(depths) > 1 or len(turns) > 1:
+        return None
+    stretches = []
+    for i, bundle in enumerate(bundles):
+        if branch := re.search(r"sbr\.rel [^;]*target = \$region(\d+)", bundle):
+            ends = (j for j in range(i + 1, len(bundles)) if re.search(rf"region {branch[1]}\b", bundles[j]))
+            stretches.append(range(i + 1, next(ends, i + 1)))
+    body = max(stretches, key=len, default=range(0))
+    branches: list[range] = []  # without those within others; `stretches` are in order
+    for s in stretches:
+        if s is not body and s and s[0] in body and s[-1] in body and not (branches and s[0] in branches[-1]):
+            branches.append(s)
+    taken = [1 / blocks] * len(branches)
+    if shares:
+        alternatives = (len(branches) - 1) // len(shares) * len(shares)
+        if len(branches) - alternatives not in (1, 2):
+            return None
+        taken[1 : 1 + alternatives] = shares * (alternatives // len(shares))
+    skipped = sum((1 - often) * sum(depths[i] == 1 for i in s) for s, often in zip(branches, taken, strict=True))
+    return depths.count(0) + round((depths.count(1) - skipped) * (turns[0] if turns else 0))
