@@ -1,12 +1,19 @@
-"""The training step on a TPU that is not there: compiled for it, and the compiler's own estimate beside the peer's.
+"""The training step on a TPU or GPU that is not there: compiled for it, and what it would take, beside the peer's.
 
-    python benchmarks/bench_compile.py --topology v5e:2x2 --batch 64 --length 512 --dropout 0.1 \\
+    python benchmarks/bench_compile.py --batch 64 --length 512 --dropout 0.1 \\
         --peer flax --peer-python PYTHON_WITH_TRANSFORMERS_4.57.6
+    python benchmarks/bench_compile.py --platform gpu --batch 64 --length 512 --dropout 0.1 [--peer ...]
 
-Needs the `libtpu` package, no TPU. --batch counts rows a chip. Nothing here is measured: a step is the cycles that
-the compiler expects, loop bodies times their trip count, over the clock, plus the Pallas kernels, which it does not
-estimate, each at the longest of its products over --kernel-fraction of the chip's peak, its bytes, and the bundles of
-instructions that the compiler made of it (benchmarks/estimate.py). All parts are shown.
+Needs the platform's compiler, not the hardware: `libtpu`; or `jax-cuda12-plugin` and `jax-cuda12-pjrt` of jax's own
+version, and `nvidia-cuda-nvcc-cu12`. So does the peer's environment. --batch counts rows a chip. Nothing here is
+measured: a step is what the compiler expects of each operation, loop bodies times their trip count, plus what it does
+not estimate, each at the longest of its products over a fraction of the chip's peak, its bytes, and for Pallas kernels
+on TPUs the bundles of instructions that the compiler made of them (benchmarks/estimate.py). All parts are shown.
+
+For an H100 the compiler estimates elementwise work and sums, mostly as bytes over the data sheet's bandwidth; matrix
+products are cuBLAS's, at 0.6 of the peak. There is no GPU to time kernels on and choose, and nothing is counted between
+kernels, so the figures say more about two programs beside one another than about the time on a clock.
+
 --peer flax is transformers' FlaxBert with the same AdamW, dropout and dtype, its labels at every position, compiled
 for the same chip and read by the same reader. --top N lists the costliest operations of our side.
 """
@@ -19,10 +26,11 @@ import tempfile
 import time
 from typing import Any
 
-from estimate import CHIPS, WITHOUT_TPU, costliest, report
+from estimate import costliest, report
 from schedules import dump_schedules, kernel_cycles
+from targets import CHIPS, COMPILER_OPTIONS, TOPOLOGIES, WITHOUT_ACCELERATOR, devices
 
-os.environ |= WITHOUT_TPU
+os.environ |= WITHOUT_ACCELERATOR
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +39,6 @@ from bench_step import ADAMW, add_model_arguments, configs, masked_rows, peer_co
 from flax import nnx
 from flops import step_flops
 from harness import header, parser, say, show
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from flax_encoder.config import EncoderConfig, MeshConfig
@@ -43,12 +50,13 @@ from flax_encoder.training.sharding import BATCH_SPEC, logical_axes, make_mesh
 from flax_encoder.training.step import TrainState, make_train_step, state_shardings
 
 HERE = pathlib.Path(__file__).parent
-# Heads of 64 fill half of a unit's 128 lanes, so a kernel's products can reach half the peak; softmax and masks are
-# made meanwhile by other units, which takes some of that.
+# On TPUs heads of 64 fill half of a unit's 128 lanes, so a kernel's products can reach half the peak; softmax and masks
+# are made meanwhile by other units, which takes some of that. cuDNN's kernels on GPUs are taken to be as good, for want
+# of a measurement.
 KERNEL_FRACTION = 0.4
 
 
-def compile_step(config: EncoderConfig, batch: dict[str, Any], mesh: jax.sharding.Mesh) -> Any:
+def compile_step(config: EncoderConfig, batch: dict[str, Any], mesh: jax.sharding.Mesh, platform: str) -> Any:
     """The library's own step, compiled for the mesh's devices from shapes alone."""
 
     def make_model():
@@ -65,8 +73,10 @@ def compile_step(config: EncoderConfig, batch: dict[str, Any], mesh: jax.shardin
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     rows = NamedSharding(mesh, BATCH_SPEC)
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for k, x in batch.items()}
-    with jax.set_mesh(mesh), platform_for_tracing("tpu"):
-        return make_train_step(graphdef, tx, shardings=shardings).lower(state, batch).compile()
+    with jax.set_mesh(mesh), platform_for_tracing(platform):
+        return (
+            make_train_step(graphdef, tx, shardings=shardings).lower(state, batch).compile(COMPILER_OPTIONS[platform])
+        )
 
 
 def compile_peer(asked, config: EncoderConfig) -> dict[str, Any]:
@@ -75,6 +85,7 @@ def compile_peer(asked, config: EncoderConfig) -> dict[str, Any]:
         "batch": asked.batch,
         "length": asked.length,
         "dtype": asked.dtype,
+        "platform": asked.platform,
         "topology": asked.topology,
         "learning_rate": ADAMW.learning_rate,
         "betas": [ADAMW.b1, ADAMW.b2],
@@ -92,8 +103,12 @@ def compile_peer(asked, config: EncoderConfig) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--platform", choices=("tpu",), default="tpu")
-    arguments.add_argument("--topology", default="v5e:2x2", help="one device of it is used (default v5e:2x2)")
+    arguments.add_argument("--platform", choices=tuple(TOPOLOGIES), default="tpu", help="what to compile for (tpu)")
+    arguments.add_argument(
+        "--topology",
+        help=f"a chip and its layout, of {', '.join(CHIPS)}; one device of it is used (default "
+        f"{', '.join(f'{topology} for {platform}' for platform, topology in TOPOLOGIES.items())})",
+    )
     arguments.add_argument("--mesh", help="DATA,FSDP,TENSOR over all devices of the topology instead of one")
     add_model_arguments(arguments, batch=64, length=512)
     arguments.add_argument(
@@ -109,19 +124,20 @@ def main() -> None:
     asked = arguments.parse_args()
     if (asked.peer == "none") != (asked.peer_python is None):
         raise SystemExit("a peer runs in its own environment: give --peer and --peer-python together, or neither.")
-    chip_name = asked.topology.split(":")[0]
-    if chip_name not in CHIPS:
-        raise SystemExit(f"the clock of --topology must be known: got {chip_name}, known are {', '.join(CHIPS)}.")
-    chip = CHIPS[chip_name]
-
+    asked.topology = asked.topology or TOPOLOGIES[asked.platform]
     own, config = configs(asked)
     dumped = tempfile.TemporaryDirectory()
     schedules = pathlib.Path(dumped.name)
     # Before libtpu is loaded, by the next line.
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump_schedules(schedules)}"
-    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=asked.topology).devices)
+    try:
+        found = devices(asked.platform, asked.topology)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    chip_name = asked.topology.split(":")[0]
+    chip = CHIPS[chip_name]
     sizes = [int(n) for n in asked.mesh.split(",")] if asked.mesh else [1, 1, 1]
-    mesh = make_mesh(MeshConfig(*sizes), devices if asked.mesh else devices[:1])
+    mesh = make_mesh(MeshConfig(*sizes), found if asked.mesh else found[:1])
     batch = masked_rows(own, asked.batch * sizes[0] * sizes[1], asked.length, asked.masked_rate, 0)
     if asked.document is not None:
         if asked.document < 1:
@@ -137,7 +153,7 @@ def main() -> None:
     say(f"compiling {asked.model}, {asked.batch} x {asked.length}, {asked.dtype}, for {chip_name}")
     began = time.perf_counter()
     try:
-        compiled = compile_step(config, batch, mesh)
+        compiled = compile_step(config, batch, mesh, asked.platform)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise SystemExit(f"the step does not fit the chip: {str(error).splitlines()[0]}") from None
@@ -161,20 +177,24 @@ def main() -> None:
         result["step_ratio"] = sides["ours"]["step_seconds"] / sides["peer"]["step_seconds"]
     if asked.top:
         result["costliest"] = costliest(text, chip, asked.top)
-    show(result, _rows(sides), asked.json)
+    show(result, _rows(sides, asked.platform), asked.json)
     if not asked.json:
         _print_notes(result, sides)
 
 
-def _rows(sides: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows(sides: dict[str, dict[str, Any]], platform: str) -> list[dict[str, Any]]:
     lines = {
         "step ms, estimated": ("step_seconds", 1e3),
         "... the compiler's part": ("compiler_seconds", 1e3),
-        "... the kernels' part": ("kernel_seconds", 1e3),
+        "...... of it for memory alone": ("compiler_memory_seconds", 1e3, "gpu"),
+        "... cuBLAS's part, at the fraction of peak": ("product_seconds", 1e3, "gpu"),
+        "...... of it for bytes alone": ("product_memory_seconds", 1e3, "gpu"),
+        "... the attention kernels' part": ("kernel_seconds", 1e3),
         "...... for products over the fraction of peak": ("kernel_product_seconds", 1e3),
         "...... for bytes": ("kernel_byte_seconds", 1e3),
-        "...... for bundles of instructions": ("kernel_bundle_seconds", 1e3),
-        "calls of kernels": ("kernel_calls", 1),
+        "...... for bundles of instructions": ("kernel_bundle_seconds", 1e3, "tpu"),
+        "calls of attention kernels": ("kernel_calls", 1),
+        "operations launched": ("launches", 1, "gpu"),
         "tokens/s/chip": ("tokens_per_second_per_chip", 1),
         "model FLOPs, of peak": ("mfu", 1),
         "arguments GB": ("argument_bytes", 1e-9),
@@ -184,13 +204,18 @@ def _rows(sides: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         "compile s": ("compile_seconds", 1),
     }
     return [
-        {"": line} | {name: side[key] * factor for name, side in sides.items()} for line, (key, factor) in lines.items()
+        {"": line} | {name: side[key] * factor for name, side in sides.items()}
+        for line, (key, factor, *only) in lines.items()
+        if platform in (only or (platform,))
     ]
 
 
 def _print_notes(result: dict[str, Any], sides: dict[str, Any]) -> None:
     print(f"estimated, not measured; model {result['model_flops'] / 1e12:.2f} TFLOP a step a chip", end="")
     print(f"; step {result['step_ratio']:.2f} of the peer's" if "step_ratio" in result else "")
+    asked = result["header"]
+    print(f"fractions of peak: attention kernels {asked['kernel_fraction']}", end="")
+    print(f", cuBLAS {CHIPS[asked['topology'].split(':')[0]].product_fraction}" if asked["platform"] == "gpu" else "")
     for name, side in sides.items():
         if side["kernels_without_schedule"]:
             print(f"WARNING: {name}: {side['kernels_without_schedule']} kernels without a schedule that could be read")

@@ -1,34 +1,38 @@
-"""What XLA's TPU compiler says a program will cost, read from the text of the compiled program.
+"""What XLA's compilers say a program will cost, read from the text of the compiled program.
 
-The compiler writes "estimated_cycles" beside most instructions. They are summed over the schedule: the body of a loop
-times its trip count, a conditional at its dearest branch, a fusion at its own estimate. Copies between memories that
-run beside the schedule (copy-start, slice-start) count nothing. Pallas kernels carry no estimate and are counted at
-the longest of three: their products over a stated fraction of the chip's peak, the bytes they move, and the bundles of
-instructions that the compiler made of them, one a cycle (schedules.py); nothing else knows of the work that is no
-product, such as dropout. What carries no estimate and is not free either (gathers, collectives) is listed in
-`unestimated`, so that a sum never looks more whole than it is.
+It is summed over the schedule: the body of a loop times its trip count, a conditional at its dearest branch. Copies
+between memories that run beside the schedule (copy-start, slice-start) count nothing.
+
+For TPUs the compiler writes "estimated_cycles" beside most instructions, matrix products among them.
+
+For GPUs it writes "reification_cost" beside fusions, one entry a model. Its model of a fusion's tiles
+("indexing-cost-model") is read for those that Triton makes, which the general one, without a name, gives hours; the
+general one for all others. Both are chiefly the bytes at HBM's bandwidth, plus arithmetic that they hide but in part,
+and which they put high: the part that is memory's is shown beside. A matrix product of cuBLAS counts at the longer of
+its arithmetic over the chip's `product_fraction` of peak and its bytes over the bandwidth: the compiler's own estimate
+of it ("sol") is from a table of measurements, but some fifty times too long where a result of bfloat16 operands is
+float32, whose sizes it counts in bytes. Between kernels nothing is counted.
+
+Attention kernels (Pallas on TPUs, cuDNN on GPUs) carry no estimate and are counted at the longest of: their products
+over a stated fraction of the chip's peak, the bytes they move, and on TPUs the bundles of instructions that the
+compiler made of them, one a cycle (schedules.py); nothing else knows of the work that is no product, such as dropout.
+What carries no estimate and is not free either (gathers, collectives) is listed in `unestimated`, so that a sum never
+looks more whole than it is.
 
 This file imports the standard library alone: the peer's environment, which lacks the project, reads its text with it.
 """
 
 import collections
+import json
 import math
 import re
 from typing import Any, NamedTuple
 
 from schedules import KERNEL_PRODUCTS, stretch_shares
+from targets import Chip
 
-# For jax, before it is imported: not to look for a TPU here, and libtpu not to say at length that there is none.
-WITHOUT_TPU = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
-PALLAS_TARGET = "tpu_custom_call"
+KERNEL_TARGETS = ("tpu_custom_call", "__cudnn$fmha")
+CUBLAS_TARGET = "__cublas"
 # Names for what is there already, or work that runs beside the schedule.
 FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
@@ -37,18 +41,6 @@ FREE = frozenset((
 FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast")
 NEGLIGIBLE_BYTES = 64 * 1024  # scalars and small vectors, which the compiler does not estimate
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s64": 8, "u64": 8, "f64": 8}
-
-
-class Chip(NamedTuple):
-    clock_hertz: float
-    peak_flops: float
-    """Of bfloat16 products."""
-    bytes_per_second: float
-    """Of HBM."""
-
-
-# Peak and bandwidth as published at cloud.google.com/tpu/docs; 197e12 is 4 units x 128 x 128 x 2 at 1.5 GHz.
-CHIPS = {"v5e": Chip(1.5e9, 197e12, 819e9)}
 
 
 class Instruction(NamedTuple):
@@ -60,10 +52,20 @@ class Instruction(NamedTuple):
     rest: str
     """Everything after the operands."""
 
+    def expected(self, chip: Chip) -> tuple[float, float] | None:
+        """Seconds that the compiler expects of one run, and how many of them memory takes alone (0: it doesn't say)."""
+        if found := re.search(r'"estimated_cycles":"(\d+)"', self.rest):
+            return int(found[1]) / chip.clock_hertz, 0.0
+        found = re.search(r'"reification_cost":(\[.*?\])', self.rest)
+        costs = {cost["name"]: cost for cost in json.loads(found[1])} if found else {}
+        cost = costs.get("indexing-cost-model" if '"kind":"__triton"' in self.rest else "")
+        return (1e-6 * cost["exec_time_us"], 1e-6 * cost["memory_access_time_us"]) if cost else None
+
     @property
-    def cycles(self) -> int | None:
-        found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
-        return int(found[1]) if found else None
+    def is_library_product(self) -> bool:
+        """Whether it is a matrix product of cuBLAS, or one of Triton's that stands for it until it is timed."""
+        target = self.custom_call_target or ""
+        return target.startswith(CUBLAS_TARGET) or re.search(r'"kind":"__triton\w*gemm', self.rest) is not None
 
     @property
     def op_name(self) -> str:
@@ -92,17 +94,27 @@ class Line(NamedTuple):
     """What one run reads and writes outside fast memory."""
     product_flops: int
     """Of one run's matrix products."""
+    seconds: float = 0.0
+    """Of one run; a kernel's are `kernel_times`."""
+    memory_seconds: float = 0.0
 
 
 class Estimate(NamedTuple):
     lines: list[Line]
     """With the compiler's estimate."""
+    products: list[Line]
+    """Of a library."""
     kernels: list[Line]
     unestimated: list[Line]
 
     @property
-    def cycles(self) -> int:
-        return sum(line.count * line.instruction.cycles for line in self.lines)
+    def seconds(self) -> float:
+        """Without kernels."""
+        return total(self.lines) + total(self.products)
+
+
+def total(lines: list[Line]) -> float:
+    return sum(line.count * line.seconds for line in lines)
 
 
 def computations(text: str) -> tuple[dict[str, Computation], str]:
@@ -160,45 +172,51 @@ def num_bytes(shape: str, hbm_only: bool = False) -> int:
     )  # fmt: skip
 
 
-def estimate(text: str) -> Estimate:
+def estimate(text: str, chip: Chip) -> Estimate:
     """Read a compiled program.
 
     Raises:
       ValueError: a loop whose trip count is not in the text, with the loop's name.
     """
     program, entry = computations(text)
-    made = Estimate([], [], [])
-    _walk(program, entry, 1, made)
+    made = Estimate([], [], [], [])
+    _walk(program, entry, 1, chip, made)
     return made
 
 
-def _walk(program: dict[str, Computation], name: str, count: int, into: Estimate) -> None:
+def _walk(program: dict[str, Computation], name: str, count: int, chip: Chip, into: Estimate) -> None:
     own = program[name]
     for x in own.values():
         if x.opcode == "while":
-            _walk(program, x.attribute("body"), count * trip_count(program, own, x), into)
+            _walk(program, x.attribute("body"), count * trip_count(program, own, x), chip, into)
         elif x.opcode == "conditional":
             into_each = []
             for branch in _branches(x):
-                into_each.append(Estimate([], [], []))
-                _walk(program, branch, count, into_each[-1])
-            dearest = max(into_each, key=lambda one: one.cycles)
+                into_each.append(Estimate([], [], [], []))
+                _walk(program, branch, count, chip, into_each[-1])
+            dearest = max(into_each, key=lambda one: one.seconds)
             for all_lines, lines in zip(into, dearest, strict=True):
                 all_lines += lines
         elif x.opcode in ("call", "async-start"):
-            _walk(program, x.attribute("to_apply") or x.attribute("calls"), count, into)
+            _walk(program, x.attribute("to_apply") or x.attribute("calls"), count, chip, into)
         elif x.opcode not in FREE:
             line = _line(program, own, x, count)
-            if x.cycles is not None:
-                into.lines.append(line)
-            elif x.custom_call_target == PALLAS_TARGET:
+            if x.is_library_product:
+                moved = line.hbm_bytes / chip.bytes_per_second
+                longest = max(line.product_flops / (chip.product_fraction * chip.peak_flops), moved)
+                into.products.append(line._replace(seconds=longest, memory_seconds=moved))
+            elif (x.custom_call_target or "").startswith(KERNEL_TARGETS):
                 into.kernels.append(line)
+            elif expected := x.expected(chip):
+                into.lines.append(line._replace(seconds=expected[0], memory_seconds=expected[1]))
             elif x.custom_call_target not in FREE_TARGETS and num_bytes(x.shape) > NEGLIGIBLE_BYTES:
                 into.unestimated.append(line)
 
 
 def _line(program, own: Computation, x: Instruction, count: int) -> Line:
-    moved = num_bytes(x.shape, True) + sum(num_bytes(own[o].shape, True) for o in x.operands if o in own)
+    # The last result of a call of cuBLAS is room to work in.
+    shape = re.sub(r", s8\[\d+\]\{0\}\)$", ")", x.shape) if x.is_library_product else x.shape
+    moved = num_bytes(shape, True) + sum(num_bytes(own[o].shape, True) for o in x.operands if o in own)
     return Line(x, count, moved, _product_flops(program, own, x))
 
 
@@ -206,13 +224,20 @@ def _product_flops(program: dict[str, Computation], own: Computation, x: Instruc
     if x.opcode == "fusion":
         inner = program.get(x.attribute("calls") or "", {})
         return sum(_product_flops(program, inner, i) for i in inner.values())
-    if x.opcode not in ("convolution", "dot"):
+    if x.opcode not in ("convolution", "dot") and not x.is_library_product:
         return 0
     # A product [B M K] [B K N] -> [B M N]; B is what a convolution has as its window when it steps or is spread out.
-    window = re.search(r"window=\{size=([\dx]+)[^}]*(?:stride|dilate)", x.rest)
-    batch = math.prod(int(n) for n in window[1].split("x")) if window else 1
-    sizes = [math.prod(arrays(shape)[0][1]) for shape in (own[x.operands[0]].shape, own[x.operands[1]].shape, x.shape)]
-    return 2 * math.isqrt(math.prod(sizes) // batch)
+    left, right, made = (arrays(shape)[0][1] for shape in (own[x.operands[0]].shape, own[x.operands[1]].shape, x.shape))
+    if window := re.search(r"window=\{size=([\dx]+)[^}]*(?:stride|dilate)", x.rest):
+        batch = _ints(window[1])
+    else:
+        dims = re.search(r'lhs_batch_dim(?:ension)?s"?[=:][\[{]([^\]}]*)', x.rest)
+        batch = [left[n] for n in _ints(dims[1])] if dims else []
+    return 2 * math.isqrt(math.prod(left) * math.prod(right) * math.prod(made) // math.prod(batch))
+
+
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
 
 
 def _branches(x: Instruction) -> list[str]:
@@ -274,6 +299,12 @@ def kernel_flops(line: Line, segment_ids: Any = None) -> int:
       ValueError: a kernel that KERNEL_PRODUCTS does not know.
     """
     x = line.instruction
+    if (x.custom_call_target or "").startswith("__cudnn$fmha"):
+        pairs = re.search(r'"intermediate_tensor_shape":.*?"dimensions": ?\[([^\]]*)\]', x.rest)[
+            1
+        ]  # B N T S, masked or not
+        head_dim = arrays(re.search(r"operand_layout_constraints=\{(.*)", x.rest)[1])[0][1][-1]
+        return (5 if "Backward" in x.custom_call_target else 2) * 2 * math.prod(_ints(pairs)) * head_dim
     names = [name for name in KERNEL_PRODUCTS if name in x.op_name or name in x.name]
     if not names:
         raise ValueError(
@@ -325,8 +356,8 @@ def report(compiled, chip: Chip, fraction: float, cycles: dict[str, int], segmen
     `cycles` is from `schedules.kernel_cycles`, for the same `segment_ids`; kernels that it lacks are counted in
     "kernels_without_schedule".
     """
-    made, memory = estimate(compiled.as_text()), compiled.memory_analysis()
-    compiler = made.cycles / chip.clock_hertz
+    made, memory = estimate(compiled.as_text(), chip), compiled.memory_analysis()
+    compiler, products = total(made.lines), total(made.products)
     times = [(line.count, kernel_times(line, chip, fraction, cycles, segment_ids)) for line in made.kernels]
     kernels = sum(count * max(t for t in each if t is not None) for count, each in times)
     unestimated: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
@@ -336,14 +367,22 @@ def report(compiled, chip: Chip, fraction: float, cycles: dict[str, int], segmen
         of[0] += line.count
         of[1] += line.count * num_bytes(x.shape)
     return {
-        "step_seconds": compiler + kernels,
+        "step_seconds": compiler + products + kernels,
         "compiler_seconds": compiler,
+        "compiler_memory_seconds": sum(line.count * line.memory_seconds for line in made.lines),
+        "product_seconds": products,
+        "product_memory_seconds": sum(line.count * line.memory_seconds for line in made.products),
+        "launches": sum(line.count for lines in made for line in lines),
         "kernel_seconds": kernels,
         "kernel_product_seconds": sum(count * each.products for count, each in times),
         "kernel_byte_seconds": sum(count * each.bytes_moved for count, each in times),
         "kernel_bundle_seconds": sum(count * (each.bundles or 0.0) for count, each in times),
         "kernel_calls": sum(count for count, _ in times),
-        "kernels_without_schedule": sum(count for count, each in times if each.bundles is None),
+        "kernels_without_schedule": sum(
+            line.count
+            for line, (_, each) in zip(made.kernels, times, strict=True)
+            if each.bundles is None and line.instruction.custom_call_target == "tpu_custom_call"
+        ),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
@@ -360,20 +399,20 @@ def costliest(text: str, chip: Chip, number: int) -> list[dict[str, Any]]:
     costs. "source" is where they were traced, in the project's own files.
     """
     groups: dict[tuple[str, ...], list[Line]] = collections.defaultdict(list)
-    made, frames = estimate(text), _source_lines(text)
-    for line in made.lines:
+    made, frames = estimate(text, chip), _source_lines(text)
+    for line in made.lines + made.products:
         x = line.instruction
         frame = re.search(r"stack_frame_id=(\d+)", x.rest)
         source = frames.get(int(frame[1]), "") if frame else ""
         groups[_without_numbers(x.op_name or x.name), _plain(x.shape), source].append(line)
     rows = []
     for (op_name, shape, source), lines in groups.items():
-        cycles = sum(line.count * line.instruction.cycles for line in lines)
+        seconds = total(lines)
         moved = sum(line.count * line.hbm_bytes for line in lines)
         rows.append(
             {
-                "milliseconds": 1e3 * cycles / chip.clock_hertz,
-                "share": cycles / made.cycles,
+                "milliseconds": 1e3 * seconds,
+                "share": seconds / made.seconds,
                 "count": sum(line.count for line in lines),
                 "hbm_milliseconds": 1e3 * moved / chip.bytes_per_second,
                 "product_milliseconds": 1e3 * sum(line.count * line.product_flops for line in lines) / chip.peak_flops,

@@ -10,15 +10,15 @@ import os
 import sys
 import time
 
-from estimate import CHIPS, WITHOUT_TPU, report
+from estimate import report
+from targets import CHIPS, COMPILER_OPTIONS, WITHOUT_ACCELERATOR, devices
 
-os.environ |= WITHOUT_TPU
+os.environ |= WITHOUT_ACCELERATOR
 
 import jax
 import jax.numpy as jnp
 import optax
 import transformers
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 spec = json.loads(sys.argv[1])
@@ -51,14 +51,13 @@ def update(params, opt_state, seed, batch):
     return optax.apply_updates(params, updates), opt_state, loss
 
 
-device = topologies.get_topology_desc(platform="tpu", topology_name=spec["topology"]).devices[0]
-sharding = SingleDeviceSharding(device)
+sharding = SingleDeviceSharding(devices(spec["platform"], spec["topology"])[0])
 ids = jax.ShapeDtypeStruct(shape, jnp.int32)
 names = ("input_ids", "attention_mask", "labels")
 arguments = params, jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((), jnp.int32), dict.fromkeys(names, ids)
 arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
 began = time.perf_counter()
-compiled = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile()
+compiled = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile(COMPILER_OPTIONS[spec["platform"]])
 seconds = time.perf_counter() - began
 answer = report(compiled, CHIPS[spec["topology"].split(":")[0]], spec["kernel_fraction"], {}) | {
     "compile_seconds": seconds,

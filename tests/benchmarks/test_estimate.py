@@ -11,9 +11,12 @@ from flax_encoder.config import EncoderConfig
 # Benchmarks are scripts, which import one another from their own folder.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 
-from estimate import CHIPS, costliest, estimate, kernel_flops, kernel_times
+from estimate import costliest, estimate, kernel_flops, kernel_times, num_bytes, report
 from flops import step_flops, visible_pairs
 from schedules import bundle_cycles, stretch_shares
+from targets import CHIPS, devices, is_installed
+
+V5E, H100 = CHIPS["v5e"], CHIPS["h100"]
 
 # A loop of 5 turns (7 to 17 by 2) whose body holds a fusion of 1,000 cycles, then a conditional of 30 or 40 cycles, a
 # fusion of 500, a kernel whose attributes take two lines, a gather without estimate, and an overlapped copy.
@@ -90,10 +93,14 @@ operand_layout_constraints={bf16[2,256,128]{2,1,0}, bf16[2,256,128]{2,1,0}}, fro
 """
 
 
+def _cycles(made):
+    return round(made.seconds * V5E.clock_hertz, 3)
+
+
 def test_the_sum_is_loop_bodies_by_their_trips_and_the_dearest_branch():
-    made = estimate(PROGRAM)
-    assert made.cycles == 5 * 1000 + 40 + 500
-    assert estimate(PROGRAM.replace("constant(17)", "constant(18)")).cycles == 6 * 1000 + 40 + 500
+    made = estimate(PROGRAM, V5E)
+    assert _cycles(made) == 5 * 1000 + 40 + 500
+    assert _cycles(estimate(PROGRAM.replace("constant(17)", "constant(18)"), V5E)) == 6 * 1000 + 40 + 500
     assert [line.instruction.name for line in made.unestimated] == ["gather"]
 
 
@@ -102,7 +109,7 @@ def test_a_stated_trip_count_is_taken():
         "condition=%condition, body=%body",
         'condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"9"}}',
     )
-    assert estimate(text).cycles == 9 * 1000 + 40 + 500
+    assert _cycles(estimate(text, V5E)) == 9 * 1000 + 40 + 500
 
 
 @pytest.mark.parametrize(
@@ -118,19 +125,18 @@ def test_a_stated_trip_count_is_taken():
 def test_a_loop_without_a_trip_count_is_an_error(change):
     assert change[0] in PROGRAM
     with pytest.raises(ValueError, match=r"trip count of while\.1"):
-        estimate(PROGRAM.replace(*change))
+        estimate(PROGRAM.replace(*change), V5E)
 
 
 def test_a_kernel_counts_its_products_its_bytes_and_its_bundles():
-    (line,) = estimate(PROGRAM).kernels
-    chip = CHIPS["v5e"]
+    (line,) = estimate(PROGRAM, V5E).kernels
     products, moved = 2 * 2 * (2 * 256 * 256 * 128), 4 * 2 * 256 * 128 * 2
     assert kernel_flops(line) == products
-    times = kernel_times(line, chip, 0.4, {"jvp_forward_kernel_.7": 300, "other.1": 5})
-    assert times == (products / (0.4 * chip.peak_flops), moved / chip.bytes_per_second, 300 / chip.clock_hertz)
-    assert kernel_times(line, chip, 0.4, {"other.1": 5}).bundles is None
+    times = kernel_times(line, V5E, 0.4, {"jvp_forward_kernel_.7": 300, "other.1": 5})
+    assert times == (products / (0.4 * V5E.peak_flops), moved / V5E.bytes_per_second, 300 / V5E.clock_hertz)
+    assert kernel_times(line, V5E, 0.4, {"other.1": 5}).bundles is None
     with pytest.raises(ValueError, match="arithmetic must be known"):
-        kernel_flops(estimate(PROGRAM.replace("forward_kernel", "other")).kernels[0])
+        kernel_flops(estimate(PROGRAM.replace("forward_kernel", "other"), V5E).kernels[0])
 
 
 SCHEDULE = """\
@@ -207,7 +213,7 @@ def test_what_a_kernel_does_by_documents_counts_as_often_as_they_ask_for_it():
 
 
 def test_the_costliest_are_grouped_over_layers_and_say_where_they_come_from():
-    first, second = costliest(PROGRAM, CHIPS["v5e"], 2)
+    first, second = costliest(PROGRAM, V5E, 2)
     assert first["shape"] == "bf16[8,128]" and first["op_name"] == "jit(step)/layers_N/dot_general"
     assert first["count"] == 5 and first["milliseconds"] == pytest.approx(5000 / 1.5e6)
     assert first["product_milliseconds"] == pytest.approx(1e3 * 5 * 2 * 8 * 128 * 128 / 197e12)
@@ -223,7 +229,127 @@ def test_a_product_over_a_batch_counts_its_batch_once():
 dim_labels=01bf_01oi->01bf, backend_config={"estimated_cycles":"9"}
 }
 """
-    assert estimate(text).lines[0].product_flops == 2 * 6 * 4 * 5 * 7 * 11
+    assert estimate(text, V5E).lines[0].product_flops == 2 * 6 * 4 * 5 * 7 * 11
+
+
+# A loop of 3 turns around an elementwise fusion of 7 us; then a product of cuBLAS with its room to work in, a batched
+# one of Triton's, a fusion of Triton's, cuDNN's attention of 512 queries to 504 keys, a sort, and a small copy.
+GPU_PROGRAM = """\
+HloModule jit_step, is_scheduled=true
+
+%fused_add (p.0: f32[64,768]) -> f32[64,768] {
+  %p.0 = f32[64,768]{1,0} parameter(0)
+  ROOT %add.0 = f32[64,768]{1,0} add(%p.0, %p.0)
+}
+
+%gemm_fusion_dot_computation (l: bf16[6,64,32], r: bf16[6,96,32]) -> bf16[6,64,96] {
+  %l = bf16[6,64,32]{2,1,0} parameter(0)
+  %r = bf16[6,96,32]{2,1,0} parameter(1)
+  ROOT %dot.1 = bf16[6,64,96]{2,1,0} dot(%l, %r), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, \
+rhs_contracting_dims={2}
+}
+
+%body (state: (s32[], f32[64,768])) -> (s32[], f32[64,768]) {
+  %state = (s32[], f32[64,768]{1,0}) parameter(0)
+  %x = f32[64,768]{1,0} get-tuple-element(%state), index=1
+  %loop_add_fusion = f32[64,768]{1,0} fusion(%x), kind=kLoop, calls=%fused_add, metadata={op_name="jit(step)/add"}, \
+backend_config={"reification_cost":[{"end_to_end_cycles":1,"exec_time_us":7,"compute_time_us":1,\
+"memory_access_time_us":6,"name":""},{"end_to_end_cycles":0,"exec_time_us":99,"compute_time_us":0,\
+"memory_access_time_us":0,"name":"sol"}],"device_type":"DEVICE_TYPE_INVALID"}
+  %i = s32[] get-tuple-element(%state), index=0
+  ROOT %made = (s32[], f32[64,768]{1,0}) tuple(%i, %loop_add_fusion)
+}
+
+%condition (state.1: (s32[], f32[64,768])) -> pred[] {
+  %state.1 = (s32[], f32[64,768]{1,0}) parameter(0)
+  ROOT %less = pred[] constant(true)
+}
+
+ENTRY %main (a: bf16[64,768], b: bf16[768,3072], l.1: bf16[6,64,32], r.1: bf16[6,96,32]) -> f32[] {
+  %a = bf16[64,768]{1,0} parameter(0)
+  %b = bf16[768,3072]{1,0} parameter(1)
+  %l.1 = bf16[6,64,32]{2,1,0} parameter(2)
+  %r.1 = bf16[6,96,32]{2,1,0} parameter(3)
+  %q = bf16[4,512,12,64]{3,2,1,0} parameter(4)
+  %tuple.1 = (s32[], f32[64,768]{1,0}) tuple(%a, %b)
+  %while.1 = (s32[], f32[64,768]{1,0}) while(%tuple.1), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"3"},"reification_cost":[],"device_type":"DEVICE_TYPE_INVALID"}
+  %product = (f32[64,3072]{1,0}, s8[33554432]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],\
+"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]},"lhs_stride":"49152"},\
+"reification_cost":[{"exec_time_us":13929,"compute_time_us":0,"memory_access_time_us":0,"name":"sol"}]}
+  %gemm_fusion_dot = bf16[6,64,96]{2,1,0} fusion(%l.1, %r.1), kind=kCustom, calls=%gemm_fusion_dot_computation, \
+backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"},"reification_cost":[{"exec_time_us":4625,\
+"compute_time_us":4621,"memory_access_time_us":76,"name":""}]}
+  %softmax = f32[64,768]{1,0} fusion(%a), kind=kCustom, calls=%fused_add, \
+backend_config={"fusion_backend_config":{"kind":"__triton"},"reification_cost":[{"exec_time_us":5636963852,\
+"compute_time_us":3425165115,"memory_access_time_us":5465705596,"name":""},{"exec_time_us":5,"compute_time_us":2,\
+"memory_access_time_us":4,"name":"indexing-cost-model"}]}
+  %attention = (bf16[4,12,512,64]{3,1,2,0}, f32[4,12,512]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmax", operand_layout_constraints={bf16[4,512,12,64]{3,2,1,0}, \
+bf16[4,504,12,64]{3,2,1,0}, bf16[4,504,12,64]{3,2,1,0}}, backend_config={"cudnn_fmha_backend_config": {\
+"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["4", "12", "512", "504"], "tuple_shapes": []}}}
+  %sort.1 = f32[64,3072]{1,0} sort(%product), dimensions={1}
+  ROOT %copy.1 = f32[] copy(%sort.1)
+}
+"""
+
+
+def test_for_gpus_each_fusion_counts_by_the_model_made_for_it_and_products_by_arithmetic_or_bytes():
+    made = estimate(GPU_PROGRAM, H100)
+    assert [(line.count, line.seconds, line.memory_seconds) for line in made.lines] == [
+        (3, pytest.approx(7e-6), pytest.approx(6e-6)),
+        (1, pytest.approx(5e-6), pytest.approx(4e-6)),
+    ]
+    plain, batched = made.products
+    assert plain.product_flops == 2 * 64 * 768 * 3072 and batched.product_flops == 2 * 6 * 64 * 96 * 32
+    assert plain.hbm_bytes == 2 * 64 * 768 + 2 * 768 * 3072 + 4 * 64 * 3072
+    assert plain.seconds == plain.memory_seconds == plain.hbm_bytes / H100.bytes_per_second
+    slow = H100._replace(product_fraction=0.01)
+    assert estimate(GPU_PROGRAM, slow).products[0].seconds == plain.product_flops / (0.01 * 989e12)
+    assert made.seconds == pytest.approx(26e-6 + plain.seconds + batched.seconds)
+    assert [line.instruction.name for line in made.unestimated] == ["sort.1"]
+
+
+def test_cudnn_attention_counts_its_products_and_its_bytes():
+    (line,) = estimate(GPU_PROGRAM, H100).kernels
+    products = 2 * 2 * (4 * 12 * 512 * 504 * 64)
+    assert kernel_flops(line) == products
+    moved = num_bytes("bf16[4,512,12,64]") * 4 + 4 * 4 * 12 * 512
+    assert kernel_times(line, H100, 0.4, {}) == (products / (0.4 * 989e12), moved / H100.bytes_per_second, None)
+    backward = GPU_PROGRAM.replace("fmhaSoftmax", "fmhaSoftmaxBackward")
+    assert kernel_flops(estimate(backward, H100).kernels[0]) == products * 5 // 2
+
+
+def test_hardware_that_cannot_be_compiled_for_is_an_error_that_says_what_can(monkeypatch):
+    with pytest.raises(ValueError, match="begin with a known gpu: got v5e, known are h100"):
+        devices("gpu", "v5e:2x2")
+    monkeypatch.setattr("targets.is_installed", lambda platform: False)
+    with pytest.raises(ValueError, match="takes no gpu, but its compiler: pip install jax-cuda12-plugin"):
+        devices("gpu", "h100:1x1x1")
+
+
+@pytest.mark.skipif(not is_installed("gpu"), reason="needs jax-cuda12-plugin, jax-cuda12-pjrt, nvidia-cuda-nvcc-cu12")
+def test_a_step_compiled_for_a_gpu_is_estimated_whole():
+    from bench_compile import compile_step
+    from bench_step import masked_rows
+
+    from flax_encoder.config import MeshConfig
+    from flax_encoder.training.sharding import make_mesh
+
+    config = EncoderConfig(
+        vocab_size=1024, num_layers=2, embed_dim=128, num_heads=2, mlp_dim=512, max_length=64, dtype="bfloat16"
+    )
+    mesh = make_mesh(MeshConfig(1, 1, 1), devices("gpu", "h100:1x1x1"))
+    batch = masked_rows(config, 8, 64, 0.15, 0)
+    compiled = compile_step(config, batch, mesh, "gpu")
+    made = estimate(compiled.as_text(), H100)
+    flops = sum(line.count * line.product_flops for line in made.products)
+    model_flops = step_flops(config, batch["segment_ids"], batch["targets"].size)
+    assert model_flops <= flops < 1.5 * model_flops
+    assert made.lines and all(0 < line.seconds < 1e-3 for line in made.lines + made.products)
+    assert report(compiled, H100, 0.4, {})["step_seconds"] > model_flops / H100.peak_flops
+    assert {line.instruction.opcode for line in made.unestimated} <= {"copy"}
 
 
 @pytest.mark.parametrize("window", [None, 0, 3, 40])
