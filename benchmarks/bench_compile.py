@@ -11,8 +11,8 @@ not estimate, each at the longest of its products over a fraction of the chip's 
 on TPUs the bundles of instructions that the compiler made of them (benchmarks/estimate.py). All parts are shown.
 
 For an H100 the compiler estimates elementwise work and sums, mostly as bytes over the data sheet's bandwidth; matrix
-products are cuBLAS's, at 0.6 of the peak. There is no GPU to time kernels on and choose, and nothing is counted between
-kernels, so the figures say more about two programs beside one another than about the time on a clock.
+products count at 0.6 of the peak, or their bytes. There is no GPU to time kernels on and choose (--products), and
+nothing is counted between kernels, so the figures say more about two programs beside one another than about the clock.
 
 --peer flax is transformers' FlaxBert with the same AdamW, dropout and dtype, its labels at every position, compiled
 for the same chip and read by the same reader. --top N lists the costliest operations of our side.
@@ -28,7 +28,7 @@ from typing import Any
 
 from estimate import costliest, report
 from schedules import dump_schedules, kernel_cycles
-from targets import CHIPS, COMPILER_OPTIONS, TOPOLOGIES, WITHOUT_ACCELERATOR, devices
+from targets import CHIPS, TOPOLOGIES, WITHOUT_ACCELERATOR, compiler_options, devices
 
 os.environ |= WITHOUT_ACCELERATOR
 
@@ -56,7 +56,9 @@ HERE = pathlib.Path(__file__).parent
 KERNEL_FRACTION = 0.4
 
 
-def compile_step(config: EncoderConfig, batch: dict[str, Any], mesh: jax.sharding.Mesh, platform: str) -> Any:
+def compile_step(
+    config: EncoderConfig, batch: dict[str, Any], mesh: jax.sharding.Mesh, platform: str, products: str | None
+) -> Any:
     """The library's own step, compiled for the mesh's devices from shapes alone."""
 
     def make_model():
@@ -73,10 +75,9 @@ def compile_step(config: EncoderConfig, batch: dict[str, Any], mesh: jax.shardin
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     rows = NamedSharding(mesh, BATCH_SPEC)
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for k, x in batch.items()}
+    options = compiler_options(platform, products)
     with jax.set_mesh(mesh), platform_for_tracing(platform):
-        return (
-            make_train_step(graphdef, tx, shardings=shardings).lower(state, batch).compile(COMPILER_OPTIONS[platform])
-        )
+        return make_train_step(graphdef, tx, shardings=shardings).lower(state, batch).compile(options)
 
 
 def compile_peer(asked, config: EncoderConfig) -> dict[str, Any]:
@@ -87,6 +88,7 @@ def compile_peer(asked, config: EncoderConfig) -> dict[str, Any]:
         "dtype": asked.dtype,
         "platform": asked.platform,
         "topology": asked.topology,
+        "products": asked.products,
         "learning_rate": ADAMW.learning_rate,
         "betas": [ADAMW.b1, ADAMW.b2],
         "epsilon": ADAMW.epsilon,
@@ -115,6 +117,12 @@ def main() -> None:
         "--kernel-fraction", type=float, default=KERNEL_FRACTION, help=f"of peak (default {KERNEL_FRACTION})"
     )
     arguments.add_argument(
+        "--products",
+        choices=("cublas", "triton"),
+        help="on a GPU, who makes the matrix products: a library, or the compiler with what surrounds them fused in; "
+        "a run would time both for each (default cublas)",
+    )
+    arguments.add_argument(
         "--document", type=int, metavar="N", help="rows are packed with documents of N tokens (default: one a row)"
     )
     arguments.add_argument("--peer", choices=("flax", "none"), default="none")
@@ -124,6 +132,9 @@ def main() -> None:
     asked = arguments.parse_args()
     if (asked.peer == "none") != (asked.peer_python is None):
         raise SystemExit("a peer runs in its own environment: give --peer and --peer-python together, or neither.")
+    if asked.products and asked.platform != "gpu":
+        raise SystemExit(f"--products is for GPUs, where there is a choice: got {asked.products} for {asked.platform}.")
+    asked.products = asked.products or ("cublas" if asked.platform == "gpu" else None)
     asked.topology = asked.topology or TOPOLOGIES[asked.platform]
     own, config = configs(asked)
     dumped = tempfile.TemporaryDirectory()
@@ -153,7 +164,7 @@ def main() -> None:
     say(f"compiling {asked.model}, {asked.batch} x {asked.length}, {asked.dtype}, for {chip_name}")
     began = time.perf_counter()
     try:
-        compiled = compile_step(config, batch, mesh, asked.platform)
+        compiled = compile_step(config, batch, mesh, asked.platform, asked.products)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise SystemExit(f"the step does not fit the chip: {str(error).splitlines()[0]}") from None
@@ -187,7 +198,7 @@ def _rows(sides: dict[str, dict[str, Any]], platform: str) -> list[dict[str, Any
         "step ms, estimated": ("step_seconds", 1e3),
         "... the compiler's part": ("compiler_seconds", 1e3),
         "...... of it for memory alone": ("compiler_memory_seconds", 1e3, "gpu"),
-        "... cuBLAS's part, at the fraction of peak": ("product_seconds", 1e3, "gpu"),
+        "... the products' part, at the fraction of peak": ("product_seconds", 1e3, "gpu"),
         "...... of it for bytes alone": ("product_memory_seconds", 1e3, "gpu"),
         "... the attention kernels' part": ("kernel_seconds", 1e3),
         "...... for products over the fraction of peak": ("kernel_product_seconds", 1e3),
@@ -215,7 +226,7 @@ def _print_notes(result: dict[str, Any], sides: dict[str, Any]) -> None:
     print(f"; step {result['step_ratio']:.2f} of the peer's" if "step_ratio" in result else "")
     asked = result["header"]
     print(f"fractions of peak: attention kernels {asked['kernel_fraction']}", end="")
-    print(f", cuBLAS {CHIPS[asked['topology'].split(':')[0]].product_fraction}" if asked["platform"] == "gpu" else "")
+    print(f", products {CHIPS[asked['topology'].split(':')[0]].product_fraction}" if asked["platform"] == "gpu" else "")
     for name, side in sides.items():
         if side["kernels_without_schedule"]:
             print(f"WARNING: {name}: {side['kernels_without_schedule']} kernels without a schedule that could be read")

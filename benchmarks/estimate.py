@@ -8,7 +8,7 @@ For TPUs the compiler writes "estimated_cycles" beside most instructions, matrix
 For GPUs it writes "reification_cost" beside fusions, one entry a model. Its model of a fusion's tiles
 ("indexing-cost-model") is read for those that Triton makes, which the general one, without a name, gives hours; the
 general one for all others. Both are chiefly the bytes at HBM's bandwidth, plus arithmetic that they hide but in part,
-and which they put high: the part that is memory's is shown beside. A matrix product of cuBLAS counts at the longer of
+and which they put high: the part that is memory's is shown beside. A matrix product counts at the longer of
 its arithmetic over the chip's `product_fraction` of peak and its bytes over the bandwidth: the compiler's own estimate
 of it ("sol") is from a table of measurements, but some fifty times too long where a result of bfloat16 operands is
 float32, whose sizes it counts in bytes. Between kernels nothing is counted.
@@ -63,7 +63,7 @@ class Instruction(NamedTuple):
 
     @property
     def is_library_product(self) -> bool:
-        """Whether it is a matrix product of cuBLAS, or one of Triton's that stands for it until it is timed."""
+        """Whether it is a matrix product of cuBLAS or, with what surrounds it, of Triton; on TPUs all are fusions."""
         target = self.custom_call_target or ""
         return target.startswith(CUBLAS_TARGET) or re.search(r'"kind":"__triton\w*gemm', self.rest) is not None
 

@@ -11,7 +11,7 @@ import sys
 import time
 
 from estimate import report
-from targets import CHIPS, COMPILER_OPTIONS, WITHOUT_ACCELERATOR, devices
+from targets import CHIPS, WITHOUT_ACCELERATOR, compiler_options, devices
 
 os.environ |= WITHOUT_ACCELERATOR
 
@@ -56,8 +56,9 @@ ids = jax.ShapeDtypeStruct(shape, jnp.int32)
 names = ("input_ids", "attention_mask", "labels")
 arguments = params, jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((), jnp.int32), dict.fromkeys(names, ids)
 arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+options = compiler_options(spec["platform"], spec["products"])
 began = time.perf_counter()
-compiled = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile(COMPILER_OPTIONS[spec["platform"]])
+compiled = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile(options)
 seconds = time.perf_counter() - began
 answer = report(compiled, CHIPS[spec["topology"].split(":")[0]], spec["kernel_fraction"], {}) | {
     "compile_seconds": seconds,

@@ -33,17 +33,6 @@ WITHOUT_ACCELERATOR = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-# Without a GPU nothing can be timed to choose kernels by. The compiler's own products would then keep tiles of 16 x 8,
-# which no run would choose, so all products are cuBLAS's, which runs choose for most large ones. The last option has it
-# write what it expects of each fusion.
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-    "tpu": {},
-    "gpu": {
-        "xla_gpu_autotune_level": 0,
-        "xla_gpu_enable_triton_gemm": False,
-        "xla_gpu_collect_cost_model_stats": True,
-    },
-}
 PACKAGES = {
     "tpu": "pip install libtpu",
     "gpu": "pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12, the first two of jax's own version; "
@@ -70,10 +59,25 @@ GPU_TARGETS = {
 }
 
 
-def devices(platform: str, topology: str) -> list[Any]:
-    """Devices to compile for, with COMPILER_OPTIONS.
+def compiler_options(platform: str, products: str | None) -> dict[str, Any]:
+    """For `jax.stages.Lowered.compile`, so that the text has what estimate.py reads.
 
-    The compiler is loaded, so what it reads from the environment must be there.
+    Args:
+      products: on a GPU a run times, for each matrix product, cuBLAS against kernels of the compiler's own, into which
+        it takes elementwise work around the product. Nothing can be timed here, so all are "cublas"'s or "triton"'s,
+        the latter with tiles that no run would choose. None on a TPU.
+    """
+    if platform == "tpu":
+        return {}
+    return {
+        "xla_gpu_autotune_level": 0,
+        "xla_gpu_enable_triton_gemm": products == "triton",
+        "xla_gpu_collect_cost_model_stats": True,
+    }
+
+
+def devices(platform: str, topology: str) -> list[Any]:
+    """Devices to compile for; the compiler is loaded, so what it reads from the environment must be there.
 
     Args:
       topology: a chip's name, a colon and its layout: "v5e:2x2" is four chips, "h100:1x1x4" four GPUs of one process.

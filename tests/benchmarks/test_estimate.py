@@ -342,7 +342,7 @@ def test_a_step_compiled_for_a_gpu_is_estimated_whole():
     )
     mesh = make_mesh(MeshConfig(1, 1, 1), devices("gpu", "h100:1x1x1"))
     batch = masked_rows(config, 8, 64, 0.15, 0)
-    compiled = compile_step(config, batch, mesh, "gpu")
+    compiled = compile_step(config, batch, mesh, "gpu", "cublas")
     made = estimate(compiled.as_text(), H100)
     flops = sum(line.count * line.product_flops for line in made.products)
     model_flops = step_flops(config, batch["segment_ids"], batch["targets"].size)
