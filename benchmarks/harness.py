@@ -127,6 +127,8 @@ def show(result: dict[str, Any], rows: list[dict[str, Any]], as_json: bool) -> N
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
         table.add_row(*(_cell(row[name]) for name in rows[0]))
+    # A table that is wider than the terminal, or than a pipe's 80 columns, wraps; cut off it would be of no use.
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)
 
 

@@ -17,6 +17,7 @@ from flax_encoder.training.transformations import (
     scale_by_muon,
     scale_by_soap,
     scale_by_stable_adam,
+    scale_by_trust_ratio,
     schedule_free,
 )
 
@@ -76,7 +77,7 @@ def _by_name(config: OptimizerConfig, share: Any, axes: Any, is_decayed: Any) ->
         return optax.chain(stable, descend)
     if config.name == "lamb":
         # What does not decay has no trust ratio, as in the authors' code: biases start at zero, and would stay near it.
-        ratio = optax.masked(each_parameter(optax.scale_by_trust_ratio(), axes), is_decayed)
+        ratio = optax.masked(scale_by_trust_ratio(axes), is_decayed)
         return optax.chain(adam, decay, ratio, descend)
     if config.name == "lion":
         return optax.chain(optax.scale_by_lion(config.b1, config.b2), decay, descend)

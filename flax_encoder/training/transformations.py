@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.ops.linear import linear
@@ -113,6 +114,23 @@ def clip_by_global_norm(norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
+def scale_by_trust_ratio(axes: Any) -> optax.GradientTransformation:
+    """LAMB's last step (You et al., arXiv 1904.00962, algorithm 2): each parameter's update takes that one's norm.
+
+    Where either norm is 0 the update stays as it is. (Optax's sums are slow on CPUs.)
+    """
+
+    def update(updates, state, params=None):
+        def one(u, p, names):
+            of_params, of_updates = (jnp.sqrt(sum_over(jnp.square(x), _own_axes(names))) for x in (p, u))
+            is_zero = (of_params == 0) | (of_updates == 0)
+            return u * jnp.where(is_zero, 1.0, of_params / jnp.where(is_zero, 1.0, of_updates))
+
+        return jax.tree.map(one, updates, params, like(params, axes)), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
 def scale_by_stable_adam(
     b1: float, b2: float, eps: float, weight_decay: float, mask: Callable[[Any], Any], axes: Any
 ) -> optax.GradientTransformation:
@@ -177,7 +195,9 @@ def orthogonalized(x: Float[Array, "S m n"], eps: float, dtype: str = "float32")
         return orthogonalized(x.mT, eps, dtype).mT
     if platform() != "cpu":
         return jax.vmap(one)(x)
-    # XLA:CPU takes its quick path for bfloat16 only with plain matrices (ops/linear.py).
+    # XLA:CPU takes its quick path for bfloat16 only with plain matrices (ops/linear.py), and what was transposed is
+    # otherwise transposed again for each product.
+    x = with_layout_constraint(x, Layout((0, 1, 2)))
     return jax.lax.scan(lambda _, matrix: (None, one(matrix)), None, x, unroll=min(len(x), 4))[1]
 
 
