@@ -41,25 +41,27 @@ def kernel_cycles(folder: pathlib.Path, segment_ids: Any = None) -> dict[str, in
     """By instruction, the bundles that it runs through, where it has no more than one loop (a kernel's is its grid).
 
     Waits for memory are not in it. What a kernel skips but for the first or the last of a row's blocks counts once in
-    as many turns as its name states blocks ("in_8_blocks"), and what it does by a row's documents (`stretch_shares`) as
-    often as those of `segment_ids` [B T] ask for it; other regions that are skipped in some turns count in all.
+    as many turns as its name states blocks ("in_8_blocks_of_6_groups"), what it does for the first group of heads alone
+    once in as many groups too, and what it does by a row's documents (`stretch_shares`) as often as those of
+    `segment_ids` [B T] ask for it; other regions that are skipped in some turns count in all.
     """
     found = {}
     for path in folder.glob("*-final_bundles.txt"):
         name = re.match(r"\d+-(.*)-\d+-", path.name)[1]
         if any(kernel in name for kernel in KERNEL_PRODUCTS) and "schedule-analysis" not in path.name:
-            blocks = re.search(r"_in_(\d+)_blocks", name)
+            cut = re.search(r"_in_(\d+)_blocks_of_(\d+)_groups", name)
             shares = tuple(stretch_shares(name, segment_ids).values())
-            found[name] = bundle_cycles(path.read_text(), int(blocks[1]) if blocks else 1, shares)
+            found[name] = bundle_cycles(path.read_text(), *map(int, cut.groups() if cut else (1, 1)), shares)
     return {name: cycles for name, cycles in found.items() if cycles is not None}
 
 
-def bundle_cycles(schedule: str, blocks: int = 1, shares: tuple[float, ...] = ()) -> int | None:
+def bundle_cycles(schedule: str, blocks: int = 1, groups: int = 1, shares: tuple[float, ...] = ()) -> int | None:
     """Of a schedule as text; None if it has loops within loops.
 
     Branches around a part of what the kernel itself does, the longest stretch that a branch goes around, are taken but
-    once in `blocks` turns. With `shares` the first and perhaps the last of them are; those between are alternatives, as
-    many for each part of the queries as there are shares, of which each is taken in its share of all turns.
+    once in `blocks` turns, the first in `blocks` x `groups`. With `shares` those after the first, or the first two
+    where there are groups, are alternatives up to perhaps the last, as many for each part of the queries as there are
+    shares, of which each is taken in its share of all turns.
     """
     # `0x1f LB: > { ... }` is a bundle within one loop; what follows it may go on for lines.
     bundles = re.findall(r"^ *(?:0x[0-9a-f]+|0) +(?:\w\w)?: (?:(?!^ *0x).*\n?)*", schedule, re.M)
@@ -78,10 +80,13 @@ def bundle_cycles(schedule: str, blocks: int = 1, shares: tuple[float, ...] = ()
         if s is not body and s and s[0] in body and s[-1] in body and not (branches and s[0] in branches[-1]):
             branches.append(s)
     taken = [1 / blocks] * len(branches)
+    taken[:1] = [1 / (blocks * groups)] * len(taken[:1])
     if shares:
         alternatives = (len(branches) - 1) // len(shares) * len(shares)
-        if len(branches) - alternatives not in (1, 2):
+        others = len(branches) - alternatives
+        if others > (2 if groups == 1 else 3):
             return None
-        taken[1 : 1 + alternatives] = shares * (alternatives // len(shares))
+        first = 1 if groups == 1 else min(others, 2)
+        taken[first : first + alternatives] = shares * (alternatives // len(shares))
     skipped = sum((1 - often) * sum(depths[i] == 1 for i in s) for s, often in zip(branches, taken, strict=True))
     return depths.count(0) + round((depths.count(1) - skipped) * (turns[0] if turns else 0))

@@ -180,6 +180,7 @@ def test_what_a_kernel_does_for_some_blocks_counts_for_those():
     """The two bundles of region 49 within the body, not those of region 8, which brings blocks in."""
     assert bundle_cycles(BRANCHES) == 1 + 40 * 12
     assert bundle_cycles(BRANCHES, blocks=8) == 1 + 40 * 10 + 40 // 8 * 2
+    assert bundle_cycles(BRANCHES, blocks=4, groups=5) == 1 + 40 * 10 + 40 // 20 * 2
 
 
 # A kernel's body of eight bundles: two for a row's first block, then one or three by the keys of the documents.
@@ -201,8 +202,14 @@ ALTERNATIVES = """\
 
 
 def test_what_a_kernel_does_by_documents_counts_as_often_as_they_ask_for_it():
-    assert bundle_cycles(ALTERNATIVES, 4, (0.25, 0.75)) == 1 + 6 * 40 + round(40 * (2 / 4 + 0.25 * 1 + 0.75 * 3))
-    assert bundle_cycles(ALTERNATIVES, 4, (0.25, 0.25, 0.25, 0.25)) is None
+    assert bundle_cycles(ALTERNATIVES, 4, shares=(0.25, 0.75)) == 1 + 6 * 40 + round(40 * (2 / 4 + 0.25 * 1 + 0.75 * 3))
+    assert bundle_cycles(ALTERNATIVES, 4, shares=(0.25, 0.25, 0.25, 0.25)) is None
+    # A branch of one bundle for the first group of heads, one of two for the first block of each.
+    first = "0x2   : > { %5 = sbr.rel (%p5) target = $region19 }\n   0x2   : > { %s2 = sadd.s32 1, %s3 }\n   "
+    grouped = ALTERNATIVES.replace("0x2   :", f"{first}0x2   :").replace("region20 }", "region20 } /* region 19 */", 1)
+    assert bundle_cycles(grouped, 4, 3, (0.25, 0.75)) == 1 + 7 * 40 + round(
+        40 * (1 / 12 + 2 / 4 + 0.25 * 1 + 0.75 * 3)
+    )
 
     name = "forward_kernel_of_128_by_256_512_pairs_in_4_blocks"
     halves = np.repeat([[1, 2]], 256, axis=1)

@@ -12,6 +12,7 @@ back as they go: outside, that would be four more passes over them.
 
 import functools
 import itertools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -113,6 +114,14 @@ def reach(query_segments, key_segments, queries: int, stretches: tuple[int, ...]
     return jnp.stack([jnp.minimum(first, T - sizes[which]), which], 2).astype(jnp.int32)
 
 
+def _groups_in_turn(rows: int) -> bool:
+    """Whether a row's groups of heads run one after another and can share what the first has made.
+
+    Chips with two cores share out the rows if there are several, and otherwise the groups.
+    """
+    return rows > 1
+
+
 def _call(kernel, plan: Plan, scalars, segments, tables, arrays, statistics, out_shape):
     """Run `kernel` over rows, groups of heads, and blocks of queries.
 
@@ -127,7 +136,7 @@ def _call(kernel, plan: Plan, scalars, segments, tables, arrays, statistics, out
     of_keys = pl.BlockSpec((1, T, width), lambda b, n, i, *_: (b, 0, n))
     statistic = pl.BlockSpec((1, width // plan.head_dim, 1, cut.span), lambda b, n, i, *_: (b, n, 0, i))
     table = pl.BlockSpec((1, T, unit), lambda b, n, i, *_: (b, 0, 0))
-    is_backward = kernel is _backward_kernel
+    is_backward, in_turn = kernel is _backward_kernel, _groups_in_turn(B)
     reaches, met = (), f"{T * cut.keys}_pairs"
     if cut.stretches:
         reaches = (reach(segments[0][:, 0], segments[1][:, 0], cut.queries, cut.stretches).reshape(-1),)
@@ -152,12 +161,12 @@ def _call(kernel, plan: Plan, scalars, segments, tables, arrays, statistics, out
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "arbitrary" if in_turn else "parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM_BYTES if T * unit * arrays[0].dtype.itemsize > _SMALL_BYTES else None,
         ),
         interpret=plan.is_interpreted,
         # Which benchmarks/schedules.py reads.
-        name=f"{kernel.__name__.strip('_')}_of_{met}_in_{T // cut.span}_blocks",
+        name=f"{kernel.__name__.strip('_')}_of_{met}_in_{T // cut.span}_blocks_of_{D // width if in_turn else 1}_groups",
     )(scalars, *reaches, *segments, *tables, *arrays, *statistics)
 
 
@@ -205,6 +214,8 @@ class _Program:
         self.units = [pl.ds(u, self.unit) for u in range(0, width, self.unit)]
         self.row = scalars_ref[2] + pl.program_id(0)
         self.head = scalars_ref[3] + pl.program_id(1) * (width // plan.head_dim)
+        # Of a row, one after the other: what is in hand at once goes from the registers to memory and back.
+        self.pieces = [pl.ds(i, LANES) for i in range(0, self.T, LANES)]
         cut = _cut(plan, self.T)
         self.is_whole_row = cut.span == self.T
         self.parts = []
@@ -224,19 +235,27 @@ class _Program:
                 start = pl.multiple_of(jnp.clip(start, 0, last), KEY_TILE)
             self.parts.append(part(pl.ds(start, cut.keys), None))
 
-    def at(self, block: int):
-        """A decorator for what is done in the row's first or last (-1) block."""
-        if self.is_whole_row:
-            return lambda do: do()
-        return pl.when(pl.program_id(2) == (block if block >= 0 else pl.num_programs(2) + block))
+    def at(self, block: int, group: int | None = None):
+        """A decorator for what is done in the row's first or last (-1) block, of one group of heads or of each."""
+        of_one = group is not None and _groups_in_turn(pl.num_programs(0))
+        places = [(2, block % pl.num_programs(2))] + [(1, group)] * of_one
+        conditions = [pl.program_id(axis) == at for axis, at in places if pl.num_programs(axis) > 1]
+        return pl.when(functools.reduce(operator.and_, conditions)) if conditions else lambda do: do()
 
     def begin(self, key_segments_ref, key_ref):
-        """What the blocks of a row share."""
-        # One column of the transpose of equal rows, since a vector cannot be turned by itself.
-        self.column_ref[...] = jnp.broadcast_to(key_segments_ref[0], (LANES, self.T)).T
+        """What all programs of a row share, and then those of a group of heads."""
+
+        @self.at(0, group=0)
+        def _segments():
+            # One column of the transpose of equal rows, since a vector cannot be turned by itself.
+            self.column_ref[...] = jnp.broadcast_to(key_segments_ref[0], (LANES, self.T)).T
+
         if self.table_refs:
-            for lanes in self.units:
-                self.key_ref[:, lanes] = self.turned(key_ref[0, :, lanes], pl.ds(0, self.T))
+
+            @self.at(0)
+            def _keys():
+                for lanes, places in itertools.product(self.units, self.pieces):
+                    self.key_ref[places, lanes] = self.turned(key_ref[0, places, lanes], places)
 
     def keys(self, part: _Part, lanes):
         return self.key_ref[part.keys, lanes] if self.table_refs else self.key_ref[0, part.keys, lanes]
@@ -298,7 +317,7 @@ def _forward_kernel(plan, num_reaches, scalars_ref, *refs):
     table_refs, refs = (refs[:2], refs[2:]) if len(refs) > 6 else ((), (*refs, None))
     query_ref, key_ref, value_ref, out_ref, log_total_ref, column_ref, turned_ref = refs
     program = _Program(plan, scalars_ref, reach_ref, query_segments_ref, table_refs, key_ref, column_ref, turned_ref)
-    program.at(0)(lambda: program.begin(key_segments_ref, key_ref))
+    program.begin(key_segments_ref, key_ref)
 
     @program.each
     def _visit(part, mask, u, lanes):
@@ -324,9 +343,10 @@ def _backward_kernel(plan, num_reaches, scalars_ref, *refs):
     column_ref, turned_ref, d_key_ref, d_value_ref = refs[9:]
     program = _Program(plan, scalars_ref, reach_ref, query_segments_ref, table_refs, key_ref, column_ref, turned_ref)
 
+    program.begin(key_segments_ref, key_ref)
+
     @program.at(0)
-    def _begin():
-        program.begin(key_segments_ref, key_ref)
+    def _zeros():
         for ref in (d_key_ref, d_value_ref):
             ref[...] = jnp.zeros_like(ref)
 
@@ -358,7 +378,7 @@ def _backward_kernel(plan, num_reaches, scalars_ref, *refs):
 
     @program.at(-1)
     def _end():
-        for lanes in program.units:
-            d_key = program.turned(plan.scale * d_key_ref[:, lanes], pl.ds(0, program.T), -1)
-            dk_ref[0, :, lanes] = d_key.astype(dk_ref.dtype)
-            dv_ref[0, :, lanes] = d_value_ref[:, lanes].astype(dv_ref.dtype)
+        for lanes, places in itertools.product(program.units, program.pieces):
+            d_key = program.turned(plan.scale * d_key_ref[places, lanes], places, -1)
+            dk_ref[0, places, lanes] = d_key.astype(dk_ref.dtype)
+            dv_ref[0, places, lanes] = d_value_ref[places, lanes].astype(dv_ref.dtype)
