@@ -141,6 +141,8 @@ def _call(kernel, plan: Plan, scalars, segments, tables, arrays, statistics, out
     if cut.stretches:
         reaches = (reach(segments[0][:, 0], segments[1][:, 0], cut.queries, cut.stretches).reshape(-1),)
         met = f"{cut.queries}_by_{'_'.join(map(str, cut.stretches))}_pairs"
+    # Which benchmarks/schedules.py reads.
+    cuts = f"of_{met}_in_{T // cut.span}_blocks_of_{D // width if in_turn else 1}_groups"
     scratch = [pltpu.VMEM((T, LANES), jnp.int32)]
     scratch += [pltpu.VMEM((T, width), arrays[1].dtype)] * bool(tables)
     scratch += [pltpu.VMEM((T, width), jnp.float32)] * (2 * is_backward)
@@ -165,8 +167,7 @@ def _call(kernel, plan: Plan, scalars, segments, tables, arrays, statistics, out
             vmem_limit_bytes=_VMEM_BYTES if T * unit * arrays[0].dtype.itemsize > _SMALL_BYTES else None,
         ),
         interpret=plan.is_interpreted,
-        # Which benchmarks/schedules.py reads.
-        name=f"{kernel.__name__.strip('_')}_of_{met}_in_{T // cut.span}_blocks_of_{D // width if in_turn else 1}_groups",
+        name=f"{kernel.__name__.strip('_')}_{cuts}",
     )(scalars, *reaches, *segments, *tables, *arrays, *statistics)
 
 
