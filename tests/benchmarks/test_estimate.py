@@ -1,20 +1,13 @@
 """What the compile benchmark adds up: a program's text, and model FLOPs."""
 
-import pathlib
-import sys
-
 import numpy as np
 import pytest
-
-from flax_encoder.config import EncoderConfig
-
-# Benchmarks are scripts, which import one another from their own folder.
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
-
 from estimate import costliest, estimate, kernel_flops, kernel_times, num_bytes, report
 from flops import step_flops, visible_pairs
 from schedules import bundle_cycles, stretch_shares
 from targets import CHIPS, devices, is_installed
+
+from flax_encoder.config import EncoderConfig
 
 V5E, H100 = CHIPS["v5e"], CHIPS["h100"]
 
