@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 
 from benchmarks.cases import ATTENTION_CASES
-from flax_encoder.ops.attention import CHOICES, IMPLEMENTATIONS, _choose, attention, rows_kernel
+from flax_encoder.ops.attention import CHOICES, IMPLEMENTATIONS, _choose, attention, cudnn, rows_kernel
 from flax_encoder.ops.attention.problem import Problem
 from flax_encoder.ops.platform import platform_for_tracing
 from flax_encoder.ops.position import rope_tables
@@ -76,6 +76,60 @@ def test_kernels_and_gradients_equal_the_reference(implementation, case):
         assert g.dtype == dtype, name
         # Probabilities and their gradients are rounded to the operands' dtype before the second products.
         assert_close(g, w, dtype, terms=T if dtype == jnp.float32 else 4)
+
+
+CUDNN_CASES = {
+    "one document a row": {"segment_ids": None},
+    "segments": {},
+    "lengths": {"segment_ids": None, "lengths": jnp.asarray([T // 2, T], jnp.int32)},
+    "lengths and one-sided window": {"segment_ids": None, "lengths": jnp.asarray([0, 99], jnp.int32), "window": (9, 0)},
+    "segments and window": {"window": (70, 3)},
+    "segments and one-sided window": {"window": (20, 0)},
+    "one-sided window": {"segment_ids": None, "window": (20, 0)},
+    "window": {"segment_ids": None, "window": (0, 20)},
+    "bias": {"segment_ids": None, "bias": (1, N)},
+    "segments and bias": {"bias": (B, 1)},
+    "grouped heads and rope": {"heads": (4, 2, 64), "rope": True},
+}
+
+
+@pytest.fixture
+def plain_cudnn(monkeypatch):
+    """JAX's own plain version of the same call; cuDNN itself needs a GPU."""
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.parametrize("case", CUDNN_CASES)
+def test_what_cudnn_is_asked_is_the_reference(case, plain_cudnn):
+    arrays, _, options = problem_of({"dtype": jnp.bfloat16, **CUDNN_CASES[case]})
+    bias = draw((*options.pop("bias"), T, T), dtype=jnp.bfloat16)[0] if "bias" in options else None
+
+    def passes(implementation, bias, *arrays):
+        def call(bias, *qkv):
+            return attention(*qkv, bias=bias, implementation=implementation, **options)
+
+        out, vjp = jax.vjp(call, bias, *arrays[:3])
+        return out, *jax.tree.leaves(vjp(arrays[3]))
+
+    want = passes("reference", *jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (bias, *arrays)))
+    with platform_for_tracing("gpu"):
+        got = passes("cudnn", *jax.tree.map(jnp.asarray, (bias, *arrays)))
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == jnp.bfloat16
+        assert_close(g, w, jnp.bfloat16, terms=4)
+
+
+def test_documents_do_not_meet_in_what_cudnn_is_asked(plain_cudnn):
+    arrays, _, options = problem_of({"dtype": jnp.bfloat16})
+    mine = (SEGMENTS == 2)[..., None, None]
+    mixed = [np.where(mine, a, 1000 * o) for a, o in zip(arrays, draw(*(x.shape for x in arrays), seed=1), strict=True)]
+    with platform_for_tracing("gpu"):
+        both = [out_and_gradients("cudnn", [x.astype(jnp.bfloat16) for x in a], **options) for a in (arrays, mixed)]
+    for before, after in zip(*both, strict=True):
+        np.testing.assert_array_equal(np.asarray(before)[SEGMENTS == 2], np.asarray(after)[SEGMENTS == 2])
+        assert (np.asarray(after)[SEGMENTS == 0] == 0).all()
 
 
 def in_stretches(monkeypatch):
@@ -204,8 +258,7 @@ REFUSALS = [
     ("cudnn", "tpu", {}, "for NVIDIA GPUs: got tpu"),
     ("cudnn", "gpu", {"dtype": jnp.float32}, "bfloat16 or float16: got float32"),
     ("cudnn", "gpu", {"heads": (2, 2, 20)}, "multiple of 8 and at most 128: got 20"),
-    ("cudnn", "gpu", {"query_segments": ONES, "key_segments": ONES}, "one document: got segment_ids"),
-    ("cudnn", "gpu", {"window": (3, 1)}, r"the right is 0, over as many keys as queries: got \(3, 1\)"),
+    ("cudnn", "gpu", {"T": 31, "window": (3, 1)}, "even lengths: got 31 and 31"),
     ("cudnn", "gpu", {"bias": BIAS}, "query's dtype: got float32 for bfloat16"),
     ("cudnn", "gpu", {"dropout_words": WORDS, "dropout_rate": 0.1}, "a mask of its own: got 0.1"),
 ]
@@ -238,7 +291,8 @@ def test_a_refusal_names_the_implementation():
         ("tpu", {"T": 16384, "dropout_words": WORDS, "dropout_rate": 0.1}, "chunked"),
         ("tpu", {"bias": BIAS}, "reference"),
         ("gpu", {}, "cudnn"),
-        ("gpu", {"query_segments": ONES, "key_segments": ONES}, "reference"),
+        ("gpu", {"query_segments": ONES, "key_segments": ONES}, "cudnn"),
+        ("gpu", {"dropout_words": WORDS, "dropout_rate": 0.1}, "reference"),
         ("gpu", {"T": 2048, "dtype": jnp.float32}, "chunked"),
     ],
 )

@@ -56,6 +56,7 @@ def attention(
     *,
     segment_ids: Int[Array, "B T"] | None = None,
     key_segment_ids: Int[Array, "B S"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
     window: Window | None = None,
     rope: RopeTables | None = None,
     bias: Float[Array, "#B #N T S"] | None = None,
@@ -69,6 +70,8 @@ def attention(
     Args:
       segment_ids: each query's document in its row, 0 for padding. None is one document a row.
       key_segment_ids: each key's; None is segment_ids, for self-attention, where T = S.
+      lengths: instead of segment_ids, where each row is one document of so many tokens, and then padding, T = S: what a
+        backend may serve faster than documents in general.
       window: how many tokens to the (left, right) a query sees, in row indices. Python ints let a backend skip what
         lies outside; traced values cost as much as no window, where a backend takes them at all.
       rope: `rope_tables` of the positions, by which queries and keys are turned first, T = S; None leaves them.
@@ -91,6 +94,10 @@ def attention(
         raise ValueError(f"keys of their own need key_segment_ids beside segment_ids: got T {T}, S {S}.")
     if rope is not None and T != S:
         raise ValueError(f"rope turns queries and keys by the same positions: got T {T}, S {S}; turn them before.")
+    if lengths is not None:
+        if segment_ids is not None or key_segment_ids is not None or T != S:
+            raise ValueError(f"lengths stand for the segments of self-attention: got segments too, or T {T}, S {S}.")
+        segment_ids = (jnp.arange(T) < lengths[:, None]).astype(jnp.int32)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown attention implementation {implementation!r}; known are {', '.join(IMPLEMENTATIONS)}."
@@ -115,6 +122,7 @@ def attention(
         dropout_words(dropout_key) if is_dropped else None,
         N,
         rope=rope,
+        lengths=lengths,
     )
     name = implementation or _choose(problem)
     if refusal := IMPLEMENTATIONS[name].refusal(problem):

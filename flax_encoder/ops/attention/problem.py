@@ -37,6 +37,8 @@ class Problem(NamedTuple):
     """and this query head."""
     rope: RopeTables | None = None
     """By which queries and keys are yet to be turned."""
+    lengths: Int[Array, "B"] | None = None
+    """Tokens of each row, where a row is one document and then padding, as the segments then say too."""
 
     def turned(self) -> "Problem":
         if self.rope is None:
