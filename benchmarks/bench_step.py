@@ -1,4 +1,4 @@
-"""The training step, measured beside its peers: masked LM, AdamW, the same model, dropout and masked share.
+"""The training step, measured beside its peers: AdamW, the same model, dropout, objective and masked share.
 
     python benchmarks/bench_step.py --model bert_base --batch 16 --length 128 --dtype bfloat16 \\
         --peer torch --peer-python PYTHON_WITH_TORCH_AND_TRANSFORMERS
@@ -6,6 +6,7 @@
 Each side runs in a process of its own, by turns (ours, peer, ours, peer ...), on batches that are made beforehand.
 `--data full` has rows without padding; otherwise both read the same documents, ours packed into rows of --length, the
 peer padded to the longest of a batch of as many documents in random order. Tokens a second count real tokens only.
+--objective classification learns a label a document (with --data SOURCE, of the source's column `label`).
 --peer torch is transformers' PyTorch model with fused AdamW (bfloat16 by autocast); --peer flax its FlaxBert, up to
 transformers 4.57.6. MFU is model FLOPs (benchmarks/flops.py) over the matmul peak that is measured in the same run.
 """
@@ -29,10 +30,11 @@ from harness import header, matmul_peak, parser, say, show
 
 from flax_encoder.config import DataConfig, EncoderConfig, MaskingConfig, OptimizerConfig, RunConfig
 from flax_encoder.data.pipeline import open_data
+from flax_encoder.data.records import DataError
 from flax_encoder.families import FAMILIES, PRESETS, preset
 from flax_encoder.families.mapping import write_config
 from flax_encoder.nn.partition import round_up_vocab
-from flax_encoder.objectives import MaskedLM
+from flax_encoder.objectives import Classifier, MaskedLM
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.runtime import set_up_runtime
 from flax_encoder.training.sharding import logical_axes
@@ -100,10 +102,11 @@ def ours(folder: pathlib.Path) -> None:
     set_up_runtime()
     jax.config.update("jax_enable_compilation_cache", False)  # what it takes to compile is a result
     spec = json.loads((folder / "spec.json").read_text())
-    config = EncoderConfig(**spec["config"])
+    config, num_classes = EncoderConfig(**spec["config"]), spec["num_classes"]
 
     def make_model():
-        return MaskedLM(config, rngs=nnx.Rngs(0))
+        rngs = nnx.Rngs(0)
+        return MaskedLM(config, rngs=rngs) if num_classes is None else Classifier(config, num_classes, rngs=rngs)
 
     tx = make_optimizer(ADAMW, 10_000, logical_axes(make_model))
     graphdef, state, _ = init_train_state(make_model, tx)
@@ -143,14 +146,31 @@ def masked_rows(config: EncoderConfig, rows: int, length: int, rate: float, seed
     }
 
 
+def labelled_rows(config: EncoderConfig, rows: int, length: int, num_classes: int, seed: int) -> dict[str, np.ndarray]:
+    """A batch of rows without padding, each a document of random ids with a random label at its first token."""
+    rng, first = np.random.default_rng(seed), np.zeros((rows, 1), np.int32)
+    labels = {
+        "target_positions": first,
+        "targets": rng.integers(0, num_classes, first.shape, np.int32),
+        "target_weights": np.ones(first.shape, np.float32),
+    }
+    return masked_rows(config, rows, length, 0.0, seed) | labels
+
+
 def read_rows(asked, config: EncoderConfig, packing: str, batches: int) -> list[dict[str, np.ndarray]]:
     """Batches of text through the library's own input path; one document a row is what the peer gets."""
     source = "tfds:python_docs" if asked.data == "real" else asked.data
     data = DataConfig(source=source, row_length=asked.length, vocab_size=config.vocab_size, packing=packing)  # type: ignore[arg-type]
     masking = MaskingConfig(rate=asked.masked_rate)
     model = dataclasses.replace(config, max_length=max(config.max_length, asked.length))
-    run = RunConfig(model=model, data=data, masking=masking, batch_size=asked.batch, steps=batches, eval_batches=1)
-    train = open_data(run, progress=say).train
+    run = RunConfig(
+        model=model, data=data, masking=masking, batch_size=asked.batch, steps=batches, eval_batches=1,
+        objective=asked.objective,
+    )  # fmt: skip
+    try:
+        train = open_data(run, progress=say).train
+    except DataError as error:
+        raise SystemExit(f"--data: {error}") from None
     wanted = {"tokens", "segment_ids", "positions", "target_positions", "targets", "target_weights"}
     iterator = train.iterate()
     found = [{k: v for k, v in next(iterator).items() if k in wanted} for _ in range(batches)]
@@ -158,23 +178,26 @@ def read_rows(asked, config: EncoderConfig, packing: str, batches: int) -> list[
     return found
 
 
-def padded(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A batch of one document a row as a padding trainer has it: cut to its longest, labels at every token."""
-    labels = np.full(batch["tokens"].shape, -100, np.int64)
-    row, slot = np.nonzero(batch["target_weights"])
-    labels[row, batch["target_positions"][row, slot]] = batch["targets"][row, slot]
+def padded(batch: dict[str, np.ndarray], objective: str) -> dict[str, np.ndarray]:
+    """A batch of one document a row as a padding trainer has it: cut to its longest, labels at every token or one."""
     longest = int((batch["segment_ids"] > 0).sum(1).max())
+    labels = batch["targets"][:, 0].astype(np.int64)
+    if objective == "masked_lm":
+        labels = np.full(batch["tokens"].shape, -100, np.int64)
+        row, slot = np.nonzero(batch["target_weights"])
+        labels[row, batch["target_positions"][row, slot]] = batch["targets"][row, slot]
+        labels = labels[:, :longest]
     return {
         "input_ids": batch["tokens"][:, :longest].astype(np.int64),
         "attention_mask": (batch["segment_ids"][:, :longest] > 0).astype(np.int64),
-        "labels": labels[:, :longest],
+        "labels": labels,
     }
 
 
-def peer_config(name: str, config: EncoderConfig) -> dict[str, Any]:
+def peer_config(name: str, config: EncoderConfig, objective: str = "masked_lm") -> dict[str, Any]:
     """The model as a published config."""
     family = next(f for f in FAMILIES if name in f.presets)
-    return write_config(family, config, "masked_lm")
+    return write_config(family, config, objective)
 
 
 def add_model_arguments(arguments, batch: int, length: int) -> None:
@@ -210,7 +233,7 @@ def main() -> None:
         return ours(pathlib.Path(sys.argv[2]))
     arguments = parser(__doc__)
     add_model_arguments(arguments, batch=16, length=128)
-    arguments.add_argument("--objective", choices=("masked_lm",), default="masked_lm")
+    arguments.add_argument("--objective", choices=("masked_lm", "classification"), default="masked_lm")
     arguments.add_argument("--data", default="full", help="full, real (python_docs), or any text the library reads")
     arguments.add_argument(
         "--microbatches", type=int, default=1, help="parts of a batch whose gradients ours adds up (default 1)"
@@ -227,15 +250,24 @@ def main() -> None:
         raise SystemExit("a peer runs in its own environment: give --peer and --peer-python together, or neither.")
 
     own, config = configs(asked)
+    num_classes = None
     if asked.data == "full":
-        rows = [masked_rows(own, asked.batch, asked.length, asked.masked_rate, seed) for seed in range(4)]
+        if asked.objective == "masked_lm":
+            rows = [masked_rows(own, asked.batch, asked.length, asked.masked_rate, seed) for seed in range(4)]
+        else:
+            num_classes = 2
+            rows = [labelled_rows(own, asked.batch, asked.length, num_classes, seed) for seed in range(4)]
         singles = rows
     else:
         rows = read_rows(asked, own, "best-fit", 16)
         singles = read_rows(asked, own, "one-per-row", 64)
-    theirs = [padded(batch) for batch in singles]
+        if asked.objective == "classification":
+            num_classes = 1 + max(int(batch["targets"].max()) for batch in rows + singles)
+    theirs = [padded(batch, asked.objective) for batch in singles]
     tokens = [int(np.count_nonzero(batch["segment_ids"])) for batch in rows]
-    flops = statistics.mean(step_flops(own, b["segment_ids"], int(b["target_weights"].sum())) for b in rows)
+    flops = statistics.mean(
+        step_flops(own, b["segment_ids"], int(b["target_weights"].sum()), num_classes) for b in rows
+    )
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
@@ -246,13 +278,14 @@ def main() -> None:
             "dtype": asked.dtype,
             "ours_tokens": tokens,
             "microbatches": asked.microbatches,
+            "num_classes": num_classes,
         }
         if asked.peer != "none":
             for i, batch in enumerate(theirs):
                 np.savez(folder / f"peer-{i:03}.npz", **batch)
             spec |= {
                 "peer": asked.peer,
-                "peer_config": peer_config(asked.model, own),
+                "peer_config": peer_config(asked.model, own, asked.objective),
                 "peer_tokens": [int(batch["attention_mask"].sum()) for batch in theirs],
                 "learning_rate": ADAMW.learning_rate,
                 "betas": [ADAMW.b1, ADAMW.b2],

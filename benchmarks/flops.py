@@ -25,8 +25,10 @@ def visible_pairs(segment_ids: np.ndarray, window: int | None) -> int:
     return total
 
 
-def forward_flops(config: EncoderConfig, segment_ids: np.ndarray, num_targets: int) -> int:
-    """FLOPs of one forward pass of a masked-LM model of attention layers with BERT's head."""
+def forward_flops(
+    config: EncoderConfig, segment_ids: np.ndarray, num_targets: int, num_classes: int | None = None
+) -> int:
+    """FLOPs of one forward pass of attention layers with BERT's head for masked LM, or for so many classes."""
     D, F, H = config.embed_dim, config.mlp_dim, config.head_dim
     N, K = config.num_heads, config.num_kv_heads or config.num_heads
     tokens = int(np.count_nonzero(segment_ids))
@@ -34,10 +36,13 @@ def forward_flops(config: EncoderConfig, segment_ids: np.ndarray, num_targets: i
     pairs = {window: visible_pairs(segment_ids, window) for window in set(config.windows)}
     attended = sum(2 * N * H * pairs[window] for window in config.windows)
     width = config.embedding_dim or D
-    head = num_targets * (D * width + width * config.vocab_size)
+    out = width * config.vocab_size if num_classes is None else D * num_classes
+    head = num_targets * (D * (width if num_classes is None else D) + out)
     projection = tokens * width * D if width != D else 0
     return 2 * (config.num_layers * tokens * per_token + attended + head + projection)
 
 
-def step_flops(config: EncoderConfig, segment_ids: np.ndarray, num_targets: int) -> int:
-    return 3 * forward_flops(config, segment_ids, num_targets)
+def step_flops(
+    config: EncoderConfig, segment_ids: np.ndarray, num_targets: int, num_classes: int | None = None
+) -> int:
+    return 3 * forward_flops(config, segment_ids, num_targets, num_classes)

@@ -25,8 +25,10 @@ def torch_step():
     torch.manual_seed(0)
     torch.set_num_threads(spec["cores"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = transformers.AutoConfig.for_model(**spec["peer_config"])
-    model = transformers.AutoModelForMaskedLM.from_config(config).to(device).train()
+    config, kind = transformers.AutoConfig.for_model(**spec["peer_config"]), transformers.AutoModelForMaskedLM
+    if spec["num_classes"] is not None:
+        config.num_labels, kind = spec["num_classes"], transformers.AutoModelForSequenceClassification
+    model = kind.from_config(config).to(device).train()
     decayed = [p for p in model.parameters() if p.ndim > 1]
     groups = [
         {"params": decayed, "weight_decay": spec["weight_decay"]},
@@ -52,8 +54,10 @@ def flax_step():
     import jax.numpy as jnp
     import optax
 
-    config = transformers.BertConfig(**spec["peer_config"])
-    model = transformers.FlaxBertForMaskedLM(
+    config, kind = transformers.BertConfig(**spec["peer_config"]), transformers.FlaxBertForMaskedLM
+    if spec["num_classes"] is not None:
+        config.num_labels, kind = spec["num_classes"], transformers.FlaxBertForSequenceClassification
+    model = kind(
         config, seed=0, dtype=jnp.dtype(spec["dtype"]), input_shape=batches[0]["input_ids"].shape
     )
     decay = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731

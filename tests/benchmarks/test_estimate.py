@@ -371,3 +371,5 @@ def test_step_flops_are_the_sum_by_hand():
     projections, feed_forward, attention = 5 * 4 * 6 * 6, 5 * 2 * 6 * 10, 2 * 6 * (13 + 11)
     head = 3 * (6 * 6 + 6 * 41)
     assert step_flops(config, segments, 3) == 3 * 2 * (2 * (projections + feed_forward) + attention + head)
+    head = 2 * (6 * 6 + 6 * 4)
+    assert step_flops(config, segments, 2, 4) == 3 * 2 * (2 * (projections + feed_forward) + attention + head)
