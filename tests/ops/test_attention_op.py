@@ -27,7 +27,7 @@ def implementation(request, monkeypatch):
     if "tiles" in request.param:
         monkeypatch.setattr(chunked, "QUERY_BLOCK", QUERY_BLOCK)
         monkeypatch.setattr(chunked, "FEWEST_QUERIES", QUERY_BLOCK)
-        monkeypatch.setattr(chunked, "TILE", 1)
+        monkeypatch.setitem(chunked.TILE, "cpu", 1)
     return request.param.split(",")[0]
 
 
