@@ -33,7 +33,7 @@ from flax_encoder.run import model_factory
 from flax_encoder.training.checkpoint import Checkpoints, read_run
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.run_log import Clock, RunLog, write_atomically
-from flax_encoder.training.runtime import StopSignals, cache_hits, set_up_runtime
+from flax_encoder.training.runtime import StopSignals, cache_hits, free_temporaries, set_up_runtime
 from flax_encoder.training.schedule import share_of_peak
 from flax_encoder.training.sharding import check_batch, logical_axes, make_mesh, put_batch
 from flax_encoder.training.step import StepMetrics, init_train_state, make_eval_step, make_train_step
@@ -145,6 +145,8 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
                     compiled[shape] = step_fn.lower(state, batch).compile()
                     how, seconds = "loaded" if hits else "compiled", time.monotonic() - began
                     log.say(f"{how} the step for {B} rows of {T} tokens in {seconds:.1f} s")
+            if in_flight:
+                free_temporaries(in_flight[-1])
             state, step_metrics = compiled[shape](state, batch)
             clock.steps += 1
             in_flight.append(step_metrics)

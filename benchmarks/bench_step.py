@@ -36,7 +36,7 @@ from flax_encoder.families.mapping import write_config
 from flax_encoder.nn.partition import round_up_vocab
 from flax_encoder.objectives import Classifier, MaskedLM
 from flax_encoder.training.optimizer import make_optimizer
-from flax_encoder.training.runtime import set_up_runtime
+from flax_encoder.training.runtime import free_temporaries, set_up_runtime
 from flax_encoder.training.sharding import logical_axes
 from flax_encoder.training.step import init_train_state, make_train_step
 
@@ -119,6 +119,7 @@ def ours(folder: pathlib.Path) -> None:
         nonlocal state
         state, metrics = compiled(state, batches[i])
         jax.block_until_ready(metrics)
+        free_temporaries(metrics)  # as train.py does
         if not np.isfinite(float(metrics.loss.sum)):
             raise FloatingPointError("the loss is not finite")
 
