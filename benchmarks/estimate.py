@@ -300,9 +300,8 @@ def kernel_flops(line: Line, segment_ids: Any = None) -> int:
     """
     x = line.instruction
     if (x.custom_call_target or "").startswith("__cudnn$fmha"):
-        pairs = re.search(r'"intermediate_tensor_shape":.*?"dimensions": ?\[([^\]]*)\]', x.rest)[
-            1
-        ]  # B N T S, masked or not
+        # B N T S, masked or not.
+        pairs = re.search(r'"intermediate_tensor_shape":.*?"dimensions": ?\[([^\]]*)\]', x.rest)[1]
         head_dim = arrays(re.search(r"operand_layout_constraints=\{(.*)", x.rest)[1])[0][1][-1]
         return (5 if "Backward" in x.custom_call_target else 2) * 2 * math.prod(_ints(pairs)) * head_dim
     names = [name for name in KERNEL_PRODUCTS if name in x.op_name or name in x.name]
