@@ -23,6 +23,7 @@ from harness import header, matmul_peak, measure, parser, say, show
 
 from flax_encoder.ops.attention import IMPLEMENTATIONS, attention
 from flax_encoder.ops.platform import platform_for_tracing
+from flax_encoder.training.runtime import set_up_runtime
 
 _QUADRATIC_AT_MOST = 2**28  # logits, 1 GB in float32: past it `reference` would not fit where the others do
 
@@ -136,6 +137,8 @@ def main():
     options.add_argument("--repeats", type=int, default=7)
     options.add_argument("--interpret", action="store_true", help="check the kernels for TPUs here, without times")
     args = options.parse_args()
+    set_up_runtime()  # or each run's temporaries were pages that the kernel clears first
+    jax.config.update("jax_enable_compilation_cache", False)
     peak = matmul_peak(args.dtype)
     rows, defined = [], {}
     for case in args.case:
