@@ -4,7 +4,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from flax_encoder.training.runtime import free_temporaries
 
 HUGE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SCRIPT = """
@@ -37,3 +41,14 @@ def test_freed_memory_is_kept_and_its_pages_are_huge():
     assert again < 100  # of 65,536 pages of 4 kB
     if HUGE.exists() and pathlib.Path("/proc/sys/vm/overcommit_memory").read_text().strip() != "2":
         assert is_advised  # whether the kernel finds a huge page is its own affair
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_only_a_cpu_waits_for_a_step_to_free_its_temporaries(platform, monkeypatch):
+    x = jnp.ones((1500, 1500))
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, y: y @ x / 1500, x)).lower(x).compile()
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    result = slow(x)
+    assert not result.is_ready()
+    free_temporaries(result)
+    assert result.is_ready() == (platform == "cpu")
