@@ -8,8 +8,8 @@ measured in the same run and dtype. Temporaries are what the compiled program of
 arguments and results. An implementation that cannot serve a shape shows its reason.
 
 Errors are the largest of the result, and of the gradients, against the definition (`reference`) in float32, over the
-largest number there; past what rounding explains the command fails. --interpret checks the kernels for TPUs on this
-machine, run as plain XLA, and does not time them.
+largest number there, or 1 if that is more; past what rounding explains the command fails. --interpret checks the
+kernels for TPUs on this machine, run as plain XLA, and does not time them.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def definition(case: AttentionCase, arrays, d_out, segments) -> list[np.ndarray]
 
 
 def errors(got, want, dtype: str, length: int) -> tuple[float, float, bool]:
-    """(of the result, of the gradients, whether they are rounding), as shares of the largest number of each array."""
+    """(of the result, of the gradients, whether they are rounding), in shares of an array's largest number or 1."""
     shares = []
     for g, w in zip(got, want, strict=True):
         difference = np.abs(np.asarray(g, np.float32) - w).max()  # not finite if anything is not

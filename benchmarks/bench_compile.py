@@ -5,8 +5,8 @@
     python benchmarks/bench_compile.py --platform gpu --batch 64 --length 512 --dropout 0.1 [--peer ...]
 
 Needs the platform's compiler, not the hardware: `libtpu`; or `jax-cuda12-plugin` and `jax-cuda12-pjrt` of jax's own
-version, and `nvidia-cuda-nvcc-cu12`. So does the peer's environment. --batch counts rows a chip. Nothing here is
-measured: a step is what the compiler expects of each operation, loop bodies times their trip count, plus what it does
+version, and `nvidia-cuda-nvcc-cu12`, with `nvidia-cudnn-cu12` where attention is cuDNN's (bfloat16 without dropout). So
+does the peer's environment. --batch counts rows a chip. Nothing here is measured: a step is what the compiler expects of each operation, loop bodies times their trip count, plus what it does
 not estimate, each at the longest of its products over a fraction of the chip's peak, its bytes, and for Pallas kernels
 on TPUs the bundles of instructions that the compiler made of them (benchmarks/estimate.py). All parts are shown.
 

@@ -229,6 +229,15 @@ def test_sharded_equals_single_device(implementation):
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-6)
 
 
+def test_lengths_are_split_over_a_mesh():
+    arrays, _, options = problem_of({"segment_ids": None, "lengths": jnp.asarray([T, 70], jnp.int32)})
+    want = out_and_gradients("chunked", arrays, **options)
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "tensor"), (AxisType.Auto,) * 2)):
+        got = out_and_gradients("chunked", arrays, **options)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-6)
+
+
 def problem(T=T, S=None, heads=(N, N, H), dtype=jnp.bfloat16, **options):
     """As `attention` makes it, of zeros."""
     n, k, h = heads

@@ -130,6 +130,19 @@ def test_attention_and_gradients_equal_the_definition(implementation, case):
         assert_close(g, w)
 
 
+def test_lengths_are_one_document_a_row_and_then_padding(implementation):
+    query, key, value = map(jnp.asarray, draw((B, T, N, H), (B, T, K, H), (B, T, K, H)))
+    call = functools.partial(attention, query, key, value, implementation=implementation)
+    segments = np.asarray([[1] * 9 + [0] * (T - 9), [0] * T], np.int32)
+    got = call(lengths=jnp.asarray([9, 0], jnp.int32))
+    assert_close(got, attention_and_gradients(query, key, value, query, visible_keys(T, T, segments))[0])
+    assert (np.asarray(got)[segments == 0] == 0).all()
+    with pytest.raises(ValueError, match="lengths stand for the segments of self-attention: got segments too"):
+        call(lengths=jnp.asarray([9, 0], jnp.int32), segment_ids=jnp.asarray(segments))
+    with pytest.raises(ValueError, match=f"or T {T}, S {S}"):
+        attention(query, key[:, :S], value[:, :S], lengths=jnp.asarray([3, 3], jnp.int32))
+
+
 def test_window_may_be_traced(implementation):
     query, key, value = draw((B, T, N, H), (B, T, K, H), (B, T, K, H))
 

@@ -27,7 +27,7 @@ def over_mesh(attend):
         if problem.bias is not None:
             rows_of, heads_of, *_ = problem.bias.shape
             own["bias"] = PartitionSpec(batch if rows_of == B > 1 else None, heads if heads_of == N else None)
-        names = ("query", "key", "value", "query_segments", "key_segments", "bias", "dropout_words", "rope")
+        names = ("query", "key", "value", "query_segments", "key_segments", "bias", "dropout_words", "rope", "lengths")
         names = [name for name in names if getattr(problem, name) is not None]
         specs = [own.get(name, segments) for name in names]
         window = problem.window if problem.has_traced_window else ()
