@@ -5,10 +5,11 @@
     python benchmarks/bench_compile.py --platform gpu --batch 64 --length 512 --dropout 0.1 [--peer ...]
 
 Needs the platform's compiler, not the hardware: `libtpu`; or `jax-cuda12-plugin` and `jax-cuda12-pjrt` of jax's own
-version, and `nvidia-cuda-nvcc-cu12`, with `nvidia-cudnn-cu12` where attention is cuDNN's (bfloat16 without dropout). So
-does the peer's environment. --batch counts rows a chip. Nothing here is measured: a step is what the compiler expects of each operation, loop bodies times their trip count, plus what it does
-not estimate, each at the longest of its products over a fraction of the chip's peak, its bytes, and for Pallas kernels
-on TPUs the bundles of instructions that the compiler made of them (benchmarks/estimate.py). All parts are shown.
+version, and `nvidia-cuda-nvcc-cu12`, with `nvidia-cudnn-cu12` where attention is cuDNN's (bfloat16, no dropout). So
+does the peer's environment. --batch counts rows a chip. Nothing here is measured: a step is what the compiler expects
+of each operation, loop bodies times their trip count, plus what it does not estimate, each at the longest of its
+products over a fraction of the chip's peak, its bytes, and for Pallas kernels on TPUs the bundles of instructions that
+the compiler made of them (benchmarks/estimate.py). All parts are shown.
 
 For an H100 the compiler estimates elementwise work and sums, mostly as bytes over the data sheet's bandwidth; matrix
 products count at 0.6 of the peak, or their bytes. There is no GPU to time kernels on and choose (--products), and
