@@ -20,6 +20,7 @@ from flax_encoder.data.pipeline import default_cache_dir
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _MADV_HUGEPAGE = 14
+_ACCELERATORS = "/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/vfio"
 # What /proc/cpuinfo calls them on x86 and on Arm.
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "stepping", "flags", "Features", "CPU implementer", "CPU part")
 
@@ -30,7 +31,7 @@ def set_up_runtime() -> None:
     XLA:CPU calls each program that it loads an error, at length, for want of `prefer-no-gather`, which is a hint and no
     instruction (jax issue 38445). Only TF_CPP_MIN_LOG_LEVEL=3 before JAX is imported quiets it, so programs set that.
     """
-    if sys.platform == "linux":
+    if sys.platform == "linux" and not may_find_accelerator():
         keep_memory()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = default_cache_dir() / "xla"
@@ -38,6 +39,12 @@ def set_up_runtime() -> None:
         # from another, and code made for one may be illegal on the next.
         folder = folder / host_cpu() if jax.default_backend() == "cpu" else folder
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def may_find_accelerator() -> bool:
+    """Whether JAX may use more than CPUs and there is a GPU's or TPU's file: asking JAX would start its threads."""
+    platforms = jax.config.jax_platforms or ""
+    return platforms != "cpu" and any(pathlib.Path(path).exists() for path in _ACCELERATORS)
 
 
 def keep_memory() -> None:
@@ -49,6 +56,9 @@ def keep_memory() -> None:
     memory is reserved as the heap's room, though only what is used of it is ever backed, so that its pages can be
     asked to be huge: a large step spends an eighth of its time looking small ones up. Where the kernel counts room as
     if it were used (`vm.overcommit_memory` 2), none is reserved.
+
+    Not where an accelerator makes the steps: there it is compiling that allocates, on all cores, and one arena made it
+    take 57 s instead of 15 (BERT-base for an H100, 16 cores).
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
