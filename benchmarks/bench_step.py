@@ -250,6 +250,7 @@ def main() -> None:
     if (asked.peer == "none") != (asked.peer_python is None):
         raise SystemExit("a peer runs in its own environment: give --peer and --peer-python together, or neither.")
 
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take a GPU's memory before its peer
     own, config = configs(asked)
     num_classes = None
     if asked.data == "full":

@@ -19,6 +19,10 @@ spec = json.loads((folder / "spec.json").read_text())
 batches = [dict(np.load(path)) for path in sorted(folder.glob("peer-*.npz"))]
 
 
+def resident_peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def torch_step():
     import torch
 
@@ -46,7 +50,8 @@ def torch_step():
         assert torch.isfinite(loss).item()
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return step, {"versions": versions, "attention": config._attn_implementation}
+    memory = torch.cuda.max_memory_allocated if device == "cuda" else resident_peak_bytes
+    return step, memory, {"versions": versions, "attention": config._attn_implementation}
 
 
 def flax_step():
@@ -92,10 +97,13 @@ def flax_step():
         params, opt_state, loss = update(params, opt_state, jax.random.key(made), arrays[i])
         assert np.isfinite(float(loss))
 
-    return step, {"versions": {"jax": jax.__version__, "transformers": transformers.__version__}}
+    def memory():
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or resident_peak_bytes()
+
+    return step, memory, {"versions": {"jax": jax.__version__, "transformers": transformers.__version__}}
 
 
-step, about = {"torch": torch_step, "flax": flax_step}[spec["peer"]]()
+step, memory, about = {"torch": torch_step, "flax": flax_step}[spec["peer"]]()
 began = time.perf_counter()
 step(0)
 print(json.dumps({"compile_seconds": time.perf_counter() - began, **about}), flush=True)
@@ -110,5 +118,4 @@ for line in sys.stdin:
         milliseconds.append(1000 * (time.perf_counter() - began))
         tokens += spec["peer_tokens"][i]
         made += 1
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"milliseconds": milliseconds, "tokens": tokens, "memory": memory}), flush=True)
+    print(json.dumps({"milliseconds": milliseconds, "tokens": tokens, "memory": memory()}), flush=True)
