@@ -27,6 +27,7 @@ from flax_encoder.families.mapping import read_config
 from flax_encoder.hub import is_published, load_pretrained
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.partition import abstract_model
+from flax_encoder.ops.platform import precision
 from flax_encoder.run import load_run
 from flax_encoder.training.checkpoint import read_run
 
@@ -128,7 +129,8 @@ def pool(
     weights = mask.astype(jnp.float32)
     if pooling == "cls":
         weights = weights * (jnp.cumsum(mask, axis=1) == 1)
-    vectors = jnp.einsum("BT,BTD->BD", weights, hidden) / jnp.maximum(weights.sum(1, keepdims=True), 1.0)
+    sums = jnp.einsum("BT,BTD->BD", weights, hidden, precision=precision(hidden))
+    vectors = sums / jnp.maximum(weights.sum(1, keepdims=True), 1.0)
     if normalize:
         vectors = vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return vectors

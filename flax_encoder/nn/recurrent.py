@@ -20,6 +20,7 @@ from flax_encoder.nn.linear import Linear
 from flax_encoder.nn.partition import constrain, normal, param, zeros
 from flax_encoder.ops.dropout import dropout
 from flax_encoder.ops.linear import linear
+from flax_encoder.ops.platform import precision
 
 State = tuple[Float[Array, "R B C"], ...]  # what goes from token to token; its first is what the cell puts out
 Gates = Float[Array, "R B G C"]
@@ -75,7 +76,7 @@ def _recur_backward(run, residuals, d_out):
     pull, out, kernel, bias, keep = residuals
     d_inputs, d_products = pull(d_out)
     before = jnp.where(keep[..., None], jnp.roll(out, 1, axis=0), 0.0)
-    d_kernel = jnp.einsum("TRBC,TRBGK->RCGK", before, d_products)
+    d_kernel = jnp.einsum("TRBC,TRBGK->RCGK", before, d_products, precision=precision(before))
     return d_inputs, d_kernel.astype(kernel.dtype), None if bias is None else d_products.sum((0, 2)), None
 
 

@@ -12,6 +12,7 @@ from flax_encoder.config import EncoderConfig, HeadConfig
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import ClassificationHead, gather_rows
 from flax_encoder.objectives.loss import LossSum, target_loss
+from flax_encoder.ops.platform import precision
 
 
 def segment_mean(
@@ -20,7 +21,8 @@ def segment_mean(
     """The mean vector of the document that each target position lies in."""
     target_segments = jnp.take_along_axis(segment_ids, target_positions, axis=1)
     member = (segment_ids[:, None, :] == target_segments[:, :, None]).astype(jnp.float32)
-    return jnp.einsum("BMT,BTD->BMD", member, hidden) / jnp.maximum(member.sum(-1, keepdims=True), 1.0)
+    sums = jnp.einsum("BMT,BTD->BMD", member, hidden, precision=precision(hidden))
+    return sums / jnp.maximum(member.sum(-1, keepdims=True), 1.0)
 
 
 class Classifier(nnx.Module):

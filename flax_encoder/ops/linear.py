@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-from flax_encoder.ops.platform import platform
+from flax_encoder.ops.platform import platform, precision
 from flax_encoder.ops.sums import sum_over
 
 
@@ -18,35 +18,62 @@ def linear(
     *,
     contract_last: bool = False,
     dtype: str = "float32",
+    out_dtype: str = "float32",
 ) -> Float[Array, "..."]:
-    """x @ kernel + bias: operands rounded to `dtype`, accumulated and returned in float32.
+    """x @ kernel + bias: operands rounded to `dtype`, accumulated in float32.
 
     Args:
       x: batch axes, then D.
       kernel: [D, ...], or with `contract_last` [..., D], as a tied vocabulary head has it.
       dtype: of the operands, in the backward pass too, where the bias's gradient is the sum of what the products take;
         the gradients come back in the operands' own dtypes.
+      out_dtype: of the result, rounded once; on a GPU a bias is rounded to it too, as an operand of the product.
     """
     D, features = (kernel.shape[-1], kernel.shape[:-1]) if contract_last else (kernel.shape[0], kernel.shape[1:])
     matrix = kernel.reshape((-1, D) if contract_last else (D, -1))
-    product = _bfloat16_product if dtype == "bfloat16" else _plain_product
+    # A GPU's product rounds as it writes, and adds the bias before: apart they would read and write float32 again.
+    product_dtype = out_dtype if dtype == out_dtype == "bfloat16" and platform() == "gpu" else "float32"
+    product = functools.partial(_bfloat16_product, out_dtype=product_dtype) if dtype == "bfloat16" else _plain_product
     # Batch axes come back before the bias, features after: a reshape between the product and what reads it keeps a TPU
     # from fusing them, and heads of 64 fill half of its lanes (LOG.md).
     y = product(x.reshape(-1, D), matrix, contract_last).reshape(*x.shape[:-1], -1)
     if bias is not None:
-        # A wide result is an activation's, whose gradient's sum a TPU's compiler fuses into the product that makes it.
-        is_plain = dtype == "float32" or (platform() == "tpu" and y.shape[-1] > D)
-        y = (jnp.add if is_plain else _biased)(y, bias.reshape(-1))
-    return y.reshape(*x.shape[:-1], *features)
+        y = add_bias(y, bias.reshape(-1), dtype=dtype, is_wider=y.shape[-1] > D)
+    return y.astype(out_dtype).reshape(*x.shape[:-1], *features)
+
+
+def add_bias(
+    y: Float[Array, "*B F"], bias: Float[Array, "F"], *, dtype: str = "float32", is_wider: bool = False
+) -> Float[Array, "*B F"]:
+    """What `linear` does with a product's result and a bias, for who adds it later.
+
+    Args:
+      dtype: of the product's operands.
+      is_wider: whether y has more features than what it was made of: it is an activation's, and the sum that is its
+        bias's gradient a TPU's compiler fuses into the product that makes it.
+    """
+    is_plain = dtype == "float32" or (platform() == "tpu" and is_wider)
+    return (jnp.add if is_plain else _biased)(y, bias)
 
 
 @jax.custom_vjp
 def _biased(y, bias):
-    """y + bias, whose gradient is `bias_gradient`."""
-    return y + bias
+    """y + bias rounded to y's dtype, whose gradient is `bias_gradient`."""
+    return y + bias.astype(y.dtype)
 
 
-_biased.defvjp(lambda y, bias: (y + bias, None), lambda _, g: (g, bias_gradient(g.reshape(-1, g.shape[-1]))))
+def _biased_backward(_, g):
+    g = _made_once(g)
+    return g, bias_gradient(g.reshape(-1, g.shape[-1]))
+
+
+_biased.defvjp(lambda y, bias: (_biased(y, bias), None), _biased_backward)
+
+
+def _made_once(g):
+    """g rounded to bfloat16. On a GPU all that read it, two products and a sum, read one array, or XLA would make it
+    for each, and in float32 too."""
+    return jax.lax.optimization_barrier(g.astype(jnp.bfloat16)).astype(g.dtype) if platform() == "gpu" else g
 
 
 def bias_gradient(g: Float[Array, "B F"]) -> Float[Array, "F"]:
@@ -66,14 +93,16 @@ def linear_gradients(
     *,
     contract_last: bool = False,
     dtype: str = "float32",
+    x_dtype: str = "float32",
 ) -> tuple[Float[Array, "B D"], Float[Array, "..."]]:
-    """The gradients of x and kernel for that of `linear`'s result: operands rounded to `dtype`, the rest float32."""
+    """The gradients of x, as `x_dtype`, and kernel for that of `linear`'s result: operands rounded to `dtype`, the rest
+    float32."""
     over_features = 0 if contract_last else 1
     rows, columns = (g, x) if contract_last else (x, g)
     if dtype == "bfloat16":
-        return _rows_dot(g, kernel, (1, over_features)), _rows_dot_over_rows(rows, columns)
+        return _rows_dot(g, kernel, (1, over_features), x_dtype), _rows_dot_over_rows(rows, columns)
     g, kernel, rows, columns = (a.astype(jnp.float32) for a in (g, kernel, rows, columns))
-    return _dot(g, kernel, (1, over_features)), _dot(rows, columns, (0, 0))
+    return _dot(g, kernel, (1, over_features)).astype(x_dtype), _dot(rows, columns, (0, 0))
 
 
 def _plain_product(x, kernel, transposed: bool):
@@ -81,9 +110,9 @@ def _plain_product(x, kernel, transposed: bool):
     return _dot(x.astype(jnp.float32), kernel.astype(jnp.float32), (1, 1 if transposed else 0))
 
 
-def _dot(a, b, contract: tuple[int, int]):
+def _dot(a, b, contract: tuple[int, int], dtype: str = "float32"):
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dims, precision=precision(a, b), preferred_element_type=jnp.dtype(dtype))
 
 
 def _row_major(x):
@@ -92,8 +121,11 @@ def _row_major(x):
     return with_layout_constraint(x, Layout((0, 1))) if platform() == "cpu" else x
 
 
-def _rows_dot(a, b, contract: tuple[int, int]):
-    return _row_major(_dot(_row_major(a.astype(jnp.bfloat16)), _row_major(b.astype(jnp.bfloat16)), contract))
+def _rows_dot(a, b, contract: tuple[int, int], out_dtype: str = "float32"):
+    a, b = (_row_major(x.astype(jnp.bfloat16)) for x in (a, b))
+    if platform() == "gpu":  # accumulates in float32 and rounds as it writes
+        return _dot(a, b, contract, out_dtype)
+    return _row_major(_dot(a, b, contract)).astype(out_dtype)
 
 
 def _rows_dot_over_rows(a, b):
@@ -109,25 +141,26 @@ def _rows_dot_over_rows(a, b):
     return _rows_dot(a.astype(jnp.bfloat16).T, b, (1, 0))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _bfloat16_product(x, kernel, transposed):
-    return _rows_dot(x, kernel, (1, 1 if transposed else 0))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _bfloat16_product(x, kernel, transposed, out_dtype):
+    return _bfloat16_forward(x, kernel, transposed, out_dtype)[0]
 
 
-def _bfloat16_forward(x, kernel, transposed):
+def _bfloat16_forward(x, kernel, transposed, out_dtype):
     # What is kept for the backward pass is already bfloat16: half the memory, and the cast is not made twice.
     x_low, kernel_low = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
     dtypes = jnp.zeros((), x.dtype), jnp.zeros((), kernel.dtype)
-    return _rows_dot(x_low, kernel_low, (1, 1 if transposed else 0)), (x_low, kernel_low, dtypes)
+    return _rows_dot(x_low, kernel_low, (1, 1 if transposed else 0), out_dtype), (x_low, kernel_low, dtypes)
 
 
-def _bfloat16_backward(transposed, residuals, g):
+def _bfloat16_backward(transposed, out_dtype, residuals, g):
     x, kernel, (x_like, kernel_like) = residuals
-    d_x, d_kernel = linear_gradients(x, kernel, g, contract_last=transposed, dtype="bfloat16")
+    options = {"contract_last": transposed, "dtype": "bfloat16", "x_dtype": x_like.dtype.name}
+    d_x, d_kernel = linear_gradients(x, kernel, _made_once(g), **options)
     if platform() == "tpu":
         # Otherwise a reshape that takes heads apart becomes part of the product, which then wants x transposed.
         d_kernel = jax.lax.optimization_barrier(d_kernel)
-    return d_x.astype(x_like.dtype), d_kernel.astype(kernel_like.dtype)
+    return d_x, d_kernel.astype(kernel_like.dtype)
 
 
 _bfloat16_product.defvjp(_bfloat16_forward, _bfloat16_backward)

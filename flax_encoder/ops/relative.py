@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from flax_encoder.ops.platform import platform
+from flax_encoder.ops.platform import platform, precision
 
 
 def to_pairs(table: Float[Array, "*B T P"]) -> Float[Array, "*B T T"]:
@@ -123,7 +123,8 @@ def disentangled_bias(
     def products(content, table, rows):
         # One row an offset, so that a matrix product makes every term and none is gathered.
         picked = table[rows].astype(content.dtype)
-        return to_pairs(jnp.einsum("BTNH,PNH->BNTP", content, picked, preferred_element_type=jnp.float32))
+        options = {"precision": precision(content), "preferred_element_type": jnp.float32}
+        return to_pairs(jnp.einsum("BTNH,PNH->BNTP", content, picked, **options))
 
     if platform() == "cpu":  # where XLA has no fast batched bfloat16 product
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)

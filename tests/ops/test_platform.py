@@ -1,9 +1,10 @@
 """platform: code may be traced for hardware that is not here."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from flax_encoder.ops.platform import platform, platform_for_tracing
+from flax_encoder.ops.platform import platform, platform_for_tracing, precision
 
 
 def test_a_platform_for_tracing_holds_within_its_context():
@@ -26,3 +27,14 @@ def test_what_was_traced_for_one_platform_is_not_taken_for_another():
 def test_an_unknown_platform_lists_the_known():
     with pytest.raises(ValueError, match="'cpu', 'gpu' or 'tpu': got 'cuda'"):
         platform_for_tracing("cuda")
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "tpu"])
+def test_float32_is_float32_unless_jax_is_told_otherwise(name):
+    exact = None if name == "cpu" else jax.lax.Precision.HIGHEST
+    x, low = jnp.ones(1), jnp.ones(1, jnp.bfloat16)
+    with platform_for_tracing(name):
+        assert precision(x, x) == precision(low, x) == exact
+        assert precision(low, low) is None
+        with jax.default_matmul_precision("tensorfloat32"):
+            assert precision(x, x) is None

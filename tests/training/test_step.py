@@ -15,6 +15,7 @@ from toy import assert_trees_close, split_model
 from flax_encoder.config import ConfigError, EncoderConfig, MeshConfig, OptimizerConfig
 from flax_encoder.nn.partition import partition_spec
 from flax_encoder.objectives import MaskedLM
+from flax_encoder.ops.platform import platform_for_tracing
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.sharding import check_batch, logical_axes, make_mesh, put_batch
 from flax_encoder.training.step import TrainState, init_train_state, make_eval_step, make_train_step
@@ -274,3 +275,30 @@ def test_a_batch_divides_over_rows_axes_only():
     rows = put_batch(make_batch(0), mesh)["tokens"]
     assert rows.sharding.spec == PartitionSpec(("data", "fsdp"))
     assert rows.addressable_shards[0].data.shape == (ROWS // 4, T)
+
+
+def products(jaxpr):
+    """All matrix products of a program, those of its inner programs too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr)):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("changes", [{}, {"gated": True, "position": "rope"}], ids=["bert", "rope"])
+def test_no_float32_product_is_left_to_be_rounded(platform, changes):
+    """JAX's default on accelerators would: 'float32' would be a name only."""
+    make_model = model_maker(dataclasses.replace(CONFIG, **changes))
+    tx = make_optimizer(OPTIMIZER, 100, logical_axes(make_model))
+    graphdef, state, _ = init_train_state(make_model, tx)
+    with platform_for_tracing(platform):
+        traced = jax.make_jaxpr(make_train_step(graphdef, tx))(state, make_batch(0))
+    found = list(products(traced.jaxpr))
+    assert len(found) > 3 * 6  # layers are scanned
+    for equation in found:
+        if any(v.aval.dtype == jnp.float32 for v in equation.invars):
+            assert set(equation.params["precision"]) == {jax.lax.Precision.HIGHEST}, equation

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from flax_encoder.ops.attention.mesh import over_mesh
 from flax_encoder.ops.attention.problem import MASKED, Problem, kept, visible
-from flax_encoder.ops.platform import platform
+from flax_encoder.ops.platform import platform, precision
 
 QUERY_BLOCK = 512
 KEY_BLOCK = 512
@@ -409,7 +409,7 @@ def _dot(a, b, contract: tuple[int, int]):
     batch = a.shape[:2]
     a, b = (_row_major(x.reshape(-1, *x.shape[2:])) for x in (a, b))
     dims = (contract[0] - 1,), (contract[1] - 1,)
-    out = jax.lax.dot_general(a, b, (dims, ((0,), (0,))), preferred_element_type=jnp.float32)
+    out = jax.lax.dot_general(a, b, (dims, ((0,), (0,))), precision=precision(a, b), preferred_element_type=jnp.float32)
     return _row_major(out).reshape(*batch, *out.shape[1:])
 
 

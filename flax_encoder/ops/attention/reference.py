@@ -1,12 +1,14 @@
 """The definition: every logit at once, memory quadratic in length. Any platform, any feature."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
 from flax_encoder.ops.attention.problem import MASKED, Problem, kept, visible
-from flax_encoder.ops.platform import platform
+from flax_encoder.ops.platform import platform, precision
 
 
 def refusal(problem: Problem) -> None:
@@ -19,7 +21,8 @@ def attend(problem: Problem) -> Float[Array, "B T N H"]:
     key, value = (rearrange(x, "B S K H -> B K S H") for x in (problem.key, problem.value))
     if platform() == "cpu":  # XLA has no fast batched bfloat16 product there
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    logits = problem.scale * jnp.einsum("BKGTH,BKSH->BKGTS", query, key, preferred_element_type=jnp.float32)
+    einsum = functools.partial(jnp.einsum, precision=precision(query), preferred_element_type=jnp.float32)
+    logits = problem.scale * einsum("BKGTH,BKSH->BKGTS", query, key)
     if (bias := problem.bias) is not None:
         bias = rearrange(bias, "B (K G) T S -> B K G T S", K=K if bias.shape[1] == N else 1)
         logits = logits + bias.astype(jnp.float32)
@@ -38,5 +41,5 @@ def attend(problem: Problem) -> Float[Array, "B T N H"]:
         places = jnp.arange(B)[:, None, None, None, None], head, jnp.arange(T)[:, None], jnp.arange(S)
         keep = kept(problem.dropout_words, problem.dropout_rate, (N, T), *places)
         weights = jnp.where(keep, weights / (1.0 - problem.dropout_rate), 0.0)
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    out = einsum("BKGTS,BKSH->BKGTH", weights.astype(value.dtype), value)
     return rearrange(out, "B K G T H -> B T (K G) H").astype(problem.query.dtype)

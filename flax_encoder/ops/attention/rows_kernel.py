@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from flax_encoder.ops.attention.problem import MASKED, kept, visible
-from flax_encoder.ops.platform import kernels_are_interpreted
+from flax_encoder.ops.platform import kernels_are_interpreted, precision
 
 LANES = 128
 KEY_TILE = 16  # rows that lie together in memory in bfloat16
@@ -175,7 +175,7 @@ def _dot(a, b, contract: tuple[int, int] = (1, 0)):
     if kernels_are_interpreted():  # on CPUs, where XLA lacks some bfloat16 products; float32 holds theirs exactly
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     dims = ((contract[0],), (contract[1],)), ((), ())
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dims, precision=precision(a, b), preferred_element_type=jnp.float32)
 
 
 def _transposed(x):
