@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from flax_encoder.config import Activation, EncoderConfig
 from flax_encoder.nn.linear import Linear, packed
 from flax_encoder.ops.dropout import dropout
+from flax_encoder.ops.platform import platform
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     # By erf, as torch has it: jax.nn.gelu's erfc is more exact far below 0, and half again as slow on CPUs.
@@ -44,8 +45,9 @@ class FeedForward(nnx.Module):
         self.down = Linear(mlp, embed, use_bias=config.biases.mlp_out, **options)
 
     def __call__(self, x: Float[Array, "B T D"], *, key: Array | None = None) -> Float[Array, "B T D"]:
-        # Of what lies between the products, the backward pass keeps what the first ones made, and makes the rest again:
-        # elementwise chains cost less to compute than to read, and XLA would keep several arrays as large.
+        # Of what lies between the products, the backward pass keeps what the first ones made, their biases not yet
+        # added, and makes the rest again: elementwise chains cost less to compute than to read, and XLA would keep
+        # several arrays as large.
         if self.config.remat == "feed_forward":
             y = jax.checkpoint(lambda x: self._down(*self._up(x)))(x.astype(self.config.dtype))
         else:
@@ -53,8 +55,14 @@ class FeedForward(nnx.Module):
         return dropout(y, self.config.dropout_rate, key)
 
     def _up(self, x: Float[Array, "B T D"]) -> list[Float[Array, "B T F"]]:
-        return [self.up(x)] if self.gate is None else packed(x, self.gate, self.up)
+        return packed(x, *self._first(), with_bias=False)
+
+    def _first(self) -> list[Linear]:
+        return [self.up] if self.gate is None else [self.gate, self.up]
 
     def _down(self, *inner: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
-        x, *factors = (x.astype(jnp.float32) for x in inner)
-        return self.down(math.prod(factors, start=ACTIVATIONS[self.config.activation](x)))
+        x, *factors = (layer.add_bias(x.astype(jnp.float32)) for layer, x in zip(self._first(), inner, strict=True))
+        hidden = math.prod(factors, start=ACTIVATIONS[self.config.activation](x))
+        # Rounded here, as the product would, so that its gradient is made in that dtype: half of what is written. A TPU
+        # makes more of the chain in the product that it ends in if it is not (LOG.md).
+        return self.down(hidden.astype(self.config.dtype) if platform() == "gpu" else hidden)

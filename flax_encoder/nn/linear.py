@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flax_encoder.nn.partition import is_split, normal, param, zeros
-from flax_encoder.ops.linear import linear
+from flax_encoder.ops.linear import add_bias, linear
 from flax_encoder.ops.platform import platform
 
 
@@ -37,17 +37,23 @@ class Linear(nnx.Module):
         bias_axes = {("features" if name == "embed" else name): size for name, size in outputs.items()}
         self.bias = param(rngs, zeros, **bias_axes) if use_bias else None
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "..."], *, with_bias: bool = True) -> Float[Array, "..."]:
         kernel = self.kernel[...]
         features = kernel.shape[self.num_inputs :]
         x = x.reshape(*x.shape[: x.ndim - self.num_inputs], -1)
-        bias = None if self.bias is None else self.bias[...].reshape(-1)
+        bias = self.bias[...].reshape(-1) if with_bias and self.bias is not None else None
         # Rounded before the features are taken apart: heads of 64 do not fill a TPU's 128 lanes.
-        y = linear(x, kernel.reshape(x.shape[-1], -1), bias, dtype=self.dtype).astype(self.out_dtype)
+        y = linear(x, kernel.reshape(x.shape[-1], -1), bias, dtype=self.dtype, out_dtype=self.out_dtype)
         return y.reshape(*x.shape[:-1], *features)
 
+    def add_bias(self, y: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+        """What a call without it left out, of one output axis."""
+        if self.bias is None:
+            return y
+        return add_bias(y, self.bias[...], dtype=self.dtype, is_wider=y.shape[-1] > self.kernel.shape[0])
 
-def packed(x: Float[Array, "*B D"], *layers: Linear) -> list[Float[Array, "..."]]:
+
+def packed(x: Float[Array, "*B D"], *layers: Linear, with_bias: bool = True) -> list[Float[Array, "..."]]:
     """What each of several layers makes of one x, by one matrix product over their kernels side by side.
 
     One wide product keeps a matrix unit busier than several narrow ones. A TPU's is as busy with narrow ones, and
@@ -55,13 +61,14 @@ def packed(x: Float[Array, "*B D"], *layers: Linear) -> list[Float[Array, "..."]
     too: side by side, each device would hold parts that belong elsewhere.
     """
     if platform() == "tpu" or any(is_split(name) for layer in layers for name, _ in layer.outputs):
-        return [layer(x) for layer in layers]
+        return [layer(x, with_bias=with_bias) for layer in layers]
     shapes = [tuple(size for _, size in layer.outputs) for layer in layers]
     widths = [math.prod(shape) for shape in shapes]
     first = layers[0]
     # Rounded before they are copied side by side, which then moves half as much.
     kernels = [layer.kernel[...].reshape(x.shape[-1], -1).astype(first.dtype) for layer in layers]
-    bias = None if first.bias is None else jnp.concatenate([layer.bias[...].reshape(-1) for layer in layers])
-    y = linear(x, jnp.concatenate(kernels, axis=1), bias, dtype=first.dtype).astype(first.out_dtype)
+    has_bias = with_bias and first.bias is not None
+    bias = jnp.concatenate([layer.bias[...].reshape(-1) for layer in layers]) if has_bias else None
+    y = linear(x, jnp.concatenate(kernels, axis=1), bias, dtype=first.dtype, out_dtype=first.out_dtype)
     parts = jax.lax.split(y, widths, axis=y.ndim - 1)
     return [part.reshape(*x.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -20,7 +20,7 @@ from flax_encoder.ops.platform import platform
 
 # Float32 logits that live at once. Larger chunks re-read the table and its gradient less often, smaller ones stay
 # nearer to the caches: 2500 x 50432 ran fastest on a CPU in three to five chunks, and would on a TPU in one (LOG.md).
-_CHUNK_BYTES = {"cpu": 2**27, "gpu": 2**27, "tpu": 2**29}
+_CHUNK_BYTES = {"cpu": 2**27, "gpu": 2**29, "tpu": 2**29}
 _SMALL_BYTES = 2**27  # below which it is not worth it to make gradients with the loss
 logger = logging.getLogger(__name__)
 
