@@ -9,7 +9,7 @@ arguments and results. An implementation that cannot serve a shape shows its rea
 
 Errors are the largest of the result, and of the gradients, against the definition (`reference`) in float32, over the
 largest number there, or 1 if that is more; past what rounding explains the command fails. --interpret checks the
-kernels for TPUs on this machine, run as plain XLA, and does not time them.
+Pallas kernels for TPUs and GPUs on this machine, run as plain XLA, and does not time them.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from flax_encoder.ops.attention import IMPLEMENTATIONS, attention
 from flax_encoder.ops.platform import platform_for_tracing
 from flax_encoder.training.runtime import set_up_runtime
 
+_PLATFORMS = {"flash": "gpu"}  # of Pallas kernels, where it is not a TPU
 _QUADRATIC_AT_MOST = 2**28  # logits, 1 GB in float32: past it `reference` would not fit where the others do
 
 
@@ -104,7 +105,7 @@ def row(case_name: str, name: str, dtype: str, peak: float, repeats: int, is_int
         return result | {"refusal": "its logits would take gigabytes"}
     operands = arguments(case, dtype)
     try:
-        with platform_for_tracing("tpu", interpret_kernels=True) if is_interpreted else contextlib.nullcontext():
+        with platform_for_tracing(_PLATFORMS.get(name, "tpu"), interpret_kernels=True) if is_interpreted else contextlib.nullcontext():
             forward, both = (jax.jit(f).lower(*operands).compile() for f in passes(case, name))
     except ValueError as error:
         if "cannot serve" not in str(error):
@@ -135,7 +136,7 @@ def main():
     options.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     options.add_argument("--repeats", type=int, default=7)
-    options.add_argument("--interpret", action="store_true", help="check the kernels for TPUs here, without times")
+    options.add_argument("--interpret", action="store_true", help="check the Pallas kernels here, without times")
     args = options.parse_args()
     set_up_runtime()  # or each run's temporaries were pages that the kernel clears first
     jax.config.update("jax_enable_compilation_cache", False)
@@ -160,8 +161,8 @@ def _cells(row: dict) -> dict:
         cells |= {"error": f"{row['out_error']:.1e}", "of gradients": f"{row['gradient_error']:.1e}"}
     if row["both_ms"] is not None:
         cells |= {
-            "forward": f"{row['forward_ms']:.1f} ms",
-            "both": f"{row['both_ms']:.1f} ms ({row['least_ms']:.1f} to {row['most_ms']:.1f})",
+            "forward": f"{row['forward_ms']:,.3g} ms",
+            "both": f"{row['both_ms']:,.3g} ms ({row['least_ms']:,.3g} to {row['most_ms']:,.3g})",
             "temporary": f"{row['temporary_mb']:.0f} MB",
             "of peak": f"{100 * row['share']:.0f}%",
         }

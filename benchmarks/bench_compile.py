@@ -51,10 +51,6 @@ from flax_encoder.training.sharding import BATCH_SPEC, logical_axes, make_mesh
 from flax_encoder.training.step import TrainState, make_train_step, state_shardings
 
 HERE = pathlib.Path(__file__).parent
-# On TPUs heads of 64 fill half of a unit's 128 lanes, so a kernel's products can reach half the peak; softmax and masks
-# are made meanwhile by other units, which takes some of that. cuDNN's kernels on GPUs are taken to be as good, for want
-# of a measurement.
-KERNEL_FRACTION = 0.4
 
 
 def compile_step(
@@ -115,7 +111,10 @@ def main() -> None:
     arguments.add_argument("--mesh", help="DATA,FSDP,TENSOR over all devices of the topology instead of one")
     add_model_arguments(arguments, batch=64, length=512)
     arguments.add_argument(
-        "--kernel-fraction", type=float, default=KERNEL_FRACTION, help=f"of peak (default {KERNEL_FRACTION})"
+        "--kernel-fraction",
+        type=float,
+        help="of peak, at which attention kernels count (default "
+        f"{', '.join(f'{chip.kernel_fraction} for {name}' for name, chip in CHIPS.items())})",
     )
     arguments.add_argument(
         "--products",
@@ -148,6 +147,7 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     chip_name = asked.topology.split(":")[0]
     chip = CHIPS[chip_name]
+    asked.kernel_fraction = asked.kernel_fraction or chip.kernel_fraction
     sizes = [int(n) for n in asked.mesh.split(",")] if asked.mesh else [1, 1, 1]
     mesh = make_mesh(MeshConfig(*sizes), found if asked.mesh else found[:1])
     batch = masked_rows(own, asked.batch * sizes[0] * sizes[1], asked.length, asked.masked_rate, 0)

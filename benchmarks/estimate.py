@@ -13,7 +13,7 @@ its arithmetic over the chip's `product_fraction` of peak and its bytes over the
 of it ("sol") is from a table of measurements, but some fifty times too long where a result of bfloat16 operands is
 float32, whose sizes it counts in bytes. Between kernels nothing is counted.
 
-Attention kernels (Pallas on TPUs, cuDNN on GPUs) carry no estimate and are counted at the longest of: their products
+Attention kernels (Pallas, cuDNN) carry no estimate and are counted at the longest of: their products
 over a stated fraction of the chip's peak, the bytes they move, and on TPUs the bundles of instructions that the
 compiler made of them, one a cycle (schedules.py); nothing else knows of the work that is no product, such as dropout.
 What carries no estimate and is not free either (gathers, collectives) is listed in `unestimated`, so that a sum never
@@ -28,10 +28,10 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from schedules import KERNEL_PRODUCTS, stretch_shares
+from schedules import KERNEL_PRODUCTS, stretch_shares, tile_pairs
 from targets import Chip
 
-KERNEL_TARGETS = ("tpu_custom_call", "__cudnn$fmha")
+KERNEL_TARGETS = ("tpu_custom_call", "__cudnn$fmha", "__gpu$xla.gpu.triton")
 CUBLAS_TARGET = "__cublas"
 # Names for what is there already, or work that runs beside the schedule.
 FREE = frozenset((
@@ -315,8 +315,11 @@ def kernel_flops(line: Line, segment_ids: Any = None) -> int:
     # The widest, as RoPE's tables are narrower than all heads side by side.
     floats = (sizes for dtype, sizes, _ in operands if dtype in ("bf16", "f32") and len(sizes) >= 3)
     sizes = max(floats, key=math.prod)
-    *_, length, width = sizes
     name = f"{x.name} {x.op_name}"
+    if len(sizes) == 4 and (of_tiles := tile_pairs(name, segment_ids, sizes[1])) is not None:
+        B, _, N, H = sizes
+        return KERNEL_PRODUCTS[names[0]] * 2 * B * of_tiles * N * H
+    *_, length, width = sizes
     of_a_row = re.search(r"_of_(\d+)_pairs", name)  # `rows` says how many its window leaves
     met = length * sum(keys * share for keys, share in stretch_shares(name, segment_ids).items())
     pairs = math.prod(sizes[:-2]) * (int(of_a_row[1]) if of_a_row else round(met) or length * length)

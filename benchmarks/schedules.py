@@ -8,10 +8,12 @@ import re
 from typing import Any
 
 # A Pallas kernel's name, and how many products of queries by keys by head dim it makes: the backward pass of `rows`
-# makes the logits again (5), that of `splash` makes them in each of its two kernels (3 and 4).
+# makes the logits again (5), those of `splash` and `flash` make them in each of their two kernels (3 and 4).
 KERNEL_PRODUCTS = {
     "forward_kernel": 2,
     "backward_kernel": 5,
+    "query_gradient_kernel": 3,
+    "key_gradient_kernel": 4,
     "splash_mha_fwd": 2,
     "splash_mha_dq": 3,
     "splash_mha_dkv": 4,
@@ -30,6 +32,24 @@ def stretch_shares(name: str, segment_ids: Any) -> dict[int, float]:
     sizes = tuple(int(n) for n in found[2].split("_"))
     which = np.asarray(reach(segment_ids, segment_ids, int(found[1]), sizes))[..., 1]
     return dict(zip(sizes, (np.bincount(which.ravel(), minlength=len(sizes)) / which.size).tolist(), strict=True))
+
+
+def tile_pairs(name: str, segment_ids: Any, length: int) -> int | None:
+    """Pairs of a query and a key in all tiles of a row that meet, on average, as the name of `flash`' kernel states
+    them; None for another's."""
+    found = re.search(r"_of_(\d+)_by_(\d+)_tiles(?:_within_(\d+)_(\d+))?", name)
+    if not found:
+        return None
+    import numpy as np
+
+    from flax_encoder.ops.attention.flash_kernel import tiles_met
+
+    own, met, *window = (int(n) for n in found.groups() if n)
+    B = 1 if segment_ids is None else len(segment_ids)
+    first, stop = np.moveaxis(
+        np.asarray(tiles_met(segment_ids, segment_ids, tuple(window) or None, own, met, (B, length, length))), 2, 0
+    )
+    return own * met * int(np.maximum(stop - first, 0).sum()) // B
 
 
 def dump_schedules(folder: pathlib.Path) -> str:

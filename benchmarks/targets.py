@@ -13,14 +13,18 @@ class Chip(NamedTuple):
     """Of dense bfloat16 products."""
     bytes_per_second: float
     """Of HBM."""
+    kernel_fraction: float
+    """Of the peak, at which an attention kernel's products are counted."""
     product_fraction: float = 1.0
     """Of the peak, at which a library's matrix products are counted that the compiler has no estimate of."""
 
 
 # Peak and bandwidth of v5e as published at cloud.google.com/tpu/docs; 197e12 is 4 units x 128 x 128 x 2 at 1.5 GHz.
-# Those of an H100 SXM from NVIDIA's data sheet. XLA's table of products measured on one (openxla/xla,
-# matmul_interpolator_data.h) gives cuBLAS 570 to 650 TFLOP/s at an encoder's sizes, bfloat16 in and out.
-CHIPS = {"v5e": Chip(1.5e9, 197e12, 819e9), "h100": Chip(1.98e9, 989e12, 3.35e12, 0.6)}
+# On TPUs heads of 64 fill half of a unit's 128 lanes, so a kernel's products can reach half the peak; softmax and masks
+# are made meanwhile by other units, which takes some of that.
+# Those of an H100 SXM from NVIDIA's data sheet, and the fractions measured on one (LOG.md): a step's products ran at
+# 0.76 of it, `flash` at 0.26 to 0.35 without dropout and 0.17 to 0.27 with it.
+CHIPS = {"v5e": Chip(1.5e9, 197e12, 819e9, 0.4), "h100": Chip(1.98e9, 989e12, 3.35e12, 0.3, 0.76)}
 TOPOLOGIES = {"tpu": "v5e:2x2", "gpu": "h100:1x1x1"}
 # For jax, before it is imported: not to look for accelerators here, and their plugins not to say at length that there
 # are none.

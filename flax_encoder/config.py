@@ -149,7 +149,7 @@ class EncoderConfig:
     attention_dropout_rate: float = 0.0
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Operands of matrix products. Parameters, accumulation, norms, softmax and loss are always float32."""
-    attention_implementation: Literal["reference", "chunked", "rows", "splash", "cudnn"] | None = None
+    attention_implementation: Literal["reference", "chunked", "rows", "splash", "flash", "cudnn"] | None = None
     """None picks the fastest that can serve."""
     scan_layers: bool = True
     """Run the stacked layers by `lax.scan` (quick to compile) or unrolled (quicker to run); same parameters."""

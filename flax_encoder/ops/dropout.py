@@ -26,7 +26,16 @@ def keep_mask(words: Words, rate: float, row: UInt32[Array, "..."], column: UInt
     The hash is Wellons' lowbias32 of a Weyl sequence along the columns whose start is hashed from the row likewise.
     (Hash prospector, 2018: its outputs' bits each flip with probability one half, within 0.2%.)
     """
-    start = _mix(row * (words[0] | jnp.uint32(1)) + words[1])
+    return keep_in_row(row_start(words, row), rate, column)
+
+
+def row_start(words: Words, row: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """What `keep_mask` takes of a row: the half of it that need not be made for each element."""
+    return _mix(row * (words[0] | jnp.uint32(1)) + words[1])
+
+
+def keep_in_row(start: UInt32[Array, "..."], rate: float, column: UInt32[Array, "..."]) -> Bool[Array, "..."]:
+    """The other half."""
     bits = _mix(start + column * jnp.uint32(0x9E3779B9))  # 2^32 over the golden ratio: columns lie far apart
     return bits >= jnp.uint32(round(rate * 2**32))
 

@@ -321,6 +321,27 @@ def test_cudnn_attention_counts_its_products_and_its_bytes():
     assert kernel_flops(estimate(backward, H100).kernels[0]) == products * 5 // 2
 
 
+@pytest.mark.parametrize(("window", "is_packed"), [(None, False), (None, True), ((64, 32), True)])
+def test_flash_attention_counts_the_tiles_that_meet(window, is_packed):
+    T, own, met = 512, 128, 64
+    segments = np.repeat([[1, 1, 1, 2], [1, 2, 3, 0]], T // 4, axis=1).astype(np.int32)
+    within = "" if window is None else "_within_{}_{}".format(*window)
+    called = GPU_PROGRAM.replace("__cudnn$fmhaSoftmax", "__gpu$xla.gpu.triton").replace(
+        "operand_layout_constraints={", "operand_layout_constraints={s32[4,4,2]{2,1,0}, "
+    )
+    named = f', metadata={{op_name="jit(step)/query_gradient_kernel_of_{own}_by_{met}_tiles{within}/pallas_call"}}'
+    called = called.replace('"tuple_shapes": []}}}', '"tuple_shapes": []}}}' + named)
+    sees = np.ones((2, T, T), bool)
+    if is_packed:
+        sees = (segments[:, :, None] == segments[:, None]) & (segments > 0)[:, :, None]
+    if window is not None:
+        offset = np.arange(T) - np.arange(T)[:, None]
+        sees &= (offset >= -window[0]) & (offset <= window[1])
+    tiles = sees.reshape(2, T // own, own, T // met, met).any((2, 4)).sum()
+    products = 3 * 2 * 4 * (own * met * tiles // 2) * 12 * 64
+    assert kernel_flops(estimate(called, H100).kernels[0], segments if is_packed else None) == products
+
+
 def test_hardware_that_cannot_be_compiled_for_is_an_error_that_says_what_can(monkeypatch):
     with pytest.raises(ValueError, match="begin with a known gpu: got v5e, known are h100"):
         devices("gpu", "v5e:2x2")
@@ -345,6 +366,8 @@ def test_a_step_compiled_for_a_gpu_is_estimated_whole():
     compiled = compile_step(config, batch, mesh, "gpu", "cublas")
     made = estimate(compiled.as_text(), H100)
     flops = sum(line.count * line.product_flops for line in made.products)
+    assert sum(line.count for line in made.kernels) == 3 * config.num_layers
+    flops += sum(line.count * kernel_flops(line, batch["segment_ids"]) for line in made.kernels)
     model_flops = step_flops(config, batch["segment_ids"], batch["targets"].size)
     assert model_flops <= flops < 1.5 * model_flops
     assert made.lines and all(0 < line.seconds < 1e-3 for line in made.lines + made.products)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 
 from benchmarks.cases import ATTENTION_CASES
-from flax_encoder.ops.attention import CHOICES, IMPLEMENTATIONS, _choose, attention, cudnn, rows_kernel
+from flax_encoder.ops.attention import CHOICES, IMPLEMENTATIONS, _choose, attention, cudnn, flash_kernel, rows_kernel
 from flax_encoder.ops.attention.problem import Problem
 from flax_encoder.ops.platform import platform_for_tracing
 from flax_encoder.ops.position import rope_tables
@@ -39,12 +39,27 @@ CASES = {
         "grouped heads": {"heads": (4, 2, 64)},
         "rope": {"rope": True},
     },
+    "flash": {
+        "segments": {},
+        "one document a row": {"segment_ids": None},
+        "window": {"window": (70, 3)},
+        "one-sided window": {"segment_ids": None, "window": (0, 20)},
+        "traced window": {"window": (jnp.int32(33), jnp.int32(5))},
+        "dropout": {"dropout_rate": 0.3, "window": (9, 9)},
+        "grouped heads": {"heads": (4, 2, 64), "dropout_rate": 0.3},
+        "narrow heads": {"heads": (2, 2, 16)},
+        "wide heads": {"heads": (2, 1, 128), "dropout_rate": 0.1},
+        "rope": {"rope": True},
+    },
 }
+PLATFORMS = {"rows": "tpu", "splash": "tpu", "flash": "gpu"}
 EVERY = [(name, case) for name, cases in CASES.items() for case in cases]
 
 
 def out_and_gradients(implementation, arrays, **options):
-    """Kernels run as plain XLA."""
+    """Kernels run as plain XLA; arrays have the dtype that an implementation takes."""
+    if implementation == "flash":
+        arrays = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
 
     @jax.jit
     def function(query, key, value, d_out):
@@ -54,7 +69,7 @@ def out_and_gradients(implementation, arrays, **options):
 
     if implementation not in CASES:
         return function(*arrays)
-    with platform_for_tracing("tpu", interpret_kernels=True):
+    with platform_for_tracing(PLATFORMS[implementation], interpret_kernels=True):
         return function(*arrays)
 
 
@@ -70,6 +85,8 @@ def problem_of(case):
 @pytest.mark.parametrize(("implementation", "case"), EVERY)
 def test_kernels_and_gradients_equal_the_reference(implementation, case):
     arrays, dtype, options = problem_of(CASES[implementation][case])
+    if implementation == "flash":
+        dtype = jnp.bfloat16
     got = out_and_gradients(implementation, arrays, **options)
     want = out_and_gradients("reference", [x.astype(np.float32) for x in arrays], **options)
     for name, g, w in zip(("out", "d_query", "d_key", "d_value"), got, want, strict=True):
@@ -167,6 +184,26 @@ def test_a_part_of_a_row_meets_the_shortest_stretch_of_keys_with_its_documents(l
         assert size == min(s for s in stretches if s >= whole)
 
 
+@pytest.mark.parametrize("window", [None, (40, 9)])
+@pytest.mark.parametrize("lengths", [(64,) * 16, (1, 300, 500, 90), (1024,), (0,), (129, 0, 700)])
+def test_a_tile_meets_all_tiles_that_its_tokens_see_and_no_more_than_it_must(lengths, window):
+    own, other, T = 128, 64, 1024
+    row = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)])
+    row = np.pad(row, (0, T - len(row)))[None].astype(np.int32)
+    met = np.asarray(flash_kernel.tiles_met(row, row, window, own, other, (1, T, T)))[0]
+    sees = (row[0, :, None] == row[0]) & (row[0] > 0)[:, None]
+    if window is not None:
+        offset = np.arange(T) - np.arange(T)[:, None]
+        sees &= (offset >= -window[0]) & (offset <= window[1])
+    sees = sees.reshape(T // own, own, T // other, other).any((1, 3))
+    for (first, stop), tiles in zip(met, sees, strict=True):
+        found = np.flatnonzero(tiles)
+        if len(found):
+            assert first <= found[0] and found[-1] < stop
+        if window is None:  # and exactly these, where it is the segments that say
+            assert stop - first == len(found) or (not len(found) and stop <= first)
+
+
 SMALL = [name for name, case in ATTENTION_CASES.items() if case.is_small]
 
 
@@ -188,7 +225,7 @@ def test_named_shapes_equal_the_reference_or_are_refused(name, case):
         return
     want = out_and_gradients("reference", arrays, **options)
     for g, w in zip(got, want, strict=True):
-        assert_close(g, w, terms=case.T)
+        assert_close(g, w, g.dtype, terms=case.T if g.dtype == jnp.float32 else 4)
 
 
 @pytest.mark.parametrize("implementation", [*CASES, "rows in stretches"])
@@ -226,7 +263,7 @@ def test_sharded_equals_single_device(implementation):
     with jax.set_mesh(jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)):
         got = out_and_gradients(implementation, arrays, **options)
     for g, w in zip(got, want, strict=True):
-        np.testing.assert_allclose(g, w, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(np.asarray(g, np.float32), np.asarray(w, np.float32), rtol=0, atol=1e-6)
 
 
 def test_lengths_are_split_over_a_mesh():
@@ -264,6 +301,11 @@ REFUSALS = [
     ("splash", "tpu", {"S": 128}, "as many, a multiple of 128: got 256 and 128"),
     ("splash", "tpu", {"query_segments": ONES, "key_segments": ONES + 0}, "the queries' own tokens"),
     ("splash", "gpu", {}, "for TPUs: got gpu"),
+    ("flash", "tpu", {}, "for GPUs: got tpu"),
+    ("flash", "gpu", {"dtype": jnp.float32}, "bfloat16 or float16: got float32"),
+    ("flash", "gpu", {"bias": BIAS}, "adds no bias"),
+    ("flash", "gpu", {"T": 200}, "a multiple of 16: got 200 and 200"),
+    ("flash", "gpu", {"heads": (2, 2, 48)}, "a power of two from 16 to 128: got 48"),
     ("cudnn", "tpu", {}, "for NVIDIA GPUs: got tpu"),
     ("cudnn", "gpu", {"dtype": jnp.float32}, "bfloat16 or float16: got float32"),
     ("cudnn", "gpu", {"heads": (2, 2, 20)}, "multiple of 8 and at most 128: got 20"),
@@ -299,9 +341,12 @@ def test_a_refusal_names_the_implementation():
         ("tpu", {"T": 16384}, "splash"),
         ("tpu", {"T": 16384, "dropout_words": WORDS, "dropout_rate": 0.1}, "chunked"),
         ("tpu", {"bias": BIAS}, "reference"),
-        ("gpu", {}, "cudnn"),
-        ("gpu", {"query_segments": ONES, "key_segments": ONES}, "cudnn"),
-        ("gpu", {"dropout_words": WORDS, "dropout_rate": 0.1}, "reference"),
+        ("gpu", {}, "flash"),
+        ("gpu", {"query_segments": ONES, "key_segments": ONES, "window": TRACED}, "flash"),
+        ("gpu", {"dropout_words": WORDS, "dropout_rate": 0.1}, "flash"),
+        ("gpu", {"bias": BIAS.astype(jnp.bfloat16)}, "cudnn"),
+        ("gpu", {"heads": (2, 2, 48)}, "cudnn"),
+        ("gpu", {"T": 200, "dropout_words": WORDS, "dropout_rate": 0.1}, "reference"),
         ("gpu", {"T": 2048, "dtype": jnp.float32}, "chunked"),
     ],
 )

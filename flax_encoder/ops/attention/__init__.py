@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flax_encoder.ops.attention import chunked, cudnn, reference, rows, splash
+from flax_encoder.ops.attention import chunked, cudnn, flash, reference, rows, splash
 from flax_encoder.ops.attention.problem import Problem, Refusal, Window
 from flax_encoder.ops.dropout import dropout_words
 from flax_encoder.ops.platform import platform
@@ -36,16 +36,18 @@ class Implementation(NamedTuple):
 
 IMPLEMENTATIONS = {
     module.__name__.rsplit(".", 1)[1]: Implementation(module.attend, module.refusal, module is rows)
-    for module in (reference, chunked, rows, splash, cudnn)
+    for module in (reference, chunked, rows, splash, flash, cudnn)
 }
 
 # By platform, in order of preference: a name, and the longest row of keys for which it is worth it. LOG.md has the
 # measurements: on CPUs `chunked` is the fastest at every length; on TPUs `rows` needs no copies around it, which cost
-# `splash` more than its products; elsewhere a short row's logits cost less to keep than to make again.
+# `splash` more than its products; on GPUs `flash` is faster than `cudnn` on every shape that it serves, many times so
+# on packed rows, and alone gives the same bits each time; elsewhere a short row's logits cost less to keep than to make
+# again.
 CHOICES = {
     "cpu": (("chunked", math.inf),),
     "tpu": (("rows", math.inf), ("splash", math.inf), ("reference", 1024), ("chunked", math.inf)),
-    "gpu": (("cudnn", math.inf), ("reference", 1024), ("chunked", math.inf)),
+    "gpu": (("flash", math.inf), ("cudnn", math.inf), ("reference", 1024), ("chunked", math.inf)),
 }
 
 

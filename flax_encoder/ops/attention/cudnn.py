@@ -1,4 +1,8 @@
-"""cuDNN's fused attention, through JAX: documents by lengths where each row is one, else by a mask."""
+"""cuDNN's fused attention, through JAX: documents by lengths where each row is one, else by a mask.
+
+Its gradient of the queries is summed in no fixed order, so the last bits differ from run to run, unless XLA is told
+`--xla_gpu_exclude_nondeterministic_ops`.
+"""
 
 import jax
 import jax.numpy as jnp

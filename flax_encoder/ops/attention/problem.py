@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from flax_encoder.ops.dropout import Words, keep_mask
+from flax_encoder.ops.dropout import Words, keep_mask, row_start
 from flax_encoder.ops.position import RopeTables, apply_rope
 
 Window = tuple[int | Int[Array, ""], int | Int[Array, ""]]
@@ -98,8 +98,19 @@ def kept(
 
     Every backend takes its mask from here, so that with one key all give the same numbers.
     """
+    row = _dropout_row(heads_and_queries, batch, head, query_index)
+    return keep_mask(words, rate, row, jnp.asarray(key_index).astype(jnp.uint32))
+
+
+def dropout_starts(problem: Problem) -> UInt32[Array, "B N T"]:
+    """`kept`'s part that is each query's, for a kernel that would make it again for each tile of keys."""
+    B, T, N, _ = problem.query.shape
+    batch, head = problem.first_row + jnp.arange(B), problem.first_head + jnp.arange(N)
+    row = _dropout_row((problem.num_heads, T), batch[:, None, None], head[:, None], jnp.arange(T))
+    return row_start(problem.dropout_words, row)
+
+
+def _dropout_row(heads_and_queries: tuple[int, int], *place: Int[Array, "..."]) -> UInt32[Array, "..."]:
     N, T = heads_and_queries
-    places = (jnp.asarray(x).astype(jnp.uint32) for x in (batch, head, query_index, key_index))
-    batch, head, query_index, key_index = places
-    row = (batch * jnp.uint32(N) + head) * jnp.uint32(T) + query_index
-    return keep_mask(words, rate, row, key_index)
+    batch, head, query_index = (jnp.asarray(x).astype(jnp.uint32) for x in place)
+    return (batch * jnp.uint32(N) + head) * jnp.uint32(T) + query_index
