@@ -33,10 +33,9 @@ def linear(
     matrix = kernel.reshape((-1, D) if contract_last else (D, -1))
     # A GPU's product rounds as it writes, and adds the bias before: apart they would read and write float32 again.
     product_dtype = out_dtype if dtype == out_dtype == "bfloat16" and platform() == "gpu" else "float32"
-    product = functools.partial(_bfloat16_product, out_dtype=product_dtype) if dtype == "bfloat16" else _plain_product
     # Batch axes come back before the bias, features after: a reshape between the product and what reads it keeps a TPU
     # from fusing them, and heads of 64 fill half of its lanes (LOG.md).
-    y = product(x.reshape(-1, D), matrix, contract_last).reshape(*x.shape[:-1], -1)
+    y = _product(x.reshape(-1, D), matrix, contract_last, dtype, product_dtype).reshape(*x.shape[:-1], -1)
     if bias is not None:
         y = add_bias(y, bias.reshape(-1), dtype=dtype, is_wider=y.shape[-1] > D)
     return y.astype(out_dtype).reshape(*x.shape[:-1], *features)
@@ -63,17 +62,17 @@ def _biased(y, bias):
 
 
 def _biased_backward(_, g):
-    g = _made_once(g)
+    g = _made_once(g, "bfloat16")
     return g, bias_gradient(g.reshape(-1, g.shape[-1]))
 
 
 _biased.defvjp(lambda y, bias: (_biased(y, bias), None), _biased_backward)
 
 
-def _made_once(g):
-    """g rounded to bfloat16. On a GPU all that read it, two products and a sum, read one array, or XLA would make it
-    for each, and in float32 too."""
-    return jax.lax.optimization_barrier(g.astype(jnp.bfloat16)).astype(g.dtype) if platform() == "gpu" else g
+def _made_once(g, dtype: str):
+    """On a GPU g rounded to dtype, one array for all that read it, two products and a sum: XLA would make it for each,
+    and in float32 too."""
+    return jax.lax.optimization_barrier(g.astype(dtype)).astype(g.dtype) if platform() == "gpu" else g
 
 
 def bias_gradient(g: Float[Array, "B F"]) -> Float[Array, "F"]:
@@ -97,17 +96,9 @@ def linear_gradients(
 ) -> tuple[Float[Array, "B D"], Float[Array, "..."]]:
     """The gradients of x, as `x_dtype`, and kernel for that of `linear`'s result: operands rounded to `dtype`, the rest
     float32."""
-    over_features = 0 if contract_last else 1
-    rows, columns = (g, x) if contract_last else (x, g)
-    if dtype == "bfloat16":
-        return _rows_dot(g, kernel, (1, over_features), x_dtype), _rows_dot_over_rows(rows, columns)
-    g, kernel, rows, columns = (a.astype(jnp.float32) for a in (g, kernel, rows, columns))
-    return _dot(g, kernel, (1, over_features)).astype(x_dtype), _dot(rows, columns, (0, 0))
-
-
-def _plain_product(x, kernel, transposed: bool):
-    """The reference."""
-    return _dot(x.astype(jnp.float32), kernel.astype(jnp.float32), (1, 1 if transposed else 0))
+    x, kernel, g = (a.astype(dtype) for a in (x, kernel, g))
+    d_x = _rows_dot(g, kernel, (1, 0 if contract_last else 1), x_dtype)
+    return d_x, _rows_dot_over_rows(*((g, x) if contract_last else (x, g)))
 
 
 def _dot(a, b, contract: tuple[int, int], dtype: str = "float32"):
@@ -122,14 +113,13 @@ def _row_major(x):
 
 
 def _rows_dot(a, b, contract: tuple[int, int], out_dtype: str = "float32"):
-    a, b = (_row_major(x.astype(jnp.bfloat16)) for x in (a, b))
     if platform() == "gpu":  # accumulates in float32 and rounds as it writes
         return _dot(a, b, contract, out_dtype)
-    return _row_major(_dot(a, b, contract)).astype(out_dtype)
+    return _row_major(_dot(_row_major(a), _row_major(b), contract)).astype(out_dtype)
 
 
 def _rows_dot_over_rows(a, b):
-    """a^T b. The transpose is made explicit, since a product over the leading axis misses the fast path.
+    """a^T b. The transpose is made explicit, since a product over the leading axis misses a CPU's fast path.
 
     It is the narrower operand that is transposed, and then if need be the result: a wide one is often an activation,
     and XLA:CPU makes that element by element in the order of the transpose, which is no order for memory (LOG.md).
@@ -137,30 +127,30 @@ def _rows_dot_over_rows(a, b):
     (rows, A), B = a.shape, b.shape[1]
     if platform() == "cpu" and rows * (A - B) >= 2 * A * B:
         # Without the barrier the transposes would be folded into the product.
-        return _row_major(jax.lax.optimization_barrier(_rows_dot(b.astype(jnp.bfloat16).T, a, (1, 0))).T)
-    return _rows_dot(a.astype(jnp.bfloat16).T, b, (1, 0))
+        return _row_major(jax.lax.optimization_barrier(_rows_dot(b.T, a, (1, 0))).T)
+    return _rows_dot(a.T, b, (1, 0))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _bfloat16_product(x, kernel, transposed, out_dtype):
-    return _bfloat16_forward(x, kernel, transposed, out_dtype)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product(x, kernel, transposed, dtype, out_dtype):
+    return _forward(x, kernel, transposed, dtype, out_dtype)[0]
 
 
-def _bfloat16_forward(x, kernel, transposed, out_dtype):
-    # What is kept for the backward pass is already bfloat16: half the memory, and the cast is not made twice.
-    x_low, kernel_low = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+def _forward(x, kernel, transposed, dtype, out_dtype):
+    # What is kept for the backward pass is already rounded: half the memory, and the cast is not made twice.
+    x_low, kernel_low = x.astype(dtype), kernel.astype(dtype)
     dtypes = jnp.zeros((), x.dtype), jnp.zeros((), kernel.dtype)
     return _rows_dot(x_low, kernel_low, (1, 1 if transposed else 0), out_dtype), (x_low, kernel_low, dtypes)
 
 
-def _bfloat16_backward(transposed, out_dtype, residuals, g):
+def _backward(transposed, dtype, out_dtype, residuals, g):
     x, kernel, (x_like, kernel_like) = residuals
-    options = {"contract_last": transposed, "dtype": "bfloat16", "x_dtype": x_like.dtype.name}
-    d_x, d_kernel = linear_gradients(x, kernel, _made_once(g), **options)
+    options = {"contract_last": transposed, "dtype": dtype, "x_dtype": x_like.dtype.name}
+    d_x, d_kernel = linear_gradients(x, kernel, _made_once(g, dtype), **options)
     if platform() == "tpu":
         # Otherwise a reshape that takes heads apart becomes part of the product, which then wants x transposed.
         d_kernel = jax.lax.optimization_barrier(d_kernel)
     return d_x, d_kernel.astype(kernel_like.dtype)
 
 
-_bfloat16_product.defvjp(_bfloat16_forward, _bfloat16_backward)
+_product.defvjp(_forward, _backward)
