@@ -105,7 +105,8 @@ def row(case_name: str, name: str, dtype: str, peak: float, repeats: int, is_int
         return result | {"refusal": "its logits would take gigabytes"}
     operands = arguments(case, dtype)
     try:
-        with platform_for_tracing(_PLATFORMS.get(name, "tpu"), interpret_kernels=True) if is_interpreted else contextlib.nullcontext():
+        interpreted = platform_for_tracing(_PLATFORMS.get(name, "tpu"), interpret_kernels=True)
+        with interpreted if is_interpreted else contextlib.nullcontext():
             forward, both = (jax.jit(f).lower(*operands).compile() for f in passes(case, name))
     except ValueError as error:
         if "cannot serve" not in str(error):

@@ -95,6 +95,18 @@ def test_kernels_and_gradients_equal_the_reference(implementation, case):
         assert_close(g, w, dtype, terms=T if dtype == jnp.float32 else 4)
 
 
+def test_flash_takes_keys_of_their_own():
+    """A decoder's, of another length, some of them of documents that no query is of, and queries that see none."""
+    S = T // 2
+    arrays = draw((B, T, 4, 32), (B, S, 2, 32), (B, S, 2, 32), (B, T, 4, 32))
+    keys = np.repeat([[1, 5, 2, 0], [3, 4, 4, 4]], S // 4, axis=1).astype(np.int32)
+    options = {"segment_ids": jnp.asarray(SEGMENTS), "key_segment_ids": jnp.asarray(keys)}
+    got, want = (out_and_gradients(name, arrays, **options) for name in ("flash", "reference"))
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, jnp.bfloat16, terms=4)
+    assert (np.asarray(got[0])[1, SEGMENTS[1] == 1] == 0).all()
+
+
 CUDNN_CASES = {
     "one document a row": {"segment_ids": None},
     "segments": {},
