@@ -25,7 +25,7 @@ from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, RunConfig, diff
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.data.tokenizer import TextTokenizer
 from flax_encoder.data.word_vectors import embedding_from_vectors, word_level_tokenizer
-from flax_encoder.hub import read_origin
+from flax_encoder.exchange import read_origin
 from flax_encoder.nn.partition import round_up_vocab
 from flax_encoder.objectives import OBJECTIVES
 from flax_encoder.report import show_report

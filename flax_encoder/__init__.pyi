@@ -18,11 +18,12 @@ from .data.tokenizer_files import read_tokenizer
 
 # Vectors of texts
 from .embed import Embedder, load_embedder
+from .exchange import export_run, import_folder
 
 # Families and published weights
 from .families import preset
 from .generation import Generation, generate
-from .hub import Pretrained, export_run, import_folder, load_pretrained
+from .hub import Pretrained, load_pretrained
 
 # Modules and ops
 from .nn.decoder import EncoderDecoder

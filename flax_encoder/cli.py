@@ -165,7 +165,7 @@ def _show(rows: list[dict[str, Any]], title: str) -> None:
 
 
 def _fill_mask(arguments: argparse.Namespace) -> None:
-    from flax_encoder.hub import open_model
+    from flax_encoder.exchange import open_model
 
     masks = open_model(arguments.run_dir).fill_mask(arguments.text, arguments.top)
     if arguments.json:
@@ -177,7 +177,7 @@ def _fill_mask(arguments: argparse.Namespace) -> None:
 
 
 def _classify(arguments: argparse.Namespace) -> None:
-    from flax_encoder.hub import open_model
+    from flax_encoder.exchange import open_model
 
     labels = open_model(arguments.run_dir).classify(arguments.text)[: arguments.top]
     if arguments.json:
@@ -188,7 +188,7 @@ def _classify(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from flax_encoder.embed import write_sentence_files
-    from flax_encoder.hub import export_run
+    from flax_encoder.exchange import export_run
 
     is_sentence = arguments.pooling is not None or (pathlib.Path(arguments.run_dir) / "modules.json").exists()
     if arguments.normalize is not None and not is_sentence:
@@ -203,7 +203,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     from flax_encoder.embed import write_sentence_files
-    from flax_encoder.hub import import_folder
+    from flax_encoder.exchange import import_folder
 
     import_folder(arguments.folder, arguments.out)
     if (pathlib.Path(arguments.folder) / "modules.json").exists():

@@ -1,4 +1,4 @@
-"""Published weight folders: load them, ask them, start runs from them, and write them.
+"""Published weight folders: load them and ask them.
 
 A folder holds config.json, weights and a tokenizer; `families` says what their fields and tensors mean. What is not
 understood is an error that names it, and what is left out or made up is named in a log line.
@@ -18,43 +18,30 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from flax_encoder.config import (
     ConfigError,
-    DataConfig,
     DecoderConfig,
     EncoderConfig,
     HeadConfig,
-    RunConfig,
-    from_dict,
-    to_dict,
 )
 from flax_encoder.data.records import DataError
 from flax_encoder.data.tokenizer import TextTokenizer
 from flax_encoder.data.tokenizer_files import SENTENCEPIECE_FILES, read_tokenizer
-from flax_encoder.families import FAMILIES, find_family
+from flax_encoder.families import find_family
 from flax_encoder.families.mapping import (
     Family,
-    export_tensors,
     import_tensors,
     read_config,
     read_head,
-    write_config,
 )
 from flax_encoder.generation import Generation, generate
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead
-from flax_encoder.nn.partition import abstract_model
-from flax_encoder.objectives import OBJECTIVES
+from flax_encoder.nn.partition import abstract_model, flatten, unflatten
 from flax_encoder.objectives.classification import segment_mean
-from flax_encoder.run import LoadedRun, load_run, model_factory
-from flax_encoder.training.checkpoint import Checkpoints, read_params, read_run
-from flax_encoder.training.run_log import write_atomically
-from flax_encoder.training.step import TrainState
-from flax_encoder.weights import read_weights, write_weights
+from flax_encoder.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -280,7 +267,7 @@ def load_pretrained(
       DataError: a tokenizer that cannot be read, or has more tokens than the embedding.
     """
     folder = pathlib.Path(folder)
-    published = _read_json(folder / "config.json")
+    published = read_json(folder / "config.json")
     family = find_family(published)
     config = read_config(family, published)
     tensors = {name: w for name, w in read_weights(folder).items() if not BUFFERS.search(name)}
@@ -305,15 +292,15 @@ def load_pretrained(
         return PretrainedModel(config, task, head, num_outputs, pooling, has_pooler, rngs=nnx.Rngs(seed))
 
     graphdef, abstract = abstract_model(make_model)
-    shapes = {path: leaf.shape for path, leaf in _flat(nnx.to_pure_dict(abstract)).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(abstract)).items()}
     imported = import_tensors(family, task, tensors, shapes, config.num_heads)
     fresh = tuple(sorted(set(shapes) - set(imported.params)))
     _check_unused(folder, family, imported.unused, allow_unused)
     if fresh:
-        made = _flat(nnx.to_pure_dict(nnx.split(make_model())[1]))
+        made = flatten(nnx.to_pure_dict(nnx.split(make_model())[1]))
         imported.params.update({path: np.asarray(made[path]) for path in fresh})
         logger.warning("%s has no %s: made anew from seed %d", folder, ", ".join(fresh), seed)
-    model = nnx.merge(graphdef, _nested({path: jnp.asarray(value) for path, value in imported.params.items()}))
+    model = nnx.merge(graphdef, unflatten({path: jnp.asarray(value) for path, value in imported.params.items()}))
     tokenizer = None
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         tokenizer = read_tokenizer(folder)
@@ -349,7 +336,7 @@ def _generation(published: Mapping[str, Any]) -> Generation:
     return Generation(start_id=pad if start is None else start, end_id=end, pad_id=pad)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -390,205 +377,3 @@ def _check_unused(folder: pathlib.Path, family: Family, unused: list[str], allow
             f"{folder} has tensors that nothing here reads: {', '.join(unknown[:8])}"
             f"{' ...' if len(unknown) > 8 else ''}. allow_unused=True leaves them out."
         )
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {".".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
-def as_run(loaded: Pretrained) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what a checkpoint says of its run, the parameters that the folder had), as `read_run` and `read_params` give.
-
-    A folder whose head is of no objective is a masked_lm run without its head.
-
-    Raises:
-      DataError: no tokenizer, without which there is no run.
-    """
-    if loaded.tokenizer is None:
-        raise DataError(f"a run needs a tokenizer, and the folder has none: looked for {', '.join(TOKENIZER_FILES)}.")
-    keeps_head = loaded.task in OBJECTIVES
-    limit = loaded.config.max_length if loaded.config.position == "learned" else DataConfig.row_length
-    config = RunConfig(
-        objective=loaded.task if keeps_head else "masked_lm",
-        model=loaded.config,
-        head=loaded.head if keeps_head else HeadConfig(),
-        pooling=loaded.pooling,
-        data=DataConfig(row_length=min(DataConfig.row_length, limit)),
-    )
-    params = _flat(nnx.to_pure_dict(nnx.split(loaded.model)[1]))
-    kept = ("encoder.", "head.") if keeps_head else ("encoder.",)
-    params = {path: value for path, value in params.items() if path.startswith(kept) and path not in loaded.fresh}
-    # Names of classes that a head made anew has are nobody's.
-    label_names = loaded.label_names if "head.out.kernel" in params else None
-    run = {"config": to_dict(config), "tokenizer": loaded.tokenizer.json, "label_names": label_names, "step": 0}
-    return run, _nested(params)
-
-
-def read_origin(path: str | pathlib.Path, task: Task) -> tuple[dict[str, Any], Any]:
-    """(run, parameters) of what `init_from` names: a run folder, a checkpoint or a published folder.
-
-    `task` is the head to load of a published folder, as far as it has one; a run folder has its own.
-    """
-    path = pathlib.Path(path)
-    if not is_published(path):
-        return read_run(path), read_params(path)
-    family = find_family(_read_json(path / "config.json"))
-    return as_run(load_pretrained(path, task=task if task in family.heads else None))
-
-
-def open_model(path: str | pathlib.Path) -> LoadedRun:
-    """A run folder, a checkpoint or a published folder, ready to be asked.
-
-    Raises:
-      DataError: a published folder without the head of a run's objective.
-    """
-    path = pathlib.Path(path)
-    if not is_published(path):
-        return load_run(path)
-    loaded = load_pretrained(path)
-    if loaded.task not in OBJECTIVES or loaded.fresh:
-        raise DataError(
-            f"{path} must have the head of a {' or '.join(OBJECTIVES)} run to be asked: it has {loaded.task or 'none'}"
-            f"{', which the weights lack' if loaded.fresh else ''}."
-        )
-    return _loaded_run(loaded)
-
-
-def _loaded_run(loaded: Pretrained) -> LoadedRun:
-    """What is missing of the head is made anew."""
-    run, params = as_run(loaded)
-    config = from_dict(RunConfig, run["config"])
-    make_model = model_factory(config, run["label_names"])
-    graphdef, abstract = abstract_model(make_model)
-    own = _flat(params)
-    if fresh := [path for path in _flat(nnx.to_pure_dict(abstract)) if path not in own]:
-        made = _flat(nnx.to_pure_dict(nnx.split(make_model())[1]))
-        params = _nested(own | {path: made[path] for path in fresh})
-        logger.warning("a %s run needs %s: made anew", config.objective, ", ".join(fresh))
-    return LoadedRun(nnx.merge(graphdef, params), config, loaded.tokenizer, run["label_names"], 0)
-
-
-def import_folder(folder: str | pathlib.Path, out: str | pathlib.Path) -> None:
-    """Make a run folder of a published one: what is trained from, asked or exported like any other.
-
-    A folder without a masked_lm or classification head gets a new masked_lm one, which is named in a log line.
-
-    Raises:
-      ConfigError: `out` has something in it already. And whatever `load_pretrained` raises.
-    """
-    out = pathlib.Path(out)
-    _refuse_filled(out)
-    model = _loaded_run(load_pretrained(folder))
-    config = to_dict(dataclasses.replace(model.config, run_dir=str(out)))
-    settings = {"config": config, "tokenizer": model.tokenizer.json, "label_names": model.label_names}
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "tokenizer.json", model.tokenizer.json)
-    write_atomically(out / "config.json", json.dumps(config, indent=1) + "\n")
-    with Checkpoints(out, keep=1) as checkpoints:
-        params = nnx.to_pure_dict(nnx.split(model.model)[1])
-        checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, {}), 0, settings)
-
-
-def export_run(
-    run_dir: str | pathlib.Path,
-    out: str | pathlib.Path,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    model_type: str | None = None,
-    encoder_only: bool = False,
-) -> str:
-    """Write a run, a checkpoint or a published folder as one that transformers opens. Returns its architecture there.
-
-    Args:
-      dtype: of the weights.
-      model_type: the family to write it as; None takes the first that can say it.
-      encoder_only: leave out the head.
-
-    Raises:
-      ConfigError: no published family can say this model, with what keeps the given, or the nearest, from it; `out`
-        has something in it already.
-    """
-    out = pathlib.Path(out)
-    _refuse_filled(out)
-    is_bare = encoder_only and is_published(run_dir)
-    run = _loaded_run(load_pretrained(run_dir)) if is_bare else open_model(run_dir)
-    config, task = run.config, None if encoder_only else run.config.objective
-    family, published = _published_config(config, model_type, task)
-    pad = run.tokenizer.special("pad")
-    if published.setdefault("pad_token_id", pad) != pad:
-        raise ConfigError(
-            f"{family.model_type} counts positions from its padding's id, {published['pad_token_id']}: the tokenizer's "
-            f"is {pad}."
-        )
-    names = run.label_names or []
-    if names and task:
-        published |= {
-            "id2label": {str(i): name for i, name in enumerate(names)},
-            "label2id": {name: i for i, name in enumerate(names)},
-        }
-    params = _flat(nnx.to_pure_dict(nnx.split(run.model)[1]))
-    params = {path: np.asarray(x) for path, x in params.items() if task or path.startswith("encoder.")}
-    tensors = export_tensors(family, task, params, config.model.num_heads)
-    write_weights(out, tensors, dtype)
-    for name, value in {"config.json": published | {"dtype": dtype}, **_tokenizer_files(run.tokenizer, config)}.items():
-        write_atomically(out / name, value if isinstance(value, str) else json.dumps(value, indent=1) + "\n")
-    return published["architectures"][0]
-
-
-def _published_config(config: RunConfig, model_type: str | None, task: str | None) -> tuple[Family, dict[str, Any]]:
-    candidates = [f for f in FAMILIES if model_type in (None, f.model_type)]
-    if not candidates:
-        known = ", ".join(sorted({f.model_type for f in FAMILIES}))
-        raise ConfigError(f"model_type {model_type!r} is not known; known are {known}.")
-    reasons = []
-    for family in candidates:
-        if model_type is None and task is not None and task not in family.heads:
-            continue
-        if not family.is_in_transformers:
-            reasons.append(f"transformers has no {family.base}: it can read no folder of {family.model_type}.")
-            continue
-        try:
-            return family, write_config(family, config.model, task, config.head, config.pooling)
-        except ConfigError as error:
-            reasons.append(str(error))
-    nearest = min(reasons, key=lambda reason: reason.count("(there ") or len(reasons), default="none")
-    raise ConfigError(
-        f"no published family can say this model; nearest: {nearest}" if model_type is None else reasons[0]
-    )
-
-
-def _tokenizer_files(tokenizer: TextTokenizer, config: RunConfig) -> dict[str, Any]:
-    """tokenizer.json, which puts special tokens around texts as runs do, and what transformers asks beside it."""
-    roles = {"pad": "pad", "unk": "unknown", "cls": "first", "sep": "last", "mask": "mask"}
-    named = {f"{theirs}_token": tokenizer.token(tokenizer.special(ours)) for theirs, ours in roles.items()}
-    text = tokenizer.json
-    if json.loads(text).get("post_processor") is None:
-        first, last = named["cls_token"], named["sep_token"]
-        own = Tokenizer.from_str(text)
-        own.post_processor = TemplateProcessing(
-            single=f"{first} $A {last}",
-            pair=f"{first} $A {last} $B:1 {last}:1",
-            special_tokens=[(first, tokenizer.special("first")), (last, tokenizer.special("last"))],
-        )
-        text = own.to_str(pretty=True)
-    limit = {"model_max_length": config.model.max_length} if config.model.position == "learned" else {}
-    return {
-        "tokenizer.json": text,
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **named, **limit},
-        "special_tokens_map.json": named,
-    }
-
-
-def _refuse_filled(folder: pathlib.Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} must be empty or new: it has {sorted(folder.iterdir())[0].name}.")

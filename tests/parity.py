@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 
 from flax_encoder.families.mapping import export_tensors, write_config
-from flax_encoder.hub import Pretrained, _flat, load_pretrained
+from flax_encoder.hub import Pretrained, load_pretrained
+from flax_encoder.nn.partition import flatten
 from flax_encoder.weights import write_weights
 
 B, T, V = 3, 11, 43
@@ -258,7 +259,7 @@ def run_ours(loaded: Pretrained, inputs, labels):
     outputs = {f"hidden {i}": np.asarray(h) for i, h in enumerate(got["hidden_states"])}
     names = {"logits": "logits", "pooler_output": "pooled"}
     outputs |= {names[name]: np.asarray(got[name]) for name in names if got[name] is not None}
-    flat = {k: np.asarray(v) for k, v in _flat(nnx.to_pure_dict(gradients)).items()}
+    flat = {k: np.asarray(v) for k, v in flatten(nnx.to_pure_dict(gradients)).items()}
     return outputs, float(value), export_tensors(loaded.family, loaded.task, flat, loaded.config.num_heads)
 
 
@@ -270,7 +271,7 @@ def write_folder(loaded: Pretrained, folder: pathlib.Path) -> None:
     labels = loaded.label_names or [f"LABEL_{i}" for i in range(2 if loaded.task == "question_answering" else 4)]
     config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     (folder / "config.json").write_text(json.dumps(config))
-    params = {k: np.asarray(v) for k, v in _flat(nnx.to_pure_dict(nnx.split(loaded.model)[1])).items()}
+    params = {k: np.asarray(v) for k, v in flatten(nnx.to_pure_dict(nnx.split(loaded.model)[1])).items()}
     write_weights(folder, export_tensors(loaded.family, loaded.task, params, loaded.config.num_heads))
 
 

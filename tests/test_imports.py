@@ -11,8 +11,8 @@ import flax_encoder
 PACKAGE = pathlib.Path(flax_encoder.__file__).parent
 # Each part may import itself and those before it; data stands beside them and sees config alone.
 ORDER = [
-    "config", "weights", "ops", "nn", "generation", "families", "objectives", "training", "run", "hub", "embed",
-    "report", "cli",
+    "config", "weights", "ops", "nn", "generation", "families", "objectives", "training", "run", "hub", "exchange",
+    "embed", "report", "cli",
 ]  # fmt: skip
 TOP = ("__init__", "__main__")
 FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}

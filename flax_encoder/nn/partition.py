@@ -1,6 +1,7 @@
 """Where arrays live: every parameter axis has a logical name, and one table maps names to mesh axes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,3 +80,20 @@ def abstract_model(make_model: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, 
     # Under a mesh Flax would take logical names for the mesh's own.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         return nnx.split(nnx.eval_shape(make_model), nnx.Param)
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of parameters as {"encoder.norm.scale": array, ...}."""
+    return {".".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(by_path: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree again."""
+    tree: dict[str, Any] = {}
+    for path, leaf in by_path.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree

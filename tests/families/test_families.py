@@ -19,10 +19,10 @@ from flax_encoder.families.mapping import (
     settled,
     write_config,
 )
-from flax_encoder.hub import PretrainedModel, _flat
+from flax_encoder.hub import PretrainedModel
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
-from flax_encoder.nn.partition import abstract_model
+from flax_encoder.nn.partition import abstract_model, flatten
 from flax_encoder.ops.position import apply_rope, rope_tables
 
 # Parameters of the encoder, without pooler and heads. The exact counts are those of transformers' modules (AutoModel
@@ -204,7 +204,7 @@ def test_every_family_writes_each_parameter_once_and_reads_it_back(family):
             make = lambda: EncoderDecoder(config, DecoderConfig(tied=False), rngs=nnx.Rngs(0))  # noqa: E731
         _, shapes = abstract_model(make)
         draw = np.random.default_rng(0)
-        params = {path: draw.standard_normal(leaf.shape) for path, leaf in _flat(nnx.to_pure_dict(shapes)).items()}
+        params = {path: draw.standard_normal(leaf.shape) for path, leaf in flatten(nnx.to_pure_dict(shapes)).items()}
         params = {path: value.astype(np.float32) for path, value in params.items()}
         tensors = export_tensors(family, task, params, config.num_heads)
         back = import_tensors(family, task, tensors, {k: v.shape for k, v in params.items()}, config.num_heads)

@@ -17,7 +17,8 @@ from flax_encoder.cli import main
 from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, RunConfig, to_dict
 from flax_encoder.data.records import DataError
 from flax_encoder.data.tokenizer import train_wordpiece
-from flax_encoder.hub import export_run, import_folder, is_published, load_pretrained, open_model
+from flax_encoder.exchange import export_run, import_folder, open_model
+from flax_encoder.hub import is_published, load_pretrained
 from flax_encoder.nn.partition import round_up_vocab
 from flax_encoder.run import load_run, model_factory
 from flax_encoder.training.checkpoint import Checkpoints

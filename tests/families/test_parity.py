@@ -6,7 +6,7 @@ from parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, cases, compare
 from test_hub import TEXTS, make_run
 
 from flax_encoder.data.tokenizer import train_wordpiece
-from flax_encoder.hub import export_run
+from flax_encoder.exchange import export_run
 from flax_encoder.run import load_run
 
 

@@ -14,7 +14,8 @@ from flax import nnx
 from flax_encoder.config import ConfigError
 from flax_encoder.data.records import DataError
 from flax_encoder.families.mapping import export_tensors
-from flax_encoder.hub import _flat, load_pretrained
+from flax_encoder.hub import load_pretrained
+from flax_encoder.nn.partition import flatten
 from flax_encoder.weights import read_weights
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden/text_to_text"
@@ -49,7 +50,7 @@ def compare(folder):
         graphdef, params = nnx.split(loaded.model)
         rows = [jnp.asarray(a, jnp.int32) for a in (ids, target, mask)]
         loss = lambda params: (nnx.merge(graphdef, params)(*rows) * expected["weights"]).sum()  # noqa: E731
-        gradients = jax.tree.map(np.asarray, _flat(nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))))
+        gradients = jax.tree.map(np.asarray, flatten(nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))))
     tensors = export_tensors(loaded.family, "text_to_text", gradients, loaded.config.num_heads)
     wanted = {name.removeprefix("grad "): expected[name] for name in expected.files if name.startswith("grad ")}
     assert tensors.keys() == wanted.keys()
@@ -71,7 +72,7 @@ def test_a_published_encoder_decoder_computes_and_writes_what_transformers_does(
 
 def test_all_tensors_go_out_as_they_came():
     loaded = load_pretrained(GOLDEN / "t5_v1_1")
-    params = jax.tree.map(np.asarray, _flat(nnx.to_pure_dict(nnx.split(loaded.model)[1])))
+    params = jax.tree.map(np.asarray, flatten(nnx.to_pure_dict(nnx.split(loaded.model)[1])))
     out = export_tensors(loaded.family, "text_to_text", params, loaded.config.num_heads)
     tensors = read_weights(GOLDEN / "t5_v1_1")
     assert out.keys() == tensors.keys()
