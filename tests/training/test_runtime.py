@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from flax_encoder.training import runtime
 from flax_encoder.training.runtime import free_temporaries
 
 HUGE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -52,3 +53,14 @@ def test_only_a_cpu_waits_for_a_step_to_free_its_temporaries(platform, monkeypat
     assert not result.is_ready()
     free_temporaries(result)
     assert result.is_ready() == (platform == "cpu")
+
+
+@pytest.mark.parametrize(("platforms", "path", "may"), [("cpu", ".", False), ("", ".", True), ("", "none", False)])
+def test_an_accelerator_is_looked_for_without_asking_jax(platforms, path, may, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "_ACCELERATORS", (str(tmp_path / path),))
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", platforms)
+        assert runtime.may_find_accelerator() == may
+    finally:
+        jax.config.update("jax_platforms", before)
