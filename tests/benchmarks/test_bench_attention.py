@@ -1,5 +1,11 @@
 """The check of attention's benchmark: it takes large shapes apart rightly, and it can fail."""
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import bench_attention
 import jax
 import numpy as np
@@ -31,3 +37,14 @@ def test_an_error_past_rounding_is_seen(dtype):
         assert not errors(wrong, want, dtype, case.T)[2]
         wrong[i][0, 0, 0] = np.nan
         assert not errors(wrong, want, dtype, case.T)[2]
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/nvidiactl").exists(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_every_implementation_is_the_definition():
+    """In a process of its own: tests run on CPUs."""
+    small = [name for name, case in ATTENTION_CASES.items() if case.is_small]
+    command = [sys.executable, bench_attention.__file__, "--json", "--repeats", "1", "--case", *small]
+    env = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    rows = json.loads(run.stdout)["rows"]
+    assert {row["implementation"] for row in rows if row["is_right"]} == {"reference", "chunked", "flash", "cudnn"}
