@@ -53,6 +53,30 @@ def test_linear_and_gradients_equal_numpy(dtype, contract_last, features, operan
     assert_close(d_bias, low_d_y.sum((0, 1)))
 
 
+@pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("operands", ["float32", "bfloat16"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_result_is_rounded_to_out_dtype_and_its_bias_gradient_is_not(platform, operands, out_dtype):
+    """Sums of 1031 terms, which bfloat16 could not add up; a GPU's products write bfloat16 themselves."""
+    generator = np.random.default_rng(0)
+    x, kernel = (generator.random(s).astype(jnp.dtype(operands)) for s in ((1031, D), (D, 11)))
+    bias, d_y = generator.random(11).astype(np.float32), generator.random((1031, 11)).astype(jnp.dtype(out_dtype))
+
+    @jax.jit
+    def out_and_gradients(x, kernel, bias, d_y):
+        y, vjp = jax.vjp(lambda *a: linear(*a, dtype="bfloat16", out_dtype=out_dtype), x, kernel, bias)
+        return y, *vjp(d_y)
+
+    with platform_for_tracing(platform):
+        y, d_x, d_kernel, d_bias = out_and_gradients(x, kernel, bias, d_y)
+    assert y.dtype == out_dtype and d_x.dtype == d_kernel.dtype == operands and d_bias.dtype == jnp.float32
+    low_x, low_kernel, low_d_y = (rounded(a, jnp.bfloat16) for a in (x, kernel, d_y))
+    assert_close(y, low_x @ low_kernel + bias, out_dtype)
+    assert_close(d_x, low_d_y @ low_kernel.T, operands)
+    assert_close(d_kernel, low_x.T @ low_d_y, operands)
+    assert_close(d_bias, low_d_y.sum(0))
+
+
 def test_accumulation_is_float32():
     """In bfloat16, whose spacing is 2 from 256 on, a sum of ones would stop there."""
     y = linear(jnp.ones((1, 1031)), jnp.ones((1031, 3)), dtype="bfloat16")
