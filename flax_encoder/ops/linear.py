@@ -27,11 +27,12 @@ def linear(
       kernel: [D, ...], or with `contract_last` [..., D], as a tied vocabulary head has it.
       dtype: of the operands, in the backward pass too, where the bias's gradient is the sum of what the products take;
         the gradients come back in the operands' own dtypes.
-      out_dtype: of the result, rounded once; on a GPU a bias is rounded to it too, as an operand of the product.
+      out_dtype: of the result. It is rounded to it once, but on a GPU the product, the bias and their sum are each.
     """
     D, features = (kernel.shape[-1], kernel.shape[:-1]) if contract_last else (kernel.shape[0], kernel.shape[1:])
     matrix = kernel.reshape((-1, D) if contract_last else (D, -1))
-    # A GPU's product rounds as it writes, and adds the bias before: apart they would read and write float32 again.
+    # A GPU's product rounds as it writes: apart that would read float32 again, and in some versions of XLA it takes
+    # the bias with it, if that is of the same dtype.
     product_dtype = out_dtype if dtype == out_dtype == "bfloat16" and platform() == "gpu" else "float32"
     # Batch axes come back before the bias, features after: a reshape between the product and what reads it keeps a TPU
     # from fusing them, and heads of 64 fill half of its lanes (LOG.md).
@@ -70,8 +71,7 @@ _biased.defvjp(lambda y, bias: (_biased(y, bias), None), _biased_backward)
 
 
 def _made_once(g, dtype: str):
-    """On a GPU g rounded to dtype, one array for all that read it, two products and a sum: XLA would make it for each,
-    and in float32 too."""
+    """On a GPU g rounded to dtype, one array for all that read it: XLA would make a concatenation for each product."""
     return jax.lax.optimization_barrier(g.astype(dtype)).astype(g.dtype) if platform() == "gpu" else g
 
 

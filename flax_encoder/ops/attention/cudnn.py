@@ -1,7 +1,6 @@
 """cuDNN's fused attention, through JAX: documents by lengths where each row is one, else by a mask.
 
-Its gradient of the queries is summed in no fixed order, so the last bits differ from run to run, unless XLA is told
-`--xla_gpu_exclude_nondeterministic_ops`.
+Its gradient of the queries is summed in no fixed order, so the last bits differ from run to run.
 """
 
 import jax
