@@ -12,6 +12,7 @@ largest number there, or 1 if that is more; past what rounding explains the comm
 Pallas kernels for TPUs and GPUs on this machine, run as plain XLA, and does not time them.
 """
 
+import argparse
 import contextlib
 import functools
 
@@ -95,9 +96,10 @@ def errors(got, want, dtype: str, length: int) -> tuple[float, float, bool]:
     return shares[0], max(shares[1:]), all(share <= bound for share in shares)
 
 
-def row(case_name: str, name: str, dtype: str, peak: float, repeats: int, is_interpreted: bool, defined: dict) -> dict:
+def row(case_name: str, name: str, args: argparse.Namespace, peak: float, defined: dict) -> dict:
     """`defined` keeps the definition's results by case."""
-    case = ATTENTION_CASES[case_name]
+    case, dtype = ATTENTION_CASES[case_name], args.dtype
+    case = case._replace(B=args.rows or case.B)
     result = dict.fromkeys(("forward_ms", "both_ms", "least_ms", "most_ms", "temporary_mb", "gflops", "share"))
     result |= dict.fromkeys(("out_error", "gradient_error", "is_right"))
     result = {"case": case_name, "implementation": name, **result, "refusal": ""}
@@ -106,7 +108,7 @@ def row(case_name: str, name: str, dtype: str, peak: float, repeats: int, is_int
     operands = arguments(case, dtype)
     try:
         interpreted = platform_for_tracing(_PLATFORMS.get(name, "tpu"), interpret_kernels=True)
-        with interpreted if is_interpreted else contextlib.nullcontext():
+        with interpreted if args.interpret else contextlib.nullcontext():
             forward, both = (jax.jit(f).lower(*operands).compile() for f in passes(case, name))
     except ValueError as error:
         if "cannot serve" not in str(error):
@@ -116,9 +118,9 @@ def row(case_name: str, name: str, dtype: str, peak: float, repeats: int, is_int
         defined[case_name] = definition(case, *operands)
     names = ("out_error", "gradient_error", "is_right")
     result |= dict(zip(names, errors(both(*operands), defined[case_name], dtype, case.T), strict=True))
-    if is_interpreted:
+    if args.interpret:
         return result
-    first, second = (measure(functools.partial(f, *operands), repeats) for f in (forward, both))
+    first, second = (measure(functools.partial(f, *operands), args.repeats) for f in (forward, both))
     flops = 6 * 2 * seen_pairs(case) * case.N * case.H / second.median
     return result | {
         "forward_ms": 1e3 * first.median,
@@ -136,6 +138,7 @@ def main():
     options.add_argument("--case", nargs="+", choices=ATTENTION_CASES, default=list(ATTENTION_CASES))
     options.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    options.add_argument("--rows", type=int, metavar="B", help="of every case, for hardware that takes more of them")
     options.add_argument("--repeats", type=int, default=7)
     options.add_argument("--interpret", action="store_true", help="check the Pallas kernels here, without times")
     args = options.parse_args()
@@ -146,9 +149,9 @@ def main():
     for case in args.case:
         for name in args.implementation:
             say(f"{case} {name}")
-            rows.append(row(case, name, args.dtype, peak, args.repeats, args.interpret, defined))
+            rows.append(row(case, name, args, peak, defined))
         defined.clear()
-    result = {"header": header(dtype=args.dtype, peak_gflops=round(peak / 1e9)), "rows": rows}
+    result = {"header": header(dtype=args.dtype, batch=args.rows, peak_gflops=round(peak / 1e9)), "rows": rows}
     show(result, [_cells(row) for row in rows], args.json)
     if wrong := [f"{row['case']} by {row['implementation']}" for row in rows if row["is_right"] is False]:
         raise SystemExit(f"WRONG, by more than rounding explains: {', '.join(wrong)}")

@@ -41,6 +41,8 @@ ATTENTION_CASES = {
     "bert_512_dropout": AttentionCase(4, 512, 12, 12, 64, dropout_rate=0.1),
     "packed_512": AttentionCase(4, 512, 12, 12, 64, documents=6),
     "modernbert_1024_local": AttentionCase(2, 1024, 12, 12, 64, (64, 64), documents=4),
+    "packed_1024": AttentionCase(2, 1024, 12, 12, 64, documents=4),
+    "packed_8192": AttentionCase(1, 8192, 12, 12, 64, documents=8),
     "modernbert_8192": AttentionCase(1, 8192, 12, 12, 64),
     "modernbert_8192_local": AttentionCase(1, 8192, 12, 12, 64, (64, 64), documents=12),
     "grouped_1024": AttentionCase(2, 1024, 12, 4, 64),
