@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flax_encoder.config import DataConfig, RunConfig
@@ -15,7 +15,7 @@ from flax_encoder.data.batches import Batches, Frame, Mixture, OneByOne, Stages,
 from flax_encoder.data.masking import budget
 from flax_encoder.data.packing import PackingPlan
 from flax_encoder.data.prepare import prepare, unhurried
-from flax_encoder.data.records import DataError, Record
+from flax_encoder.data.records import DataError, Record, Say
 from flax_encoder.data.sources import Source, open_source
 from flax_encoder.data.store import FORMAT, MANIFEST, Split, Store, is_store, open_store, partial_folder, read_manifest
 from flax_encoder.data.tokenizer import TextTokenizer, load_tokenizer, train_wordpiece
@@ -23,8 +23,6 @@ from flax_encoder.data.tokenizer_files import read_tokenizer
 
 # A vocabulary of this size is settled by far less text; more would only take memory.
 _TRAINING_BYTES = 2**28
-
-Say = Callable[[str], None]
 
 
 def default_cache_dir() -> pathlib.Path:

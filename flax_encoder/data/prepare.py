@@ -5,41 +5,23 @@ moved into place when it is whole, so a later start skips it. When all parts are
 found by hash and left out, and the rest is copied into STORE. No step holds more than a few parts in memory.
 """
 
-import concurrent.futures
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
-import signal
-import socket
-import threading
 import time
-from array import array
-from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, BinaryIO
+from collections.abc import Iterator
 
-import numpy as np
 from filelock import FileLock, Timeout
 
-from flax_encoder.data.packing import length_histogram
-from flax_encoder.data.records import DataError, Part, Record
+from flax_encoder.data.merging import merge_parts
+from flax_encoder.data.records import DataError, Say
 from flax_encoder.data.sources import Source
-from flax_encoder.data.store import FORMAT, MANIFEST, Store, open_store, partial_folder, read_manifest
+from flax_encoder.data.store import FORMAT, Store, open_store, partial_folder, read_manifest
 from flax_encoder.data.tokenizer import TextTokenizer
-
-SHARD_TOKENS = 2**30
-_BATCH_CHARACTERS = 2**18
-_HASHES_AT_ONCE = 2**22
-_COPIED_AT_ONCE = 2**16  # documents
-_POLL_SECONDS = 0.5
-_SPLITS = ("train", "test")
-_HERE = f"{socket.gethostname()}.{os.getpid()}"
-
-Say = Callable[[str], None]
+from flax_encoder.data.tokenizing import THIS_PROCESS, tokenize_parts
 
 
 def prepare(
@@ -85,13 +67,13 @@ def prepare(
                 shutil.rmtree(work, ignore_errors=True)
                 return _open_same(folder, identity)
             _settle(work, identity, len(source.parts))
-            _tokenize(source, tokenizer, work, held_out_rate, progress, workers, shard)
+            tokenize_parts(source, tokenizer, work, held_out_rate, progress, workers, shard)
             if left := [i for i in range(len(source.parts)) if not (work / f"{i:06}").exists()]:
                 say(f"{len(left)} of {len(source.parts)} parts are left to the other shards")
                 return None
             with _only_here(work / "lock-merge", folder, say, wait=True):
                 if not _is_taken(folder):
-                    _merge(source, tokenizer, work, identity, label_names, progress)
+                    merge_parts(source, tokenizer, work, identity, label_names, progress)
                     os.rename(work / "store", folder)
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
@@ -162,7 +144,7 @@ def _only_here(path: pathlib.Path, folder: pathlib.Path, progress: Say, *, wait:
 def _settle(work: pathlib.Path, identity: str, num_parts: int) -> None:
     """Leave a note of what is being prepared, or find that it is the same."""
     note = {"identity": identity, "parts": num_parts}
-    path, temporary = work / "plan.json", work / f"plan.{_HERE}"
+    path, temporary = work / "plan.json", work / f"plan.{THIS_PROCESS}"
     temporary.write_text(json.dumps(note))
     with contextlib.suppress(FileExistsError):
         os.link(temporary, path)  # whole, and only if no other process was first
@@ -172,317 +154,3 @@ def _settle(work: pathlib.Path, identity: str, num_parts: int) -> None:
             f"an interrupted store can be finished only from what it was begun with: {work} was begun from another "
             f"text, tokenizer or held-out rate. Delete it to start anew."
         )
-
-
-def _tokenize(
-    source: Source, tokenizer: TextTokenizer, work: pathlib.Path, held_out_rate: float, progress: Say,
-    workers: int | None, shard: tuple[int, int],
-) -> None:  # fmt: skip
-    todo = [i for i in range(shard[0], len(source.parts), shard[1]) if not (work / f"{i:06}").exists()]
-    # The longest first, so that no worker is left alone with one at the end.
-    todo.sort(key=lambda i: -source.parts[i].size)
-    total = sum(source.parts[i].size for i in todo)
-    rate = 0.0 if source.has_test else held_out_rate
-    counts, began, done = (0, 0), time.monotonic(), 0
-
-    def report(documents: int, tokens: int) -> None:
-        seconds = time.monotonic() - began
-        share = f"{done / total:.0%} of the text, " if 0 < done < total else ""
-        progress(f"tokenized {share}{documents:,} documents, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
-
-    cores = len(os.sched_getaffinity(0))
-    workers = min(workers or cores, len(todo))
-    if workers <= 1:
-        for i in todo:
-            base = counts
-            for documents, tokens in _tokenize_part(source.parts[i], work / f"{i:06}", tokenizer, rate):
-                counts = (base[0] + documents, base[1] + tokens)
-                report(*counts)
-            done += source.parts[i].size
-        return
-    # Not forked: a fork of a process with JAX's threads can hang.
-    context = multiprocessing.get_context("spawn")
-    shared = context.Array("Q", 2)
-    settings = (tokenizer.json, shared, cores // workers)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, settings)
-    try:
-        waiting = {pool.submit(_tokenize_in_worker, source.parts[i], work / f"{i:06}", rate): i for i in todo}
-        while waiting:
-            finished, _ = concurrent.futures.wait(waiting, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
-            for future in finished:
-                future.result()
-                done += source.parts[waiting.pop(future)].size
-            if shared[0]:
-                report(*shared)
-    except BrokenProcessPool:
-        raise DataError(
-            f"a worker that tokenizes died, as for want of memory (there are {workers}; --workers sets it). The parts "
-            f"that are done are kept; the same command goes on from them."
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(tokenizer_json: str, shared: Any, threads: int) -> None:
-    # What cores the other workers leave: with a few large files, several each.
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    os.environ["RAYON_NUM_THREADS"] = str(max(1, threads))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker.update(tokenizer=TextTokenizer(tokenizer_json), shared=shared)
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # type: ignore[union-attr]
-    os._exit(1)
-
-
-def _tokenize_in_worker(part: Part, folder: pathlib.Path, held_out_rate: float) -> None:
-    before = (0, 0)
-    for now in _tokenize_part(part, folder, _worker["tokenizer"], held_out_rate):
-        with _worker["shared"].get_lock():
-            for i in range(2):
-                _worker["shared"][i] += now[i] - before[i]
-        before = now
-
-
-def _tokenize_part(
-    part: Part, folder: pathlib.Path, tokenizer: TextTokenizer, held_out_rate: float
-) -> Iterator[tuple[int, int]]:
-    """Write a part's folder, whole or not at all; yields (documents, tokens) so far."""
-    work = folder.with_name(f"{folder.name}.{_HERE}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    dtype = _token_dtype(tokenizer)
-    lengths, hashes, is_test, labels, empty = array("I"), bytearray(), bytearray(), [], 0
-    num_tokens = 0
-    try:
-        with (work / "tokens.bin").open("wb") as tokens_file, (work / "words.bin").open("wb") as words_file:
-            for batch in _batched(part.read()):
-                texts = [record["text"].strip() for record in batch]
-                ids, counts, words = tokenizer.encode_flat(texts, dtype)
-                tokens_file.write(ids.data)
-                words_file.write(words.data)
-                num_tokens += len(ids)
-                for text, count, record in zip(texts, counts.tolist(), batch, strict=True):
-                    if not count:
-                        empty += 1
-                        continue
-                    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-                    lengths.append(count)
-                    hashes += digest
-                    is_held_out = part.split == "test" or int.from_bytes(digest[:8], "big") / 2**64 < held_out_rate
-                    is_test.append(is_held_out)
-                    if "label" in record:
-                        labels.append(record["label"])
-                yield len(lengths), num_tokens
-        np.save(work / "lengths.npy", np.frombuffer(lengths, np.uint32))
-        np.save(work / "hashes.npy", np.frombuffer(bytes(hashes), "<u8").reshape(-1, 2))
-        np.save(work / "is_test.npy", np.frombuffer(bytes(is_test), bool))
-        (work / "about.json").write_text(json.dumps({"empty": empty, "labels": labels}))
-        try:
-            os.rename(work, folder)
-        except OSError:
-            if not folder.exists():  # if another shard of other bounds was first, its part is the same
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _token_dtype(tokenizer: TextTokenizer) -> np.dtype:
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-
-
-def _batched(records: Iterator[Record]) -> Iterator[list[Record]]:
-    batch, characters = [], 0
-    for record in records:
-        batch.append(record)
-        characters += len(record["text"])
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _merge(
-    source: Source, tokenizer: TextTokenizer, work: pathlib.Path, identity: str, label_names: list[str] | None,
-    progress: Say,
-) -> None:  # fmt: skip
-    """All parts to work/store. Killed half-way it is done again: it only copies."""
-    parts = [work / f"{i:06}" for i in range(len(source.parts))]
-    store = work / "store"
-    shutil.rmtree(store, ignore_errors=True)
-    about = [json.loads((part / "about.json").read_text()) for part in parts]
-    labels = [label for a in about for label in a["labels"]]
-    if source.label_names is not None:  # its integers are indices of its own names
-        known = dict(enumerate(source.label_names))
-        labels = [known.get(label, label) for label in labels]
-    names = label_names or source.label_names or _label_names(labels)
-    ids = _label_ids(labels, names) if names is not None else None
-    counts = [len(np.load(part / "lengths.npy", mmap_mode="r")) for part in parts]
-    keep = _first_of_each(parts, counts, work / "keep.bin", progress)
-    is_test = np.concatenate([np.load(part / "is_test.npy") for part in parts] or [np.zeros(0, bool)])
-    kept = {"train": int((keep & ~is_test).sum()), "test": int((keep & is_test).sum())}
-    if not kept["train"]:
-        raise DataError("the source must have at least one document to train on: every one was empty or held out.")
-
-    writers = {split: _SplitWriter(store / split, kept[split], _token_dtype(tokenizer)) for split in _SPLITS}
-    starts = np.cumsum([0, *counts])
-    for number, part in enumerate(parts):
-        progress(f"writing the store: part {number + 1:,} of {len(parts):,}")
-        lengths = np.load(part / "lengths.npy", mmap_mode="r")
-        if not len(lengths):
-            continue
-        tokens = np.memmap(part / "tokens.bin", _token_dtype(tokenizer), "r")
-        words = np.memmap(part / "words.bin", bool, "r")
-        at = 0
-        for begin in range(0, len(lengths), _COPIED_AT_ONCE):
-            some = slice(begin, begin + _COPIED_AT_ONCE)
-            num_tokens = int(lengths[some].sum(dtype=np.int64))
-            chunk = slice(at, at + num_tokens)
-            here = slice(starts[number] + begin, starts[number] + begin + len(lengths[some]))
-            for split, writer in writers.items():
-                chosen = keep[here] & (is_test[here] == (split == "test"))
-                writer.write(tokens[chunk], words[chunk], lengths[some], chosen)
-            at += num_tokens
-    if ids is not None:
-        for split in _SPLITS:
-            np.save(store / split / "labels.npy", ids[keep & (is_test == (split == "test"))])
-    files: dict[str, dict] = {}
-    for split, writer in writers.items():
-        for path, size, digest in writer.close():
-            files[f"{split}/{path.name}"] = {"bytes": size, "sha256": digest}
-    for split in _SPLITS:
-        offsets = np.load(store / split / "offsets.npy", mmap_mode="r")
-        np.save(store / split / "histogram.npy", length_histogram(offsets))
-    (store / "tokenizer.json").write_text(tokenizer.json, "utf-8")
-    for path in [store / "tokenizer.json", *sorted(store.glob("*/*.npy"))]:
-        with path.open("rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        files[path.relative_to(store).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    manifest = {
-        "format": FORMAT,
-        "identity": identity,
-        "source": source.name,
-        "fingerprint": source.fingerprint,
-        "tokenizer": tokenizer.hash,
-        "dtype": _token_dtype(tokenizer).name,
-        "dropped": {"empty": sum(a["empty"] for a in about), "duplicate": int(len(keep) - keep.sum())},
-        "label_names": names,
-        "splits": {
-            split: {"documents": kept[split], "tokens": w.num_tokens, "shards": w.num_shards}
-            for split, w in writers.items()
-        },
-        "files": files,
-    }
-    with (store / MANIFEST).open("w", encoding="utf-8") as f:
-        f.write(json.dumps(manifest, indent=1))
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _first_of_each(parts: list[pathlib.Path], counts: list[int], path: pathlib.Path, progress: Say) -> np.ndarray:
-    """Whether each document is the first of its text, [documents]; by their hashes, a range of these at a time."""
-    total = sum(counts)
-    if not total:
-        return np.zeros(0, bool)
-    keep = np.memmap(path, bool, "w+", shape=(total,))
-    keep[:] = True
-    bits = max(0, int(np.ceil(np.log2(total / _HASHES_AT_ONCE))))
-    for bucket in range(2**bits):
-        progress(f"looking for duplicates: {bucket + 1} of {2**bits}")
-        hashes, index, at = [], [], 0
-        for part, count in zip(parts, counts, strict=True):
-            some = np.load(part / "hashes.npy", mmap_mode="r")
-            mine = np.arange(count) if not bits else np.flatnonzero(some[:, 0] >> np.uint64(64 - bits) == bucket)
-            hashes.append(some[mine])
-            index.append(at + mine)
-            at += count
-        all_hashes, all_index = np.concatenate(hashes), np.concatenate(index)
-        order = np.lexsort((all_hashes[:, 1], all_hashes[:, 0]))  # stable: the first stays first
-        ordered = all_hashes[order]
-        keep[all_index[order[1:][(ordered[1:] == ordered[:-1]).all(1)]]] = False
-    return keep
-
-
-class _SplitWriter:
-    """A split's files, written from their start to their end."""
-
-    def __init__(self, folder: pathlib.Path, documents: int, dtype: np.dtype):
-        folder.mkdir(parents=True)
-        self._folder, self._dtype = folder, dtype
-        self._offsets = np.lib.format.open_memmap(folder / "offsets.npy", "w+", np.int64, (documents + 1,))
-        self._offsets[0] = 0
-        self._documents = self.num_tokens = self.num_shards = self._in_shard = 0
-        self._files: dict[str, tuple[BinaryIO, Any]] = {}
-        self._bits = np.zeros(0, bool)  # of words, fewer than fill a byte
-        self._closed: list[tuple[pathlib.Path, int, str]] = []
-
-    def write(self, tokens: np.ndarray, words: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> None:
-        """Append those documents that are chosen."""
-        if not chosen.any():
-            return
-        if not chosen.all():
-            of_token = np.repeat(chosen, lengths)
-            tokens, words, lengths = tokens[of_token], words[of_token], lengths[chosen]
-        if not self._files or self._in_shard + len(tokens) > SHARD_TOKENS:
-            self._end_shard()
-            for kind in ("tokens", "words"):
-                path = self._folder / f"{kind}-{self.num_shards:05}.bin"
-                self._files[kind] = (path.open("wb"), hashlib.sha256())
-            self.num_shards += 1
-        ends = self.num_tokens + np.cumsum(lengths, dtype=np.int64)
-        self._offsets[self._documents + 1 : self._documents + 1 + len(lengths)] = ends
-        self._documents += len(lengths)
-        self.num_tokens += len(tokens)
-        self._in_shard += len(tokens)
-        self._put("tokens", np.ascontiguousarray(tokens, self._dtype))
-        words = np.concatenate([self._bits, words])
-        whole = len(words) // 8 * 8
-        self._put("words", np.packbits(words[:whole], bitorder="little"))
-        self._bits = words[whole:]
-
-    def _put(self, kind: str, data: np.ndarray) -> None:
-        file, digest = self._files[kind]
-        file.write(data.data)
-        digest.update(data.data)
-
-    def _end_shard(self) -> None:
-        if not self._files:
-            return
-        self._put("words", np.packbits(self._bits, bitorder="little"))
-        for file, digest in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            self._closed.append((pathlib.Path(file.name), file.tell(), digest.hexdigest()))
-            file.close()
-        self._files, self._bits, self._in_shard = {}, np.zeros(0, bool), 0
-
-    def close(self) -> list[tuple[pathlib.Path, int, str]]:
-        """(path, bytes, SHA-256) of every token file."""
-        self._end_shard()
-        self._offsets.flush()
-        return self._closed
-
-
-def _label_names(labels: list) -> list[str] | None:
-    """Labels of a source that names none, in order: numbers by size, anything else by spelling."""
-    values = set(labels)
-    if values <= {None}:
-        return None
-    is_number = all(isinstance(v, int) for v in values)
-    return [str(v) for v in sorted(values)] if is_number else sorted({str(v) for v in values - {None}})
-
-
-def _label_ids(labels: list, names: list[str]) -> np.ndarray:
-    by_name = {name: i for i, name in enumerate(names)}
-    for label in labels:
-        if label is None:
-            raise DataError("every document must have a label: some have none.")
-        if str(label) not in by_name:
-            raise DataError(f"unknown label {label!r}; known are {', '.join(names)}.")
-    return np.array([by_name[str(label)] for label in labels], np.int32)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Record = dict[str, Any]
+Say = Callable[[str], None]
+"""Passes on a line that says how far long work has come."""
 
 
 class DataError(ValueError):

@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock
 
 from flax_encoder.config import DataConfig
-from flax_encoder.data import files
+from flax_encoder.data import files, merging
 from flax_encoder.data import prepare as prepare_module
 from flax_encoder.data.pipeline import open_stores, prepare_stores
 from flax_encoder.data.prepare import prepare
@@ -94,8 +94,8 @@ def test_the_hash_is_of_the_contents_wherever_and_however_they_were_prepared(tok
 def test_shards_end_between_documents_and_hold_the_same(tokenizer, tmp_path, monkeypatch, shard_tokens):
     texts = random_texts(503)
     whole = put(source_of(texts), tokenizer, tmp_path / "a")
-    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", shard_tokens)
-    monkeypatch.setattr(prepare_module, "_COPIED_AT_ONCE", 3)
+    monkeypatch.setattr(merging, "SHARD_TOKENS", shard_tokens)
+    monkeypatch.setattr(merging, "_COPIED_AT_ONCE", 3)
     store = put(source_of(texts, parts=4), tokenizer, tmp_path / "b")
     assert len(store.train.tokens) > 3 and max(map(len, store.train.tokens)) <= shard_tokens
     assert texts_of(store.train, tokenizer) == texts_of(whole.train, tokenizer) == texts
@@ -119,7 +119,7 @@ def test_word_starts_are_the_pre_tokenizers(tokenizer, tmp_path):
 def test_duplicates_are_found_across_parts_in_ranges_of_hashes(tokenizer, tmp_path, monkeypatch, parts, bits):
     rng = np.random.default_rng(0)
     texts = [random_texts(97)[i] for i in rng.integers(0, 90, 400)]
-    monkeypatch.setattr(prepare_module, "_HASHES_AT_ONCE", 400 >> bits)
+    monkeypatch.setattr(merging, "_HASHES_AT_ONCE", 400 >> bits)
     store = put(source_of(texts, parts=parts), tokenizer, tmp_path)
     assert texts_of(store.train, tokenizer) == list(dict.fromkeys(texts))
     assert store.manifest["dropped"]["duplicate"] == 400 - len(set(texts))
@@ -190,7 +190,7 @@ def test_a_full_disk_is_an_error_that_says_what_is_kept(tokenizer, tmp_path, mon
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_module.np, "save", full)
+    monkeypatch.setattr(merging.np, "save", full)
     with pytest.raises(DataError, match=r"No space left on device\. The parts that are done are kept"):
         put(source_of(random_texts(31)), tokenizer, tmp_path)
 
