@@ -40,7 +40,8 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "..."], *, with_bias: bool = True) -> Float[Array, "..."]:
         kernel = self.kernel[...]
         features = kernel.shape[self.num_inputs :]
-        x = x.reshape(*x.shape[: x.ndim - self.num_inputs], -1)
+        num_batch_axes = x.ndim - self.num_inputs
+        x = x.reshape(*x.shape[:num_batch_axes], math.prod(x.shape[num_batch_axes:]))
         bias = self.bias[...].reshape(-1) if with_bias and self.bias is not None else None
         # Rounded before the features are taken apart: heads of 64 do not fill a TPU's 128 lanes.
         y = linear(x, kernel.reshape(x.shape[-1], -1), bias, dtype=self.dtype, out_dtype=self.out_dtype)

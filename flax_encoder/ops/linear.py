@@ -1,6 +1,7 @@
 """Matrix products with bfloat16 operands and float32 accumulation, in the layouts that a CPU's matrix unit takes."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,14 @@ def linear(
       out_dtype: of the result. It is rounded to it once, but on a GPU the product, the bias and their sum are each.
     """
     D, features = (kernel.shape[-1], kernel.shape[:-1]) if contract_last else (kernel.shape[0], kernel.shape[1:])
-    matrix = kernel.reshape((-1, D) if contract_last else (D, -1))
+    matrix = kernel.reshape((-1, D) if contract_last else (D, math.prod(features)))
     # A GPU's product rounds as it writes: apart that would read float32 again, and in some versions of XLA it takes
     # the bias with it, if that is of the same dtype.
     product_dtype = out_dtype if dtype == out_dtype == "bfloat16" and platform() == "gpu" else "float32"
     # Batch axes come back before the bias, features after: a reshape between the product and what reads it keeps a TPU
     # from fusing them, and heads of 64 fill half of its lanes (LOG.md).
-    y = _product(x.reshape(-1, D), matrix, contract_last, dtype, product_dtype).reshape(*x.shape[:-1], -1)
+    y = _product(x.reshape(math.prod(x.shape[:-1]), D), matrix, contract_last, dtype, product_dtype)
+    y = y.reshape(*x.shape[:-1], math.prod(features))
     if bias is not None:
         y = add_bias(y, bias.reshape(-1), dtype=dtype, is_wider=y.shape[-1] > D)
     return y.astype(out_dtype).reshape(*x.shape[:-1], *features)
@@ -52,8 +54,8 @@ def add_bias(
       is_wider: whether y has more features than what it was made of: it is an activation's, and the sum that is its
         bias's gradient a TPU's compiler fuses into the product that makes it.
     """
-    is_plain = dtype == "float32" or (platform() == "tpu" and is_wider)
-    return (jnp.add if is_plain else _biased)(y, bias)
+    is_plain = dtype != "bfloat16" or (platform() == "tpu" and is_wider)
+    return y + bias.astype(y.dtype) if is_plain else _biased(y, bias)
 
 
 @jax.custom_vjp
@@ -62,12 +64,12 @@ def _biased(y, bias):
     return y + bias.astype(y.dtype)
 
 
-def _biased_backward(_, g):
+def _biased_backward(like, g):
     g = _made_once(g, "bfloat16")
-    return g, bias_gradient(g.reshape(-1, g.shape[-1]))
+    return g, bias_gradient(g.reshape(-1, g.shape[-1])).astype(like.dtype)
 
 
-_biased.defvjp(lambda y, bias: (_biased(y, bias), None), _biased_backward)
+_biased.defvjp(lambda y, bias: (_biased(y, bias), jnp.zeros((), bias.dtype)), _biased_backward)
 
 
 def _made_once(g, dtype: str):

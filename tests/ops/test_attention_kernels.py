@@ -278,6 +278,17 @@ def test_sharded_equals_single_device(implementation):
         np.testing.assert_allclose(np.asarray(g, np.float32), np.asarray(w, np.float32), rtol=0, atol=1e-6)
 
 
+def test_the_choice_is_made_for_the_heads_of_one_device():
+    """Twelve heads of 64 fill a TPU's lanes; three, as four devices have them, do not."""
+    whole = problem(heads=(12, 12, 64))
+    with platform_for_tracing("tpu", interpret_kernels=True):
+        assert _choose(whole) == "rows"
+        with jax.set_mesh(jax.make_mesh((4,), ("tensor",), (AxisType.Auto,))):
+            assert "3 of 64 on a device" in str(IMPLEMENTATIONS["rows"].refusal(whole))
+            assert _choose(whole) == "splash"
+            assert jax.eval_shape(lambda x: attention(x, x, x), whole.query).shape == whole.query.shape
+
+
 def test_lengths_are_split_over_a_mesh():
     arrays, _, options = problem_of({"segment_ids": None, "lengths": jnp.asarray([T, 70], jnp.int32)})
     want = out_and_gradients("chunked", arrays, **options)

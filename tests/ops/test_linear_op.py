@@ -100,3 +100,23 @@ def test_a_bias_gradient_on_a_tpu_is_the_sum_of_rows_rounded_where_a_product_mak
     with platform_for_tracing("tpu"):
         _, vjp = jax.vjp(lambda bias: linear(x, kernel, bias, dtype="bfloat16"), jnp.ones(7))
     assert_close(vjp(jnp.asarray(g))[0], rounded(g, dtype).sum((0, 1)))
+
+
+@pytest.mark.parametrize("batch", [(0,), (0, 5), (5, 0)])
+def test_a_batch_may_be_empty(batch):
+    x, kernel, bias = jnp.zeros((*batch, 4)), jnp.ones((4, 3)), jnp.ones(3)
+    for dtype in ("float32", "bfloat16"):
+        y, vjp = jax.vjp(lambda *a, dtype=dtype: linear(*a, dtype=dtype), x, kernel, bias)
+        assert y.shape == (*batch, 3)
+        for gradient, operand in zip(vjp(y), (x, kernel, bias), strict=True):
+            np.testing.assert_array_equal(gradient, np.zeros(operand.shape))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("bias_dtype", [jnp.float32, jnp.bfloat16])
+def test_a_biass_gradient_is_the_sum_of_what_products_take_in_its_own_dtype(dtype, bias_dtype):
+    g = jnp.full((2, 3), 1 + 2**-9)  # a number of float16 and none of bfloat16
+    operands = jnp.ones((2, 4)), jnp.ones((4, 3)), jnp.ones(3, bias_dtype)
+    d_bias = jax.vjp(lambda *a: linear(*a, dtype=dtype), *operands)[1](g)[2]
+    assert d_bias.dtype == bias_dtype
+    np.testing.assert_array_equal(d_bias, g.astype(dtype).astype(jnp.float32).sum(0).astype(bias_dtype))

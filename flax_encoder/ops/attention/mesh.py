@@ -48,6 +48,13 @@ def over_mesh(attend):
     return wrapped
 
 
+def heads_here(num_heads: int) -> int:
+    """How many of `num_heads` heads a device's part of a problem has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = None if mesh.empty or mesh.manual_axes else _splitting(mesh, HEAD_AXES, num_heads)
+    return num_heads // math.prod(mesh.shape[a] for a in axes or ())
+
+
 def _splitting(mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
     """Those of the mesh's axes that split a dimension, if they divide it; otherwise each device has it whole."""
     axes = tuple(a for a in axes if mesh.shape.get(a, 1) > 1)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_encoder.ops.attention.mesh import over_mesh
+from flax_encoder.ops.attention.mesh import heads_here, over_mesh
 from flax_encoder.ops.attention.problem import Problem, Refusal
 from flax_encoder.ops.platform import kernels_are_interpreted, platform
 
@@ -26,8 +26,9 @@ def refusal(problem: Problem) -> Refusal | None:
     if T != S or T % LANES or longest < T:
         rule = f"queries and keys must be as many, a multiple of {LANES} and at most {longest}"
         return Refusal(rule, f"{T} and {S}", "'splash' takes longer rows, 'chunked' any")
-    if (LANES % H and H % LANES) or N * H % LANES:
-        return Refusal(f"heads must fill {LANES} lanes", f"{N} of {H}", "'chunked' takes any")
+    if (LANES % H and H % LANES) or heads_here(N) * H % LANES:
+        found = f"{heads_here(N)} of {H} on a device"
+        return Refusal(f"heads must fill {LANES} lanes", found, "'chunked' takes any")
     return None
 
 
