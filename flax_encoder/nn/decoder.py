@@ -201,10 +201,8 @@ class Decoder(nnx.Module):
             y, own_cache = layer(x, own_memory if is_cached else memory, sight, own_cache, key=layer_key)
             return y, (own_cache, y if every_layer else None)
 
-        if config.remat != "none":
-            run_layer = jax.checkpoint(
-                run_layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers
-            )
+        if policy := REMAT_POLICIES.get(config.remat):
+            run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=not config.scan_layers)
         start, xs = x, (params, jnp.arange(self.num_layers), cache, memory if is_cached else None)
         if config.scan_layers:
             x, (cache, states) = jax.lax.scan(run_layer, x, xs)

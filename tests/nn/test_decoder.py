@@ -28,6 +28,7 @@ MODELS = {
     "t5, own table": (dataclasses.replace(T5, gated=True), DecoderConfig(tied=False)),
     "original": (VASWANI, DecoderConfig()),
     "original, unrolled": (dataclasses.replace(VASWANI, scan_layers=False, remat="full"), DecoderConfig()),
+    "original, remat": (dataclasses.replace(VASWANI, remat="feed_forward"), DecoderConfig()),
 }
 
 
