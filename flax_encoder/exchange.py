@@ -193,20 +193,24 @@ def _tokenizer_files(tokenizer: TextTokenizer, config: RunConfig) -> dict[str, A
     """tokenizer.json, which puts special tokens around texts as runs do, and what transformers asks beside it."""
     roles = {"pad": "pad", "unk": "unknown", "cls": "first", "sep": "last", "mask": "mask"}
     named = {f"{theirs}_token": tokenizer.token(tokenizer.special(ours)) for theirs, ours in roles.items()}
+    has_types = config.model.num_token_types >= 2
     text = tokenizer.json
     if json.loads(text).get("post_processor") is None:
         first, last = named["cls_token"], named["sep_token"]
         own = Tokenizer.from_str(text)
         own.post_processor = TemplateProcessing(
             single=f"{first} $A {last}",
-            pair=f"{first} $A {last} $B:1 {last}:1",
+            pair=f"{first} $A {last} " + ("$B:1 {last}:1" if has_types else "$B {last}").format(last=last),
             special_tokens=[(first, tokenizer.special("first")), (last, tokenizer.special("last"))],
         )
         text = own.to_str(pretty=True)
     limit = {"model_max_length": config.model.max_length} if config.model.position == "learned" else {}
+    # By default some versions make token types for models that take none, and others none for those that do.
+    inputs = ["input_ids", *["token_type_ids"] * has_types, "attention_mask"]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
     return {
         "tokenizer.json": text,
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **named, **limit},
+        "tokenizer_config.json": settings | named | limit,
         "special_tokens_map.json": named,
     }
 

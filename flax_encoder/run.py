@@ -35,17 +35,19 @@ class LoadedRun:
     label_names: list[str] | None
     step: int
 
-    def batch(self, texts: list[str]) -> dict[str, jax.Array]:
+    def batch(self, texts: list[str], *, cut: bool = False) -> dict[str, jax.Array]:
         """Texts as rows, one each, padded to the longest (up to a multiple of 32, so that few shapes are compiled).
 
         Raises:
-          DataError: an empty text, or one longer than the model takes.
+          DataError: an empty text, or one longer than the model takes that is not to be cut.
         """
         encoded = self.tokenizer.encode_batch(texts)
         frame = Frame.of(self.tokenizer)
         specials = sum(frame.specials)
-        longest = max(map(len, encoded)) + specials
         limit = self.config.model.max_length if self.config.model.position == "learned" else None
+        if cut and limit is not None:
+            encoded = [ids[: limit - specials] for ids in encoded]
+        longest = max(map(len, encoded)) + specials
         if min(map(len, encoded)) == 0:
             raise DataError("a text must have at least one token: got an empty one.")
         if limit is not None and longest > limit:
@@ -88,14 +90,15 @@ class LoadedRun:
         ]
 
     def classify(self, text: str) -> list[dict[str, Any]]:
-        """Every label's probability, as [{"label", "probability"}, ...], likeliest first. A long text is cut.
+        """Every label's probability, as [{"label", "probability"}, ...], likeliest first. A text that is longer than
+        the model takes is cut, as in training.
 
         Raises:
           DataError: the run has no classification head.
         """
         if self.config.objective != "classification" or self.label_names is None:
             raise DataError(f"classify needs a classification run: this one is {self.config.objective}.")
-        batch = self.batch([text])
+        batch = self.batch([text], cut=True)
         batch["target_positions"] = jnp.zeros((1, 1), jnp.int32)
         p = self._probabilities(batch)[0, 0]
         return [{"label": self.label_names[i], "probability": float(p[i])} for i in np.argsort(-p)]

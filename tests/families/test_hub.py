@@ -182,6 +182,12 @@ def test_a_run_exported_and_loaded_gives_the_same_answers(tmp_path, tokenizer, l
     def ask(model):
         return model.classify("the value of a list") if labels else model.fill_mask("the [MASK] of a list")[0]
 
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    has_types = model.get("num_token_types", 0) >= 2
+    assert ("token_type_ids" in settings["model_input_names"]) == has_types
+    if labels and ours.config.model.position == "learned":  # no more is read than there are positions
+        room = ours.config.model.max_length - 2
+        assert ours.classify("value " * 999) == ours.classify("value " * room)
     for mine, theirs in zip(ask(ours), ask(again), strict=True):
         assert mine.keys() == theirs.keys()
         np.testing.assert_allclose(mine["probability"], theirs["probability"], rtol=1e-5)

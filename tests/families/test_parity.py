@@ -42,7 +42,7 @@ def test_transformers_opens_an_exported_run_and_answers_the_same(tmp_path, label
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "the value of a list" if labels else f"the {tokenizer.mask_token} of a list"
-    rows = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    rows = tokenizer(text, return_tensors="pt")
     ours = load_run(tmp_path / "run")
     batch = ours.batch([text.replace(tokenizer.mask_token, "[MASK]")])
     length = rows["input_ids"].shape[1]
