@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from rich.console import Console
@@ -68,9 +68,9 @@ class Clock:
 class RunLog:
     """Metrics and messages of one run.
 
-    Opened at a step that a run resumes from, it first drops what was logged after that step, so that the file is the
-    same as an uninterrupted run's. On a terminal the progress line is live; elsewhere a line is printed every ten
-    seconds or so.
+    Opened at a step that a run resumes from, its first line drops what was logged after that step, so that the file is
+    the same as an uninterrupted run's; a run that is refused before has changed nothing. On a terminal the progress
+    line is live; elsewhere a line is printed every ten seconds or so.
     """
 
     def __init__(
@@ -80,17 +80,19 @@ class RunLog:
         self._console = Console(highlight=False, soft_wrap=True, quiet=not is_main)
         self._progress: Progress | None = None
         self._last_line = 0.0
-        if not is_main:
-            return
-        path = run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(run_dir) if line["step"] <= resume_step]
-        if is_finished:  # the last evaluation is made, and written, again
-            kept = [line for line in kept if line["step"] < resume_step or "eval/loss" not in line]
+        self._run_dir, self._resume_step, self._is_finished = run_dir, resume_step, is_finished
+        self._file: TextIO | None = None
+
+    def _open(self) -> TextIO:
+        path = self._run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(self._run_dir) if line["step"] <= self._resume_step]
+        if self._is_finished:  # the last evaluation is made, and written, again
+            kept = [line for line in kept if line["step"] < self._resume_step or "eval/loss" not in line]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
         from tensorboardX import SummaryWriter  # slow to import, and only needed here
 
-        self._tensorboard = SummaryWriter(str(run_dir), purge_step=resume_step + 1, write_to_disk=True)
+        self._tensorboard = SummaryWriter(str(self._run_dir), purge_step=self._resume_step + 1, write_to_disk=True)
+        return path.open("a")
 
     def say(self, message: str) -> None:
         self._console.print(message, markup=False)
@@ -99,6 +101,7 @@ class RunLog:
         """One line of metrics.jsonl, and a TensorBoard point for every number."""
         if not self._is_main:
             return
+        self._file = self._file or self._open()
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -139,7 +142,7 @@ class RunLog:
 
     def __exit__(self, *exc_info: object) -> None:
         self.end_progress()
-        if self._is_main:
+        if self._file is not None:
             self._file.close()
             self._tensorboard.close()
 

@@ -39,6 +39,15 @@ def test_a_finished_run_opened_again_writes_its_last_evaluation_once(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_that_is_refused_before_its_first_line_leaves_the_log_as_it_was(tmp_path):
+    write_run(tmp_path, 0, range(1, 8))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for is_finished in (True, False):
+        with pytest.raises(ValueError), RunLog(tmp_path, steps=7, resume_step=3, is_finished=is_finished):
+            raise ValueError
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_run_without_a_log_has_no_metrics(tmp_path):
     assert read_metrics(tmp_path) == []
 
