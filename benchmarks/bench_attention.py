@@ -71,14 +71,14 @@ def is_large(case: AttentionCase) -> bool:
     return case.B * case.N * case.T**2 > _QUADRATIC_AT_MOST
 
 
-def definition(case: AttentionCase, arrays, d_out, segments) -> list[np.ndarray]:
-    """Result and gradients by `reference`, in float32; of a large shape one head at a time."""
+def definition(case: AttentionCase, arrays, d_out, segments) -> list[np.ndarray] | None:
+    """Result and gradients by `reference`, in float32; of a large shape one head at a time, if all are alike."""
     arrays, d_out = jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, d_out))
     both = passes(case, "reference")[1]
     if not is_large(case):
         return list(map(np.asarray, jax.jit(both)(arrays, d_out, segments)))
     if case.N != case.K or case.bias or case.dropout_rate:
-        raise ValueError(f"a large shape must be alike in all heads, to be taken apart: got {case}.")
+        return None
     *qkv, _ = arrays
     heads = [x[:, :, :, None].transpose(2, 0, 1, 3, 4) for x in (*qkv, d_out)]  # [N B T 1 H]
     results = jax.jit(lambda *x: jax.lax.map(lambda x: both((*x[:3], None), x[3], segments), x))(*heads)
@@ -116,8 +116,12 @@ def row(case_name: str, name: str, args: argparse.Namespace, peak: float, define
         return result | {"refusal": str(error).split("cannot serve: ")[1].split(": got")[0]}
     if case_name not in defined:
         defined[case_name] = definition(case, *operands)
-    names = ("out_error", "gradient_error", "is_right")
-    result |= dict(zip(names, errors(both(*operands), defined[case_name], dtype, case.T), strict=True))
+    got = both(*operands)
+    if (want := defined[case_name]) is None:
+        say(f"{case_name}, {case.B} rows: not compared with the definition, whose logits would take gigabytes")
+    else:
+        names = ("out_error", "gradient_error", "is_right")
+        result |= dict(zip(names, errors(got, want, dtype, case.T), strict=True))
     if args.interpret:
         return result
     first, second = (measure(functools.partial(f, *operands), args.repeats) for f in (forward, both))

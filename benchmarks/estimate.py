@@ -194,7 +194,8 @@ def _walk(program: dict[str, Computation], name: str, count: int, chip: Chip, in
             for branch in _branches(x):
                 into_each.append(Estimate([], [], [], []))
                 _walk(program, branch, count, chip, into_each[-1])
-            dearest = max(into_each, key=lambda one: one.seconds)
+            # What a kernel takes is known only later; a branch that has one is the dearer.
+            dearest = max(into_each, key=lambda one: (bool(one.kernels), one.seconds))
             for all_lines, lines in zip(into, dearest, strict=True):
                 all_lines += lines
         elif x.opcode in ("call", "async-start"):
