@@ -4,6 +4,7 @@ A run, top to bottom: settings, data, model, loop, evaluation, report. The same 
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -13,12 +14,14 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before JAX is imported; training/runtime.py says why
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 
 from flax_encoder.cli import failing_clearly, parse_run_config
 from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, RunConfig, differences, from_dict, to_dict
@@ -33,7 +36,7 @@ from flax_encoder.run import model_factory
 from flax_encoder.training.checkpoint import Checkpoints, read_run
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.run_log import Clock, RunLog, write_atomically
-from flax_encoder.training.runtime import StopSignals, cache_hits, free_temporaries, set_up_runtime
+from flax_encoder.training.runtime import StopSignals, cache_hits, free_temporaries, join_processes, set_up_runtime
 from flax_encoder.training.schedule import share_of_peak
 from flax_encoder.training.sharding import check_batch, logical_axes, make_mesh, put_batch
 from flax_encoder.training.step import StepMetrics, init_train_state, make_eval_step, make_train_step
@@ -57,14 +60,21 @@ def train(config: RunConfig) -> dict[str, float] | None:
     Returns:
       the final held-out metrics, or None if a signal stopped it.
     """
+    join_processes(config.mesh.num_processes)
     set_up_runtime()
     mesh = make_mesh(config.mesh)
     for stage in config.stages:
         check_batch(stage.batch_size, config.num_microbatches, mesh)
     run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
-        start = checkpoints.latest_step() or 0
+    with alone_in(run_dir), Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
+        latest = checkpoints.latest_step()
+        if latest == 0:
+            raise ConfigError(
+                f"a run begins in a folder of its own: {run_dir} holds an imported model. Give another --run-dir; "
+                f"--init-from {run_dir} starts from that model."
+            )
+        start = latest or 0
         is_finished = start > 0 and is_over(config, start, read_run(run_dir)["spent_seconds"])
         is_main = jax.process_index() == 0
         with RunLog(run_dir, steps=config.steps, resume_step=start, is_finished=is_finished, is_main=is_main) as log:
@@ -128,6 +138,15 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
     step, last_step = start, start if is_over(config, start, clock.spent_seconds) else config.steps
     unlogged: collections.deque[tuple[int, StepMetrics]] = collections.deque()
     in_flight: collections.deque[StepMetrics] = collections.deque()
+    finite_step = start  # the last that is known to have been
+
+    def fetch(step: int, metrics: StepMetrics) -> dict[str, float]:
+        nonlocal finite_step
+        values = report(jax.device_get(metrics.loss)) | {"grad_norm": float(metrics.grad_norm)}
+        stop_if_diverged(values, step, finite_step, run_dir, checkpoints.latest_step())
+        finite_step = step
+        return values
+
     compiled: dict[tuple[int, ...], Any] = {}
     batches = data.train.iterate(start, config.data.workers)
     with StopSignals() as stop:
@@ -135,9 +154,13 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
             with clock.waiting():
                 rows = next(batches)
             B, T = shape = rows["tokens"].shape
-            # Processes' clocks differ: the step takes the largest, and all of them end by what it says.
-            measured = {} if budget == math.inf else {"progress": np.full((B, 1), clock.spent_seconds / budget)}
-            batch = put_batch(rows | measured, mesh)  # while the device has the last steps to do
+            # Processes' clocks differ, and so does when a signal comes: the step takes the largest, and all of them
+            # end by what it says.
+            told = {} if budget == math.inf else {"progress": clock.spent_seconds / budget}
+            if jax.process_count() > 1:
+                told["stop"] = float(stop.requested is not None)
+            told = {name: np.full((B, 1), value, np.float32) for name, value in told.items()}
+            batch = put_batch(rows | told, mesh)  # while the device has the last steps to do
             clock.count(rows, jax.process_count())
             if shape not in compiled:  # a few times in a run at most
                 with clock.paused(), cache_hits() as hits:
@@ -150,22 +173,22 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
             state, step_metrics = compiled[shape](state, batch)
             clock.steps += 1
             in_flight.append(step_metrics)
-            is_spent = False
+            is_spent, is_asked = False, jax.process_count() == 1 and stop.requested is not None
             if len(in_flight) > STEPS_IN_FLIGHT:
                 done = jax.block_until_ready(in_flight.popleft())
                 is_spent = done.progress is not None and float(done.progress) >= 1
+                is_asked |= done.stop is not None and float(done.stop) > 0
 
             is_end = is_spent or step == config.steps
             if step % config.log_every == 0 or is_end:
                 unlogged.append((step, step_metrics))
-            is_last = stop.requested is not None or is_end
+            is_last = is_asked or is_end
             is_saved = is_last or step % config.checkpoint_every == 0
             throughput = None
             while unlogged and (is_saved or len(unlogged) > 1):  # before a save, so that a resumed run's log is whole
                 at, metrics = unlogged.popleft()
                 throughput = throughput or clock.read()
-                values = report(jax.device_get(metrics.loss)) | {"grad_norm": float(metrics.grad_norm)}
-                stop_if_diverged(values, at, config.log_every, run_dir, checkpoints.latest_step())
+                values = fetch(at, metrics)
                 progress = max((at - 1) / config.steps, float(metrics.progress or 0.0))
                 rate = config.optimizer.learning_rate * float(share_of_peak(config.optimizer, progress))
                 values |= {"learning_rate": rate} | throughput
@@ -176,17 +199,37 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
                 with clock.paused():
                     log.say("  ".join(f"{name} {value:.4f}" for name, value in evaluate(step).items()))
             if is_saved:
+                fetch(step, step_metrics)  # nothing is saved that has diverged, logged or not
                 spent_seconds = max(clock.spent_seconds, budget if is_spent else 0.0)
                 checkpoints.save(state, step, settings | {"spent_seconds": spent_seconds})
             if is_end:
                 break
             if is_last:
                 checkpoints.wait()
-                log.say(f"stopped by {stop.requested} after step {step}, which is saved. The same command resumes.")
+                why = stop.requested or "another process's signal"
+                log.say(f"stopped by {why} after step {step}, which is saved. The same command resumes.")
                 return None
     checkpoints.wait()
     log.end_progress()
     return evaluate(step)
+
+
+@contextlib.contextmanager
+def alone_in(run_dir: pathlib.Path) -> Iterator[None]:
+    """Hold the folder's lock, for all processes of this run; it goes with the process, however that ends."""
+    lock = FileLock(run_dir / "lock")
+    try:
+        if jax.process_index() == 0:
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"one process trains in a folder at a time: another is at work in {run_dir}. Give another --run-dir, or "
+            f"--mesh.num-processes for several that train together."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def budget_seconds(config: RunConfig) -> float:
@@ -290,12 +333,12 @@ def with_word_vectors(path: str, tokenizer: TextTokenizer, params: Any, log: Run
     return params | {"encoder": params["encoder"] | {"embedding": embedding}}
 
 
-def stop_if_diverged(values: dict[str, float], step: int, interval: int, run_dir, saved: int | None) -> None:
+def stop_if_diverged(values: dict[str, float], step: int, finite_step: int, run_dir, saved: int | None) -> None:
     if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
         way_out = f"{run_dir} holds step {saved}, from before" if saved else "no checkpoint was made yet"
         raise Diverged(
             f"the loss must stay finite: it is {values['loss']} and the gradient norm {values['grad_norm']} at step "
-            f"{step}; it broke after step {max(step - interval, 0)}. {way_out}. A lower learning rate, a longer "
+            f"{step}; it broke after step {finite_step}. {way_out}. A lower learning rate, a longer "
             f"warm-up or a smaller optimizer.clip_norm often helps."
         )
 
@@ -332,8 +375,10 @@ def main() -> None:
     with failing_clearly():
         config = parse_run_config(sys.argv[1:], default="configs/quickstart.py")
         metrics = train(config)
-        if metrics is not None and jax.process_index() == 0:
+        if metrics is not None and jax.process_count() == 1:
             show_report(config, metrics, train)
+        elif metrics is not None and jax.process_index() == 0:
+            print("held-out text:", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
 if __name__ == "__main__":

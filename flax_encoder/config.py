@@ -543,12 +543,16 @@ class MeshConfig:
     """Rows and parameters are both split."""
     tensor: int = 1
     """Heads, MLP and vocabulary are split."""
+    num_processes: int = 1
+    """That train together, as one on each of several machines; the mesh is over all their devices. They find each other
+    by what started them (Slurm, Kubernetes, Open MPI, Cloud TPU), or by JAX_COORDINATOR_ADDRESS (host:port of the
+    first) and JAX_PROCESS_ID, and share run_dir."""
 
     def __post_init__(self):
         _require(
             self.data == -1 or self.data > 0, f"mesh.data is at least 1, or -1 for all that are left: got {self.data}."
         )
-        _require_positive(self, "fsdp", "tensor")
+        _require_positive(self, "fsdp", "tensor", "num_processes")
 
 
 class Stage(NamedTuple):
@@ -580,7 +584,8 @@ class RunConfig:
     batch_warmup_rate: float = 0.1
     """With first_batch_size: the share of steps that have smaller batches."""
     num_microbatches: int = 1
-    """Gradients are accumulated over this many equal parts of a batch; the update is the same."""
+    """Gradients are accumulated over this many equal parts of a batch; the update is the same. CPUs are fastest with
+    2,000 to 4,000 tokens in each (LOG.md)."""
     seed: int = 0
     pooling: Literal["cls", "mean", "late"] = "cls"
     """What classification reads of a document: its first token, the mean of its tokens, or late, the mean of the
@@ -610,6 +615,11 @@ class RunConfig:
         for name in ("eval_every", "eval_batches", "budget_minutes", "first_batch_size"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be above 0 or None: got {value}.")
+        _require(
+            self.mesh.num_processes == 1 or not self.compare_with_scratch,
+            f"compare_with_scratch trains a second run, in one process: got mesh.num_processes "
+            f"{self.mesh.num_processes}. Train that run by a command of its own.",
+        )
         _require(
             self.batch_size % self.num_microbatches == 0,
             f"num_microbatches must divide batch_size: got {self.num_microbatches} for {self.batch_size}; "

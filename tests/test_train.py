@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,11 +16,13 @@ import time
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 from flax import nnx
 
 from flax_encoder.cli import main
 from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, MeshConfig, OptimizerConfig, RunConfig
 from flax_encoder.data.tokenizer import train_wordpiece
+from flax_encoder.exchange import import_folder
 from flax_encoder.hub import load_pretrained
 from flax_encoder.run import load_run
 from flax_encoder.training.checkpoint import CheckpointError
@@ -433,6 +436,72 @@ def test_divergence_stops_the_run_and_names_the_steps(corpus, tmp_path, one_devi
     config = tiny(corpus, tmp_path / "run", optimizer__learning_rate=1e30, optimizer__clip_norm=None)
     with pytest.raises(Diverged, match=r"at step \d+; it broke after step \d+"):
         train(config)
+
+
+def test_nothing_is_saved_that_has_diverged(corpus, tmp_path, one_device):
+    """Not even where no metrics were to be logged since."""
+    config = tiny(corpus, tmp_path / "run", log_every=20, optimizer__learning_rate=1e30, optimizer__clip_norm=None)
+    with pytest.raises(Diverged, match=r"at step 6; it broke after step 0\. no checkpoint was made yet"):
+        train(config)
+    assert not list((tmp_path / "run/checkpoints").glob("[0-9]*"))
+
+
+def test_an_imported_model_is_not_trained_in_its_own_folder(corpus, tmp_path, one_device):
+    folder = pathlib.Path(shutil.copytree(ROOT / "tests" / "golden" / "bert-masked_lm", tmp_path / "published"))
+    (folder / "tokenizer.json").write_text(train_wordpiece(["the list of a value"] * 3, 43).json)
+    import_folder(folder, tmp_path / "imported")
+    with pytest.raises(ConfigError, match=r"a run begins in a folder of its own.*--init-from"):
+        train(tiny(corpus, tmp_path / "imported"))
+    assert load_run(tmp_path / "imported").step == 0
+
+
+def test_one_process_trains_in_a_folder_at_a_time(corpus, tmp_path, one_device):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run/lock"), pytest.raises(ConfigError, match="one process trains in a folder at a time"):
+        train(tiny(corpus, tmp_path / "run"))
+
+
+def start_two(config: RunConfig) -> list[subprocess.Popen]:
+    """Two processes of one device each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    config = with_fields(config, mesh=MeshConfig(num_processes=2))
+    started = []
+    for i in range(2):
+        own = environment() | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(i)}
+        started.append(subprocess.Popen(command(config), cwd=ROOT, env=own, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True))  # fmt: skip
+    return started
+
+
+def finished(processes: list[subprocess.Popen]) -> list[str]:
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_stop_together(corpus, tmp_path):
+    whole = tiny(corpus, tmp_path / "whole", steps=60)
+    run(command(whole))
+    config = with_fields(whole, run_dir=str(tmp_path / "run"))
+    processes = start_two(config)
+    wait_for_step(processes[0], tmp_path / "run", 6)
+    processes[1].send_signal(signal.SIGTERM)  # to one alone
+    outputs = finished(processes)
+    stopped_at = load_run(tmp_path / "run").step
+    assert 6 <= stopped_at < config.steps and f"by another process's signal after step {stopped_at}" in outputs[0]
+    outputs = finished(start_two(config))
+    assert "held-out text" in outputs[0] and "held-out text" not in outputs[1]
+    one, two = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    assert one.keys() == two.keys()
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=2e-5)
+
+
+def test_processes_that_cannot_be_found_are_an_error(tmp_path):
+    said = run([sys.executable, "train.py", "--run-dir", str(tmp_path / "run"), "--mesh.num-processes", "2"], status=1)
+    assert "they could not join" in said and "JAX_COORDINATOR_ADDRESS" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

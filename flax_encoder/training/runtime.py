@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from flax_encoder.config import ConfigError
 from flax_encoder.data.pipeline import default_cache_dir
 
 # glibc's mallopt parameters, from malloc.h.
@@ -39,6 +40,28 @@ def set_up_runtime() -> None:
         # from another, and code made for one may be illegal on the next.
         folder = folder / host_cpu() if jax.default_backend() == "cpu" else folder
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def join_processes(num_processes: int) -> None:
+    """Find the other processes that train with this one, by JAX's own start-up. Call before anything else of JAX.
+
+    Raises:
+      ConfigError: they cannot be found, or are not as many.
+    """
+    if num_processes == 1:
+        return
+    own = os.environ.get("JAX_PROCESS_ID")
+    told = {} if own is None else {"num_processes": num_processes, "process_id": int(own)}
+    try:
+        jax.distributed.initialize(**told, local_device_ids=None)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"mesh.num_processes is {num_processes}, and they could not join: {error} Start one on each machine by "
+            f"Slurm, Kubernetes, Open MPI or on Cloud TPU, or set JAX_COORDINATOR_ADDRESS (host:port of the first) for "
+            f"all and JAX_PROCESS_ID (from 0) for each."
+        ) from error
+    if jax.process_count() != num_processes:
+        raise ConfigError(f"mesh.num_processes is {num_processes}, and {jax.process_count()} have joined.")
 
 
 def may_find_accelerator() -> bool:

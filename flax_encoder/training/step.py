@@ -32,7 +32,8 @@ class StepMetrics(NamedTuple):
     loss: LossSum
     grad_norm: Float[Array, ""]
     progress: Float[Array, ""] | None = None
-    """What the batch said of it, on all processes the same."""
+    stop: Float[Array, ""] | None = None
+    """The most that any process's batch said, the same on all."""
 
 
 def init_train_state(
@@ -85,7 +86,8 @@ def make_train_step(
 
     The model's `loss(batch, key=)` gives sums, so any split into microbatches or over devices makes the same update
     up to float32 rounding. The dropout key is a function of (seed, step). A batch may have `progress` [B, 1], the share
-    of the run's time that has gone by: the optimizer is given the largest.
+    of the run's time that has gone by: the optimizer is given the largest. The largest of `stop` [B, 1] is returned
+    too, by which processes agree.
 
     Args:
       graphdef, shardings: from `init_train_state`.
@@ -100,8 +102,8 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        progress = batch["progress"].max() if "progress" in batch else None
-        batch = {name: rows for name, rows in batch.items() if name != "progress"}
+        told = {name: batch[name].max() for name in ("progress", "stop") if name in batch}
+        batch = {name: rows for name, rows in batch.items() if name not in told}
         params = gradient_point(state.opt_state, state.params)
         if num_microbatches == 1:
             grads, loss = grad_fn(params, batch, key)
@@ -117,10 +119,10 @@ def make_train_step(
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, loss), _ = jax.lax.scan(accumulate, zeros, (parts, part_keys))
         grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), grads)
-        measured = {} if progress is None else {"progress": progress}
+        measured = {name: most for name, most in told.items() if name == "progress"}
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **measured)
         new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        return new_state, StepMetrics(loss, global_norm(grads), progress)
+        return new_state, StepMetrics(loss, global_norm(grads), **told)
 
     jit = partial(jax.jit, donate_argnums=0)
     if shardings is None:
