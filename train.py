@@ -310,7 +310,7 @@ def start_from(config: RunConfig, params: Any, log: RunLog) -> Any:
         if theirs is None or theirs.shape != own.shape:
             fresh.append(".".join(key.key for key in path))
             return own
-        return jax.device_put(theirs, own.sharding)
+        return jax.make_array_from_callback(own.shape, own.sharding, np.asarray(theirs).__getitem__)
 
     picked = jax.tree_util.tree_map_with_path(pick, params)
     log.say(f"started from {config.init_from}; new parameters: {', '.join(fresh) or 'none'}")

@@ -492,11 +492,15 @@ def test_two_processes_train_as_one_and_stop_together(corpus, tmp_path):
     outputs = finished(processes)
     stopped_at = load_run(tmp_path / "run").step
     assert 6 <= stopped_at < config.steps and f"by another process's signal after step {stopped_at}" in outputs[0]
+    shutil.copytree(tmp_path / "run", tmp_path / "resumed_by_one")
+    run(command(with_fields(config, run_dir=str(tmp_path / "resumed_by_one"))))
     outputs = finished(start_two(config))
     assert "held-out text" in outputs[0] and "held-out text" not in outputs[1]
-    one, two = losses(tmp_path / "whole"), losses(tmp_path / "run")
-    assert one.keys() == two.keys()
-    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=2e-5)
+    want = losses(tmp_path / "whole")
+    for name in ("run", "resumed_by_one"):
+        got = losses(tmp_path / name)
+        assert got.keys() == want.keys()
+        np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=2e-5)
 
 
 def test_processes_that_cannot_be_found_are_an_error(tmp_path):
