@@ -226,6 +226,8 @@ def alone_in(run_dir: pathlib.Path) -> Iterator[None]:
             f"one process trains in a folder at a time: another is at work in {run_dir}. Give another --run-dir, or "
             f"--mesh.num-processes for several that train together."
         ) from None
+    except (NotImplementedError, OSError):  # a file system without locks
+        pass
     try:
         yield
     finally:

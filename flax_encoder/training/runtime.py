@@ -51,9 +51,9 @@ def join_processes(num_processes: int) -> None:
     if num_processes == 1:
         return
     own = os.environ.get("JAX_PROCESS_ID")
-    told = {} if own is None else {"num_processes": num_processes, "process_id": int(own)}
     try:
-        jax.distributed.initialize(**told, local_device_ids=None)
+        told = {} if own is None else {"num_processes": num_processes, "process_id": int(own)}
+        jax.distributed.initialize(**told)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"mesh.num_processes is {num_processes}, and they could not join: {error} Start one on each machine by "
