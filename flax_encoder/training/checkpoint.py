@@ -43,11 +43,14 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)
         # Made in the background, a folder that cannot be made leaves threads that wait for it for minutes.
         context = ocp.Context(async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
+        # Orbax tidies up in a thread for which it waits at the first save: in a program that ends before that, as one
+        # that is refused, the thread fails, at length. So only where an interrupted save left something.
+        has_debris = any(not p.name.isdigit() for p in self._folder.glob("*"))
         self._orbax = ocp.training.Checkpointer(
             self._folder,
             context=context,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=has_debris,
         )
 
     def latest_step(self) -> int | None:
