@@ -159,8 +159,8 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
             told = {} if budget == math.inf else {"progress": clock.spent_seconds / budget}
             if jax.process_count() > 1:
                 told["stop"] = float(stop.requested is not None)
-            told = {name: np.full((B, 1), value, np.float32) for name, value in told.items()}
-            batch = put_batch(rows | told, mesh)  # while the device has the last steps to do
+            told_rows = {name: np.full((B, 1), value, np.float32) for name, value in told.items()}
+            batch = put_batch(rows | told_rows, mesh)  # while the device has the last steps to do
             clock.count(rows, jax.process_count())
             if shape not in compiled:  # a few times in a run at most
                 with clock.paused(), cache_hits() as hits:
@@ -199,7 +199,8 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
                 with clock.paused():
                     log.say("  ".join(f"{name} {value:.4f}" for name, value in evaluate(step).items()))
             if is_saved:
-                fetch(step, step_metrics)  # nothing is saved that has diverged, logged or not
+                if finite_step < step:  # nothing is saved that has diverged, logged or not
+                    fetch(step, step_metrics)
                 spent_seconds = max(clock.spent_seconds, budget if is_spent else 0.0)
                 checkpoints.save(state, step, settings | {"spent_seconds": spent_seconds})
             if is_end:

@@ -73,12 +73,12 @@ def is_large(case: AttentionCase) -> bool:
 
 def definition(case: AttentionCase, arrays, d_out, segments) -> list[np.ndarray] | None:
     """Result and gradients by `reference`, in float32; of a large shape one head at a time, if all are alike."""
+    if is_large(case) and (case.N != case.K or case.bias or case.dropout_rate):
+        return None
     arrays, d_out = jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, d_out))
     both = passes(case, "reference")[1]
     if not is_large(case):
         return list(map(np.asarray, jax.jit(both)(arrays, d_out, segments)))
-    if case.N != case.K or case.bias or case.dropout_rate:
-        return None
     *qkv, _ = arrays
     heads = [x[:, :, :, None].transpose(2, 0, 1, 3, 4) for x in (*qkv, d_out)]  # [N B T 1 H]
     results = jax.jit(lambda *x: jax.lax.map(lambda x: both((*x[:3], None), x[3], segments), x))(*heads)

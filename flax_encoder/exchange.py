@@ -197,10 +197,11 @@ def _tokenizer_files(tokenizer: TextTokenizer, config: RunConfig) -> dict[str, A
     text = tokenizer.json
     if json.loads(text).get("post_processor") is None:
         first, last = named["cls_token"], named["sep_token"]
+        second = ":1" if has_types else ""
         own = Tokenizer.from_str(text)
         own.post_processor = TemplateProcessing(
             single=f"{first} $A {last}",
-            pair=f"{first} $A {last} " + ("$B:1 {last}:1" if has_types else "$B {last}").format(last=last),
+            pair=f"{first} $A {last} $B{second} {last}{second}",
             special_tokens=[(first, tokenizer.special("first")), (last, tokenizer.special("last"))],
         )
         text = own.to_str(pretty=True)

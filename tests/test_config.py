@@ -130,6 +130,8 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
         (MeshConfig, {"data": 0}, "at least 1, or -1 for all that are left: got 0"),
         (MeshConfig, {"fsdp": 0}, "fsdp must be above 0: got 0"),
         (MeshConfig, {"tensor": -1}, "tensor must be above 0: got -1"),
+        (MeshConfig, {"num_processes": 0}, "num_processes must be above 0: got 0"),
+        (RunConfig, {"mesh": MeshConfig(num_processes=2), "compare_with_scratch": True}, "got mesh.num_processes 2"),
         *[(RunConfig, {name: 0}, f"{name} must be above 0: got 0") for name in (
             "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every", "keep_checkpoints"
         )],

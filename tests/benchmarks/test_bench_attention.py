@@ -24,6 +24,11 @@ def test_a_large_shape_is_defined_head_by_head(name, monkeypatch):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["grouped_1024", "bert_512_dropout", "t5_bias_512"])
+def test_a_large_shape_whose_heads_differ_has_no_definition(name):
+    assert definition(ATTENTION_CASES[name]._replace(B=128), None, None, None) is None
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_error_past_rounding_is_seen(dtype):
     case = ATTENTION_CASES["small_packed"]

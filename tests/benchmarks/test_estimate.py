@@ -97,6 +97,15 @@ def test_the_sum_is_loop_bodies_by_their_trips_and_the_dearest_branch():
     assert [line.instruction.name for line in made.unestimated] == ["gather"]
 
 
+def test_a_branch_with_a_kernel_is_the_dearer():
+    """What the kernel takes is added later; the other branch has more of the compiler's cycles."""
+    kernel = '  ROOT %forward_kernel.9 = bf16[8,128]{1,0} custom-call(%b), custom_call_target="tpu_custom_call"\n'
+    lines = PROGRAM.splitlines(keepends=True)
+    text = "".join(kernel if "%copy.1 =" in line else line for line in lines)
+    names = [line.instruction.name for line in estimate(text, V5E).kernels]
+    assert sorted(names) == ["forward_kernel.9", "jvp_forward_kernel_.1"]
+
+
 def test_a_stated_trip_count_is_taken():
     text = PROGRAM.replace(
         "condition=%condition, body=%body",
