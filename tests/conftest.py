@@ -1,7 +1,9 @@
 """What every test runs under: eight virtual CPU devices, shapes checked at run time, caches in a temporary folder."""
 
+import json
 import os
 import pathlib
+import random
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # training/runtime.py says why
@@ -52,3 +54,20 @@ def quick_compilation(request):
     jax.config.update("jax_disable_most_optimizations", is_quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> pathlib.Path:
+    """Six hundred made-up sentences with a label each."""
+    from tests.runs import WORDS  # not before the import hook above
+
+    rng = random.Random(7)
+    path = tmp_path_factory.mktemp("corpus")
+    rows = []
+    for i in range(600):
+        words = [rng.choice(WORDS) for _ in range(rng.randint(4, 19))]
+        label = rng.choice(["first", "second", "third"])
+        rows.append({"text": " ".join([*words, label, str(i)]), "label": label})
+    (path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (path / "lines.txt").write_text("".join(r["text"] + "\n" for r in rows))
+    return path

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,77 +14,30 @@ import time
 import jax
 import numpy as np
 import pytest
-from filelock import FileLock
 from flax import nnx
 
 from flax_encoder.cli import main
-from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, MeshConfig, OptimizerConfig, RunConfig
+from flax_encoder.config import ConfigError, EncoderConfig, MeshConfig, OptimizerConfig, RunConfig
 from flax_encoder.data.tokenizer import train_wordpiece
 from flax_encoder.exchange import import_folder
 from flax_encoder.hub import load_pretrained
 from flax_encoder.run import load_run
 from flax_encoder.training.checkpoint import CheckpointError
 from flax_encoder.training.run_log import read_metrics
-from train import Diverged, train
-
-ROOT = pathlib.Path(__file__).parents[1]
-WORDS = [
-    "the",
-    "list",
-    "returns",
-    "a",
-    "value",
-    "of",
-    "each",
-    "item",
-    "in",
-    "order",
-    "and",
-    "then",
-    "calls",
-    "the",
-    "given",
-    "function",
-    "once",
-    "more",
-]
-
-TINY = RunConfig(
-    steps=24,
-    batch_size=8,
-    log_every=3,
-    checkpoint_every=6,
-    mesh=MeshConfig(data=1),
-    model=EncoderConfig(
-        num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, position="rope", norm_placement="pre", norm_epsilon=1e-6
-    ),
-    data=DataConfig(vocab_size=256, row_length=32, held_out_rate=0.1, text_unit="line"),
-    optimizer=OptimizerConfig(learning_rate=3e-3),
+from tests.runs import (
+    ROOT,
+    WORDS,
+    assert_same_losses,
+    command,
+    environment,
+    losses,
+    run,
+    start,
+    tiny,
+    wait_for_step,
+    with_fields,
 )
-
-
-def with_fields(config: RunConfig, **fields) -> RunConfig:
-    """`replace` that reaches into sections: model__dtype="bfloat16"."""
-    for name, value in fields.items():
-        section, _, inner = name.partition("__")
-        value = dataclasses.replace(getattr(config, section), **{inner: value}) if inner else value
-        config = dataclasses.replace(config, **{section: value})
-    return config
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> pathlib.Path:
-    """Six hundred made-up sentences with a label each."""
-    rng = random.Random(7)
-    path = tmp_path_factory.mktemp("corpus")
-    rows = []
-    for i in range(600):
-        words = [rng.choice(WORDS) for _ in range(rng.randint(4, 19))]
-        label = rng.choice(["first", "second", "third"])
-        rows.append({"text": " ".join([*words, label, str(i)]), "label": label})
-    (path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (path / "lines.txt").write_text("".join(r["text"] + "\n" for r in rows))
-    return path
+from train import Diverged, train
 
 
 @pytest.fixture
@@ -96,58 +47,6 @@ def one_device(monkeypatch):
 
     devices = jax.devices()
     monkeypatch.setattr(jax, "devices", lambda *args: devices[:1])
-
-
-def tiny(corpus: pathlib.Path, run_dir: pathlib.Path, **fields) -> RunConfig:
-    return with_fields(TINY, run_dir=str(run_dir), data__source=str(corpus / "lines.txt"), **fields)
-
-
-def losses(run_dir: pathlib.Path) -> dict[int, tuple[float, float]]:
-    return {line["step"]: (line["loss"], line["grad_norm"]) for line in read_metrics(run_dir) if "loss" in line}
-
-
-def command(config: RunConfig, *extra: str) -> list[str]:
-    """The command line that gives this config, from the quickstart recipe."""
-    flags = []
-    for name, (_, value) in _against_quickstart(config).items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            head, _, tail = flag[2:].rpartition(".")
-            flags.append(f"--{head}{'.' if head else ''}{'' if value else 'no-'}{tail}")
-        else:
-            flags += [flag, str(value)]
-    return [sys.executable, str(ROOT / "train.py"), *flags, *extra]
-
-
-def _against_quickstart(config: RunConfig) -> dict:
-    from flax_encoder.cli import load_recipe
-    from flax_encoder.config import differences
-
-    return differences(load_recipe(str(ROOT / "configs/quickstart.py")), config)
-
-
-def environment(devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "COLUMNS": "100"}
-
-
-def run(arguments: list[str], devices: int = 1, status: int = 0) -> str:
-    done = subprocess.run(arguments, cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=500)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def start(config: RunConfig) -> subprocess.Popen:
-    return subprocess.Popen(command(config), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
-
-
-def wait_for_step(process: subprocess.Popen, run_dir: pathlib.Path, step: int) -> None:
-    deadline = time.monotonic() + 200
-    while not any(at >= step for at in losses(run_dir)):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -244,10 +143,7 @@ def test_sharded_training_equals_single_device(corpus, tmp_path, optimizer):
     sharded = with_fields(config, run_dir=str(tmp_path / "many"), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     output = run(command(sharded), devices=8)
     assert "data 2 x fsdp 2 x tensor 2" in output
-    one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
-    assert one.keys() == many.keys()
-    for step in one:
-        np.testing.assert_allclose(many[step], one[step], rtol=2e-5)
+    assert_same_losses(tmp_path / "many", tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -260,9 +156,7 @@ def test_resume_on_another_mesh(corpus, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=100)
     run(command(with_fields(config, mesh=MeshConfig(data=2, fsdp=2, tensor=1))), devices=4)
-    one, two = losses(tmp_path / "whole"), losses(tmp_path / "run")
-    assert one.keys() == two.keys()
-    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=2e-5)
+    assert_same_losses(tmp_path / "run", tmp_path / "whole")
 
 
 def test_fine_tuning_starts_from_the_pretrained_encoder(corpus, tmp_path, one_device):
@@ -453,59 +347,6 @@ def test_an_imported_model_is_not_trained_in_its_own_folder(corpus, tmp_path, on
     with pytest.raises(ConfigError, match=r"a run begins in a folder of its own.*--init-from"):
         train(tiny(corpus, tmp_path / "imported"))
     assert load_run(tmp_path / "imported").step == 0
-
-
-def test_one_process_trains_in_a_folder_at_a_time(corpus, tmp_path, one_device):
-    (tmp_path / "run").mkdir()
-    with FileLock(tmp_path / "run/lock"), pytest.raises(ConfigError, match="one process trains in a folder at a time"):
-        train(tiny(corpus, tmp_path / "run"))
-
-
-def start_two(config: RunConfig) -> list[subprocess.Popen]:
-    """Two processes of one device each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    config = with_fields(config, mesh=MeshConfig(num_processes=2))
-    started = []
-    for i in range(2):
-        own = environment() | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(i)}
-        started.append(subprocess.Popen(command(config), cwd=ROOT, env=own, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, text=True))  # fmt: skip
-    return started
-
-
-def finished(processes: list[subprocess.Popen]) -> list[str]:
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return outputs
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_and_stop_together(corpus, tmp_path):
-    whole = tiny(corpus, tmp_path / "whole", steps=60)
-    run(command(whole))
-    config = with_fields(whole, run_dir=str(tmp_path / "run"))
-    processes = start_two(config)
-    wait_for_step(processes[0], tmp_path / "run", 6)
-    processes[1].send_signal(signal.SIGTERM)  # to one alone
-    outputs = finished(processes)
-    stopped_at = load_run(tmp_path / "run").step
-    assert 6 <= stopped_at < config.steps and f"by another process's signal after step {stopped_at}" in outputs[0]
-    shutil.copytree(tmp_path / "run", tmp_path / "resumed_by_one")
-    run(command(with_fields(config, run_dir=str(tmp_path / "resumed_by_one"))))
-    outputs = finished(start_two(config))
-    assert "held-out text" in outputs[0] and "held-out text" not in outputs[1]
-    want = losses(tmp_path / "whole")
-    for name in ("run", "resumed_by_one"):
-        got = losses(tmp_path / name)
-        assert got.keys() == want.keys()
-        np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=2e-5)
-
-
-def test_processes_that_cannot_be_found_are_an_error(tmp_path):
-    said = run([sys.executable, "train.py", "--run-dir", str(tmp_path / "run"), "--mesh.num-processes", "2"], status=1)
-    assert "they could not join" in said and "JAX_COORDINATOR_ADDRESS" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
