@@ -311,13 +311,45 @@ def differences(loaded: Pretrained, inputs, labels, outputs, loss, gradients) ->
             got, want = got[real], want[real]
         if want.size:
             worst["output"] = max(worst["output"], np.abs(got - want).max() / np.abs(want).max())
-    top = max(np.abs(g).max() for g in gradients.values())
     if (tied := loaded.task and loaded.family.heads[loaded.task].tied) in gradients and tied not in own_gradients:
         own_gradients[tied] = own_gradients[loaded.family.prefix + loaded.family.rows[0].theirs[0]]
-    for key, want in gradients.items():
-        scale = max(np.abs(want).max(), top / 100)  # some gradients, such as key biases', are zero but for rounding
-        worst["gradient"] = max(worst["gradient"], np.abs(own_gradients[key] - want).max() / scale)
+    worst["gradient"] = _gradient_difference(own_gradients, gradients)
     return {key: float(value) for key, value in worst.items()}
+
+
+def _gradient_difference(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> float:
+    """The worst of all parameters, each relative to its largest gradient."""
+    top = max(np.abs(g).max() for g in want.values())  # some gradients, such as key biases', are zero but for rounding
+    return float(max(np.abs(got[key] - g).max() / max(np.abs(g).max(), top / 100) for key, g in want.items()))
+
+
+def gradient_condition(family: str, task: str | None, seed: int, draws: int = 5) -> float:
+    """What rounding a case's weights to float32 alone does to torch's float64 gradients.
+
+    Some small random models are so badly conditioned that no float32 arithmetic agrees on them to `GRADIENT_TOLERANCE`.
+    """
+    import torch
+
+    model, r = torch_model(family, task, seed)
+    inputs, labels = draw_batch(model, task, r)
+    *_, exact = run_torch(model.double(), inputs, labels)
+    weights = [p.detach().clone() for p in model.parameters()]
+    generator = torch.Generator().manual_seed(seed)
+    worst = 0.0
+    for _ in range(draws):
+        with torch.no_grad():
+            for p, weight in zip(model.parameters(), weights, strict=True):
+                half_ulps = torch.rand(weight.shape, generator=generator, dtype=torch.float64) * 2 - 1
+                p.copy_(weight * (1 + half_ulps * 2**-24))
+        worst = max(worst, _gradient_difference(run_torch(model, inputs, labels)[2], exact))
+    return worst
+
+
+def is_exact(worst: dict[str, float], case: tuple[str, str | None, int]) -> bool:
+    """Whether `compare`'s differences are float32 rounding: ours and torch's, where the case magnifies it."""
+    if worst["output"] > OUTPUT_TOLERANCE or worst["loss"] > GRADIENT_TOLERANCE:
+        return False
+    return worst["gradient"] <= GRADIENT_TOLERANCE or worst["gradient"] <= 2 * gradient_condition(*case)
 
 
 def cases(per_family: int = 24):
@@ -350,8 +382,7 @@ def main() -> None:
             continue
         row["configs"] += 1
         row["tasks"].add(task or "encoder")
-        is_bad = worst["output"] > OUTPUT_TOLERANCE or worst["gradient"] > GRADIENT_TOLERANCE
-        if is_bad:
+        if not is_exact(worst, (family, task, seed)):
             failed += 1
             print(f"{family} {task} {seed}: {worst}", file=sys.stderr)
         row |= {key: max(row[key], worst[key]) for key in worst}
