@@ -1,0 +1,14 @@
+"""Every setting of a run, its default, and the rules it must satisfy, in one tree of frozen dataclasses.
+
+`configs/NAME.py` builds a `RunConfig`; `train.py` turns the same tree into typed command-line overrides; a
+checkpoint stores it as JSON. The first lines of a field's comment are its `--help`.
+"""
+
+from flax_encoder.config.model import FREE_OF_PARAMETERS, Activation, DecoderConfig, EncoderConfig, HeadConfig
+from flax_encoder.config.rules import ConfigError, differences, from_dict, to_dict
+from flax_encoder.config.run import DataConfig, MaskingConfig, MeshConfig, OptimizerConfig, RunConfig
+
+__all__ = [
+    "FREE_OF_PARAMETERS", "Activation", "ConfigError", "DataConfig", "DecoderConfig", "EncoderConfig", "HeadConfig",
+    "MaskingConfig", "MeshConfig", "OptimizerConfig", "RunConfig", "differences", "from_dict", "to_dict",
+]  # fmt: skip

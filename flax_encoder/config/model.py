@@ -1,0 +1,322 @@
+"""The settings of a model."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from flax_encoder.config.rules import nearest_divisors, require, require_positive, require_rates
+
+Activation = Literal[
+    "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2", "relu6", "leaky_relu", "mish", "tanh", "sigmoid",
+    "identity",
+]  # fmt: skip
+
+# Settings that recurrent layers, and what stands around them, read.
+_OF_RECURRENT = (
+    "vocab_size", "layer", "bidirectional", "num_layers", "num_layer_groups", "embed_dim", "embedding_dim",
+    "embedding_scale", "num_token_types", "activation", "norm", "norm_placement", "norm_epsilon", "embedding_norm",
+    "position", "max_length", "position_offset", "position_scale", "use_bias", "norm_bias", "init_std", "dropout_rate",
+    "dtype", "scan_layers", "remat",
+)  # fmt: skip
+# Settings of an EncoderConfig that its parameters do not depend on.
+FREE_OF_PARAMETERS = (
+    "dropout_rate", "attention_dropout_rate", "dtype", "attention_implementation", "scan_layers", "remat"
+)  # fmt: skip
+
+
+class Biases(NamedTuple):
+    attention: bool
+    mlp: bool
+    mlp_out: bool
+    norm: bool
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The architecture. Axes are B batch, T length, N heads, K key/value heads, H head_dim, D embed, F MLP."""
+
+    vocab_size: int = 0
+    """Rows of the embedding table; 0 takes the tokenizer's size."""
+    layer: Literal["attention", "rnn", "lstm", "gru"] = "attention"
+    """What a layer is: attention and feed-forward, or Elman's network (of activation tanh or relu), LSTM or GRU."""
+    bidirectional: bool = True
+    """Recurrent layers: half of embed_dim reads each row forward and half backward, not all of it forward."""
+    num_layers: int = 12
+    num_layer_groups: int | None = None
+    """Sets of parameters, each run by num_layers / num_layer_groups layers in succession (ALBERT has 1); None is one
+    a layer."""
+    embed_dim: int = 768
+    """D, the width of the residual stream."""
+    embedding_dim: int | None = None
+    """Width of the embeddings, which a linear map then brings to embed_dim (ALBERT, ELECTRA), or the first recurrent
+    layer; None embeds in embed_dim."""
+    embedding_scale: float = 1.0
+    """Factor of the token vectors before anything is added (Vaswani et al.: embed_dim ** 0.5)."""
+    num_token_types: int = 0
+    """Kinds of tokens with a vector each, such as BERT's sentence A and B; 0 has none."""
+    num_heads: int = 12
+    """N."""
+    attention_head_dim: int | None = None
+    """H, the width of a head; None is embed_dim / num_heads. Modules read `head_dim`, where that is settled."""
+    num_kv_heads: int | None = None
+    """K, key/value heads shared by num_heads / K query heads each; None is num_heads."""
+    attention_scale: float | None = None
+    """Factor of the attention logits; None is H ** -0.5 (T5 has 1)."""
+    mlp_dim: int = 3072
+    """F, the inner width of the feed-forward block (of each half, if gated)."""
+    activation: Activation = "gelu"
+    gated: bool = False
+    """act(x W_gate) * (x W_up): with gelu it is GeGLU, with silu SwiGLU (Shazeer, arXiv 2002.05202)."""
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm_placement: Literal["pre", "post"] = "post"
+    """post normalises after each residual sum (BERT); pre normalises each block's input and the final output."""
+    norm_epsilon: float = 1e-12
+    embedding_norm: bool | None = None
+    """Normalise the embeddings; None does in post-norm stacks."""
+    first_attention_norm: bool = True
+    """False leaves out the norm before the first attention of a pre-norm stack, whose embeddings have one
+    (ModernBERT)."""
+    position: Literal["learned", "sinusoidal", "rope", "none"] = "learned"
+    """What each token is told of its place; relative_position is about pairs of them."""
+    max_length: int = 512
+    """Longest row that learned positions can serve; the other kinds have no such limit."""
+    position_offset: int = 0
+    """Rows of the table of learned positions before the first token's (RoBERTa has 2)."""
+    position_scale: bool = False
+    """A learned factor of the sinusoids (Hua et al., arXiv 2202.10447)."""
+    rope_theta: float = 10_000.0
+    local_rope_theta: float | None = None
+    """rope_theta of the layers with a window; None is the same."""
+    relative_position: Literal["none", "alibi", "t5", "disentangled"] = "none"
+    """What attention adds for the distance of two tokens: a slope a head (ALiBi), a learned scalar a head and bucket,
+    the same in all layers (T5), or products of contents and learned vectors of distances (DeBERTa)."""
+    relative_buckets: int = 32
+    """t5: buckets of both signs together. disentangled: of each sign; 0 has one bucket a distance."""
+    relative_max_distance: int = 128
+    """From this distance on, all is one bucket."""
+    disentangled_terms: Literal["c2p", "p2c", "c2p+p2c"] = "c2p+p2c"
+    """Which products: content to position, position to content (He et al., arXiv 2006.03654, equation 4)."""
+    share_relative_projections: bool = True
+    """disentangled: distances go through the contents' own query and key projections (DeBERTa v2, v3)."""
+    relative_norm: bool = True
+    """disentangled: normalise the vectors of distances (DeBERTa v2, v3)."""
+    conv_width: int = 0
+    """Tokens that a convolution beside the first layer spans (DeBERTa v2: 3); 0 has none."""
+    conv_activation: Activation = "gelu"
+    window: int | None = None
+    """Each token sees this many tokens to either side; None sees its whole document."""
+    global_every: int = 1
+    """With a window: layers 0, global_every, 2 global_every ... see the whole document instead; 0 means none does."""
+    use_bias: bool = True
+    """Biases in linear layers and in layer norm, where none of the next four says otherwise."""
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    mlp_out_bias: bool | None = None
+    """Bias of the feed-forward block's last map; None is mlp_bias."""
+    norm_bias: bool | None = None
+    init_std: float = 0.02
+    """Standard deviation of the truncated normal that kernels and embeddings start from."""
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """Operands of matrix products. Parameters, accumulation, norms, softmax and loss are always float32."""
+    attention_implementation: Literal["reference", "chunked", "rows", "splash", "flash", "cudnn"] | None = None
+    """None picks the fastest that can serve."""
+    scan_layers: bool = True
+    """Run the stacked layers by `lax.scan` (quick to compile) or unrolled (quicker to run); same parameters."""
+    remat: Literal["none", "feed_forward", "dots", "full"] = "none"
+    """What the backward pass recomputes: chains of elementwise operations at most, the feed-forward blocks' first
+    product too, whose result is the largest they keep, all but matrix products, or everything in a layer."""
+
+    def __post_init__(self):
+        require_positive(
+            self,
+            "num_layers",
+            "embed_dim",
+            "num_heads",
+            "mlp_dim",
+            "norm_epsilon",
+            "max_length",
+            "rope_theta",
+            "relative_max_distance",
+            "embedding_scale",
+            "init_std",
+        )
+        for name in ("num_layer_groups", "embedding_dim", "attention_head_dim", "attention_scale", "local_rope_theta"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be above 0 or None: got {value}.")
+        require_rates(self, "dropout_rate", "attention_dropout_rate")
+        for name in ("num_token_types", "position_offset", "relative_buckets", "conv_width"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} must be at least 0: got {value}.")
+        require(self.vocab_size >= 0, f"vocab_size must be at least 0 (0 is the tokenizer's): got {self.vocab_size}.")
+        self._check_layer()
+        require(
+            self.layer != "attention" or self.attention_head_dim is not None or self.embed_dim % self.num_heads == 0,
+            f"num_heads must divide embed_dim: got {self.num_heads} for {self.embed_dim}; "
+            f"{nearest_divisors(self.embed_dim, self.num_heads)} do, and with attention_head_dim set any does.",
+        )
+        require(
+            self.num_kv_heads is None or (self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0),
+            f"num_kv_heads must divide num_heads: got {self.num_kv_heads} for {self.num_heads}.",
+        )
+        groups = self.num_layer_groups or self.num_layers
+        require(
+            self.num_layers % groups == 0,
+            f"num_layer_groups must divide num_layers: got {groups} for {self.num_layers}; "
+            f"{nearest_divisors(self.num_layers, groups)} do.",
+        )
+        require(
+            self.position != "rope" or self.head_dim % 2 == 0,
+            f"rope turns pairs of features, so head_dim must be even: got {self.head_dim}.",
+        )
+        width = self.embedding_dim or self.embed_dim
+        require(
+            self.position != "sinusoidal" or width % 2 == 0,
+            f"sinusoids come in pairs of sine and cosine, so embed_dim must be even: got {width}.",
+        )
+        require(self.window is None or self.window >= 0, f"window must be at least 0 tokens: got {self.window}.")
+        require(self.global_every >= 0, f"global_every must be at least 0: got {self.global_every}.")
+        require(
+            self.relative_position != "t5" or 4 <= self.relative_buckets < 4 * self.relative_max_distance,
+            "t5 halves its buckets for the signs, and each half for near and far: relative_buckets must be at least 4 "
+            f"and relative_max_distance above a quarter of it: got {self.relative_buckets} and "
+            f"{self.relative_max_distance}.",
+        )
+        require(
+            self.relative_position != "disentangled"
+            or not self.relative_buckets
+            or (self.relative_buckets >= 4 and self.relative_max_distance > self.relative_buckets // 2 + 1),
+            "disentangled keeps half its buckets for near distances: relative_buckets must be 0 or at least 4, and "
+            f"relative_max_distance above half of it: got {self.relative_buckets} and {self.relative_max_distance}.",
+        )
+        require(
+            self.relative_position != "disentangled"
+            or (self.attention_scale is None and self.num_kv_heads in (None, self.num_heads)),
+            "disentangled attention has a scale of its own and one key head a query head: got attention_scale "
+            f"{self.attention_scale} and num_kv_heads {self.num_kv_heads}; leave both None.",
+        )
+        require(
+            self.conv_width == 0 or self.conv_width % 2 == 1,
+            f"a convolution is centred on its token, so conv_width must be odd: got {self.conv_width}.",
+        )
+        require(
+            not self.first_differs or self.num_layer_groups is None,
+            f"layers that share parameters are alike: got num_layer_groups {self.num_layer_groups} with a first layer "
+            f"of its own (conv_width {self.conv_width}, first_attention_norm {self.first_attention_norm}, "
+            f"embedding_dim {self.embedding_dim}).",
+        )
+        require(
+            self.first_attention_norm or self.norm_placement == "pre",
+            "first_attention_norm is a norm before attention: without it norm_placement must be pre, got post.",
+        )
+        require(
+            not self.position_scale or self.position == "sinusoidal",
+            f"position_scale is a factor of sinusoids: got position {self.position}.",
+        )
+        require(
+            self.position_offset == 0 or self.position == "learned",
+            f"position_offset is of learned positions: got {self.position_offset} with position {self.position}.",
+        )
+        require(
+            self.local_rope_theta is None or self.window is not None,
+            f"local_rope_theta is of layers with a window: got {self.local_rope_theta} and window None.",
+        )
+
+    def _check_layer(self) -> None:
+        if self.layer == "attention":
+            require(self.bidirectional, "attention sees both sides: bidirectional is for recurrent layers.")
+            return
+        for f in dataclasses.fields(self):
+            require(
+                f.name in _OF_RECURRENT or getattr(self, f.name) == f.default,
+                f"{f.name} is not for layers of {self.layer}: leave it at {f.default}; got {getattr(self, f.name)}.",
+            )
+        require(
+            (self.activation in ("tanh", "relu")) if self.layer == "rnn" else self.activation == "gelu",
+            f"activation is of rnn layers, tanh or relu, and of no other recurrent layer: got {self.activation} for "
+            f"{self.layer}.",
+        )
+        require(self.position != "rope", "rope is for attention: position must be another for recurrent layers.")
+        require(
+            self.embed_dim % self.num_directions == 0,
+            f"embed_dim is shared by both directions, so it must be even: got {self.embed_dim}.",
+        )
+
+    @property
+    def num_directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def num_cells(self) -> int:
+        """Cells a direction of a recurrent layer."""
+        return self.embed_dim // self.num_directions
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention_head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def biases(self) -> "Biases":
+        """Which parts have biases, settled."""
+        attention, mlp, norm = (
+            self.use_bias if own is None else own for own in (self.attention_bias, self.mlp_bias, self.norm_bias)
+        )
+        return Biases(attention, mlp, mlp if self.mlp_out_bias is None else self.mlp_out_bias, norm)
+
+    @property
+    def first_differs(self) -> bool:
+        """Whether layer 0 has other parameters than the rest, and so lies apart from their stack."""
+        is_wider = self.layer != "attention" and self.embedding_dim not in (None, self.embed_dim)
+        return self.conv_width > 0 or not self.first_attention_norm or is_wider
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Each layer's window; None sees the whole document."""
+        is_global = [self.global_every > 0 and i % self.global_every == 0 for i in range(self.num_layers)]
+        return tuple(None if self.window is None or g else self.window for g in is_global)
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What an objective puts on the encoder: a transform (dense, activation, norm), then logits.
+
+    None is what BERT has: masked_lm the encoder's activation and biases, and a norm; classification tanh, a bias and
+    no norm.
+    """
+
+    transform: bool = True
+    activation: Activation | None = None
+    norm: bool | None = None
+    dense_bias: bool | None = None
+    """Bias of the transform's dense map."""
+    out_bias: bool = True
+    """Bias of the logits."""
+    tied: bool = True
+    """masked_lm: logits are products with the token embedding; else with a table of their own."""
+
+    def __post_init__(self):
+        require(
+            self.transform or (self.activation, self.norm, self.dense_bias) == (None, None, None),
+            f"activation, norm and dense_bias are the transform's: got {self.activation}, {self.norm} and "
+            f"{self.dense_bias} without it.",
+        )
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder behind an encoder, of layers like the encoder's that also read its output."""
+
+    num_layers: int | None = None
+    """None is as many as the encoder has."""
+    tied: bool = True
+    """Logits are products with the token embedding; else with a table of their own."""
+    logit_scale: float = 1.0
+    """Factor of the vectors that logits are made of (T5, where tied: embed_dim ** -0.5)."""
+
+    def __post_init__(self):
+        require(
+            self.num_layers is None or self.num_layers > 0,
+            f"num_layers must be above 0 or None: got {self.num_layers}.",
+        )
+        require_positive(self, "logit_scale")

@@ -1,0 +1,348 @@
+"""The settings of a run: its data, masking, optimizer and mesh, and the model's."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from flax_encoder.config.model import EncoderConfig, HeadConfig
+from flax_encoder.config.rules import nearest_divisors, require, require_positive, require_rates
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows."""
+
+    source: str | tuple[str, ...] = "tfds:python_docs"
+    """`tfds:NAME[/CONFIG]`, `hf:NAME[:CONFIG]`, a prepared store, or files: a path or quoted glob ending in .txt or
+    .jsonl (either also .gz or .zst) or in .parquet. Several are mixed."""
+    weights: tuple[float, ...] | None = None
+    """Of several sources: the shares of rows from each; None reads all equally often."""
+    text_column: str | None = None
+    """None takes the column `text`, or the only column of strings."""
+    label_column: str = "label"
+    """The column that classification predicts."""
+    text_unit: Literal["paragraph", "line", "file"] = "paragraph"
+    """What one document is in a .txt file; paragraphs are separated by blank lines."""
+    held_out_rate: float = 0.02
+    """Share of documents kept for evaluation, chosen by a hash of their text; unused if the source has a test split."""
+    tokenizer: str | None = None
+    """A tokenizer.json, or a folder with a tokenizer's files; None takes that of init_from or of a prepared store, else
+    trains a WordPiece on the training text."""
+    vocab_size: int = 8192
+    """Size of a tokenizer that is made here."""
+    word_vectors: str | None = None
+    """A GloVe or word2vec file, text or binary, whose vectors the token embedding starts from. Without data.tokenizer
+    its first vocab_size words are the tokens."""
+    row_length: int = 128
+    """T, tokens in a row; documents are packed into rows, and longer ones split (classification: cut)."""
+    last_row_length: int | None = None
+    """Rows of this length instead in the run's last steps; a batch then has as many tokens, in other rows."""
+    last_rate: float = 0.1
+    """With last_row_length: the share of steps that have it."""
+    packing: Literal["best-fit", "one-per-row", "concatenate"] = "best-fit"
+    """best-fit fills rows with whole documents; concatenate cuts their endless text every row_length tokens."""
+    buckets: tuple[int, ...] = ()
+    """With one-per-row: shorter lengths for batches of short documents, such as 32 64; each is compiled once."""
+    workers: int = 0
+    """Processes that make batches; 0 makes them in threads of the training process."""
+    verify: bool = False
+    """Compare every prepared file with its checksum first; sizes are always compared."""
+    cache_dir: str | None = None
+    """Prepared text; None is $FLAX_ENCODER_CACHE, else ~/.cache/flax_encoder."""
+
+    def __post_init__(self):
+        require_rates(self, "held_out_rate", "last_rate")
+        require_positive(self, "vocab_size")
+        require(
+            self.row_length >= 3, f"a row holds [CLS], one token and [SEP] at least: got row_length {self.row_length}."
+        )
+        require(
+            self.last_row_length is None or self.last_row_length >= 3,
+            f"a row holds [CLS], one token and [SEP] at least: got last_row_length {self.last_row_length}.",
+        )
+        require(
+            not self.buckets or (self.packing == "one-per-row" and all(3 <= b < self.row_length for b in self.buckets)),
+            f"buckets are lengths from 3 to below row_length, with packing one-per-row: got {self.buckets} with "
+            f"row_length {self.row_length} and packing {self.packing}.",
+        )
+        require(self.workers >= 0, f"workers must be at least 0: got {self.workers}.")
+        require(len(self.sources) > 0, "data.source must name at least one source.")
+        require(
+            self.weights is None or (len(self.weights) == len(self.sources) and min(self.weights) > 0),
+            f"weights are one number above 0 for each source: got {self.weights} for {len(self.sources)} sources.",
+        )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def final_row_length(self) -> int:
+        return self.last_row_length or self.row_length
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Masked-LM corruption (Devlin et al., arXiv 1810.04805, section 3.1)."""
+
+    kind: Literal["token", "whole_word", "span"] = "token"
+    """What is masked together: single tokens, all of a word, or runs of words (Joshi et al., arXiv 1907.10529)."""
+    rate: float = 0.15
+    """Share of a row's ordinary tokens that are predicted in training."""
+    last_rate: float | None = None
+    """What the rate goes to, straight, by the last step (Ankner et al., arXiv 2305.15096); None keeps it."""
+    eval_rate: float = 0.15
+    mask_rate: float = 0.8
+    """Of those, the share replaced by [MASK] ..."""
+    random_rate: float = 0.1
+    """... and by a random token; the rest stay as they are."""
+    mean_span_words: float = 5.0
+    """With kind span: words in a span, on average before it is cut ..."""
+    max_span_words: int = 10
+    """... at this many."""
+    budget: int | None = None
+    """M, slots for predicted tokens in a row; None is enough for the rate and a little for a last word or span."""
+
+    def __post_init__(self):
+        require_rates(self, "rate", "eval_rate", "mask_rate", "random_rate")
+        require(self.rate > 0 and self.eval_rate > 0, "rate and eval_rate must be above 0: nothing would be learned.")
+        require(
+            self.last_rate is None or 0 < self.last_rate <= 1,
+            f"last_rate is a probability above 0, or None: got {self.last_rate}.",
+        )
+        require(
+            self.mask_rate + self.random_rate <= 1.0,
+            f"mask_rate + random_rate is at most 1: got {self.mask_rate} + {self.random_rate}.",
+        )
+        require(
+            self.mean_span_words >= 1 and self.max_span_words >= 1,
+            f"a span has at least one word: got mean_span_words {self.mean_span_words}, max_span_words "
+            f"{self.max_span_words}.",
+        )
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """In the first step, and in the last."""
+        return self.rate, self.rate if self.last_rate is None else self.last_rate
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "stable_adamw", "lamb", "lion", "muon", "soap", "adafactor", "schedule_free"] = "adamw"
+    """adamw (Loshchilov and Hutter, arXiv 1711.05101); stable_adamw, whose updates are clipped (Wortsman et al., arXiv
+    2304.13013); lamb (You et al., arXiv 1904.00962); lion (Chen et al., arXiv 2302.06675); muon (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon) and soap (Vyas et al., arXiv 2409.11321), which take the layers' matrices and
+    leave embeddings, head, norms and biases to adamw; adafactor, relative to each parameter's size (Shazeer and Stern,
+    arXiv 1804.04235); schedule_free, which evaluates and saves its average (Defazio et al., arXiv 2405.15682)."""
+    learning_rate: float = 5e-4
+    """Peak rate; with muon, of what adamw has."""
+    muon_learning_rate: float = 0.02
+    """Peak rate of muon's matrices."""
+    b1: float = 0.9
+    """Decay of the mean gradient; with schedule_free, weight of the average where gradients are taken."""
+    b2: float = 0.98
+    """Decay of the mean square; with lion, of the mean gradient that is kept."""
+    epsilon: float = 1e-6
+    muon_momentum: float = 0.95
+    muon_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Operands of muon's products; its authors' are bfloat16."""
+    soap_every: int = 10
+    """Steps between SOAP's QR decompositions."""
+    weight_decay: float = 0.01
+    """Decoupled and times the learning rate, on matrices and embeddings; never on biases and norms."""
+    freeze_embedding: bool = False
+    """Leave the token embedding as it starts, such as from data.word_vectors or init_from."""
+    clip_norm: float | None = 1.0
+    """Gradients with a larger global norm are scaled down to it; None never clips."""
+    schedule: Literal["linear", "cosine", "wsd"] = "linear"
+    """After the warm-up: straight or cosine to the final rate, or (wsd) constant and then down over decay_rate."""
+    warmup_rate: float = 0.06
+    """Share of the run spent rising from 0; with linear, 0.5 makes a triangle."""
+    decay_rate: float = 0.2
+    """With wsd: share of the run spent falling; 0 never falls."""
+    decay_shape: Literal["linear", "one_minus_sqrt"] = "linear"
+    """With wsd: how it falls (one_minus_sqrt: Hägele et al., arXiv 2405.18392, and ModernBERT)."""
+    final_rate: float = 0.0
+    """What the learning rate falls to, as a share of the peak."""
+
+    def __post_init__(self):
+        require_rates(self, "warmup_rate", "decay_rate", "final_rate", "b1", "b2", "muon_momentum")
+        require_positive(self, "soap_every")
+        require(
+            self.learning_rate >= 0 and self.muon_learning_rate >= 0,
+            f"learning rates are at least 0: got {self.learning_rate} and {self.muon_learning_rate}.",
+        )
+        require(
+            self.clip_norm is None or self.clip_norm > 0, f"clip_norm must be above 0 or None: got {self.clip_norm}."
+        )
+        require(
+            self.schedule != "wsd" or self.warmup_rate + self.decay_rate <= 1.0,
+            f"warmup_rate + decay_rate is at most 1: got {self.warmup_rate} + {self.decay_rate}.",
+        )
+        require(
+            self.schedule == "wsd" or self.decay_shape == "linear",
+            f"decay_shape is of schedule wsd: got {self.decay_shape} with {self.schedule}.",
+        )
+        require(
+            self.name != "schedule_free" or (self.schedule == "wsd" and self.decay_rate == 0),
+            "schedule_free averages instead of decaying: give schedule wsd and decay_rate 0 with it; got "
+            f"{self.schedule} and {self.decay_rate}.",
+        )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; the product is the number of devices used."""
+
+    data: int = -1
+    """Rows are split, parameters copied. -1 takes the devices that the other axes leave."""
+    fsdp: int = 1
+    """Rows and parameters are both split."""
+    tensor: int = 1
+    """Heads, MLP and vocabulary are split."""
+    num_processes: int = 1
+    """That train together, as one on each of several machines; the mesh is over all their devices. They find each other
+    by what started them (Slurm, Kubernetes, Open MPI, Cloud TPU), or by JAX_COORDINATOR_ADDRESS (host:port of the
+    first) and JAX_PROCESS_ID, and share run_dir."""
+
+    def __post_init__(self):
+        require(
+            self.data == -1 or self.data > 0, f"mesh.data is at least 1, or -1 for all that are left: got {self.data}."
+        )
+        require_positive(self, "fsdp", "tensor", "num_processes")
+
+
+class Stage(NamedTuple):
+    """Steps up to number `end_step` whose batches are [batch_size, row_length]."""
+
+    end_step: int
+    batch_size: int
+    row_length: int
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run: what is learned, from what, how, and where it is written."""
+
+    run_dir: str = "runs/run"
+    """Holds config.json, tokenizer.json, metrics.jsonl, checkpoints/ and TensorBoard events. Run again to resume.
+    A recipe that leaves it has runs/NAME, after its own."""
+    init_from: str | None = None
+    """A run folder whose encoder (and tokenizer) to start from; parts that differ, such as the head, start fresh."""
+    objective: Literal["masked_lm", "classification"] = "masked_lm"
+    steps: int = 1000
+    budget_minutes: float | None = None
+    """End after this much training, compiling and evaluations not counted, if the steps are not done before. The
+    learning rate then goes by the share of steps or of time, whichever is larger; the rest of the settings by steps."""
+    batch_size: int = 32
+    """Rows in a step, over all devices."""
+    first_batch_size: int | None = None
+    """Rows in the first step; batches then double in size until they have batch_size. Each size is compiled once."""
+    batch_warmup_rate: float = 0.1
+    """With first_batch_size: the share of steps that have smaller batches."""
+    num_microbatches: int = 1
+    """Gradients are accumulated over this many equal parts of a batch; the update is the same. CPUs are fastest with
+    2,000 to 4,000 tokens in each (LOG.md)."""
+    seed: int = 0
+    pooling: Literal["cls", "mean", "late"] = "cls"
+    """What classification reads of a document: its first token, the mean of its tokens, or late, the mean of the
+    logits of its tokens."""
+    compare_with_scratch: bool = False
+    """After a run with init_from, train the same model without it, and report both."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int | None = None
+    """Steps between evaluations on held-out text; None evaluates once, at the end."""
+    eval_batches: int | None = None
+    """Batches of each evaluation; None reads all held-out text."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is also written at the end and before a signal stops the run."""
+    keep_checkpoints: int = 2
+    model: EncoderConfig = field(default_factory=EncoderConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        require_positive(
+            self, "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every", "keep_checkpoints"
+        )
+        for name in ("eval_every", "eval_batches", "budget_minutes", "first_batch_size"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be above 0 or None: got {value}.")
+        require(
+            self.mesh.num_processes == 1 or not self.compare_with_scratch,
+            f"compare_with_scratch trains a second run, in one process: got mesh.num_processes "
+            f"{self.mesh.num_processes}. Train that run by a command of its own.",
+        )
+        require(
+            self.batch_size % self.num_microbatches == 0,
+            f"num_microbatches must divide batch_size: got {self.num_microbatches} for {self.batch_size}; "
+            f"{nearest_divisors(self.batch_size, self.num_microbatches)} do.",
+        )
+        first = self.first_batch_size or self.batch_size
+        require(
+            first <= self.batch_size and first % self.num_microbatches == 0,
+            f"first_batch_size is at most batch_size, and num_microbatches divides it: got {first} for a batch_size of "
+            f"{self.batch_size} and {self.num_microbatches} microbatches.",
+        )
+        require_rates(self, "batch_warmup_rate")
+        last_rate = self.data.last_rate if self.data.last_row_length else 0.0
+        require(
+            first == self.batch_size or self.batch_warmup_rate + last_rate <= 1.0,
+            "batches have grown before rows change length: batch_warmup_rate + data.last_rate is at most 1, got "
+            f"{self.batch_warmup_rate} + {last_rate}.",
+        )
+        longest = max(self.data.row_length, self.data.final_row_length)
+        require(
+            self.data.word_vectors is None or self.init_from is None,
+            "the token embedding starts from data.word_vectors or from init_from: got both.",
+        )
+        require(
+            self.model.position != "learned" or longest <= self.model.max_length,
+            f"learned positions reach max_length: got data.row_length {longest} for "
+            f"model.max_length {self.model.max_length}.",
+        )
+        tokens = self.batch_size * self.data.row_length
+        require(
+            tokens % (self.data.final_row_length * self.num_microbatches) == 0,
+            f"a batch keeps its tokens when rows change length, in num_microbatches equal parts: {self.batch_size} "
+            f"rows of {self.data.row_length} are {tokens} tokens, not a multiple of {self.num_microbatches} times "
+            f"data.last_row_length {self.data.final_row_length}.",
+        )
+        if self.objective == "masked_lm":
+            rate = max(*self.masking.rates, self.masking.eval_rate)
+            needed = math.ceil(rate * longest)
+            require(
+                self.masking.budget is None or self.masking.budget >= needed,
+                f"masking.budget must hold the masked tokens of a full row: got {self.masking.budget}, and a rate of "
+                f"{rate} of {longest} tokens needs {needed}.",
+            )
+        else:
+            require(
+                self.data.packing != "concatenate" and self.data.last_row_length is None,
+                "classification needs whole documents, in rows of one length: data.packing best-fit or one-per-row, "
+                "and no data.last_row_length.",
+            )
+            require(
+                len(self.data.sources) == 1,
+                f"classification takes one source, whose labels it learns: got {len(self.data.sources)}.",
+            )
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The run's parts, within which all batches have one size: their sizes grow straight, rounded down."""
+        data, full = self.data, self.batch_size
+        sizes = [self.first_batch_size or full]
+        while sizes[-1] < full:
+            sizes.append(min(2 * sizes[-1], full))
+        growing = self.steps * self.batch_warmup_rate
+        starts = [round(growing * (size - sizes[0]) / max(full - sizes[0], 1)) for size in sizes]
+        stages = [Stage(end, size, data.row_length) for end, size in zip(starts[1:], sizes[:-1], strict=True)]
+        if data.last_row_length is not None:
+            stages.append(Stage(self.steps - round(self.steps * data.last_rate), full, data.row_length))
+        stages.append(Stage(self.steps, full * data.row_length // data.final_row_length, data.final_row_length))
+        ends = [0, *(stage.end_step for stage in stages)]
+        return tuple(stage for start, stage in zip(ends, stages, strict=False) if start < stage.end_step)
