@@ -47,7 +47,7 @@ class Embedder:
     max_tokens: int | None = None
     """Longer texts are cut to so many tokens, special ones included; None has no limit."""
     prompt: str = ""
-    """What is put before every text."""
+    """What is put before every text. Both together are stripped of blanks at either end, and then lower-cased."""
     do_lower_case: bool = False
 
     @property
@@ -89,7 +89,8 @@ class Embedder:
         vectors = np.empty((len(texts), self.config.embed_dim), np.float32)
         encoded, num_cut = [], 0
         for start in range(0, len(texts), 4096):
-            some = [self.prompt + (t.lower() if self.do_lower_case else t) for t in texts[start : start + 4096]]
+            some = [(self.prompt + text).strip() for text in texts[start : start + 4096]]
+            some = [text.lower() for text in some] if self.do_lower_case else some
             for encoding in self._tokenizer.encode_batch(some):
                 num_cut += bool(encoding.overflowing)
                 encoded.append(np.array(encoding.ids, np.int32))
@@ -184,8 +185,8 @@ def _read_modules(folder: pathlib.Path) -> dict[str, Any]:
     if not (folder / "modules.json").is_file():
         return {}
     settings: dict[str, Any] = {"normalize": False}
-    modules = _json(folder / "modules.json")
-    if not isinstance(modules, list) or not all(isinstance(m, dict) and {"type", "path"} <= m.keys() for m in modules):
+    modules = _json(folder / "modules.json", list)
+    if not all(isinstance(m, dict) and {"type", "path"} <= m.keys() for m in modules):
         raise ConfigError(f"{folder / 'modules.json'} must be a list of modules, each with a type and a path.")
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]) or modules[0]["path"]:
@@ -204,18 +205,31 @@ def _read_modules(folder: pathlib.Path) -> dict[str, Any]:
         raise ConfigError(f"{folder}: Normalize must be of the pooled vectors: got {normalizes}.")
     settings["pooling"] = modes[0]
     of_text = _json(folder / "sentence_bert_config.json")
-    settings |= {"max_tokens": of_text.get("max_seq_length"), "do_lower_case": bool(of_text.get("do_lower_case"))}
-    prompts = _json(folder / "config_sentence_transformers.json")
-    if (name := prompts.get("default_prompt_name")) is not None:
-        settings["prompt"] = prompts["prompts"][name]
+    length = of_text.get("max_seq_length")
+    if length is not None and not (type(length) is int and length >= 3):
+        raise ConfigError(f"{folder}: max_seq_length must be a number of at least 3 tokens: got {length!r}.")
+    settings |= {"max_tokens": length, "do_lower_case": bool(of_text.get("do_lower_case"))}
+    about = _json(folder / "config_sentence_transformers.json")
+    prompts, name = about.get("prompts") or {}, about.get("default_prompt_name")
+    if name is not None:
+        if not isinstance(prompts, dict) or not isinstance(prompts.get(name), str):
+            raise ConfigError(f"{folder}: default_prompt_name must be one of prompts: got {name!r} of {prompts!r}.")
+        settings["prompt"] = prompts[name]
+    if settings.get("prompt") and own.get("include_prompt", True) is not True:
+        raise ConfigError(
+            f"{folder}: pooling without the prompt (include_prompt {own['include_prompt']!r}) is not done here."
+        )
     return settings
 
 
-def _json(path: pathlib.Path) -> Any:
+def _json(path: pathlib.Path, kind: type = dict) -> Any:
     try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        value = json.loads(path.read_text("utf-8")) if path.is_file() else kind()
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no JSON: {error}.") from None
+    if not isinstance(value, kind):
+        raise ConfigError(f"{path} must hold a JSON {kind.__name__}: got {type(value).__name__}.")
+    return value
 
 
 def write_sentence_files(

@@ -116,20 +116,24 @@ def test_a_sentence_transformers_folder_says_how_to_pool(sentence_folder, folder
     other = load_embedder(sentence_folder, pooling="mean", normalize=False)
     assert (other.pooling, other.normalize) == ("mean", False)
     (sentence_folder / "config_sentence_transformers.json").write_text(
-        json.dumps({"prompts": {"query": "a b "}, "default_prompt_name": "query"})
+        json.dumps({"prompts": {"query": "A b "}, "default_prompt_name": "query"})
     )
     (sentence_folder / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode": "mean"}))
     (sentence_folder / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": True}))
     prompted = load_embedder(sentence_folder)
-    assert (prompted.pooling, prompted.prompt, prompted.do_lower_case) == ("mean", "a b ", True)
+    assert (prompted.pooling, prompted.prompt, prompted.do_lower_case) == ("mean", "A b ", True)
     want = load_embedder(folder, normalize=True).embed(["a b c"])[0]
-    np.testing.assert_array_equal(prompted.embed(["C"])[0], want)
+    np.testing.assert_array_equal(prompted.embed(["C \n"])[0], want)
 
 
 @pytest.mark.parametrize(("file", "content", "message"), [
     ("modules.json", [{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"},
                       {"path": "2", "type": "x.Dense"}], "must list Transformer .*: got Transformer, Pooling, Dense"),
-    ("modules.json", {"0": "Transformer"}, "must be a list of modules, each with a type and a path"),
+    ("modules.json", {"0": "Transformer"}, "must hold a JSON list: got dict"),
+    ("modules.json", [5], "must be a list of modules, each with a type and a path"),
+    ("sentence_bert_config.json", [], "must hold a JSON dict: got list"),
+    ("sentence_bert_config.json", {"max_seq_length": "12"}, "must be a number of at least 3 tokens: got '12'"),
+    ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "must be one of prompts: got 'q' of {}"),
     ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "must be cls or mean: got pooling_mode_max_tokens"),
     ("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}, "must be cls or mean"),
     ("1_Pooling/config.json", {}, "must be cls or mean: got none"),
