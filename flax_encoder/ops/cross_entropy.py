@@ -143,7 +143,7 @@ def _all_chunks(hidden, table, bias, targets, weights, dtype, axes, *, with_grad
 
 def _own_chunks(hidden, table, bias, targets, weights, *, dtype, axes: MeshAxes | None, with_gradients: bool):
     (B, M, E), V = hidden.shape, table.shape[0]
-    num_chunks = min(max(M, 1), -(-4 * B * M * V // _CHUNK_BYTES[platform()]))
+    num_chunks = max(1, min(M, -(-4 * B * M * V // _CHUNK_BYTES[platform()])))
     size = -(-M // num_chunks)
     over_vocab = (lambda collective, x: x) if axes is None else (lambda collective, x: collective(x, axes.vocab))
     if axes is not None:  # another device's token is -1 here

@@ -301,6 +301,8 @@ def test_inputs_that_cannot_be_served_say_why():
         attention(q, k, k, implementation="fast")
     with pytest.raises(ValueError, match=rf"need key_segment_ids beside segment_ids: got T {T}, S {S}"):
         attention(q, cross, cross, segment_ids=jnp.asarray(SEGMENTS))
+    with pytest.raises(ValueError, match=r"reaches at least 0 tokens to the left and right: got -1 and 2"):
+        attention(q, k, k, window=(-1, 2))
     tables = rope_tables(jnp.zeros((B, T), jnp.int32), H + 1)
     with pytest.raises(ValueError, match=rf"by the same positions: got T {T}, S {S}"):
         attention(*(jnp.pad(x, ((0, 0),) * 3 + ((0, 1),)) for x in (q, cross, cross)), rope=tables)

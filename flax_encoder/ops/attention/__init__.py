@@ -87,7 +87,8 @@ def attention(
     they come.
 
     Raises:
-      ValueError: heads that do not divide, an unknown implementation, or one that cannot serve, with the reason.
+      ValueError: heads that do not divide, a window below 0, an unknown implementation, or one that cannot serve, with
+        the reason.
     """
     (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
     if N % K:
@@ -109,7 +110,7 @@ def attention(
     elif segment_ids is None:
         segment_ids = jnp.ones((B, T), jnp.int32)
     is_dropped = dropout_key is not None and dropout_rate > 0.0
-    if is_dropped and dropout_rate == 1.0:
+    if (is_dropped and dropout_rate == 1.0) or query.size == 0 or key.size == 0:
         return jnp.zeros_like(query)
     problem = Problem(
         query,
@@ -140,6 +141,8 @@ def _narrowest(window: Window | None, T: int, S: int) -> Window | None:
         left, right = (operator.index(w) for w in window)
     except TypeError:
         return tuple(jnp.asarray(w, jnp.int32) for w in window)
+    if left < 0 or right < 0:
+        raise ValueError(f"a window reaches at least 0 tokens to the left and right: got {left} and {right}.")
     left, right = min(left, T - 1), min(right, S - 1)
     return None if left == T - 1 and right == S - 1 else (left, right)
 
