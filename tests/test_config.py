@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import math
 import pathlib
 
 import pytest
@@ -108,7 +109,8 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
         (EncoderConfig, {"first_attention_norm": False}, "norm_placement must be pre, got post"),
         (EncoderConfig, {"position_scale": True}, "is a factor of sinusoids: got position learned"),
         (EncoderConfig, {"position": "rope", "position_offset": 2}, "got 2 with position rope"),
-        (EncoderConfig, {"local_rope_theta": 1e4}, "got 10000.0 and window None"),
+        (EncoderConfig, {"local_rope_theta": 1e4, "position": "rope"}, "got 10000.0 with position rope and window N"),
+        (EncoderConfig, {"local_rope_theta": 1e4, "window": 4}, "got 10000.0 with position learned and window 4"),
         (HeadConfig, {"transform": False, "norm": True}, "got None, True and None without it"),
         (EncoderConfig, {"window": -1}, "window must be at least 0 tokens: got -1"),
         (EncoderConfig, {"global_every": -1}, "global_every must be at least 0: got -1"),
@@ -120,6 +122,9 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
         (MaskingConfig, {"mask_rate": 1.2}, r"mask_rate is a probability .*: got 1\.2"),
         (MaskingConfig, {"mask_rate": 0.7, "random_rate": 0.6}, r"at most 1: got 0\.7 \+ 0\.6"),
         (OptimizerConfig, {"b1": 1.1}, r"b1 is a probability .*: got 1\.1"),
+        (OptimizerConfig, {"b2": 1.0}, r"below 1: got 0\.9, 1\.0 and 0\.95"),
+        (OptimizerConfig, {"weight_decay": -0.1}, r"weight_decay and epsilon are at least 0: got -0\.1 and"),
+        (OptimizerConfig, {"weight_decay": math.nan}, "weight_decay and epsilon are at least 0: got nan and"),
         (OptimizerConfig, {"learning_rate": -1.0}, r"at least 0: got -1\.0 and 0\.02"),
         (OptimizerConfig, {"clip_norm": 0.0}, r"clip_norm must be above 0 or None: got 0\.0"),
         (OptimizerConfig, {"schedule": "wsd", "warmup_rate": 0.9}, r"at most 1: got 0\.9 \+ 0\.2"),
@@ -135,6 +140,9 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
         *[(RunConfig, {name: 0}, f"{name} must be above 0: got 0") for name in (
             "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every", "keep_checkpoints"
         )],
+        (RunConfig, {"compare_with_scratch": True}, "compares a run with init_from: got none"),
+        (RunConfig, {"model": EncoderConfig(embedding_dim=64), "head": HeadConfig(transform=False)}, "got 768 for 64"),
+        (EncoderConfig, {"layer": "gru", "position": "none", "remat": "feed_forward"}, "none, dots or full for gru"),
         (RunConfig, {"eval_every": 0}, "eval_every must be above 0 or None: got 0"),
         (RunConfig, {"eval_batches": -3}, "eval_batches must be above 0 or None: got -3"),
         (RunConfig, {"batch_size": 32, "num_microbatches": 3}, "got 3 for 32; 2 and 4 do"),

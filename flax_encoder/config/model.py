@@ -219,8 +219,9 @@ class EncoderConfig:
             f"position_offset is of learned positions: got {self.position_offset} with position {self.position}.",
         )
         require(
-            self.local_rope_theta is None or self.window is not None,
-            f"local_rope_theta is of layers with a window: got {self.local_rope_theta} and window None.",
+            self.local_rope_theta is None or (self.position == "rope" and self.window is not None),
+            f"local_rope_theta is of rope in layers with a window: got {self.local_rope_theta} with position "
+            f"{self.position} and window {self.window}.",
         )
 
     def _check_layer(self) -> None:
@@ -238,6 +239,10 @@ class EncoderConfig:
             f"{self.layer}.",
         )
         require(self.position != "rope", "rope is for attention: position must be another for recurrent layers.")
+        require(
+            self.remat != "feed_forward",
+            f"remat feed_forward is of layers of attention: give none, dots or full for {self.layer}.",
+        )
         require(
             self.embed_dim % self.num_directions == 0,
             f"embed_dim is shared by both directions, so it must be even: got {self.embed_dim}.",

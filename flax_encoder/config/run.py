@@ -169,6 +169,15 @@ class OptimizerConfig:
         require_rates(self, "warmup_rate", "decay_rate", "final_rate", "b1", "b2", "muon_momentum")
         require_positive(self, "soap_every")
         require(
+            max(self.b1, self.b2, self.muon_momentum) < 1,
+            f"a mean that decays has b1, b2 and muon_momentum below 1: got {self.b1}, {self.b2} and "
+            f"{self.muon_momentum}.",
+        )
+        require(
+            self.weight_decay >= 0 and self.epsilon >= 0,
+            f"weight_decay and epsilon are at least 0: got {self.weight_decay} and {self.epsilon}.",
+        )
+        require(
             self.learning_rate >= 0 and self.muon_learning_rate >= 0,
             f"learning rates are at least 0: got {self.learning_rate} and {self.muon_learning_rate}.",
         )
@@ -312,7 +321,17 @@ class RunConfig:
             f"rows of {self.data.row_length} are {tokens} tokens, not a multiple of {self.num_microbatches} times "
             f"data.last_row_length {self.data.final_row_length}.",
         )
+        require(
+            self.init_from is not None or not self.compare_with_scratch,
+            "compare_with_scratch compares a run with init_from: got none.",
+        )
         if self.objective == "masked_lm":
+            width = self.model.embedding_dim or self.model.embed_dim
+            require(
+                self.head.transform or not self.head.tied or width == self.model.embed_dim,
+                f"tied logits need vectors as wide as the embedding: got {self.model.embed_dim} for {width}; set "
+                f"head.transform, or head.tied to False.",
+            )
             rate = max(*self.masking.rates, self.masking.eval_rate)
             needed = math.ceil(rate * longest)
             require(
