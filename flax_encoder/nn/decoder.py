@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig, HeadConfig
 from flax_encoder.nn.attention import SelfAttention
-from flax_encoder.nn.encoder import REMAT_POLICIES, Encoder
+from flax_encoder.nn.embedding import places
+from flax_encoder.nn.encoder import REMAT_POLICIES, Encoder, unstack
 from flax_encoder.nn.feed_forward import FeedForward
 from flax_encoder.nn.heads import MaskedLMHead
 from flax_encoder.nn.linear import packed
@@ -134,6 +135,12 @@ class Decoder(nnx.Module):
                 raise ConfigError(
                     f"a decoder needs {name} to be {' or '.join(map(str, served))}: got {getattr(config, name)}."
                 )
+        # A causal decoder has all buckets on one side, so that its far ones begin at twice an encoder's.
+        if config.relative_position == "t5" and config.relative_max_distance <= config.relative_buckets // 2:
+            raise ConfigError(
+                f"a decoder's buckets need relative_max_distance above half of relative_buckets: got "
+                f"{config.relative_max_distance} and {config.relative_buckets}."
+            )
         self.config = config
         self.num_layers = decoder.num_layers or config.num_layers
         has_table = config.relative_position == "t5"
@@ -208,8 +215,8 @@ class Decoder(nnx.Module):
             x, (cache, states) = jax.lax.scan(run_layer, x, xs)
         else:
             each = []
-            for i in range(self.num_layers):
-                x, ys = run_layer(x, jax.tree.map(lambda a, i=i: a[i], xs))
+            for i, own in enumerate(unstack(params)):
+                x, ys = run_layer(x, (own, i, *jax.tree.map(lambda a, i=i: a[i], xs[2:])))
                 each.append(ys)
             cache, states = jax.tree.map(lambda *a: jnp.stack(a), *each)
         x = x if self.final_norm is None else self.final_norm(x)
@@ -251,7 +258,7 @@ class EncoderDecoder(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None, *, key: Array | None = None
     ) -> Float[Array, "B T D"]:
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            positions = places(tokens, self.encoder.config)
         return self.encoder.embedding(tokens, positions, key=key)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -259,8 +266,9 @@ class EncoderDecoder(nnx.Module):
         return self.head(scaled, self.encoder.embedding.token[...])
 
     def start(self, tokens: Int[Array, "B M"], segment_ids: Int[Array, "B M"], length: int) -> Cache:
-        """Read the source, and make room for `length` tokens of target."""
-        return self.decoder.start(self.encoder(tokens, segment_ids), segment_ids, length)
+        """Read the source, each row one document with padding on either side, and make room for `length` tokens."""
+        positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
+        return self.decoder.start(self.encoder(tokens, segment_ids, positions), segment_ids, length)
 
     def step(self, tokens: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
         """Logits of what follows these tokens, each row's next, and the cache with them."""

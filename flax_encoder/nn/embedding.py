@@ -12,6 +12,21 @@ from flax_encoder.ops.dropout import dropout
 from flax_encoder.ops.position import sinusoidal
 
 
+def places(tokens: Int[Array, "B T"], config: EncoderConfig) -> Int[Array, "B T"]:
+    """Each token's place in its row.
+
+    Raises:
+      ValueError: the row is longer than the model's positions reach.
+    """
+    length = tokens.shape[1]
+    if config.position == "learned" and length > config.max_length:
+        raise ValueError(
+            f"learned positions reach max_length: got rows of {length} tokens for {config.max_length}. Rows of several "
+            f"documents take segment_ids and positions, which count in each document."
+        )
+    return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+
+
 class Embedding(nnx.Module):
     """Token vectors plus those of types and absolute positions, as the config has them; norm, dropout, projection."""
 
@@ -42,7 +57,7 @@ class Embedding(nnx.Module):
         *,
         key: Array | None = None,
     ) -> Float[Array, "B T D"]:
-        """`token_types` None is type 0 everywhere.
+        """`token_types` None is type 0 everywhere. A number beyond its table makes that token's vector NaN.
 
         Raises:
           ValueError: token_types for a model that has none.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from flax_encoder.config import EncoderConfig
 from flax_encoder.nn.attention import PositionInputs, RelativePosition, SelfAttention
 from flax_encoder.nn.convolution import Convolution
-from flax_encoder.nn.embedding import Embedding
+from flax_encoder.nn.embedding import Embedding, places
 from flax_encoder.nn.feed_forward import FeedForward
 from flax_encoder.nn.normalization import Norm
 from flax_encoder.nn.partition import constrain
@@ -161,11 +161,16 @@ class Encoder(nnx.Module):
           key: for dropout; None is deterministic.
           every_layer: return (hidden, states) with the embeddings, unless recurrent layers are wider than those, and
             what each layer leaves; the last is `hidden`, after the final norm of a pre-norm stack.
+
+        Tokens, positions and types are as many as the config says; a number beyond makes its whole document NaN.
+
+        Raises:
+          ValueError: rows without positions that are longer than max_length, or types for a model that has none.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            positions = places(tokens, self.config)
         config = self.config
         embedding_key, layers_key = (None, None) if key is None else jax.random.split(key)
         x = self.embedding(tokens, positions, token_types, key=embedding_key)

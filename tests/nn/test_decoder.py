@@ -13,6 +13,7 @@ from toy import SMALL, B, V, assert_trees_close, random_tokens, split_model
 from flax_encoder.config import ConfigError, DecoderConfig
 from flax_encoder.generation import Generation, beam_search, draw, generate
 from flax_encoder.nn.decoder import EncoderDecoder
+from flax_encoder.nn.encoder import Encoder
 
 M, T = 13, 7
 T5 = dataclasses.replace(
@@ -74,7 +75,8 @@ def test_written_token_by_token_equals_all_at_once(name):
     graphdef, params = make(name)
     source, target = random_tokens((B, M)), random_tokens((B, T), seed=1)
     segments = jnp.array([[1] * M, [0] * 3 + [1] * 8 + [0] * 2], jnp.int32)
-    want = jax.jit(lambda p: nnx.merge(graphdef, p)(source, target, segments))(params)
+    positions = jnp.array([range(M), [0] * 3 + list(range(M - 3))], jnp.int32)  # the source's begin behind its padding
+    want = jax.jit(lambda p: nnx.merge(graphdef, p)(source, target, segments, None, positions))(params)
     step = jax.jit(lambda p, tokens, cache: nnx.merge(graphdef, p).step(tokens, cache))
     cache = jax.jit(lambda p: nnx.merge(graphdef, p).start(source, segments, T + 4))(params)
     got = []
@@ -82,6 +84,26 @@ def test_written_token_by_token_equals_all_at_once(name):
         logits, cache = step(params, target[:, t], cache)
         got.append(logits)
     assert_trees_close(jnp.stack(got, axis=1), want)
+
+
+@pytest.mark.parametrize("name", ["t5", "original"])
+def test_padding_on_either_side_begins_the_same_text(name):
+    graphdef, params = make(name)
+    source, padding = random_tokens((1, M)), jnp.zeros((1, 3), jnp.int32)
+
+    def logits(*parts):
+        segments = jnp.concatenate([jnp.full_like(part, part is source) for part in parts], axis=1)
+        model = nnx.merge(graphdef, params)
+        return model.step(jnp.zeros(1, jnp.int32), model.start(jnp.concatenate(parts, axis=1), segments, 2))[0]
+
+    assert_trees_close(logits(padding, source), logits(source, padding))
+
+
+def test_buckets_that_a_decoder_cannot_have_are_refused():
+    config = dataclasses.replace(T5, relative_buckets=32, relative_max_distance=16)
+    Encoder(config, rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match="above half of relative_buckets: got 16 and 32"):
+        EncoderDecoder(config, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("name", ["t5", "original"])

@@ -317,6 +317,21 @@ def test_sizes_are_those_of_the_config():
     assert layers["feed_forward"]["down"]["kernel"].shape == (L, F, D)
 
 
+def test_rows_that_learned_positions_do_not_reach_are_refused():
+    encoder = Encoder(dataclasses.replace(SMALL, max_length=8), rngs=nnx.Rngs(0))
+    tokens = random_tokens((1, 9))
+    with pytest.raises(ValueError, match="learned positions reach max_length: got rows of 9 tokens for 8"):
+        encoder(tokens)
+    positions = jnp.array([[*range(5), *range(4)]])
+    segments = jnp.array([[1] * 5 + [2] * 4])
+    assert np.isfinite(encoder(tokens, segments, positions)).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0)])
+def test_no_rows_and_no_tokens_are_no_vectors(shape):
+    assert Encoder(SMALL, rngs=nnx.Rngs(0))(jnp.zeros(shape, jnp.int32)).shape == (*shape, SMALL.embed_dim)
+
+
 def test_an_encoder_without_a_vocabulary_says_so():
     with pytest.raises(ValueError, match="vocab_size"):
         Encoder(dataclasses.replace(SMALL, vocab_size=0), rngs=nnx.Rngs(0))
