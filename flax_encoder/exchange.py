@@ -28,6 +28,8 @@ from flax_encoder.weights import write_weights
 
 logger = logging.getLogger(__name__)
 
+ONE_OF_SEVERAL = "single_label_classification"  # of transformers' problem types
+
 
 def as_run(loaded: Pretrained) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what a checkpoint says of its run, the parameters that the folder had), as `read_run` and `read_params` give.
@@ -73,7 +75,8 @@ def open_model(path: str | pathlib.Path) -> LoadedRun:
     """A run folder, a checkpoint or a published folder, ready to be asked.
 
     Raises:
-      DataError: a published folder without the head of a run's objective.
+      DataError: a published folder without the head of a run's objective, or whose classifier does not choose one of
+        several labels.
     """
     path = pathlib.Path(path)
     if not is_published(path):
@@ -84,11 +87,19 @@ def open_model(path: str | pathlib.Path) -> LoadedRun:
             f"{path} must have the head of a {' or '.join(OBJECTIVES)} run to be asked: it has {loaded.task or 'none'}"
             f"{', which the weights lack' if loaded.fresh else ''}."
         )
+    kind = read_json(path / "config.json").get("problem_type")
+    if loaded.task == "classification" and (len(loaded.label_names) < 2 or kind not in (None, ONE_OF_SEVERAL)):
+        raise DataError(
+            f"{path} must choose one of several labels to be asked: it has {len(loaded.label_names)}, and problem_type "
+            f"{kind}. load_pretrained gives its logits."
+        )
     return _loaded_run(loaded)
 
 
 def _loaded_run(loaded: Pretrained) -> LoadedRun:
-    """What is missing of the head is made anew."""
+    """What is missing of the head is made anew; a classifier, whose classes nobody knows then, is left out."""
+    if loaded.task == "classification" and "head.out.kernel" in loaded.fresh:
+        loaded = dataclasses.replace(loaded, task=None)
     run, params = as_run(loaded)
     config = from_dict(RunConfig, run["config"])
     make_model = model_factory(config, run["label_names"])

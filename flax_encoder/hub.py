@@ -19,22 +19,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_encoder.config import (
-    ConfigError,
-    DecoderConfig,
-    EncoderConfig,
-    HeadConfig,
-)
+from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig, HeadConfig
 from flax_encoder.data.records import DataError
 from flax_encoder.data.tokenizer import TextTokenizer
 from flax_encoder.data.tokenizer_files import SENTENCEPIECE_FILES, read_tokenizer
 from flax_encoder.families import find_family
-from flax_encoder.families.mapping import (
-    Family,
-    import_tensors,
-    read_config,
-    read_head,
-)
+from flax_encoder.families.mapping import Family, Head, import_tensors, plain_name, read_config, read_head, understood
 from flax_encoder.generation import Generation, generate
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
@@ -155,13 +145,17 @@ class Pretrained:
           decoder_input_ids: an encoder-decoder's target; None encodes only.
 
         Raises:
-          DataError: ids that the embedding has not, rows longer than the model takes, or a target for no decoder.
+          DataError: ids or types that the embedding has not, arrays that do not fit each other, rows longer than the
+            model takes, or a target for no decoder.
         """
         if decoder_input_ids is not None and self.decoder is None:
             raise DataError(f"decoder_input_ids are for encoder-decoders: this is a {self.task or 'bare encoder'}.")
         rows = self.rows(input_ids, attention_mask, token_type_ids)
         if self.decoder is not None:
-            target = None if decoder_input_ids is None else jnp.asarray(self._ids(decoder_input_ids))
+            target = None
+            if decoder_input_ids is not None:
+                shape = (rows[0].shape[0], None)
+                target = jnp.asarray(_whole_numbers(decoder_input_ids, "token ids", self.config.vocab_size, shape))
             rows = (*rows[:3], target)
         _, params = nnx.split(self.model)
         out = self._apply(params, *rows)
@@ -176,17 +170,16 @@ class Pretrained:
         token_type_ids: Int[np.ndarray, "B T"] | None = None,
     ) -> tuple[Array | None, ...]:
         """What `model` takes: tokens, segment_ids, positions as the family counts them, and types if it has any."""
-        ids = self._ids(input_ids)
+        ids, mask = self._ids_and_mask(input_ids, attention_mask)
         if self.config.position == "learned" and ids.shape[1] > self.config.max_length:
             raise DataError(f"the model takes rows of {self.config.max_length} tokens: got {ids.shape[1]}.")
-        mask = np.ones_like(ids) if attention_mask is None else (np.asarray(attention_mask) > 0).astype(np.int32)
         positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
         if self.family.counts_real_tokens:
             is_real = (ids != self.pad_id).astype(np.int32)
             positions = np.cumsum(is_real, axis=1, dtype=np.int32) * is_real - 1
         types = None
         if token_type_ids is not None and self.config.num_token_types:
-            types = jnp.asarray(np.asarray(token_type_ids, np.int32))
+            types = jnp.asarray(_whole_numbers(token_type_ids, "token types", self.config.num_token_types, ids.shape))
         return *map(jnp.asarray, (ids, mask, positions)), types
 
     def generate(
@@ -207,8 +200,7 @@ class Pretrained:
         """
         if self.decoder is None:
             raise DataError(f"only encoder-decoders generate: this model is a {self.task or 'bare encoder'}.")
-        ids = self._ids(input_ids)
-        mask = np.ones_like(ids) if attention_mask is None else (np.asarray(attention_mask) > 0).astype(np.int32)
+        ids, mask = self._ids_and_mask(input_ids, attention_mask)
         generation = dataclasses.replace(self.generation, is_drawn=do_sample, **settings)
         # A multiple of 32, so that few shapes are compiled.
         ids, mask = (jnp.asarray(np.pad(x, [(0, 0), (0, -x.shape[1] % 32)])) for x in (ids, mask))
@@ -218,11 +210,33 @@ class Pretrained:
         longest = 1 + min(int((~is_over).sum(1).max()) + 1, generation.max_new_tokens)
         return text[:, :longest]
 
-    def _ids(self, ids: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
-        ids = np.asarray(ids, np.int32)
-        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.config.vocab_size:
-            raise DataError(f"token ids must lie in 0 .. {self.config.vocab_size - 1}: got {ids.min()} .. {ids.max()}.")
-        return ids
+    def _ids_and_mask(self, input_ids, attention_mask) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+        ids = _whole_numbers(input_ids, "token ids", self.config.vocab_size, (None, None))
+        if attention_mask is None:
+            return ids, np.ones_like(ids)
+        mask = np.asarray(attention_mask)
+        if mask.shape != ids.shape:
+            raise DataError(f"attention_mask must have a number for each token, {ids.shape}: got {mask.shape}.")
+        return ids, (mask > 0).astype(np.int32)
+
+
+def _whole_numbers(values: Any, what: str, count: int, shape: tuple[int | None, ...]) -> Int[np.ndarray, "B T"]:
+    """`values` as an array of that shape (None is any size, from 1), if each lies in 0 .. count - 1."""
+    try:
+        values = np.asarray(values)
+    except ValueError:
+        raise DataError(f"{what} must be in rows of one length: got {values!r:.80}.") from None
+    is_alike = len(values.shape) == len(shape) and all(
+        n > 0 if want is None else n == want for n, want in zip(values.shape, shape, strict=True)
+    )
+    if not is_alike or not np.issubdtype(values.dtype, np.integer):
+        wanted = " x ".join("any" if n is None else str(n) for n in shape)
+        raise DataError(
+            f"{what} must be whole numbers in rows of one length, {wanted}: got {values.dtype} of shape {values.shape}."
+        )
+    if values.min() < 0 or values.max() >= count:
+        raise DataError(f"{what} must lie in 0 .. {count - 1}: got {values.min()} .. {values.max()}.")
+    return values.astype(np.int32)
 
 
 def _encode_and_decode(model: EncoderDecoder, tokens, segment_ids, positions, target_tokens) -> dict[str, Array | None]:
@@ -239,8 +253,8 @@ def _encode_and_decode(model: EncoderDecoder, tokens, segment_ids, positions, ta
 def is_published(path: str | pathlib.Path) -> bool:
     """Whether a folder is a published one, rather than a run's."""
     try:
-        return "model_type" in json.loads((pathlib.Path(path) / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        return "model_type" in read_json(pathlib.Path(path) / "config.json")
+    except ConfigError:
         return False
 
 
@@ -276,8 +290,8 @@ def load_pretrained(
         raise ConfigError(f"{family.model_type} has no {task} head; it has {', '.join(family.heads)}.")
     head, pooling = read_head(family, task, published) if task else (HeadConfig(), "cls")
     decoder = family.decoder(published, tensors) if family.decoder and task == "text_to_text" else None
-    label_names = [str(name) for _, name in sorted((published.get("id2label") or {}).items(), key=lambda x: int(x[0]))]
-    num_outputs = num_labels or len(label_names) or published.get("num_labels") or 2
+    label_names = _label_names(published)
+    num_outputs = num_labels or len(label_names) or _whole(published, "num_labels", 0) or 2
     if task and family.heads[task].num_outputs:
         num_outputs = family.heads[task].num_outputs
     plain_names = {name.removeprefix(family.prefix) for name in tensors}
@@ -309,8 +323,7 @@ def load_pretrained(
                 f"the embedding must hold every token: the tokenizer in {folder} has {tokenizer.vocab_size} and the "
                 f"embedding {config.vocab_size}."
             )
-    pad_id = published.get("pad_token_id")
-    pad_id = config.position_offset - 1 if family.counts_real_tokens else pad_id or 0
+    pad_id = config.position_offset - 1 if family.counts_real_tokens else _whole(published, "pad_token_id", 0)
     names = label_names if len(label_names) == num_outputs else [f"LABEL_{i}" for i in range(num_outputs)]
     return Pretrained(
         model,
@@ -329,11 +342,23 @@ def load_pretrained(
 
 
 def _generation(published: Mapping[str, Any]) -> Generation:
-    pad = published.get("pad_token_id") or 0
-    start, end = published.get("decoder_start_token_id"), published.get("eos_token_id", 1)
-    if isinstance(end, list):
-        raise ConfigError(f"eos_token_id must be one id: got {end}.")
-    return Generation(start_id=pad if start is None else start, end_id=end, pad_id=pad)
+    pad = _whole(published, "pad_token_id", 0)
+    start, end = _whole(published, "decoder_start_token_id", pad), _whole(published, "eos_token_id", 1)
+    return Generation(start_id=start, end_id=end, pad_id=pad)
+
+
+def _whole(published: Mapping[str, Any], name: str, default: int) -> int:
+    """A field that is a number or an id, or else `default`."""
+    value = published.get(name)
+    if value is not None and type(value) is not int:
+        raise ConfigError(f"config field {name} must be one whole number: got {value!r}.")
+    return default if value is None else value
+
+
+def _label_names(published: Mapping[str, Any]) -> list[str]:
+    names = published.get("id2label") or {}
+    with understood(f"config field id2label, {names!r},"):
+        return [str(name) for _, name in sorted(names.items(), key=lambda x: int(x[0]))]
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -341,7 +366,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"no published model in {path.parent}: {path.name}: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no JSON: {error}.") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must be a JSON object: got {type(value).__name__}.")
@@ -349,7 +374,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _task(family: Family, published: Mapping[str, Any], tensors: Mapping[str, Any]) -> Task | None:
-    """What a folder is for: what its config says, or else the first head of which it has every tensor's first name."""
+    """What a folder is for: what its config says, or else the first head of which it has every weight."""
     architecture = (published.get("architectures") or [None])[0]
     known = {name: task for task, head in family.heads.items() for name in head.architectures}
     if architecture is not None and architecture not in (*known, family.base):
@@ -359,8 +384,15 @@ def _task(family: Family, published: Mapping[str, Any], tensors: Mapping[str, An
         )
     if architecture is not None:
         return known.get(architecture)
-    has = {task: any(row.theirs[0] in tensors for row in head.rows) for task, head in family.heads.items()}
-    return next((task for task in has if has[task]), None)
+    found = {plain_name(family, name) for name in tensors}
+
+    def is_whole(head: Head) -> bool:
+        names = [row.theirs for row in head.rows if row.when is None and head.tied not in row.theirs]
+        names = [[plain_name(family, name.replace("{i}", "0")) for name in own] for own in names]
+        weights = [own for own in names if own[0].endswith(".weight")]
+        return bool(weights) and not any(found.isdisjoint(own) for own in weights)
+
+    return next((task for task, head in family.heads.items() if is_whole(head)), None)
 
 
 def _check_unused(folder: pathlib.Path, family: Family, unused: list[str], allow_unused: bool) -> None:

@@ -109,7 +109,7 @@ def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{index} is no index of weights: {type(error).__name__}: {error}.") from None
     tensors: dict[str, np.ndarray] = {}
     for file in files:
@@ -132,7 +132,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (SafetensorError, KeyError, TypeError, AttributeError) as error:  # the latter: dtypes that NumPy has not
+    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:  # shapes, dtypes past NumPy
         raise WeightsError(f"{path} is truncated, corrupt or no safetensors file: {error}.") from None
 
 

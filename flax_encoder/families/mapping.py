@@ -7,6 +7,7 @@ same rows. What a table says of a config is proven at every export by reading th
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ IGNORED = frozenset(
     use_cache vocab_type
     """.split()  # noqa: SIM905 - a list would be sixty lines
 )
+POOLINGS = ("cls", "mean", "late")
 # Fields that must be this where they are present.
 FIXED = {
     "add_cross_attention": (False,), "is_decoder": (False,), "is_encoder_decoder": (False,),
@@ -224,12 +226,30 @@ def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
+@contextmanager
+def understood(what: str) -> Iterator[None]:
+    """Whatever a value of a kind that nobody writes makes a reader raise is a ConfigError that says of what."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ConfigError(f"{what} is not understood: {error}.") from None
+
+
+def modernized(family: "Family", config: Mapping[str, Any]) -> dict[str, Any]:
+    with understood(f"a field of this {family.model_type} config"):
+        return family.modernize(dict(config))
+
+
 def _read_fields(fields: tuple[Field, ...], config: Mapping[str, Any]) -> dict[str, Any]:
     ours: dict[str, Any] = {}
     for f in fields:
         theirs, names = _names(f.theirs), _names(f.ours)
         defaults = f.default if len(theirs) > 1 else (f.default,)
-        values = f.read(*(config.get(name, default) for name, default in zip(theirs, defaults, strict=True)))
+        given = [config.get(name, default) for name, default in zip(theirs, defaults, strict=True)]
+        with understood(f"config field {' and '.join(theirs)}, {', '.join(map(repr, given))},"):
+            values = f.read(*given)
         ours |= dict(zip(names, values if len(names) > 1 else (values,), strict=True))
     return ours
 
@@ -249,7 +269,7 @@ def read_config(family: Family, config: Mapping[str, Any]) -> EncoderConfig:
     Raises:
       ConfigError: a field that could change the computation and is not understood, or has a value that is not.
     """
-    config = family.modernize(dict(config))
+    config = modernized(family, config)
     read = {name for f in family.fields for name in _names(f.theirs)}
     read |= {name for head in family.heads.values() for f in head.fields for name in _names(f.theirs)}
     must = {name: allowed for name, allowed in (FIXED | family.must).items() if name not in read}
@@ -271,8 +291,10 @@ def read_config(family: Family, config: Mapping[str, Any]) -> EncoderConfig:
 def read_head(family: Family, task: str, config: Mapping[str, Any]) -> tuple[HeadConfig, str]:
     """(a task's HeadConfig, how it pools)."""
     head = family.heads[task]
-    values = {**head.fixed, **_read_fields(head.fields, family.modernize(dict(config)))}
+    values = {**head.fixed, **_read_fields(head.fields, modernized(family, config))}
     pooling = values.pop("pooling", "cls")
+    if pooling not in POOLINGS:
+        raise ConfigError(f"a head pools by {', '.join(POOLINGS)}: config.json says {pooling!r}.")
     return from_dict(HeadConfig, values), pooling
 
 
@@ -419,6 +441,12 @@ class Imported(NamedTuple):
     """Names of tensors that no parameter needs."""
 
 
+def plain_name(family: Family, name: str) -> str:
+    """A tensor's name without the family's prefix, in today's spelling."""
+    plain = name.removeprefix(family.prefix)
+    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", plain))
+
+
 def import_tensors(
     family: Family, task: str | None, tensors: Mapping[str, np.ndarray], shapes: Shapes, num_heads: int
 ) -> Imported:
@@ -426,12 +454,14 @@ def import_tensors(
 
     Raises:
       ConfigError: a tensor of the encoder that is missing; one of another shape than the config says, with its name
-        and both; a copy that is none.
+        and both; a copy that is none; two names of one tensor.
     """
-    by_name = {}
+    by_name: dict[str, str] = {}
     for name in tensors:
-        plain = name.removeprefix(family.prefix)
-        by_name[re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", plain))] = name
+        plain = plain_name(family, name)
+        if plain in by_name:
+            raise ConfigError(f"tensors {by_name[plain]} and {name} are two of one meaning; leave one out.")
+        by_name[plain] = name
     params: dict[str, np.ndarray] = {}
     missing: list[str] = []
     used: set[str] = set()

@@ -51,6 +51,8 @@ def _modernize_modernbert(config: dict[str, Any]) -> dict[str, Any]:
         "sliding_attention": config.pop("local_rope_theta", None) or 10_000.0,
     }
     given = config.get("rope_parameters") or {}
+    if other := sorted(set(given) - set(thetas)):
+        raise ConfigError(f"rope_parameters must be by kind of layer, {' and '.join(thetas)}: got {', '.join(other)}.")
     rope = {kind: {"rope_type": "default", "rope_theta": theta, **scaling, **(given.get(kind) or {})}
             for kind, theta in thetas.items()}  # fmt: skip
     return config | {"layer_types": config.get("layer_types") or types, "rope_parameters": rope}

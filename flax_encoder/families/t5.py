@@ -6,9 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from flax_encoder.config import DecoderConfig, EncoderConfig
+from flax_encoder.config import DecoderConfig, EncoderConfig, from_dict
 from flax_encoder.families.bert import classes
-from flax_encoder.families.mapping import Family, Field, Head, Row, activation, activation_name, linear, norm, table
+from flax_encoder.families.mapping import (
+    Family,
+    Field,
+    Head,
+    Row,
+    activation,
+    activation_name,
+    linear,
+    norm,
+    table,
+    understood,
+)
 
 BLOCK = "encoder.block.{i}.layer"
 DECODER = "decoder.block.{i}.layer"
@@ -47,11 +58,17 @@ def read_decoder(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     is_scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True) is not False)
     own = tensors.get("lm_head.weight")
     shared = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
-    return DecoderConfig(
-        num_layers=config.get("num_decoder_layers") or config.get("num_layers", 6),
-        tied=own is None or shared is None or np.array_equal(own, shared),
-        logit_scale=config.get("d_model", 512) ** -0.5 if is_scaled else 1.0,
-    )
+    # A table of its own that is not there is made anew, but for a T5Model, which has no logits.
+    is_lacking = config.get("tie_word_embeddings", True) is False and config.get("architectures") != ["T5Model"]
+    with understood("a field of this t5 config"):
+        return from_dict(
+            DecoderConfig,
+            {
+                "num_layers": config.get("num_decoder_layers") or config.get("num_layers", 6),
+                "tied": not is_lacking if own is None else shared is None or np.array_equal(own, shared),
+                "logit_scale": config.get("d_model", 512) ** -0.5 if is_scaled else 1.0,
+            },
+        )
 
 
 def _read_feed_forward(name: str) -> tuple[str, bool]:

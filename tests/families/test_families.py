@@ -107,11 +107,26 @@ def test_an_unknown_model_type_lists_the_known():
         ({"model_type": "deberta-v2", "relative_attention": True}, "relative_attention True with pos_att_type None"),
         ({"model_type": "deberta-v2", "conv_groups": 2}, r"conv_groups must be 1: got 2"),
         ({"model_type": "t5", "feed_forward_proj": "gated-magic"}, "feed_forward_proj 'magic' is not understood"),
+        ({"model_type": "t5", "feed_forward_proj": 7}, "config field feed_forward_proj, 7, is not understood"),
+        ({"model_type": "bert", "hidden_act": ["gelu"]}, r"config field hidden_act, \['gelu'\], is not understood"),
+        ({"model_type": "roberta", "pad_token_id": None}, "config field .*pad_token_id.*None.* is not understood"),
+        ({"model_type": "modernbert", "local_attention": "x"}, "config field .*local_attention.* is not understood"),
+        ({"model_type": "modernbert", "num_hidden_layers": None}, "field of this modernbert config is not"),
+        ({"model_type": "modernbert", "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+         "must be by kind of layer, full_attention and sliding_attention: got rope_theta, rope_type"),
+        ({"model_type": "deberta-v2", "position_buckets": None}, "is not understood"),
     ],
 )  # fmt: skip
 def test_what_a_config_says_and_is_not_understood_is_named(config, message):
     with pytest.raises(ConfigError, match=message):
         read_config(find_family(config), config)
+
+
+@pytest.mark.parametrize("pooling", ["max", "MEAN", 7])
+def test_a_pooling_that_is_not_known_is_named(pooling):
+    config = {"model_type": "modernbert", "classifier_pooling": pooling}
+    with pytest.raises(ConfigError, match=f"pools by cls, mean, late: config.json says {pooling!r}"):
+        read_head(find_family(config), "classification", config)
 
 
 def test_whole_numbers_serve_for_rates():

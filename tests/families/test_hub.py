@@ -58,6 +58,10 @@ def test_the_task_is_what_the_architecture_says_or_the_weights_hold(folder):
     assert load_pretrained(folder).task == "masked_lm"
     edit(folder, architectures=["BertForPreTraining"])
     assert load_pretrained(folder).task == "masked_lm"
+    for name, task in (("xlm-roberta-token_classification", "token_classification"), ("t5-encoder", None)):
+        other = pathlib.Path(shutil.copytree(GOLDEN / name, folder.parent / name))
+        edit(other, architectures=...)
+        assert load_pretrained(other).task == task
     edit(folder, architectures=["BertForDreaming"])
     with pytest.raises(ConfigError, match=r"'BertForDreaming' of bert is not known; known are BertModel, BertForMask"):
         load_pretrained(folder)
@@ -108,6 +112,38 @@ def test_wrong_shapes_are_named_with_both(folder):
         load_pretrained(folder)
 
 
+def test_two_tensors_of_one_meaning_are_refused(folder):
+    """Whichever was read, the other would be lost without a word."""
+    name = "embeddings.word_embeddings.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: np.zeros_like(tensors[f"bert.{name}"])}))
+    with pytest.raises(ConfigError, match=f"{name} and .*{name} are two of one meaning"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_labels": "3", "id2label": ...}, "num_labels must be one whole number: got '3'"),
+        ({"id2label": ["a"]}, "id2label, .*, is not understood"),
+        ({"id2label": {"a": "b"}}, "id2label, .*, is not understood"),
+        ({"pad_token_id": [1]}, r"pad_token_id must be one whole number: got \[1\]"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(folder, changes, message):
+    edit(folder, **changes)
+    with pytest.raises(ConfigError, match=message):
+        load_pretrained(folder)
+
+
+def test_json_that_is_no_config_is_named(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+    assert not is_published(folder)
+    with pytest.raises(ConfigError, match="is no JSON"):
+        load_pretrained(folder)
+    (folder / "config.json").write_text("5")
+    assert not is_published(folder)
+
+
 def test_a_tied_decoder_that_differs_is_refused(folder):
     name = "cls.predictions.decoder.weight"
     wrong = 1 + read_weights(folder)["bert.embeddings.word_embeddings.weight"]
@@ -138,8 +174,20 @@ def test_ids_and_rows_that_the_model_cannot_take_are_refused(folder):
     loaded = load_pretrained(folder)
     with pytest.raises(DataError, match=r"must lie in 0 .. 42: got 5 .. 43"):
         loaded(np.array([[5, 43]]))
+    with pytest.raises(DataError, match=r"must lie in 0 .. 42: got 5 .. 4294967301"):
+        loaded(np.array([[5, 5 + 2**32]]))
     with pytest.raises(DataError, match=r"rows of 15 tokens: got 16"):
         loaded(np.full((1, 16), 5))
+    ids = np.full((2, 5), 5)
+    with pytest.raises(DataError, match=r"token types must lie in 0 .. \d: got 9 .. 9"):
+        loaded(ids, token_type_ids=np.full((2, 5), 9))
+    # Past the annotations, which tests check.
+    for wrong in ([5, 6], [[5], [6, 7]], [[5.0]], np.zeros((0, 3), int), np.zeros((2, 0), int)):
+        with pytest.raises(DataError, match="token ids must be"):
+            loaded._ids_and_mask(wrong, None)
+    for shape in ((2, 1), (1, 5), (2, 9), (5,)):
+        with pytest.raises(DataError, match=r"attention_mask must have a number for each token, \(2, 5\): got"):
+            loaded._ids_and_mask(ids, np.ones(shape))
 
 
 MODEL = EncoderConfig(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=24, max_length=40)
@@ -226,6 +274,33 @@ def test_a_folder_without_a_head_is_no_run_to_ask_but_one_to_start_from(tmp_path
         import_folder(folder, tmp_path / "run")
     assert "needs head.bias, head.dense.bias" in caplog.text
     assert load_run(tmp_path / "run").config.model.position_offset > 0
+
+
+def classifier_folder(tmp_path, tokenizer):
+    make_run(tmp_path / "run", tokenizer, ["no", "yes"], num_token_types=2)
+    export_run(tmp_path / "run", tmp_path / "published")
+    return tmp_path / "published"
+
+
+def test_a_classifier_that_is_not_there_is_left_out(tmp_path, tokenizer):
+    """Nobody knows its classes; the encoder is a run to start from, and is exported alone."""
+    folder = classifier_folder(tmp_path, tokenizer)
+    tensors = read_weights(folder)
+    change_tensors(folder, lambda tensors: [tensors.pop(f"classifier.{part}") for part in ("weight", "bias")])
+    import_folder(folder, tmp_path / "imported")
+    assert load_run(tmp_path / "imported").config.objective == "masked_lm"
+    assert export_run(folder, tmp_path / "out", encoder_only=True) == "BertModel"
+    name = "embeddings.word_embeddings.weight"
+    np.testing.assert_array_equal(read_weights(tmp_path / "out")[name], tensors[f"bert.{name}"])
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_a_classifier_of_another_problem_is_not_asked(tmp_path, tokenizer, problem):
+    folder = classifier_folder(tmp_path, tokenizer)
+    open_model(folder)
+    edit(folder, problem_type=problem)
+    with pytest.raises(DataError, match=f"one of several labels to be asked: it has 2, and problem_type {problem}"):
+        open_model(folder)
 
 
 def test_the_command_line_ends_with_a_message(tmp_path, folder, capsys):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 from flax_encoder.config import ConfigError
 from flax_encoder.data.records import DataError
@@ -115,10 +116,27 @@ def test_the_encoder_alone_can_be_loaded(folder):
         loaded(ids, decoder_input_ids=ids)
 
 
+def test_a_table_of_logits_that_is_not_there_is_made_anew(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    tensors = read_weights(folder)
+    tensors.pop("lm_head.weight", None)
+    save_file(tensors, folder / "model.safetensors")
+    loaded = load_pretrained(folder)
+    assert (loaded.decoder.tied, loaded.fresh) == (False, ("head.token",))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"tie_word_embeddings": False, "architectures": ["T5Model"]})
+    )
+    assert load_pretrained(folder).fresh == ()
+
+
 def test_what_cannot_be_served_is_named(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [1, 2]}))
-    with pytest.raises(ConfigError, match=r"eos_token_id must be one id: got \[1, 2\]"):
+    with pytest.raises(ConfigError, match=r"eos_token_id must be one whole number: got \[1, 2\]"):
+        load_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"num_decoder_layers": "2"}))
+    with pytest.raises(ConfigError, match=r"num_layers must be .*: got '2'"):
         load_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config | {"num_decoder_layers": 7}))
     with pytest.raises(ConfigError, match=r"needs tensors that are missing: decoder\.block\.\d\."):
