@@ -2,10 +2,10 @@
 
     python benchmarks/bench_attention.py [--case NAME ...] [--implementation NAME ...] [--dtype bfloat16] [--json]
 
-Milliseconds are medians, with the least and the most. FLOP/s count the products of the pairs that a window lets
-through, two forward and four more backward, whatever an implementation makes again; the share is of the matmul peak
-measured in the same run and dtype. Temporaries are what the compiled program of both passes allocates beside its
-arguments and results. An implementation that cannot serve a shape shows its reason.
+Milliseconds are medians, with the least and the most. FLOP/s count the products of pairs of one document that a
+window lets through, two forward and four more backward, whatever an implementation makes again; the share is of the
+matmul peak measured in the same run and dtype. Temporaries are what the compiled program of both passes allocates
+beside its arguments and results. An implementation that cannot serve a shape shows its reason.
 
 Errors are the largest of the result, and of the gradients, against the definition (`reference`) in float32, over the
 largest number there, or 1 if that is more; past what rounding explains the command fails. --interpret checks the
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import ATTENTION_CASES, AttentionCase
+from flops import visible_pairs
 from harness import header, matmul_peak, measure, parser, say, show
 
 from flax_encoder.ops.attention import IMPLEMENTATIONS, attention
@@ -37,15 +38,6 @@ def arguments(case: AttentionCase, dtype: str):
     bias = None if case.bias is None else jnp.asarray(rng.standard_normal((*case.bias, case.T, case.T)), dtype)
     segments = jnp.asarray(case.segment_ids())
     return (query, key, value, bias), d_out, segments
-
-
-def seen_pairs(case: AttentionCase) -> int:
-    """Of queries and keys that the window lets through."""
-    if case.window is None:
-        return case.B * case.T**2
-    index = np.arange(case.T)
-    left, right = case.window
-    return case.B * int((np.minimum(index, left) + np.minimum(case.T - 1 - index, right) + 1).sum())
 
 
 def passes(case: AttentionCase, name: str):
@@ -125,7 +117,7 @@ def row(case_name: str, name: str, args: argparse.Namespace, peak: float, define
     if args.interpret:
         return result
     first, second = (measure(functools.partial(f, *operands), args.repeats) for f in (forward, both))
-    flops = 6 * 2 * seen_pairs(case) * case.N * case.H / second.median
+    flops = 6 * 2 * visible_pairs(case.segment_ids(), case.window) * case.N * case.H / second.median
     return result | {
         "forward_ms": 1e3 * first.median,
         "both_ms": 1e3 * second.median,

@@ -12,16 +12,18 @@ import numpy as np
 from flax_encoder.config import EncoderConfig
 
 
-def visible_pairs(segment_ids: np.ndarray, window: int | None) -> int:
-    """How many (query, key) pairs of rows [B, T] attention looks at: same document, at most `window` apart."""
+def visible_pairs(segment_ids: np.ndarray, window: int | tuple[int, int] | None) -> int:
+    """How many (query, key) pairs of rows [B, T] attention looks at: same document, at most `window` apart, or so many
+    to the (left, right)."""
+    sides = window if isinstance(window, tuple) else (window, window)
     total = 0
     for row in np.asarray(segment_ids):
         starts = np.flatnonzero(np.diff(row, prepend=-1, append=-1))
         for start, stop in itertools.pairwise(starts):
             if row[start] > 0:
                 length = int(stop - start)
-                reach = length - 1 if window is None else min(window, length - 1)
-                total += length * (2 * reach + 1) - reach * (reach + 1)
+                reaches = [length - 1 if side is None else min(side, length - 1) for side in sides]
+                total += length + sum(length * reach - reach * (reach + 1) // 2 for reach in reaches)
     return total
 
 

@@ -384,13 +384,13 @@ def test_a_step_compiled_for_a_gpu_is_estimated_whole():
     assert {line.instruction.opcode for line in made.unestimated} <= {"copy"}
 
 
-@pytest.mark.parametrize("window", [None, 0, 3, 40])
+@pytest.mark.parametrize("window", [None, 0, 3, 40, (2, 5), (0, 40)])
 def test_visible_pairs_are_those_that_are_counted_one_by_one(window):
     segments = np.random.default_rng(0).integers(0, 4, (5, 23)).cumsum(1) // 9 % 5
-    reach = 23 if window is None else window
+    left, right = window if isinstance(window, tuple) else (23 if window is None else window,) * 2
     counted = sum(
         1 for row in segments for i in range(23) for j in range(23)
-        if row[i] == row[j] != 0 and abs(i - j) <= reach and len(set(row[min(i, j) : max(i, j) + 1])) == 1
+        if row[i] == row[j] != 0 and -left <= j - i <= right and len(set(row[min(i, j) : max(i, j) + 1])) == 1
     )  # fmt: skip
     assert 0 < visible_pairs(segments, window) == counted
 
