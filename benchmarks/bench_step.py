@@ -31,6 +31,7 @@ from harness import header, matmul_peak, parser, say, show
 from flax_encoder.config import DataConfig, EncoderConfig, MaskingConfig, OptimizerConfig, RunConfig
 from flax_encoder.data.pipeline import open_data
 from flax_encoder.data.records import DataError
+from flax_encoder.data.tokenizing import num_cores
 from flax_encoder.families import FAMILIES, PRESETS, preset
 from flax_encoder.families.mapping import write_config
 from flax_encoder.nn.partition import round_up_vocab
@@ -293,7 +294,7 @@ def main() -> None:
                 "betas": [ADAMW.b1, ADAMW.b2],
                 "epsilon": ADAMW.epsilon,
                 "weight_decay": ADAMW.weight_decay,
-                "cores": len(os.sched_getaffinity(0)),
+                "cores": num_cores(),
             }
         (folder / "spec.json").write_text(json.dumps(spec))
         sides = {"ours": [sys.executable, __file__, "ours"]}

@@ -3,7 +3,6 @@
 import argparse
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import statistics
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from flax_encoder.data.tokenizing import num_cores
 from flax_encoder.ops.linear import linear
 
 
@@ -78,7 +78,7 @@ def header(**settings: Any) -> dict[str, Any]:
         **versions,
         "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
         "devices": jax.device_count(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         **settings,
     }
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ from flax_encoder.data.tokenizer import TextTokenizer
 
 Batch = dict[str, np.ndarray]
 
-_BLOCK = 4096  # rows in which a mixture keeps its weights exactly
+_LEAST_BLOCK, _MOST_BLOCK = 2**12, 2**30  # rows in which a mixture keeps its weights
+_LEAST_SHARE = 64  # of these, rows of each source: a weight is kept to one part in twice as many
 _POOL = 64  # batches whose rows are sorted by length together, where rows are of several lengths
 _PREFETCH = 4
 _THREADS = 2  # NumPy lets go of the interpreter in its large operations: a third more batches than one makes
@@ -202,28 +204,33 @@ def _label_targets(labels: np.ndarray, max_pieces: int, rows: Rows) -> Batch:
 class Mixture:
     """The endless sequence of rows that a run reads: which plan each comes from, and its number in that plan.
 
-    In every block of 4,096 rows each plan has its share, to 1/4096, in an order of the block's own; so each keeps its
-    own epochs, and any row is found by its number.
+    In every block of rows each plan has its share, in an order of the block's own; so each keeps its own epochs, and
+    any row is found by its number. A block has 4,096 rows, or as many more as the smallest share wants.
     """
 
     plans: Sequence[PackingPlan]
     weights: Sequence[float]
 
     @functools.cached_property
+    def _block(self) -> int:
+        wanted = _LEAST_SHARE * sum(self.weights) / min(self.weights)
+        return min(max(_LEAST_BLOCK, 2 ** math.ceil(math.log2(wanted))), _MOST_BLOCK)
+
+    @functools.cached_property
     def _ends(self) -> np.ndarray:
-        exact = np.asarray(self.weights, float) / sum(self.weights) * _BLOCK
+        exact = np.asarray(self.weights, float) / sum(self.weights) * self._block
         rows = np.maximum(1, np.floor(exact)).astype(np.int64)
-        for k in np.argsort(np.floor(exact) - exact, kind="stable")[: max(0, _BLOCK - rows.sum())]:
+        for k in np.argsort(np.floor(exact) - exact, kind="stable")[: max(0, self._block - rows.sum())]:
             rows[k] += 1
-        rows[np.argmax(rows)] += _BLOCK - rows.sum()
+        rows[np.argmax(rows)] += self._block - rows.sum()
         return np.cumsum(rows)
 
     def locate(self, numbers: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(plan [B], number in it [B])."""
         if len(self.plans) == 1:
             return np.zeros(len(numbers), np.int64), numbers
-        block, inside = np.divmod(numbers, _BLOCK)
-        place = permute(inside, _BLOCK, seed, 8, block)
+        block, inside = np.divmod(numbers, self._block)
+        place = permute(inside, self._block, seed, 8, block)
         plan = np.searchsorted(self._ends, place, side="right")
         start, share = (self._ends - np.diff(self._ends, prepend=0))[plan], np.diff(self._ends, prepend=0)[plan]
         return plan, block * share + place - start

@@ -150,7 +150,7 @@ def _json_object(path: pathlib.Path, offset: int, line: str) -> Record:
     try:
         row = json.loads(line)
         problem = None if isinstance(row, dict) else f"is {line[:60]!r}"
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         row, problem = {}, f"does not parse: {error}"
     if problem:
         number = sum(1 for start, _ in _raw_lines(path, 0) if start <= offset)
@@ -176,6 +176,7 @@ def _parquet_parts(path: pathlib.Path, config: DataConfig, label: str | None) ->
 
 
 def _read_parquet(path: pathlib.Path, row_group: int, text: str, label: str | None) -> Iterator[Record]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = [text] if label is None else [text, label]
@@ -183,7 +184,9 @@ def _read_parquet(path: pathlib.Path, row_group: int, text: str, label: str | No
         for batch in pq.ParquetFile(path).iter_batches(row_groups=[row_group], columns=columns):
             for row in batch.to_pylist():
                 yield make_record(row, text, label, str(path))
-    except OSError as error:  # a damaged page
+    except DataError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:  # a damaged page
         raise DataError(f"a Parquet file cannot be read to its end: {path}: {error}.") from None
 
 

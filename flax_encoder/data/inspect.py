@@ -11,6 +11,7 @@ from flax_encoder.config import MaskingConfig
 from flax_encoder.data.batches import Batch, Batches, Frame, Mixture, masked_lm_targets, span_corruption_targets
 from flax_encoder.data.masking import budget
 from flax_encoder.data.packing import PackingPlan, length_histogram
+from flax_encoder.data.records import DataError
 from flax_encoder.data.store import Split, Store
 from flax_encoder.data.tokenizer import TextTokenizer
 
@@ -70,9 +71,15 @@ def histogram_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def plot(store: Store, summary: dict[str, Any], path: pathlib.Path) -> None:
-    """Draw the histogram of lengths, and the fill rate over the row length."""
-    import matplotlib
+    """Draw the histogram of lengths, and the fill rate over the row length.
 
+    Raises:
+      DataError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise DataError("plots need matplotlib: pip install -e '.[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

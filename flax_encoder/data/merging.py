@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flax_encoder.data.packing import length_histogram
-from flax_encoder.data.records import DataError, Say
+from flax_encoder.data.records import DataError, LabelError, Say
 from flax_encoder.data.sources import Source
 from flax_encoder.data.store import FORMAT, MANIFEST
 from flax_encoder.data.tokenizer import TextTokenizer
@@ -198,5 +198,5 @@ def _label_ids(labels: list, names: list[str]) -> np.ndarray:
         if label is None:
             raise DataError("every document must have a label: some have none.")
         if str(label) not in by_name:
-            raise DataError(f"unknown label {label!r}; known are {', '.join(names)}.")
+            raise LabelError(f"unknown label {label!r}; known are {', '.join(names)}.")
     return np.array([by_name[str(label)] for label in labels], np.int32)

@@ -15,11 +15,12 @@ from flax_encoder.data.batches import Batches, Frame, Mixture, OneByOne, Stages,
 from flax_encoder.data.masking import budget
 from flax_encoder.data.packing import PackingPlan
 from flax_encoder.data.prepare import prepare, unhurried
-from flax_encoder.data.records import DataError, Record, Say
+from flax_encoder.data.records import DataError, LabelError, Say
 from flax_encoder.data.sources import Source, open_source
 from flax_encoder.data.store import FORMAT, MANIFEST, Split, Store, is_store, open_store, partial_folder, read_manifest
 from flax_encoder.data.tokenizer import TextTokenizer, load_tokenizer, train_wordpiece
 from flax_encoder.data.tokenizer_files import read_tokenizer
+from flax_encoder.data.tokenizing import is_held_out, text_digest
 
 # A vocabulary of this size is settled by far less text; more would only take memory.
 _TRAINING_BYTES = 2**28
@@ -164,7 +165,7 @@ def open_stores(
         if with_labels and store.label_names is None:
             raise DataError(f"classification needs labels: the store {name} was prepared without --with-labels.")
         if label_names is not None and store.label_names != label_names:
-            raise DataError(
+            raise LabelError(
                 f"a store's labels must be the model's, in their order: {name} has {store.label_names}, the model "
                 f"{label_names}. Train from the text itself, or prepare it again."
             )
@@ -215,6 +216,8 @@ def prepare_stores(
       the stores; None if other shards have not finished.
     """
     cache_dir = pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    if stores := [name for name in config.sources if is_store(pathlib.Path(name))]:
+        raise DataError(f"text is prepared into a store: {stores[0]} is one. Train with --data.source {stores[0]}.")
     sources = [open_source(name, config, with_labels=with_labels, cache_dir=cache_dir) for name in config.sources]
     is_mixture = len(sources) > 1
     if is_mixture and (out / MANIFEST).exists() and "members" not in read_manifest(out):
@@ -252,16 +255,20 @@ def settle_tokenizer(config: DataConfig, stores: list[Store], sources: list[Sour
     if stores:
         return load_tokenizer(stores[0].folder)
     progress(f"training a WordPiece tokenizer of {config.vocab_size:,} tokens")
-    texts = (record["text"] for source in sources for record in _sample(source))
+    texts = (text for source in sources for text in _sample(source, config.held_out_rate))
     return train_wordpiece(texts, config.vocab_size)
 
 
-def _sample(source: Source) -> Iterator[Record]:
+def _sample(source: Source, held_out_rate: float) -> Iterator[str]:
     """The training text, or where that is long, parts of it from all over."""
     parts = [part for part in source.parts if part.split == "train"]
     every, left = max(1, -(-sum(part.size for part in parts) // _TRAINING_BYTES)), _TRAINING_BYTES
+    rate = 0.0 if source.has_test else held_out_rate
     for record in itertools.chain.from_iterable(part.read() for part in parts[::every]):
-        left -= len(record["text"])
+        text = record["text"].strip()
+        if is_held_out(text_digest(text), rate):
+            continue
+        left -= len(text)
         if left < 0:
             return
-        yield record
+        yield text

@@ -13,6 +13,10 @@ class DataError(ValueError):
     """The data cannot be used as asked. The message gives the rule, what was found and a way out."""
 
 
+class LabelError(DataError):
+    """Labels are not those that a model was made for."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A stretch of a source, read from its start to its end by one worker; it can be sent to another process."""

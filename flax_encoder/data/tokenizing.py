@@ -46,7 +46,7 @@ def tokenize_parts(
         share = f"{done / total:.0%} of the text, " if 0 < done < total else ""
         progress(f"tokenized {share}{documents:,} documents, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
 
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     workers = min(workers or cores, len(todo))
     if workers <= 1:
         for i in todo:
@@ -58,7 +58,7 @@ def tokenize_parts(
         return
     # Not forked: a fork of a process with JAX's threads can hang.
     context = multiprocessing.get_context("spawn")
-    shared = context.Array("Q", 2)
+    shared = context.Array("Q", 3)  # documents, tokens, and whether to stop
     settings = (tokenizer.json, shared, cores // workers)
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, settings)
     try:
@@ -69,12 +69,15 @@ def tokenize_parts(
                 future.result()
                 done += source.parts[waiting.pop(future)].size
             if shared[0]:
-                report(*shared)
+                report(*shared[:2])
     except BrokenProcessPool:
         raise DataError(
             f"a worker that tokenizes died, as for want of memory (there are {workers}; --workers sets it). The parts "
             f"that are done are kept; the same command goes on from them."
         ) from None
+    except BaseException:
+        shared[2] = 1  # else every worker would end its part first, which can be a whole compressed file
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -102,6 +105,8 @@ def _tokenize_in_worker(part: Part, folder: pathlib.Path, held_out_rate: float) 
         with _worker["shared"].get_lock():
             for i in range(2):
                 _worker["shared"][i] += now[i] - before[i]
+        if _worker["shared"][2]:
+            raise InterruptedError("another part could not be read, or all are to stop")
         before = now
 
 
@@ -127,11 +132,10 @@ def _tokenize_part(
                     if not count:
                         empty += 1
                         continue
-                    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+                    digest = text_digest(text)
                     lengths.append(count)
                     hashes += digest
-                    is_held_out = part.split == "test" or int.from_bytes(digest[:8], "big") / 2**64 < held_out_rate
-                    is_test.append(is_held_out)
+                    is_test.append(part.split == "test" or is_held_out(digest, held_out_rate))
                     if "label" in record:
                         labels.append(record["label"])
                 yield len(lengths), num_tokens
@@ -146,6 +150,20 @@ def _tokenize_part(
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def text_digest(text: str) -> bytes:
+    """128 bits that tell a stripped text from others."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def is_held_out(digest: bytes, rate: float) -> bool:
+    return int.from_bytes(digest[:8], "big") / 2**64 < rate
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def token_dtype(tokenizer: TextTokenizer) -> np.dtype:

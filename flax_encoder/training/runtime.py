@@ -17,6 +17,7 @@ import jax
 
 from flax_encoder.config import ConfigError
 from flax_encoder.data.pipeline import default_cache_dir
+from flax_encoder.data.tokenizing import num_cores
 
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -122,8 +123,7 @@ def host_cpu() -> str:
         kind = sorted(line for line in text.splitlines() if line.startswith(_CPU_FIELDS))
     except OSError:
         kind = [platform.processor(), platform.version()]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return hashlib.sha256(repr((platform.machine(), kind, cores)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((platform.machine(), kind, num_cores())).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -240,8 +240,17 @@ def test_a_mixture_keeps_its_weights_and_each_plan_its_own_epochs(split):
     np.testing.assert_array_equal(again, plan[some])
     np.testing.assert_array_equal(numbers, inner[some])
     assert (order.locate(np.arange(4096), seed=4)[0] != plan[:4096]).mean() > 0.3
-    tiny, _ = Mixture(plans, [1.0, 1e-9, 1e-9]).locate(np.arange(4096), seed=0)
-    assert np.bincount(tiny).tolist() == [4094, 1, 1]
+
+
+def test_a_small_share_is_kept_as_exactly_as_a_large_one(split):
+    """By its rows in a block of rows, of which there are as many as that takes."""
+    plans = [plan_of(split)] * 3
+    for weights in ([3_000_000.0, 30.0, 30.0], [1e6, 370.0, 1.0], [0.5, 0.3, 0.2], [5.0, 5.0, 5.0]):
+        ends = Mixture(plans, weights)._ends
+        shares = np.diff(ends, prepend=0) / ends[-1]
+        np.testing.assert_allclose(shares, np.array(weights) / sum(weights), rtol=1 / 64)
+    ends = Mixture(plans, [1.0, 1e-12, 1e-12])._ends
+    assert np.diff(ends, prepend=0).tolist() == [2**30 - 2, 1, 1]
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def test_undecodable_bytes_are_an_error_that_names_file_and_offset(tmp_path, uni
         read(tmp_path / "a.txt", tmp_path, text_unit=unit)
 
 
-@pytest.mark.parametrize("line", ['{"text": "cut', "[1, 2]", "3"])
+@pytest.mark.parametrize("line", ['{"text": "cut', "[1, 2]", "3", "[" * 100_000, '{"n": ' + "7" * 5000 + "}"])
 def test_a_bad_json_line_is_an_error_that_names_the_line(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n' + line + "\n")
     with pytest.raises(DataError, match=rf"must be a JSON object: {tmp_path / 'a.jsonl'}, line 3"):
@@ -127,6 +127,18 @@ def test_a_parquet_file_that_is_none_is_an_error_that_names_it(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"not this")
     with pytest.raises(DataError, match=rf"not a Parquet file: {tmp_path / 'a.parquet'}"):
         read(tmp_path / "a.parquet", tmp_path)
+
+
+def test_a_damaged_parquet_page_is_an_error_that_names_the_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": [f"text {i} of many" for i in range(500)]})
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"text 77 of many")
+    data[at - 4 : at] = b"\xff\xff\xff\x7f"  # a length past the page
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"cannot be read to its end: {path}"):
+        read(path, tmp_path)
 
 
 def test_txt_with_labels_is_an_error(tmp_path):

@@ -25,6 +25,7 @@ from flax_encoder.data.records import DataError, Part
 from flax_encoder.data.sources import Source, open_source
 from flax_encoder.data.store import MANIFEST, open_store, partial_folder
 from flax_encoder.data.tokenizer import TextTokenizer, train_wordpiece
+from flax_encoder.data.tokenizing import is_held_out, text_digest
 
 WORDS = ["one", "two", "three", "five", "seven", "eleven", "thirteen", "seventeen", "nineteen", "twenty"]
 
@@ -323,6 +324,45 @@ def test_worker_processes_make_the_same_store_as_one(tokenizer, corpus, monkeypa
         for n in (1, 2)
     ]
     assert stores[0].hash == stores[1].hash
+
+
+def endless():
+    while True:
+        yield {"text": "one two three"}
+        time.sleep(0.0001)
+
+
+def broken():
+    yield {"text": "one"}
+    raise DataError("a file cannot be read to its end")
+
+
+def test_one_part_that_cannot_be_read_ends_all(tokenizer, tmp_path):
+    """The others are not waited for, who may have hours to go."""
+    source = Source([Part("train", 9, endless), Part("train", 1, broken)], "f", None)
+    began = time.monotonic()
+    with pytest.raises(DataError, match="cannot be read to its end"):
+        prepare(source, tokenizer, tmp_path / "out", held_out_rate=0.1, workers=2, progress=lambda m: None)
+    assert time.monotonic() - began < 60
+
+
+def test_a_tokenizer_is_not_trained_on_what_is_held_out(tmp_path):
+    texts = random_texts(300)
+    held_out = [text for text in texts if is_held_out(text_digest(text), 0.3)]
+    assert 50 < len(held_out) < 150
+    lines = [text.replace("o", "ø") for text in texts]  # a letter of its own for either side
+    lines = [line for line in lines if is_held_out(text_digest(line), 0.3)] + [t for t in texts if t not in held_out]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    config = DataConfig(source=str(tmp_path / "a.txt"), text_unit="line", held_out_rate=0.3, vocab_size=100)
+    tokenizer, (store,), _ = open_stores(dataclasses.replace(config, cache_dir=str(tmp_path / "cache")))
+    assert "ø" not in tokenizer.json and len(store.test) > 50
+
+
+def test_a_store_is_not_prepared_again(tokenizer, corpus):
+    prepare(source_of(random_texts(20)), tokenizer, corpus / "store", held_out_rate=0.1, progress=lambda m: None)
+    config = DataConfig(source=str(corpus / "store"))
+    with pytest.raises(DataError, match=r"store is one. Train with --data.source .*store\."):
+        prepare_stores(config, corpus / "out", with_labels=False, workers=1, shard=(0, 1), progress=lambda m: None)
 
 
 @pytest.mark.slow
