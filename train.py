@@ -25,7 +25,9 @@ from filelock import FileLock, Timeout
 
 from flax_encoder.cli import failing_clearly, parse_run_config
 from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, RunConfig, differences, from_dict, to_dict
-from flax_encoder.data.pipeline import RunData, open_data
+from flax_encoder.data.pipeline import RunData, open_data, settle_tokenizer
+from flax_encoder.data.prepare import unhurried
+from flax_encoder.data.records import LabelError
 from flax_encoder.data.tokenizer import TextTokenizer
 from flax_encoder.data.word_vectors import embedding_from_vectors, word_level_tokenizer
 from flax_encoder.exchange import read_origin
@@ -35,7 +37,7 @@ from flax_encoder.report import show_report
 from flax_encoder.run import model_factory
 from flax_encoder.training.checkpoint import Checkpoints, read_run
 from flax_encoder.training.optimizer import make_optimizer
-from flax_encoder.training.run_log import Clock, RunLog, write_atomically
+from flax_encoder.training.run_log import Clock, RunLog, read_metrics, write_atomically
 from flax_encoder.training.runtime import StopSignals, cache_hits, free_temporaries, join_processes, set_up_runtime
 from flax_encoder.training.schedule import share_of_peak
 from flax_encoder.training.sharding import check_batch, logical_axes, make_mesh, put_batch
@@ -44,13 +46,13 @@ from flax_encoder.training.step import StepMetrics, init_train_state, make_eval_
 # Settings that do not change what is computed: a resumed run may differ in them.
 FREE_ON_RESUME = (
     "run_dir", "init_from", "compare_with_scratch", "log_every", "eval_every", "eval_batches", "checkpoint_every",
-    "keep_checkpoints", "mesh.", "data.cache_dir", "data.tokenizer", "data.word_vectors", "data.workers",
+    "keep_checkpoints", "mesh.", "data.cache_dir", "data.source", "data.tokenizer", "data.word_vectors", "data.workers",
     "data.verify", "model.scan_layers", "model.remat", "model.attention_implementation",
-)  # fmt: skip
+)  # fmt: skip  # the text may have moved: that it is the same, its hash says
 STEPS_IN_FLIGHT = 2  # how far the host runs ahead of the device: enough to keep it busy, little enough to stop soon
 
 
-class Diverged(ValueError):
+class Diverged(RuntimeError):
     """The loss or the gradient is no finite number any more."""
 
 
@@ -86,13 +88,19 @@ def train(config: RunConfig) -> dict[str, float] | None:
 def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh):
     """The run itself, from step `start`, with everything open and settled."""
     # Data. What is settled already (tokenizer, order of labels) stays so.
-    data = open_data(
+    open_own = functools.partial(
+        open_data,
         config,
         tokenizer=TextTokenizer(settled["tokenizer"]) if "tokenizer" in settled else None,
-        label_names=settled.get("label_names"),
         progress=log.say,
         process=(jax.process_index(), jax.process_count()),
     )
+    try:
+        data = open_own(label_names=settled.get("label_names"))
+    except LabelError:
+        if start:
+            raise
+        data = open_own()  # init_from was made for other labels
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     log.say(describe(data))
     if len(config.stages) > 1:
@@ -117,7 +125,7 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
         state = checkpoints.restore(start, state)
         log.say(f"resuming {run_dir} from step {start}")
     elif config.init_from:
-        state = state._replace(params=start_from(config, state.params, log))
+        state = state._replace(params=start_from(config, data.label_names, state.params, log))
     elif config.data.word_vectors:
         state = state._replace(params=with_word_vectors(config.data.word_vectors, data.tokenizer, state.params, log))
     log.say(f"model: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters on {describe_mesh(mesh)}")
@@ -126,8 +134,16 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
     )
     eval_fn = make_eval_step(graphdef, shardings)
 
-    def evaluate(step: int) -> dict[str, float]:
-        parts = (eval_fn(state.params, put_batch(data.evaluation[i], mesh)) for i in range(len(data.evaluation)))
+    def evaluate(step: int, stop=None) -> dict[str, float] | None:
+        """Held-out metrics; None if a signal asked to stop meanwhile."""
+        parts, say = [], unhurried(log.say)
+        for i in range(len(data.evaluation)):
+            parts.append(eval_fn(state.params, put_batch(data.evaluation[i], mesh)))
+            if i >= STEPS_IN_FLIGHT:
+                jax.block_until_ready(parts[i - STEPS_IN_FLIGHT])
+                say(f"evaluating: {i - 1:,} of {len(data.evaluation):,} batches")
+            if stop is not None and stop.requested and jax.process_count() == 1:
+                return None
         total = functools.reduce(operator.add, parts)
         metrics = {f"eval/{name}": value for name, value in report(jax.device_get(total)).items()}
         log.write(step, metrics)
@@ -147,13 +163,36 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
         finite_step = step
         return values
 
-    compiled: dict[tuple[int, ...], Any] = {}
+    def tell(latest: int) -> None:
+        """Log what waits, but for so many of the last steps."""
+        throughput = None
+        while len(unlogged) > latest:
+            at, metrics = unlogged.popleft()
+            throughput = throughput or clock.read()
+            values = fetch(at, metrics)
+            progress = max((at - 1) / config.steps, float(metrics.progress or 0.0))
+            rate = config.optimizer.learning_rate * float(share_of_peak(config.optimizer, progress))
+            values |= {"learning_rate": rate} | throughput
+            log.write(at, values)
+            seconds_left = min(clock.seconds_per_step * (config.steps - at), budget - clock.spent_seconds)
+            log.progress(at, values, seconds_left=max(seconds_left, 0.0))
+
+    def say_stopped(step: int) -> None:
+        why = stop.requested or "another process's signal"
+        log.say(f"stopped by {why} after step {step}, which is saved. The same command resumes.")
+
+    compiled: dict[Any, Any] = {}
     batches = data.train.iterate(start, config.data.workers)
     with StopSignals() as stop:
+        if start < last_step and is_evaluation_due(config, start) and not is_evaluated(run_dir, start):
+            with clock.paused():  # what the signal that ended the run left out
+                if evaluate(start, stop) is None:
+                    return say_stopped(start)
         for step in range(start + 1, last_step + 1):
             with clock.waiting():
                 rows = next(batches)
-            B, T = shape = rows["tokens"].shape
+            B, T = rows["tokens"].shape
+            shape = tuple(sorted((name, x.shape) for name, x in rows.items()))
             # Processes' clocks differ, and so does when a signal comes: the step takes the largest, and all of them
             # end by what it says.
             told = {} if budget == math.inf else {"progress": clock.spent_seconds / budget}
@@ -184,20 +223,15 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
                 unlogged.append((step, step_metrics))
             is_last = is_asked or is_end
             is_saved = is_last or step % config.checkpoint_every == 0
-            throughput = None
-            while unlogged and (is_saved or len(unlogged) > 1):  # before a save, so that a resumed run's log is whole
-                at, metrics = unlogged.popleft()
-                throughput = throughput or clock.read()
-                values = fetch(at, metrics)
-                progress = max((at - 1) / config.steps, float(metrics.progress or 0.0))
-                rate = config.optimizer.learning_rate * float(share_of_peak(config.optimizer, progress))
-                values |= {"learning_rate": rate} | throughput
-                log.write(at, values)
-                seconds_left = min(clock.seconds_per_step * (config.steps - step), budget - clock.spent_seconds)
-                log.progress(at, values, seconds_left=max(seconds_left, 0.0))
-            if config.eval_every and step % config.eval_every == 0 and not is_last:
+            tell(0 if is_saved else 1)  # all before a save, so that a resumed run's log is whole
+            if is_evaluation_due(config, step) and not is_last:
                 with clock.paused():
-                    log.say("  ".join(f"{name} {value:.4f}" for name, value in evaluate(step).items()))
+                    metrics = evaluate(step, stop)
+                if metrics is None:
+                    is_last = is_saved = True
+                    tell(0)
+                else:
+                    log.say("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
             if is_saved:
                 if finite_step < step:  # nothing is saved that has diverged, logged or not
                     fetch(step, step_metrics)
@@ -207,9 +241,7 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
                 break
             if is_last:
                 checkpoints.wait()
-                why = stop.requested or "another process's signal"
-                log.say(f"stopped by {why} after step {step}, which is saved. The same command resumes.")
-                return None
+                return say_stopped(step)
     checkpoints.wait()
     log.end_progress()
     return evaluate(step)
@@ -233,6 +265,14 @@ def alone_in(run_dir: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_evaluation_due(config: RunConfig, step: int) -> bool:
+    return config.eval_every is not None and step > 0 and step % config.eval_every == 0
+
+
+def is_evaluated(run_dir: pathlib.Path, step: int) -> bool:
+    return any(line["step"] == step and "eval/loss" in line for line in read_metrics(run_dir))
 
 
 def budget_seconds(config: RunConfig) -> float:
@@ -272,11 +312,16 @@ def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) ->
         for name, (was, now) in differences(dataclasses.replace(config, model=model), settled).items():
             log.say(f"{name} is {now}, from {config.init_from} (the config has {was})")
         keep = {"tokenizer": run["tokenizer"]}
+        if config.data.tokenizer is not None:
+            given = settle_tokenizer(config.data, [], [], log.say)
+            if given.hash != TextTokenizer(run["tokenizer"]).hash:
+                raise ConfigError(
+                    f"a model reads the tokens it was made for: data.tokenizer {config.data.tokenizer} is not that of "
+                    f"{config.init_from}. Leave it out."
+                )
         if config.objective == "classification" and run["label_names"]:
             keep["label_names"] = run["label_names"]
         return settled, keep
-    if (run_dir / "tokenizer.json").exists() and config.data.tokenizer is None:  # killed before its first checkpoint
-        return config, {"tokenizer": (run_dir / "tokenizer.json").read_text("utf-8")}
     if config.data.word_vectors and config.data.tokenizer is None:
         return config, {"tokenizer": word_level_tokenizer(config.data.word_vectors, config.data.vocab_size).json}
     return config, {}
@@ -301,10 +346,11 @@ def with_vocab_size(config: RunConfig, tokenizer_size: int) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def start_from(config: RunConfig, params: Any, log: RunLog) -> Any:
+def start_from(config: RunConfig, label_names: list[str] | None, params: Any, log: RunLog) -> Any:
     """`params` with the encoder of init_from, and its head too if that was made for the same; what is new is named."""
     origin, params_there = read_origin(config.init_from, config.objective)
-    keeps_head = origin["config"]["objective"] == config.objective
+    is_of_these = origin["label_names"] is None or origin["label_names"] == label_names
+    keeps_head = origin["config"]["objective"] == config.objective and is_of_these
     found = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(params_there)}
     fresh = []
 
@@ -364,7 +410,9 @@ def describe(data: RunData) -> str:
 
 
 def describe_stages(config: RunConfig) -> str:
-    shapes = {(s.batch_size, T) for s in config.stages for T in (*config.data.buckets, s.row_length)}
+    shapes = {
+        (s.batch_size, T, s.row_length) for s in config.stages for T in (*config.data.buckets, s.row_length)
+    }
     parts = [f"{s.batch_size} rows of {s.row_length} up to step {s.end_step}" for s in config.stages]
     return f"batches: {', '.join(parts)}; the step is compiled for {len(shapes)} shapes, each when it comes"
 
@@ -375,7 +423,7 @@ def describe_mesh(mesh) -> str:
 
 
 def main() -> None:
-    with failing_clearly():
+    with failing_clearly(Diverged):
         config = parse_run_config(sys.argv[1:], default="configs/quickstart.py")
         metrics = train(config)
         if metrics is not None and jax.process_count() == 1:

@@ -20,16 +20,14 @@ from flax_encoder.data.records import DataError
 
 
 @contextmanager
-def failing_clearly() -> Iterator[None]:
+def failing_clearly(*more: type[Exception]) -> Iterator[None]:
     """Turn the errors that a user can mend into one message and exit status 1; bugs keep their traceback."""
     from flax_encoder.training.checkpoint import CheckpointError
     from flax_encoder.weights import WeightsError
 
     try:
         yield
-    except (ConfigError, DataError, CheckpointError, WeightsError, ValueError) as error:
-        if type(error) is ValueError:
-            raise
+    except (ConfigError, DataError, CheckpointError, WeightsError, OSError, *more) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -86,13 +84,13 @@ def main(argv: list[str] | None = None) -> None:
     fill = commands.add_parser("fill-mask", help="the likeliest words for each [MASK] of a text")
     fill.add_argument("run_dir", help="a masked_lm run folder, one checkpoint in it, or a published folder")
     fill.add_argument("text", help='such as "Return the [MASK] of the list."')
-    fill.add_argument("--top", type=int, default=5, help="how many to show (default 5)")
+    fill.add_argument("--top", type=_count, default=5, help="how many to show (default 5)")
     fill.set_defaults(run=_fill_mask)
 
     classify = commands.add_parser("classify", help="the likeliest labels of a text")
     classify.add_argument("run_dir", help="a classification run folder, one checkpoint in it, or a published folder")
     classify.add_argument("text")
-    classify.add_argument("--top", type=int, default=None, help="how many to show (default all)")
+    classify.add_argument("--top", type=_count, default=None, help="how many to show (default all)")
     classify.set_defaults(run=_classify)
 
     for command in (fill, classify):
@@ -162,6 +160,12 @@ def _show(rows: list[dict[str, Any]], title: str) -> None:
     for row in rows:
         table.add_row(*(v if isinstance(v, str) else f"{v:.4f}" for v in row.values()))
     Console(highlight=False).print(table)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number from 1: got {text!r}")
+    return int(text)
 
 
 def _fill_mask(arguments: argparse.Namespace) -> None:

@@ -326,6 +326,76 @@ def test_a_run_reads_a_prepared_store_by_worker_processes(corpus, tmp_path, one_
     assert losses(tmp_path / "run") == losses(tmp_path / "again")
 
 
+def test_the_text_of_a_run_may_move(corpus, tmp_path, one_device):
+    shutil.copy(corpus / "lines.txt", tmp_path / "here.txt")
+    config = with_fields(tiny(corpus, tmp_path / "run", steps=6), data__source=str(tmp_path / "here.txt"))
+    train(config)
+    (tmp_path / "here.txt").rename(tmp_path / "there.txt")
+    train(with_fields(config, data__source=str(tmp_path / "there.txt")))
+
+
+def test_evaluations_that_a_signal_stops_are_made_by_the_next_start(corpus, tmp_path, one_device, monkeypatch):
+    whole = tiny(corpus, tmp_path / "whole", steps=8, eval_every=2, checkpoint_every=9)
+    train(whole)
+    cut = with_fields(whole, run_dir=str(tmp_path / "cut"))
+    for asked in (3, 4, 2):  # in the evaluation of step 2, in the one that makes up for it, in step 4
+        with monkeypatch.context() as patch:
+            patch.setattr("train.StopSignals", lambda asked=asked: Stops(asked))
+            assert train(cut) is None
+    train(cut)
+
+    def evaluations(config):
+        return [(x["step"], x["eval/loss"]) for x in read_metrics(pathlib.Path(config.run_dir)) if "eval/loss" in x]
+
+    assert evaluations(cut) == evaluations(whole) and len(evaluations(cut)) == 4
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_stages_of_one_length_have_their_own_numbers_of_targets(corpus, tmp_path, one_device):
+    """A bucket's batch has one shape of tokens in both, but slots for as many targets as its stage's rows may have."""
+    config = tiny(
+        corpus, tmp_path / "run", steps=12, first_batch_size=4, batch_warmup_rate=0.25, data__packing="one-per-row",
+        data__buckets=(16,), data__last_row_length=64, data__last_rate=0.4,
+    )  # fmt: skip
+    assert train(config) is not None
+
+
+def test_another_vocabulary_after_a_run_that_saved_nothing_is_made(corpus, tmp_path, one_device):
+    config = tiny(corpus, tmp_path / "run", optimizer__learning_rate=1e30, optimizer__clip_norm=None)
+    with pytest.raises(Diverged):
+        train(with_fields(config, data__vocab_size=100))
+    train(tiny(corpus, tmp_path / "run", steps=3))
+    assert load_run(tmp_path / "run").tokenizer.vocab_size > 100
+
+
+def test_init_from_is_not_read_by_another_tokenizer(corpus, tmp_path, one_device):
+    train(tiny(corpus, tmp_path / "pretrained", steps=3))
+    own, other = (tmp_path / name for name in ("pretrained/tokenizer.json", "other.json"))
+    other.write_text(train_wordpiece([" ".join(WORDS)] * 3, 90).json)
+    config = tiny(corpus, tmp_path / "run", steps=3, init_from=str(tmp_path / "pretrained"))
+    with pytest.raises(ConfigError, match=r"data.tokenizer .*other.json is not that of .*pretrained. Leave it out"):
+        train(with_fields(config, data__tokenizer=str(other)))
+    train(with_fields(config, data__tokenizer=str(own)))
+
+
+def test_a_classifier_of_other_labels_lends_its_encoder(corpus, tmp_path, one_device):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((corpus / "rows.jsonl").read_text().replace('"label": "', '"label": "new '))
+    tuned = tiny(corpus, tmp_path / "tuned", steps=3, objective="classification")
+    train(with_fields(tuned, data__source=str(corpus / "rows.jsonl")))
+    config = with_fields(
+        tuned, run_dir=str(tmp_path / "again"), init_from=str(tmp_path / "tuned"), data__source=str(rows),
+        optimizer__learning_rate=0.0,
+    )  # fmt: skip
+    train(config)
+    first, second = (load_run(tmp_path / name) for name in ("tuned", "again"))
+    assert second.label_names == [f"new {name}" for name in first.label_names]
+    got, want = (nnx.to_pure_dict(nnx.state(run.model)) for run in (second, first))
+    jax.tree.map(np.testing.assert_array_equal, got["encoder"], want["encoder"])
+    kernels = (np.asarray(params["head"]["out"]["kernel"]) for params in (got, want))
+    assert not np.array_equal(*kernels)
+
+
 def test_divergence_stops_the_run_and_names_the_steps(corpus, tmp_path, one_device):
     config = tiny(corpus, tmp_path / "run", optimizer__learning_rate=1e30, optimizer__clip_norm=None)
     with pytest.raises(Diverged, match=r"at step \d+; it broke after step \d+"):

@@ -321,10 +321,6 @@ class RunConfig:
             f"rows of {self.data.row_length} are {tokens} tokens, not a multiple of {self.num_microbatches} times "
             f"data.last_row_length {self.data.final_row_length}.",
         )
-        require(
-            self.init_from is not None or not self.compare_with_scratch,
-            "compare_with_scratch compares a run with init_from: got none.",
-        )
         if self.objective == "masked_lm":
             width = self.model.embedding_dim or self.model.embed_dim
             require(

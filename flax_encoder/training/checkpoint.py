@@ -52,24 +52,37 @@ class Checkpoints:
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=has_debris,
         )
+        self._saving: int | None = None
 
     def latest_step(self) -> int | None:
-        return self._orbax.latest.step if self._orbax.latest else None
+        """The newest whole checkpoint's; Orbax itself counts those that are under way or have failed."""
+        return max((int(p.name) for p in _whole_checkpoints(self._folder)), default=None)
 
     def save(self, state: TrainState, step: int, run: dict[str, Any]) -> None:
-        """Write in the background; an error of the previous save is raised here."""
-        if step == self.latest_step():
-            return
+        """Write in the background, once the previous save is whole; its error is raised here."""
         items = {
             "params": state.params,
             "optimizer": {"step": state.step, "opt_state": state.opt_state},
             "run": {"json": json.dumps(run | {"step": step})},
         }
-        with _explained(
-            f"checkpoint {self._folder / str(step)} could not be written, the last whole one is step "
-            f"{self.latest_step()}; free some space and run the same command again"
-        ):
+        self.wait()
+        if step == self.latest_step():
+            return
+        self._saving = step
+        with self._saving_explained():
             self._orbax.save_checkpointables_async(step, items, force=True)
+
+    @contextmanager
+    def _saving_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            latest = self.latest_step()
+            raise CheckpointError(
+                f"checkpoint {self._folder / str(self._saving)} could not be written, "
+                f"{'there is none before it' if latest is None else f'the last whole one is step {latest}'}; free some "
+                f"space and run the same command again: {type(error).__name__}: {error}"
+            ) from error
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step, on the shardings of `like`, which may be another mesh than it was saved from."""
@@ -80,7 +93,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when the last save is whole; its error is raised here."""
-        with _explained(f"the last checkpoint in {self._folder} could not be written"):
+        with self._saving_explained():
             self._orbax.wait()
 
     def __enter__(self) -> "Checkpoints":
@@ -96,6 +109,11 @@ class Checkpoints:
             self._orbax.close()
 
 
+def _whole_checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
+    # Saves under way have other names; only whole checkpoints are plain numbers.
+    return [p for p in folder.glob("*") if p.name.isdigit() and (p / "params").is_dir()]
+
+
 def _checkpoint_folder(path: pathlib.Path) -> pathlib.Path:
     """A checkpoint, or the newest one of a run folder.
 
@@ -104,8 +122,7 @@ def _checkpoint_folder(path: pathlib.Path) -> pathlib.Path:
     """
     if (path / "params").is_dir():
         return path.resolve()
-    # Saves under way have other names; only whole checkpoints are plain numbers.
-    steps = [p for p in (path / "checkpoints").glob("*") if p.name.isdigit() and (p / "params").is_dir()]
+    steps = _whole_checkpoints(path / "checkpoints")
     if not steps:
         raise CheckpointError(
             f"no checkpoint in {path}. Give a run folder (it has a folder `checkpoints`) or one checkpoint in it."

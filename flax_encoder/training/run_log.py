@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from rich.console import Console
@@ -81,9 +81,9 @@ class RunLog:
         self._progress: Progress | None = None
         self._last_line = 0.0
         self._run_dir, self._resume_step, self._is_finished = run_dir, resume_step, is_finished
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
 
-    def _open(self) -> TextIO:
+    def _open(self) -> BinaryIO:
         path = self._run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(self._run_dir) if line["step"] <= self._resume_step]
         if self._is_finished:  # the last evaluation is made, and written, again
@@ -92,7 +92,7 @@ class RunLog:
         from tensorboardX import SummaryWriter  # slow to import, and only needed here
 
         self._tensorboard = SummaryWriter(str(self._run_dir), purge_step=self._resume_step + 1, write_to_disk=True)
-        return path.open("a")
+        return path.open("ab", buffering=0)
 
     def say(self, message: str) -> None:
         self._console.print(message, markup=False)
@@ -101,9 +101,13 @@ class RunLog:
         """One line of metrics.jsonl, and a TensorBoard point for every number."""
         if not self._is_main:
             return
-        self._file = self._file or self._open()
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        path = self._run_dir / "metrics.jsonl"
+        try:
+            self._file = self._file or self._open()
+            self._file.write(f"{json.dumps({'step': step, **values})}\n".encode())
+        except OSError as error:
+            why = f"{error.strerror}; once it can be written, the same command goes on"
+            raise OSError(error.errno, why, str(path)) from None
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
@@ -140,11 +144,15 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type | None, *exc_info: object) -> None:
         self.end_progress()
         if self._file is not None:
             self._file.close()
-            self._tensorboard.close()
+            try:
+                self._tensorboard.close()
+            except OSError:
+                if kind is None:  # or else the first error is the one to hear of
+                    raise
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

@@ -166,11 +166,12 @@ def test_a_full_disk_is_a_checkpoint_error_and_the_older_checkpoint_stays(tmp_pa
     save(tmp_path, 3)
     large = TrainState(jnp.int32(7), {"w": jax.random.normal(jax.random.key(0), (1024, 1024))}, ())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Checkpoints(tmp_path, 2) as checkpoints, pytest.raises(CheckpointError, match="could not be written"):
+    says = r"checkpoints/7 could not be written, the last whole one is step 3; free some space"
+    with Checkpoints(tmp_path, 2) as checkpoints, pytest.raises(CheckpointError, match=says):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
         try:
             checkpoints.save(large, 7, RUN)
-            checkpoints.wait()
+            checkpoints.save(large, 9, RUN)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert read_run(tmp_path)["step"] == 3
