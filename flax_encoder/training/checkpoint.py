@@ -39,8 +39,8 @@ class Checkpoints:
 
     def __init__(self, run_dir: pathlib.Path, keep: int):
         self._folder = (run_dir / "checkpoints").resolve()
-        # Orbax reports every save at length through this logger; ours says what a person needs.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax reports saves and errors at length through this logger; ours says what a person needs.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         # Made in the background, a folder that cannot be made leaves threads that wait for it for minutes.
         context = ocp.Context(async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
         # Orbax tidies up in a thread for which it waits at the first save: in a program that ends before that, as one
