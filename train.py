@@ -182,8 +182,7 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
         log.say(f"stopped by {why} after step {step}, which is saved. The same command resumes.")
 
     compiled: dict[Any, Any] = {}
-    batches = data.train.iterate(start, config.data.workers)
-    with StopSignals() as stop:
+    with StopSignals() as stop, contextlib.closing(data.train.iterate(start, config.data.workers)) as batches:
         if start < last_step and is_evaluation_due(config, start) and not is_evaluated(run_dir, start):
             with clock.paused():  # what the signal that ended the run left out
                 if evaluate(start, stop) is None:

@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -368,7 +369,11 @@ class Batches:
             flags.FLAGS.mark_as_parsed()
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        return iter(batches.to_iter_dataset(ahead).mp_prefetch(options))
+        return iter(batches.to_iter_dataset(ahead).mp_prefetch(options, worker_init_fn=_leave_signals))
+
+
+def _leave_signals(worker: int, workers: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
 
 
 @dataclass(frozen=True)
