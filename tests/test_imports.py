@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(flax_encoder.__file__).parent
 # Each part may import itself and those before it; data stands beside them and sees config alone.
 ORDER = [
     "config", "weights", "ops", "nn", "generation", "families", "objectives", "training", "run", "hub", "exchange",
-    "embed", "report", "cli",
+    "start", "embed", "report", "cli",
 ]  # fmt: skip
 TOP = ("__init__", "__main__")
 FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
