@@ -150,7 +150,7 @@ def run(config, settled, start: int, run_dir: pathlib.Path, checkpoints: Checkpo
     def fetch(step: int, metrics: StepMetrics) -> dict[str, float]:
         nonlocal finite_step
         values = report(jax.device_get(metrics.loss)) | {"grad_norm": float(metrics.grad_norm)}
-        stop_if_diverged(values, step, finite_step, run_dir, checkpoints.latest_step())
+        stop_if_diverged(values, step, finite_step, run_dir, checkpoints)
         finite_step = step
         return values
 
@@ -273,8 +273,9 @@ def is_over(config: RunConfig, step: int, spent_seconds: float) -> bool:
     return step == config.steps or spent_seconds >= budget_seconds(config)
 
 
-def stop_if_diverged(values: dict[str, float], step: int, finite_step: int, run_dir, saved: int | None) -> None:
+def stop_if_diverged(values: dict[str, float], step: int, finite_step: int, run_dir, checkpoints: Checkpoints) -> None:
     if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
+        saved = checkpoints.latest_step()
         way_out = f"{run_dir} holds step {saved}, from before" if saved else "no checkpoint was made yet"
         raise Diverged(
             f"the loss must stay finite: it is {values['loss']} and the gradient norm {values['grad_norm']} at step "
