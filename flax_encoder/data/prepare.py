@@ -87,13 +87,14 @@ def prepare(
 
 
 def unhurried(say: Say) -> Say:
-    """Pass on a message a second at most: short work is done in silence."""
-    last = time.monotonic()
+    """Pass on a message after a second, then after twice as long each time, up to half a minute: short work is done in
+    silence, and hours of it leave a log that can be read."""
+    last, pause = time.monotonic(), 1.0
 
     def maybe(message: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 1.0:
-            last = time.monotonic()
+        nonlocal last, pause
+        if time.monotonic() - last >= pause:
+            last, pause = time.monotonic(), min(2 * pause, 30.0)
             say(message)
 
     return maybe
