@@ -71,3 +71,10 @@ def corpus(tmp_path_factory) -> pathlib.Path:
     (path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (path / "lines.txt").write_text("".join(r["text"] + "\n" for r in rows))
     return path
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """`train` on the first of the suite's virtual devices."""
+    devices = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *args: devices[:1])
