@@ -22,16 +22,17 @@ import jax
 import numpy as np
 from filelock import FileLock, Timeout
 
-from flax_encoder.cli import failing_clearly, parse_run_config
+from flax_encoder.commands.recipe import parse_run_config
+from flax_encoder.commands.screen import failing_clearly
 from flax_encoder.config import ConfigError, RunConfig, to_dict
 from flax_encoder.data.pipeline import RunData, open_data
-from flax_encoder.data.prepare import unhurried
-from flax_encoder.data.records import LabelError
-from flax_encoder.data.tokenizer import TextTokenizer
-from flax_encoder.objectives import OBJECTIVES
-from flax_encoder.report import show_report
-from flax_encoder.run import model_factory
-from flax_encoder.start import settle, start_from, with_vocab_size, with_word_vectors
+from flax_encoder.data.sources.records import LabelError
+from flax_encoder.data.store.prepare import unhurried
+from flax_encoder.data.tokens.tokenizer import TextTokenizer
+from flax_encoder.runs.loaded import model_factory
+from flax_encoder.runs.report import show_report
+from flax_encoder.runs.start import settle, start_from, with_vocab_size, with_word_vectors
+from flax_encoder.tasks import OBJECTIVES
 from flax_encoder.training.checkpoint import Checkpoints, read_run
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.run_log import Clock, RunLog, read_metrics, write_atomically

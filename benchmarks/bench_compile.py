@@ -44,8 +44,8 @@ from jax.sharding import NamedSharding
 
 from flax_encoder.config import EncoderConfig, MeshConfig
 from flax_encoder.nn.partition import abstract_model
-from flax_encoder.objectives import MaskedLM
 from flax_encoder.ops.platform import platform_for_tracing
+from flax_encoder.tasks import MaskedLM
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.sharding import BATCH_SPEC, logical_axes, make_mesh
 from flax_encoder.training.step import TrainState, make_train_step, state_shardings

@@ -22,15 +22,15 @@ import time
 import numpy as np
 
 from flax_encoder.config import DataConfig, MaskingConfig
-from flax_encoder.data.batches import Batches, Frame, Mixture, masked_lm_targets
-from flax_encoder.data.masking import budget
-from flax_encoder.data.packing import PackingPlan, length_histogram
 from flax_encoder.data.pipeline import open_stores
-from flax_encoder.data.prepare import prepare
-from flax_encoder.data.sources import open_source
-from flax_encoder.data.store import FORMAT, MANIFEST, Split, Store, open_store
-from flax_encoder.data.tokenizer import TextTokenizer, load_tokenizer
-from flax_encoder.data.tokenizing import num_cores
+from flax_encoder.data.rows.batches import Batches, Frame, Mixture, masked_lm_targets
+from flax_encoder.data.rows.masking import budget
+from flax_encoder.data.rows.packing import PackingPlan, length_histogram
+from flax_encoder.data.sources.opening import open_source
+from flax_encoder.data.store.prepare import prepare
+from flax_encoder.data.store.store import FORMAT, MANIFEST, Split, Store, open_store
+from flax_encoder.data.store.tokenizing import num_cores
+from flax_encoder.data.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 ROW_LENGTH, BATCH_SIZE, RATE, SEED = 512, 256, 0.15, 0
 PLAN_DOCUMENTS = 100_000_000

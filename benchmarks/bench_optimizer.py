@@ -19,7 +19,7 @@ from harness import Timing, header, measure, parser, say, show
 
 from flax_encoder.config import EncoderConfig, OptimizerConfig
 from flax_encoder.nn.partition import abstract_model
-from flax_encoder.objectives import MaskedLM
+from flax_encoder.tasks import MaskedLM
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.runtime import set_up_runtime
 from flax_encoder.training.sharding import logical_axes

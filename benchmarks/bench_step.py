@@ -30,12 +30,12 @@ from harness import header, matmul_peak, parser, say, show
 
 from flax_encoder.config import DataConfig, EncoderConfig, MaskingConfig, OptimizerConfig, RunConfig
 from flax_encoder.data.pipeline import open_data
-from flax_encoder.data.records import DataError
-from flax_encoder.data.tokenizing import num_cores
+from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.store.tokenizing import num_cores
 from flax_encoder.families import FAMILIES, PRESETS, preset
 from flax_encoder.families.mapping import write_config
 from flax_encoder.nn.partition import round_up_vocab
-from flax_encoder.objectives import Classifier, MaskedLM
+from flax_encoder.tasks import Classifier, MaskedLM
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.runtime import free_temporaries, set_up_runtime
 from flax_encoder.training.sharding import logical_axes

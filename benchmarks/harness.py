@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flax_encoder.data.tokenizing import num_cores
+from flax_encoder.data.store.tokenizing import num_cores
 from flax_encoder.ops.linear import linear
 
 

@@ -14,29 +14,32 @@ from .config import (
 )
 
 # Data
-from .data.tokenizer_files import read_tokenizer
-
-# Vectors of texts
-from .embed import Embedder, load_embedder
-from .exchange import export_run, import_folder
+from .data.tokens.tokenizer_files import read_tokenizer
 
 # Families and published weights
 from .families import preset
-from .generation import Generation, generate
-from .hub import Pretrained, load_pretrained
 
 # Modules and ops
 from .nn.decoder import EncoderDecoder
 from .nn.encoder import Encoder, EncoderLayer
+from .nn.generation import Generation, generate
 from .nn.heads import ClassificationHead, MaskedLMHead
 from .nn.recurrent import RecurrentLayer
-from .objectives import Classifier, MaskedLM
-from .objectives.loss import LossSum
 from .ops.attention import attention
 from .ops.linear import linear
+from .published.load import Pretrained, load_pretrained
+
+# Tensors of published folders
+from .published.weights import WeightsError, read_weights, write_weights
+
+# Vectors of texts
+from .runs.embed import Embedder, load_embedder
+from .runs.exchange import export_run, import_folder
 
 # Trained runs
-from .run import LoadedRun, load_run
+from .runs.loaded import LoadedRun, load_run
+from .tasks import Classifier, MaskedLM
+from .tasks.loss import LossSum
 
 # Training
 from .training.optimizer import make_optimizer
@@ -44,9 +47,6 @@ from .training.schedule import share_of_peak
 from .training.sharding import logical_axes, make_mesh, put_batch
 from .training.step import TrainState, init_train_state, make_eval_step, make_train_step
 from .training.transformations import gradient_point
-
-# Tensors of published folders
-from .weights import WeightsError, read_weights, write_weights
 
 __all__ = [
     "ClassificationHead", "Classifier", "ConfigError", "DataConfig", "DecoderConfig", "Embedder", "Encoder",

@@ -50,7 +50,7 @@ def quick_compilation(request):
     Their laws hold of the program, however well it is vectorised. The ops, and the runs of test_train.py, are compiled
     as they are for users.
     """
-    is_quick = request.path.parent.name in ("nn", "families", "objectives", "training")
+    is_quick = request.path.parent.name in ("nn", "families", "tasks", "published", "training")
     jax.config.update("jax_disable_most_optimizations", is_quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

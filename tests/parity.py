@@ -19,9 +19,9 @@ import numpy as np
 from flax import nnx
 
 from flax_encoder.families.mapping import export_tensors, write_config
-from flax_encoder.hub import Pretrained, load_pretrained
 from flax_encoder.nn.partition import flatten
-from flax_encoder.weights import write_weights
+from flax_encoder.published.load import Pretrained, load_pretrained
+from flax_encoder.published.weights import write_weights
 
 B, T, V = 3, 11, 43
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4  # of the largest reference value

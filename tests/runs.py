@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from flax_encoder.cli import load_recipe
+from flax_encoder.commands.recipe import load_recipe
 from flax_encoder.config import DataConfig, EncoderConfig, MeshConfig, OptimizerConfig, RunConfig, differences
 from flax_encoder.training.run_log import read_metrics
 

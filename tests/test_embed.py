@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_encoder.cli import main
+from flax_encoder.commands import main
 from flax_encoder.config import ConfigError
-from flax_encoder.data.sources import DataError
-from flax_encoder.embed import load_embedder, pool, write_sentence_files
-from flax_encoder.hub import load_pretrained
-from flax_encoder.weights import read_weights
+from flax_encoder.data.sources.opening import DataError
+from flax_encoder.published.load import load_pretrained
+from flax_encoder.published.weights import read_weights
+from flax_encoder.runs.embed import load_embedder, pool, write_sentence_files
 
 GOLDEN = pathlib.Path(__file__).parent / "golden/bert-masked_lm"
 TEXTS = ["a b c", "", "d", "a a a a a a a a a a a a a a a a a a a a", "b", "e f g h", "c c", "zzz"]

@@ -13,9 +13,9 @@ import time
 import numpy as np
 import pytest
 
-from flax_encoder.cli import main
+from flax_encoder.commands import main
 from flax_encoder.config import ConfigError, EncoderConfig, MeshConfig, OptimizerConfig, RunConfig
-from flax_encoder.run import load_run
+from flax_encoder.runs.loaded import load_run
 from flax_encoder.training.checkpoint import CheckpointError
 from flax_encoder.training.run_log import read_metrics
 from tests.runs import (

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from flax_encoder.data.batches import Batch, Batches, Frame, assemble
-from flax_encoder.data.packing import PackingPlan
+from flax_encoder.data.rows.batches import Batch, Batches, Frame, assemble
+from flax_encoder.data.rows.packing import PackingPlan
 
 _COUNTED_TOKENS = 2**22  # of a larger corpus a random part is counted
 

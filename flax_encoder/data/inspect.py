@@ -8,12 +8,12 @@ import numpy as np
 from rich.text import Text
 
 from flax_encoder.config import MaskingConfig
-from flax_encoder.data.batches import Batch, Batches, Frame, Mixture, masked_lm_targets, span_corruption_targets
-from flax_encoder.data.masking import budget
-from flax_encoder.data.packing import PackingPlan, length_histogram
-from flax_encoder.data.records import DataError
-from flax_encoder.data.store import Split, Store
-from flax_encoder.data.tokenizer import TextTokenizer
+from flax_encoder.data.rows.batches import Batch, Batches, Frame, Mixture, masked_lm_targets, span_corruption_targets
+from flax_encoder.data.rows.masking import budget
+from flax_encoder.data.rows.packing import PackingPlan, length_histogram
+from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.store.store import Split, Store
+from flax_encoder.data.tokens.tokenizer import TextTokenizer
 
 ROW_LENGTHS = (128, 256, 512, 1024, 2048, 8192)
 _BARS = 40

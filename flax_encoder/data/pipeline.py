@@ -11,16 +11,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flax_encoder.config import DataConfig, RunConfig
-from flax_encoder.data.batches import Batches, Frame, Mixture, OneByOne, Stages, label_targets, masked_lm_targets
-from flax_encoder.data.masking import budget
-from flax_encoder.data.packing import PackingPlan
-from flax_encoder.data.prepare import prepare, unhurried
-from flax_encoder.data.records import DataError, LabelError, Say
-from flax_encoder.data.sources import Source, open_source
-from flax_encoder.data.store import FORMAT, MANIFEST, Split, Store, is_store, open_store, partial_folder, read_manifest
-from flax_encoder.data.tokenizer import TextTokenizer, load_tokenizer, train_wordpiece
-from flax_encoder.data.tokenizer_files import read_tokenizer
-from flax_encoder.data.tokenizing import is_held_out, text_digest
+from flax_encoder.data.rows.batches import Batches, Frame, Mixture, OneByOne, Stages, label_targets, masked_lm_targets
+from flax_encoder.data.rows.masking import budget
+from flax_encoder.data.rows.packing import PackingPlan
+from flax_encoder.data.sources.opening import Source, open_source
+from flax_encoder.data.sources.records import DataError, LabelError, Say
+from flax_encoder.data.store.prepare import prepare, unhurried
+from flax_encoder.data.store.store import (
+    FORMAT,
+    MANIFEST,
+    Split,
+    Store,
+    is_store,
+    open_store,
+    partial_folder,
+    read_manifest,
+)
+from flax_encoder.data.store.tokenizing import is_held_out, text_digest
+from flax_encoder.data.tokens.tokenizer import TextTokenizer, load_tokenizer, train_wordpiece
+from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
 
 # A vocabulary of this size is settled by far less text; more would only take memory.
 _TRAINING_BYTES = 2**28

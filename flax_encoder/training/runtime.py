@@ -17,7 +17,7 @@ import jax
 
 from flax_encoder.config import ConfigError
 from flax_encoder.data.pipeline import default_cache_dir
-from flax_encoder.data.tokenizing import num_cores
+from flax_encoder.data.store.tokenizing import num_cores
 
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8

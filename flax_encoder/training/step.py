@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.nn.partition import abstract_model
-from flax_encoder.objectives.loss import LossSum
+from flax_encoder.tasks.loss import LossSum
 from flax_encoder.training.sharding import BATCH_SPEC, logical_axes, sharding_tree, spread
 from flax_encoder.training.transformations import global_norm, gradient_point
 

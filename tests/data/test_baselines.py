@@ -8,9 +8,9 @@ import pytest
 
 from flax_encoder.config import MaskingConfig
 from flax_encoder.data.baselines import NeighbourCounts, majority_class
-from flax_encoder.data.batches import Batches, Frame, OneByOne, masked_lm_targets
-from flax_encoder.data.packing import PackingPlan
-from flax_encoder.data.tokenizer import train_wordpiece
+from flax_encoder.data.rows.batches import Batches, Frame, OneByOne, masked_lm_targets
+from flax_encoder.data.rows.packing import PackingPlan
+from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from tests.data import toy_split
 
 T = 23

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from flax_encoder.config import MaskingConfig
-from flax_encoder.data.batches import Batches, Frame, Mixture, OneByOne, Stages, label_targets, masked_lm_targets
-from flax_encoder.data.packing import PackingPlan
-from flax_encoder.data.records import DataError
-from flax_encoder.data.tokenizer import train_wordpiece
+from flax_encoder.data.rows.batches import Batches, Frame, Mixture, OneByOne, Stages, label_targets, masked_lm_targets
+from flax_encoder.data.rows.packing import PackingPlan
+from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from tests.data.toy_split import split_of
 
 T, SEED = 31, 5

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_encoder.data.masking import Vocabulary, budget, mask_rows
-from flax_encoder.data.randomness import random_bits, uniform
+from flax_encoder.data.rows.masking import Vocabulary, budget, mask_rows
+from flax_encoder.data.rows.randomness import random_bits, uniform
 
 SPECIAL_IDS, MASK, VOCAB = np.array([0, 1, 2, 3, 4]), 4, 101
 RATES = st.floats(0.01, 1.0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_encoder.data.packing import PackingPlan, length_histogram, pack_histogram
+from flax_encoder.data.rows.packing import PackingPlan, length_histogram, pack_histogram
 
 OVERHEAD = 2
 KINDS = ("best-fit", "one-per-row", "concatenate")

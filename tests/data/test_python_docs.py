@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 
 from flax_encoder.config import DataConfig
-from flax_encoder.data.python_docs import AREAS, documents
-from flax_encoder.data.python_docs import test_modules as held_out_modules
-from flax_encoder.data.sources import open_source
+from flax_encoder.data.sources.opening import open_source
+from flax_encoder.data.sources.python_docs import AREAS, documents
+from flax_encoder.data.sources.python_docs import test_modules as held_out_modules
 
 pytestmark = pytest.mark.xdist_group("python_docs")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flax_encoder.data.randomness import permute, random_bits
+from flax_encoder.data.rows.randomness import permute, random_bits
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 17, 64, 65, 1000])

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from flax_encoder.config import DataConfig
-from flax_encoder.data import files
-from flax_encoder.data.records import DataError
-from flax_encoder.data.sources import open_source
+from flax_encoder.data.sources import files
+from flax_encoder.data.sources.opening import open_source
+from flax_encoder.data.sources.records import DataError
 
 TEXT = "First line.\r\nSecond line.\n\n \t\nThird, née alone.\n\n\n  indented\nlast without an end"
 

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_encoder.data.batches import span_corruption_targets
-from flax_encoder.data.records import DataError
-from flax_encoder.data.span_corruption import Sentinels, corrupt_spans
-from flax_encoder.data.tokenizer import train_wordpiece
+from flax_encoder.data.rows.batches import span_corruption_targets
+from flax_encoder.data.rows.span_corruption import Sentinels, corrupt_spans
+from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.tokens.tokenizer import train_wordpiece
 
 PAD, LAST, START = 0, 1, 2
 SENTINELS = Sentinels(np.arange(299, 199, -1), LAST, START, PAD)

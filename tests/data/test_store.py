@@ -17,15 +17,16 @@ import pytest
 from filelock import FileLock
 
 from flax_encoder.config import DataConfig
-from flax_encoder.data import files, merging
-from flax_encoder.data import prepare as prepare_module
 from flax_encoder.data.pipeline import open_stores, prepare_stores
-from flax_encoder.data.prepare import prepare
-from flax_encoder.data.records import DataError, Part
-from flax_encoder.data.sources import Source, open_source
-from flax_encoder.data.store import MANIFEST, open_store, partial_folder
-from flax_encoder.data.tokenizer import TextTokenizer, train_wordpiece
-from flax_encoder.data.tokenizing import is_held_out, text_digest
+from flax_encoder.data.sources import files
+from flax_encoder.data.sources.opening import Source, open_source
+from flax_encoder.data.sources.records import DataError, Part
+from flax_encoder.data.store import merging
+from flax_encoder.data.store import prepare as prepare_module
+from flax_encoder.data.store.prepare import prepare
+from flax_encoder.data.store.store import MANIFEST, open_store, partial_folder
+from flax_encoder.data.store.tokenizing import is_held_out, text_digest
+from flax_encoder.data.tokens.tokenizer import TextTokenizer, train_wordpiece
 
 WORDS = ["one", "two", "three", "five", "seven", "eleven", "thirteen", "seventeen", "nineteen", "twenty"]
 
@@ -370,7 +371,10 @@ def test_preparing_survives_kill_9_at_any_time(tokenizer, tmp_path):
     """Killed five times, a little later each; then it finishes what the others left, and leaves no process behind."""
     text = "\n".join(random_texts(20_011) * 3)
     (tmp_path / "a.txt").write_text(text)
-    small = "import flax_encoder.data.files as f; f.PART_BYTES = 100_000; from flax_encoder.cli import main; main()"
+    small = (
+        "import flax_encoder.data.sources.files as f; f.PART_BYTES = 100_000; "
+        "from flax_encoder.commands import main; main()"
+    )
     command = arguments(tmp_path, tokenizer, tmp_path / "out", "--workers", "2")
     command[1:3] = ["-c", small]
     for seconds in (2.5, 3.0, 3.5, 4.0, 4.5):

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from flax_encoder.data.records import DataError
-from flax_encoder.data.tokenizer import SPECIAL_TOKENS, TextTokenizer, load_tokenizer, train_wordpiece
+from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.tokens.tokenizer import SPECIAL_TOKENS, TextTokenizer, load_tokenizer, train_wordpiece
 
 WORDS = ["padding", "packing", "masking", "tokens", "segment", "Encoder", "decoder", "row", "rows", "batch", "batches",
          "été", "naïve", "42", "(", ")", "."]

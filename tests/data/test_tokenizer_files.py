@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-from flax_encoder.data.records import DataError
-from flax_encoder.data.tokenizer_files import parse_sentencepiece, read_tokenizer
+from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.tokens.tokenizer_files import parse_sentencepiece, read_tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "sentencepiece.json").read_text("utf-8"))

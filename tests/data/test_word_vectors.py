@@ -7,9 +7,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from flax_encoder.data.records import DataError
-from flax_encoder.data.tokenizer import train_wordpiece
-from flax_encoder.data.word_vectors import embedding_from_vectors, read_word_vectors, word_level_tokenizer
+from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.tokens.tokenizer import train_wordpiece
+from flax_encoder.data.tokens.word_vectors import embedding_from_vectors, read_word_vectors, word_level_tokenizer
 
 WORDS = ["the", "of", ". . .", "Über", "café", "naïve", "日本", ".", "3.5", "Row"]
 VECTORS = np.random.default_rng(0).standard_normal((len(WORDS), 7)).astype(np.float32)
@@ -127,7 +127,7 @@ def test_marks_of_a_words_beginning_are_no_part_of_it(tmp_path, mark):
         "pre_tokenizer": None, "post_processor": None, "decoder": None,
         "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<pad>"},
     }  # fmt: skip
-    from flax_encoder.data.tokenizer import TextTokenizer
+    from flax_encoder.data.tokens.tokenizer import TextTokenizer
 
     rows = embedding_from_vectors(tmp_path / "vectors", TextTokenizer(json.dumps(content)))
     assert rows.ids.tolist() == [1, 2]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from flax_encoder.data.store import Split
+from flax_encoder.data.store.store import Split
 
 
 def split_of(documents, labels=None, word_starts=None, shards=1):

@@ -14,10 +14,10 @@ from parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, differences, run_ours, 
 from safetensors.numpy import load_file
 from toy import assert_trees_close
 
-from flax_encoder.hub import load_pretrained
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.partition import abstract_model
-from flax_encoder.weights import read_weights
+from flax_encoder.published.load import load_pretrained
+from flax_encoder.published.weights import read_weights
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FOLDERS = sorted(p.name for p in GOLDEN.iterdir() if (p / "config.json").exists())

@@ -5,9 +5,9 @@ import pytest
 from parity import cases, compare, is_exact
 from test_hub import TEXTS, make_run
 
-from flax_encoder.data.tokenizer import train_wordpiece
-from flax_encoder.exchange import export_run
-from flax_encoder.run import load_run
+from flax_encoder.data.tokens.tokenizer import train_wordpiece
+from flax_encoder.runs.exchange import export_run
+from flax_encoder.runs.loaded import load_run
 
 
 @pytest.mark.parity

@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from flax_encoder.exchange import open_model
-from flax_encoder.hub import load_pretrained
+from flax_encoder.published.load import load_pretrained
+from flax_encoder.runs.exchange import open_model
 
 ASSETS = pathlib.Path(os.environ.get("FLAX_ENCODER_ASSETS", pathlib.Path.home() / ".cache" / "flax-encoder-assets"))
 

@@ -13,11 +13,11 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from flax_encoder.config import ConfigError
-from flax_encoder.data.records import DataError
+from flax_encoder.data.sources.records import DataError
 from flax_encoder.families.mapping import export_tensors
-from flax_encoder.hub import load_pretrained
 from flax_encoder.nn.partition import flatten
-from flax_encoder.weights import read_weights
+from flax_encoder.published.load import load_pretrained
+from flax_encoder.published.weights import read_weights
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden/text_to_text"
 BEAMS = ({}, {"num_beams": 3}, {"num_beams": 2, "length_penalty": 0.5, "early_stopping": True},

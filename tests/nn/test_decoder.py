@@ -11,9 +11,9 @@ from flax import nnx
 from toy import SMALL, B, V, assert_trees_close, random_tokens, split_model
 
 from flax_encoder.config import ConfigError, DecoderConfig
-from flax_encoder.generation import Generation, beam_search, draw, generate
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.generation import Generation, beam_search, draw, generate
 
 M, T = 13, 7
 T5 = dataclasses.replace(

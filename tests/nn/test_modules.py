@@ -18,7 +18,7 @@ from flax_encoder.nn.feed_forward import ACTIVATIONS
 from flax_encoder.nn.heads import gather_rows
 from flax_encoder.nn.linear import Linear, packed
 from flax_encoder.nn.partition import MESH_AXES, abstract_model, partition_spec, round_up_vocab
-from flax_encoder.objectives import Classifier, MaskedLM
+from flax_encoder.tasks import Classifier, MaskedLM
 from flax_encoder.training.step import init_train_state
 
 CONFIGS = {

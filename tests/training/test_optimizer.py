@@ -9,7 +9,7 @@ from flax import nnx
 from toy import SMALL
 
 from flax_encoder.config import EncoderConfig, OptimizerConfig
-from flax_encoder.objectives import Classifier, MaskedLM
+from flax_encoder.tasks import Classifier, MaskedLM
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.sharding import logical_axes
 from flax_encoder.training.transformations import global_norm, gradient_point, matrix_axes, orthogonalized

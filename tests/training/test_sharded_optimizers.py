@@ -11,7 +11,7 @@ from flax import nnx
 
 from flax_encoder.config import EncoderConfig, MeshConfig, OptimizerConfig
 from flax_encoder.nn.partition import abstract_model
-from flax_encoder.objectives import MaskedLM
+from flax_encoder.tasks import MaskedLM
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.sharding import logical_axes, make_mesh, spread
 from flax_encoder.training.step import TrainState, state_shardings

@@ -14,8 +14,8 @@ from toy import assert_trees_close, split_model
 
 from flax_encoder.config import ConfigError, EncoderConfig, MeshConfig, OptimizerConfig
 from flax_encoder.nn.partition import partition_spec
-from flax_encoder.objectives import MaskedLM
 from flax_encoder.ops.platform import platform_for_tracing
+from flax_encoder.tasks import MaskedLM
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.sharding import check_batch, logical_axes, make_mesh, put_batch
 from flax_encoder.training.step import TrainState, init_train_state, make_eval_step, make_train_step

@@ -1,0 +1,38 @@
+"""The command line, `python -m flax_encoder COMMAND`: a module a command, with its help, options and work."""
+
+import argparse
+import importlib
+
+from flax_encoder.commands.screen import failing_clearly
+
+# The module of each command. Those that are not asked for are imported for their options alone.
+COMMANDS = {
+    "fill-mask": "fill_mask",
+    "classify": "classify",
+    "embed": "embed",
+    "export": "export",
+    "import": "import_folder",
+    "plot": "plot",
+    "prepare": "prepare",
+    "inspect": "inspect",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m flax_encoder", description="Ask a trained encoder. To train one: "
+                                     "python train.py --help")  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(f"flax_encoder.commands.{module_name}")
+        has_own_parser = getattr(module, "HAS_OWN_PARSER", False)
+        command = commands.add_parser(name, help=module.HELP, add_help=not has_own_parser)
+        command.set_defaults(run=module.run, has_own_parser=has_own_parser)
+        if not has_own_parser:
+            module.add_options(command)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.has_own_parser:
+        arguments.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    with failing_clearly():
+        arguments.run(arguments)

@@ -1,0 +1,25 @@
+"""Classify one text."""
+
+import argparse
+import json
+
+from flax_encoder.commands.screen import positive_count, show
+
+HELP = "the likeliest labels of a text"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", help="a classification run folder, one checkpoint in it, or a published folder")
+    parser.add_argument("text")
+    parser.add_argument("--top", type=positive_count, default=None, help="how many to show (default all)")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from flax_encoder.runs.exchange import open_model
+
+    labels = open_model(arguments.run_dir).classify(arguments.text)[: arguments.top]
+    if arguments.json:
+        print(json.dumps(labels))
+        return
+    show(labels, arguments.text[:80])

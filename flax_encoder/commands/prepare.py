@@ -1,0 +1,73 @@
+"""Tokenize text once, into a store that runs read."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+import tyro
+
+from flax_encoder.commands.screen import saying
+from flax_encoder.config import ConfigError, DataConfig, differences
+
+HELP = "tokenize text once, into a store that runs read"
+HAS_OWN_PARSER = True  # its options are settings, which have a parser of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareArguments:
+    """Tokenize text once, into a store; train with --data.source OUT. The same command again goes on after a stop."""
+
+    out: str
+    """The new folder."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    with_labels: bool = False
+    """Keep data.label_column too, for classification."""
+    workers: int | None = None
+    """Processes that tokenize; None is one a core."""
+    shard: str = "0/1"
+    """i/n: of n machines that share the folder, this is number i from 0. Whoever is last finishes the store."""
+    json: bool = False
+    """Print JSON for programs."""
+
+
+# What a store depends on; the other settings of data say how a run reads one.
+_PREPARED = (
+    "source", "weights", "text_column", "label_column", "text_unit", "held_out_rate", "tokenizer", "vocab_size",
+    "cache_dir",
+)  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from flax_encoder.data.pipeline import prepare_stores
+
+    asked = tyro.cli(PrepareArguments, args=arguments.rest, prog="python -m flax_encoder prepare")
+    if other := [n for n in differences(asked.data, DataConfig()) if n not in _PREPARED]:
+        raise ConfigError(
+            f"prepare stores whole documents, and --data.{other[0].replace('_', '-')} says how a run reads them: give "
+            f"it to train.py."
+        )
+    index, _, count = asked.shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(f"--shard is i/n with i from 0 to below n: got {asked.shard}.")
+    if asked.workers is not None and asked.workers < 1:
+        raise ConfigError(f"--workers must be at least 1: got {asked.workers}.")
+    with saying() as say:
+        stores = prepare_stores(
+            asked.data, pathlib.Path(asked.out), with_labels=asked.with_labels, workers=asked.workers,
+            shard=(int(index), int(count)), progress=say,
+        )  # fmt: skip
+    if stores is None:
+        print(f"shard {asked.shard} is done; the store is finished when all are. The same command checks.")
+        return
+    if asked.json:
+        print(json.dumps([{"folder": str(s.folder), "hash": s.hash, **s.manifest} for s in stores]))
+        return
+    for store in stores:
+        train, test = (store.manifest["splits"][split] for split in ("train", "test"))
+        dropped = ", ".join(f"{count:,} {kind}" for kind, count in store.manifest["dropped"].items())
+        print(
+            f"{store.folder}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on; held out "
+            f"{test['documents']:,} and {test['tokens']:,}; dropped {dropped}"
+        )
+    print(f"\nnext:\n  python -m flax_encoder inspect {stores[0].folder}\n  python train.py --data.source {asked.out}")

@@ -1,0 +1,52 @@
+"""A recipe, a Python file of settings, and every setting of it as a typed option."""
+
+import argparse
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+
+import tyro
+
+from flax_encoder.config import ConfigError, RunConfig
+
+
+def load_recipe(path: str) -> RunConfig:
+    """The `config` of a recipe, a Python file of the user's own.
+
+    Raises:
+      ConfigError: no such file, or no RunConfig named `config` in it.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        known = ", ".join(sorted(map(str, pathlib.Path("configs").glob("*.py")))) or "none here"
+        raise ConfigError(f"no recipe at {path}; recipes in configs/ are: {known}.")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.path.insert(0, str(file.resolve().parent))  # a recipe may build on its neighbours
+    try:
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+    finally:
+        sys.path.pop(0)
+    config = getattr(module, "config", None)
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"a recipe must define `config`, a RunConfig: {path} has {config!r}.")
+    return config
+
+
+def parse_run_config(argv: list[str], default: str) -> RunConfig:
+    """--config PATH, then every setting of that recipe as a typed option."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=default)
+    known, rest = first.parse_known_args(argv)
+    config = load_recipe(known.config)
+    if config.run_dir == RunConfig.run_dir:
+        config = dataclasses.replace(config, run_dir=f"runs/{pathlib.Path(known.config).stem}")
+    return tyro.cli(
+        RunConfig,
+        default=config,
+        args=rest,
+        prog="train.py",
+        description=f"Train a text encoder. Defaults are those of the recipe {known.config}; --config PATH picks "
+        "another. The same command again resumes a run.",
+    )

@@ -1,0 +1,1 @@
+"""Documents to rows: packing, order, targets and batches, each a function of seed and number."""

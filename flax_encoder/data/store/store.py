@@ -1,0 +1,170 @@
+"""Tokenized documents on disk: flat tokens plus offsets, read by memory map. `prepare.py` writes them.
+
+STORE/manifest.json               counts, hashes, label names, every other file's size and SHA-256
+STORE/tokenizer.json              what made the tokens
+STORE/{train,test}/tokens-N.bin   uint16 or uint32, the split's documents end to end, none across two files
+STORE/{train,test}/words-N.bin    a bit a token: whether it begins a word
+STORE/{train,test}/offsets.npy    int64 [documents + 1], in tokens over all the split's files
+STORE/{train,test}/histogram.npy  uint32 [3, entries], see `packing.length_histogram`
+STORE/{train,test}/labels.npy     int32 [documents], where the source is labelled
+
+A folder whose manifest has `members` is a mixture: folders of stores, and their weights.
+"""
+
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flax_encoder.data.sources.records import DataError
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Documents [offsets[i], offsets[i + 1]) of the shards end to end, without special tokens."""
+
+    tokens: Sequence[np.ndarray]
+    words: Sequence[np.ndarray]
+    """Bits, packed from the low end of each byte."""
+    offsets: np.ndarray
+    labels: np.ndarray | None = None
+    histogram: np.ndarray | None = None
+    """Of the documents' lengths, as `packing.length_histogram` counts them."""
+    shard_starts: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        starts = np.cumsum([0, *(len(shard) for shard in self.tokens)])
+        object.__setattr__(self, "shard_starts", starts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, index: int) -> np.ndarray:
+        begin, end = self.offsets[index : index + 2]
+        shard = int(np.searchsorted(self.shard_starts, begin, side="right")) - 1
+        return self.tokens[shard][begin - self.shard_starts[shard] : end - self.shard_starts[shard]]
+
+
+@dataclass(frozen=True)
+class StoredSplit(Split):
+    """A split of a store on disk; sent to another process it goes as its folder's name."""
+
+    folder: pathlib.Path = pathlib.Path()
+
+    def __reduce__(self):
+        return _open_split, (self.folder,)
+
+
+@dataclass(frozen=True)
+class Store:
+    train: Split
+    test: Split
+    manifest: dict
+    folder: pathlib.Path
+
+    @property
+    def label_names(self) -> list[str] | None:
+        return self.manifest["label_names"]
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Of the contents: the same text by the same tokenizer has the same hash wherever it is prepared."""
+        files = {name: about["sha256"] for name, about in self.manifest["files"].items()}
+        what = (FORMAT, self.manifest["tokenizer"], self.manifest["label_names"], sorted(files.items()))
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def verify(self, progress: Callable[[str], None] = lambda message: None) -> None:
+        """Read every file and compare its SHA-256.
+
+        Raises:
+          DataError: a file is not what was written; names it and both hashes.
+        """
+        for name, about in self.manifest["files"].items():
+            progress(f"verifying {name}")
+            with (self.folder / name).open("rb") as f:
+                digest = hashlib.file_digest(f, "sha256").hexdigest()
+            if digest != about["sha256"]:
+                raise DataError(
+                    f"a prepared file must be as it was written: {self.folder / name} has SHA-256 "
+                    f"{digest}, expected {about['sha256']}. Delete {self.folder} and prepare it again."
+                )
+
+
+def is_store(folder: pathlib.Path) -> bool:
+    """Whether it is a store or the beginnings of one, rather than a file or a data set's name."""
+    return (folder / MANIFEST).exists() or partial_folder(folder).exists()
+
+
+def partial_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Where a store stands while it is being prepared."""
+    folder = folder.absolute()
+    return folder.with_name(folder.name + ".partial")
+
+
+def read_manifest(folder: pathlib.Path) -> dict:
+    """A store's manifest, or a mixture's.
+
+    Raises:
+      DataError: there is none, it is only half prepared, or it is of another format.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        if manifest["format"] != FORMAT:
+            raise DataError(
+                f"a store must have format {FORMAT}: {folder} has {manifest['format']}, of another version of this "
+                f"library. Prepare it again."
+            )
+        return manifest
+    except FileNotFoundError:
+        if partial_folder(folder).exists():
+            raise DataError(
+                f"a store must be whole: the one at {folder} was interrupted. The same prepare command finishes it."
+            ) from None
+        raise DataError(f"no prepared store at {folder}: it has no {MANIFEST}.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"prepared text is damaged: {folder / MANIFEST}: {error}. Prepare it again.") from error
+
+
+def open_store(folder: pathlib.Path) -> Store:
+    """Map a store's files.
+
+    Raises:
+      DataError: a file is missing, damaged, or does not fit the manifest.
+    """
+    manifest = read_manifest(folder)
+    try:
+        for name, about in manifest["files"].items():
+            if (size := (folder / name).stat().st_size) != about["bytes"]:
+                raise DataError(
+                    f"a prepared file does not fit its manifest: {folder / name} has {size} bytes, expected "
+                    f"{about['bytes']}. Delete {folder} and prepare it again."
+                )
+        train, test = (_open_split(folder / split) for split in ("train", "test"))
+        return Store(train, test, manifest, folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"prepared text is damaged: {error}. Delete {folder} and prepare it again.") from error
+
+
+def _open_split(folder: pathlib.Path) -> StoredSplit:
+    manifest = read_manifest(folder.parent)
+    shards = range(manifest["splits"][folder.name]["shards"])
+    tokens = [np.memmap(folder / f"tokens-{i:05}.bin", manifest["dtype"], "r") for i in shards]
+    words = [np.memmap(folder / f"words-{i:05}.bin", np.uint8, "r") for i in shards]
+    offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+    labels = np.load(folder / "labels.npy") if manifest["label_names"] is not None else None
+    return StoredSplit(tokens, words, offsets, labels, np.load(folder / "histogram.npy"), folder)

@@ -1,7 +1,0 @@
-"""What a model is trained for. An objective is a module that maps a batch to logits at its target positions, and the
-report of its summed metrics; the loss is the same for all (loss.py)."""
-
-from flax_encoder.objectives.classification import Classifier
-from flax_encoder.objectives.masked_lm import MaskedLM
-
-OBJECTIVES = {"masked_lm": MaskedLM, "classification": Classifier}

@@ -1,0 +1,1 @@
+"""Folders that other libraries publish: weights, models, sentence-transformers settings."""

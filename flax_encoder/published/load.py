@@ -1,0 +1,411 @@
+"""Published weight folders: load them and ask them.
+
+A folder holds config.json, weights and a tokenizer; `families` says what their fields and tensors mean. What is not
+understood is an error that names it, and what is left out or made up is named in a log line.
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig, HeadConfig
+from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.tokens.tokenizer import TextTokenizer
+from flax_encoder.data.tokens.tokenizer_files import SENTENCEPIECE_FILES, read_tokenizer
+from flax_encoder.families import find_family
+from flax_encoder.families.mapping import Family, Head, import_tensors, plain_name, read_config, read_head, understood
+from flax_encoder.nn.decoder import EncoderDecoder
+from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.generation import Generation, generate
+from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead
+from flax_encoder.nn.partition import abstract_model, flatten, unflatten
+from flax_encoder.published.weights import read_weights
+from flax_encoder.tasks.classification import segment_mean
+
+logger = logging.getLogger(__name__)
+
+Task = Literal[
+    "masked_lm", "classification", "token_classification", "question_answering", "discriminator", "text_to_text"
+]
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", *SENTENCEPIECE_FILES)
+# Buffers that older files carry: positions 0, 1, 2 ..., masks and rotations, which follow from the config.
+BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|freqs_cis|alibi)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """NumPy, float32. At padding, the rows of states and of logits mean nothing."""
+
+    last_hidden_state: Float[np.ndarray, "B T D"]
+    hidden_states: tuple[Float[np.ndarray, "B T D"], ...]
+    """The embeddings and what each layer leaves; the last is last_hidden_state."""
+    pooler_output: Float[np.ndarray, "B D"] | None
+    logits: Float[np.ndarray, "..."] | None
+    """[B, T, V], [B, C] (classification), [B, T, C], [B, T, 2] (question answering: start, end) or [B, T]
+    (discriminator); of an encoder-decoder those of the target."""
+    decoder_hidden_states: tuple[Float[np.ndarray, "B S D"], ...] | None = None
+    """Of an encoder-decoder's target, likewise."""
+
+
+class PretrainedModel(nnx.Module):
+    """An encoder with what a folder has on it: the head of its task, a pooler. Paths are those of the objectives."""
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        task: Task | None = None,
+        head: HeadConfig | None = None,
+        num_outputs: int = 0,
+        pooling: str = "cls",
+        has_pooler: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.task, self.pooling = task, pooling
+        self.encoder = Encoder(config, rngs=rngs)
+        if task == "masked_lm":
+            self.head = MaskedLMHead(config, head, rngs=rngs)
+        else:
+            self.head = ClassificationHead(config, num_outputs, head, rngs=rngs) if task else None
+        self.pooler = ClassificationHead(config, 0, rngs=rngs) if has_pooler else None
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        token_types: Int[Array, "B T"] | None = None,
+    ) -> dict[str, Array | None]:
+        """One document a row; the fields of `Output`, the states stacked."""
+        hidden, states = self.encoder(tokens, segment_ids, positions, token_types, every_layer=True)
+        # A document's first token is where BERT's [CLS] is, whichever side is padded.
+        first = (segment_ids > 0).argmax(1)[:, None]
+        pooled = jnp.take_along_axis(hidden, first[..., None], axis=1)
+        logits = None
+        if self.task == "masked_lm":
+            logits = self.head(hidden, self.encoder.embedding.token[...])
+        elif self.task == "classification" and self.pooling == "late":
+            logits = segment_mean(self.head(hidden), segment_ids, first)[:, 0]
+        elif self.task == "classification":
+            mean = segment_mean(hidden, segment_ids, first)
+            logits = self.head(mean if self.pooling == "mean" else pooled)[:, 0]
+        elif self.task is not None:
+            logits = self.head(hidden)
+            logits = logits[..., 0] if self.task == "discriminator" else logits
+        pooler_output = None if self.pooler is None else self.pooler(pooled)[:, 0]
+        return {"last_hidden_state": hidden, "hidden_states": states, "pooler_output": pooler_output, "logits": logits}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    model: PretrainedModel | EncoderDecoder
+    config: EncoderConfig
+    tokenizer: TextTokenizer | None
+    """None where the folder has no file of one."""
+    family: Family
+    task: Task | None
+    head: HeadConfig
+    pooling: str
+    label_names: list[str] | None
+    pad_id: int
+    fresh: tuple[str, ...]
+    """Paths of the parameters that the folder did not have."""
+    decoder: DecoderConfig | None = None
+    generation: Generation | None = None
+    """The ids that its decoder starts with, ends with and pads with."""
+
+    @cached_property
+    def _apply(self):
+        graphdef, _ = nnx.split(self.model)
+        call = (lambda model, *rows: model(*rows)) if self.decoder is None else _encode_and_decode
+        return jax.jit(lambda params, *rows: call(nnx.merge(graphdef, params), *rows))
+
+    def __call__(
+        self,
+        input_ids: Int[np.ndarray, "B T"],
+        attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
+        token_type_ids: Int[np.ndarray, "B T"] | None = None,
+        decoder_input_ids: Int[np.ndarray, "B S"] | None = None,
+    ) -> Output:
+        """What transformers computes of the same arrays. Rows may be padded on either side.
+
+        Args:
+          attention_mask: 1 at tokens, 0 at padding; None is all tokens.
+          decoder_input_ids: an encoder-decoder's target; None encodes only.
+
+        Raises:
+          DataError: ids or types that the embedding has not, arrays that do not fit each other, rows longer than the
+            model takes, or a target for no decoder.
+        """
+        if decoder_input_ids is not None and self.decoder is None:
+            raise DataError(f"decoder_input_ids are for encoder-decoders: this is a {self.task or 'bare encoder'}.")
+        rows = self.rows(input_ids, attention_mask, token_type_ids)
+        if self.decoder is not None:
+            target = None
+            if decoder_input_ids is not None:
+                shape = (rows[0].shape[0], None)
+                target = jnp.asarray(_whole_numbers(decoder_input_ids, "token ids", self.config.vocab_size, shape))
+            rows = (*rows[:3], target)
+        _, params = nnx.split(self.model)
+        out = self._apply(params, *rows)
+        out = {name: None if value is None else np.asarray(value) for name, value in out.items()}
+        states = {name: tuple(x) for name, x in out.items() if name.endswith("hidden_states") and x is not None}
+        return Output(**out | states)
+
+    def rows(
+        self,
+        input_ids: Int[np.ndarray, "B T"],
+        attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
+        token_type_ids: Int[np.ndarray, "B T"] | None = None,
+    ) -> tuple[Array | None, ...]:
+        """What `model` takes: tokens, segment_ids, positions as the family counts them, and types if it has any."""
+        ids, mask = self._ids_and_mask(input_ids, attention_mask)
+        if self.config.position == "learned" and ids.shape[1] > self.config.max_length:
+            raise DataError(f"the model takes rows of {self.config.max_length} tokens: got {ids.shape[1]}.")
+        positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+        if self.family.counts_real_tokens:
+            is_real = (ids != self.pad_id).astype(np.int32)
+            positions = np.cumsum(is_real, axis=1, dtype=np.int32) * is_real - 1
+        types = None
+        if token_type_ids is not None and self.config.num_token_types:
+            types = jnp.asarray(_whole_numbers(token_type_ids, "token types", self.config.num_token_types, ids.shape))
+        return *map(jnp.asarray, (ids, mask, positions)), types
+
+    def generate(
+        self,
+        input_ids: Int[np.ndarray, "B T"],
+        attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
+        *,
+        do_sample: bool = False,
+        seed: int = 0,
+        **settings: Any,
+    ) -> Int[np.ndarray, "B S"]:
+        """Write a target for each row: greedy, or as `settings` say; they are `Generation`'s, such as num_beams.
+
+        Returns ids with the one that starts them, padded to the longest.
+
+        Raises:
+          DataError: no decoder. ValueError: settings that contradict each other.
+        """
+        if self.decoder is None:
+            raise DataError(f"only encoder-decoders generate: this model is a {self.task or 'bare encoder'}.")
+        ids, mask = self._ids_and_mask(input_ids, attention_mask)
+        generation = dataclasses.replace(self.generation, is_drawn=do_sample, **settings)
+        # A multiple of 32, so that few shapes are compiled.
+        ids, mask = (jnp.asarray(np.pad(x, [(0, 0), (0, -x.shape[1] % 32)])) for x in (ids, mask))
+        key = jax.random.key(seed) if do_sample else None
+        text = np.asarray(generate(self.model, ids, mask, generation, key=key))
+        is_over = np.cumsum(text[:, 1:] == generation.end_id, axis=1) > 0
+        longest = 1 + min(int((~is_over).sum(1).max()) + 1, generation.max_new_tokens)
+        return text[:, :longest]
+
+    def _ids_and_mask(self, input_ids, attention_mask) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+        ids = _whole_numbers(input_ids, "token ids", self.config.vocab_size, (None, None))
+        if attention_mask is None:
+            return ids, np.ones_like(ids)
+        mask = np.asarray(attention_mask)
+        if mask.shape != ids.shape:
+            raise DataError(f"attention_mask must have a number for each token, {ids.shape}: got {mask.shape}.")
+        return ids, (mask > 0).astype(np.int32)
+
+
+def _whole_numbers(values: Any, what: str, count: int, shape: tuple[int | None, ...]) -> Int[np.ndarray, "B T"]:
+    """`values` as an array of that shape (None is any size, from 1), if each lies in 0 .. count - 1."""
+    try:
+        values = np.asarray(values)
+    except ValueError:
+        raise DataError(f"{what} must be in rows of one length: got {values!r:.80}.") from None
+    is_alike = len(values.shape) == len(shape) and all(
+        n > 0 if want is None else n == want for n, want in zip(values.shape, shape, strict=True)
+    )
+    if not is_alike or not np.issubdtype(values.dtype, np.integer):
+        wanted = " x ".join("any" if n is None else str(n) for n in shape)
+        raise DataError(
+            f"{what} must be whole numbers in rows of one length, {wanted}: got {values.dtype} of shape {values.shape}."
+        )
+    if values.min() < 0 or values.max() >= count:
+        raise DataError(f"{what} must lie in 0 .. {count - 1}: got {values.min()} .. {values.max()}.")
+    return values.astype(np.int32)
+
+
+def _encode_and_decode(model: EncoderDecoder, tokens, segment_ids, positions, target_tokens) -> dict[str, Array | None]:
+    """The fields of `Output`, as `PretrainedModel` gives them."""
+    hidden, states = model.encoder(tokens, segment_ids, positions, every_layer=True)
+    out = {"last_hidden_state": hidden, "hidden_states": states, "pooler_output": None, "logits": None}
+    if target_tokens is None:
+        return out
+    seen = jnp.ones_like(target_tokens)
+    decoded, decoder_states = model.decoder(model.embed(target_tokens), hidden, seen, segment_ids, every_layer=True)
+    return out | {"logits": model.logits(decoded), "decoder_hidden_states": decoder_states}
+
+
+def is_published(path: str | pathlib.Path) -> bool:
+    """Whether a folder is a published one, rather than a run's."""
+    try:
+        return "model_type" in read_json(pathlib.Path(path) / "config.json")
+    except ConfigError:
+        return False
+
+
+def load_pretrained(
+    folder: str | pathlib.Path,
+    *,
+    task: Task | None = None,
+    num_labels: int | None = None,
+    allow_unused: bool = False,
+    seed: int = 0,
+) -> Pretrained:
+    """Load a published folder: config.json, safetensors or pickled tensors, and whatever tokenizer it has.
+
+    Args:
+      task: the head to load; None is that of config.json's architectures, or else the one that the weights hold.
+      num_labels: classes of a head that is not in the folder; None is config.json's.
+      allow_unused: leave out tensors that nothing here reads, rather than refuse them.
+      seed: for heads that the folder has not.
+
+    Raises:
+      ConfigError: an unknown model_type or architecture, a config field or a tensor that is not understood, a tensor
+        of the wrong shape.
+      WeightsError: weights that are missing, truncated or corrupt.
+      DataError: a tokenizer that cannot be read, or has more tokens than the embedding.
+    """
+    folder = pathlib.Path(folder)
+    published = read_json(folder / "config.json")
+    family = find_family(published)
+    config = read_config(family, published)
+    tensors = {name: w for name, w in read_weights(folder).items() if not BUFFERS.search(name)}
+    task = task or _task(family, published, tensors)
+    if task is not None and task not in family.heads:
+        raise ConfigError(f"{family.model_type} has no {task} head; it has {', '.join(family.heads)}.")
+    head, pooling = read_head(family, task, published) if task else (HeadConfig(), "cls")
+    decoder = family.decoder(published, tensors) if family.decoder and task == "text_to_text" else None
+    label_names = _label_names(published)
+    num_outputs = num_labels or len(label_names) or _whole(published, "num_labels", 0) or 2
+    if task and family.heads[task].num_outputs:
+        num_outputs = family.heads[task].num_outputs
+    plain_names = {name.removeprefix(family.prefix) for name in tensors}
+    head_names = {
+        n.removeprefix(family.prefix) for row in (family.heads[task].rows if task else ()) for n in row.theirs
+    }
+    has_pooler = any(row.theirs[0] in plain_names - head_names for row in family.pooler)
+
+    def make_model():
+        if decoder is not None:
+            return EncoderDecoder(config, decoder, rngs=nnx.Rngs(seed))
+        return PretrainedModel(config, task, head, num_outputs, pooling, has_pooler, rngs=nnx.Rngs(seed))
+
+    graphdef, abstract = abstract_model(make_model)
+    shapes = {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(abstract)).items()}
+    imported = import_tensors(family, task, tensors, shapes, config.num_heads)
+    fresh = tuple(sorted(set(shapes) - set(imported.params)))
+    _check_unused(folder, family, imported.unused, allow_unused)
+    if fresh:
+        made = flatten(nnx.to_pure_dict(nnx.split(make_model())[1]))
+        imported.params.update({path: np.asarray(made[path]) for path in fresh})
+        logger.warning("%s has no %s: made anew from seed %d", folder, ", ".join(fresh), seed)
+    model = nnx.merge(graphdef, unflatten({path: jnp.asarray(value) for path, value in imported.params.items()}))
+    tokenizer = None
+    if any((folder / name).exists() for name in TOKENIZER_FILES):
+        tokenizer = read_tokenizer(folder)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise DataError(
+                f"the embedding must hold every token: the tokenizer in {folder} has {tokenizer.vocab_size} and the "
+                f"embedding {config.vocab_size}."
+            )
+    pad_id = config.position_offset - 1 if family.counts_real_tokens else _whole(published, "pad_token_id", 0)
+    names = label_names if len(label_names) == num_outputs else [f"LABEL_{i}" for i in range(num_outputs)]
+    return Pretrained(
+        model,
+        config,
+        tokenizer,
+        family,
+        task,
+        head,
+        pooling,
+        names if task == "classification" else None,
+        pad_id,
+        fresh,
+        decoder,
+        _generation(published) if decoder else None,
+    )
+
+
+def _generation(published: Mapping[str, Any]) -> Generation:
+    pad = _whole(published, "pad_token_id", 0)
+    start, end = _whole(published, "decoder_start_token_id", pad), _whole(published, "eos_token_id", 1)
+    return Generation(start_id=start, end_id=end, pad_id=pad)
+
+
+def _whole(published: Mapping[str, Any], name: str, default: int) -> int:
+    """A field that is a number or an id, or else `default`."""
+    value = published.get(name)
+    if value is not None and type(value) is not int:
+        raise ConfigError(f"config field {name} must be one whole number: got {value!r}.")
+    return default if value is None else value
+
+
+def _label_names(published: Mapping[str, Any]) -> list[str]:
+    names = published.get("id2label") or {}
+    with understood(f"config field id2label, {names!r},"):
+        return [str(name) for _, name in sorted(names.items(), key=lambda x: int(x[0]))]
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"no published model in {path.parent}: {path.name}: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must be a JSON object: got {type(value).__name__}.")
+    return value
+
+
+def _task(family: Family, published: Mapping[str, Any], tensors: Mapping[str, Any]) -> Task | None:
+    """What a folder is for: what its config says, or else the first head of which it has every weight."""
+    architecture = (published.get("architectures") or [None])[0]
+    known = {name: task for task, head in family.heads.items() for name in head.architectures}
+    if architecture is not None and architecture not in (*known, family.base):
+        raise ConfigError(
+            f"architecture {architecture!r} of {family.model_type} is not known; known are "
+            f"{', '.join([family.base, *known])}. Give task= to load it as one of them."
+        )
+    if architecture is not None:
+        return known.get(architecture)
+    found = {plain_name(family, name) for name in tensors}
+
+    def is_whole(head: Head) -> bool:
+        names = [row.theirs for row in head.rows if row.when is None and head.tied not in row.theirs]
+        names = [[plain_name(family, name.replace("{i}", "0")) for name in own] for own in names]
+        weights = [own for own in names if own[0].endswith(".weight")]
+        return bool(weights) and not any(found.isdisjoint(own) for own in weights)
+
+    return next((task for task, head in family.heads.items() if is_whole(head)), None)
+
+
+def _check_unused(folder: pathlib.Path, family: Family, unused: list[str], allow_unused: bool) -> None:
+    known = {name.removeprefix(family.prefix) for h in family.heads.values() for row in h.rows for name in row.theirs}
+    known |= {h.tied for h in family.heads.values()} | {n for row in family.pooler for n in row.theirs}
+    expected = [
+        name for name in unused
+        if name.removeprefix(family.prefix) in known or any(re.search(p, name) for p in family.leftovers)
+    ]  # fmt: skip
+    if expected:
+        logger.warning("%s: left out %s, which what is loaded does not read", folder, ", ".join(expected))
+    if (unknown := sorted(set(unused) - set(expected))) and not allow_unused:
+        raise ConfigError(
+            f"{folder} has tensors that nothing here reads: {', '.join(unknown[:8])}"
+            f"{' ...' if len(unknown) > 8 else ''}. allow_unused=True leaves them out."
+        )

@@ -1,0 +1,124 @@
+"""What a run starts from: its own checkpoint, another run's or a published model, word vectors, or nothing."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, RunConfig, differences, from_dict
+from flax_encoder.data.pipeline import settle_tokenizer
+from flax_encoder.data.tokens.tokenizer import TextTokenizer
+from flax_encoder.data.tokens.word_vectors import embedding_from_vectors, word_level_tokenizer
+from flax_encoder.runs.exchange import read_origin
+from flax_encoder.nn.partition import round_up_vocab
+from flax_encoder.training.checkpoint import read_run
+from flax_encoder.training.run_log import RunLog
+
+# Settings that do not change what is computed: a resumed run may differ in them. (Text may have moved: its hash says
+# whether it is the same.)
+FREE_ON_RESUME = (
+    "run_dir", "init_from", "compare_with_scratch", "log_every", "eval_every", "eval_batches", "checkpoint_every",
+    "keep_checkpoints", "mesh.", "data.cache_dir", "data.source", "data.tokenizer", "data.word_vectors", "data.workers",
+    "data.verify", "model.scan_layers", "model.remat", "model.attention_implementation",
+)  # fmt: skip
+
+
+def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) -> tuple[RunConfig, dict[str, Any]]:
+    """The config and what else is fixed by the checkpoint that is resumed, or by the run that init_from names.
+
+    Raises:
+      ConfigError: a resumed run's settings that matter differ from before.
+    """
+    if start:
+        run = read_run(run_dir)
+        before = from_dict(RunConfig, run["config"])
+        known = like_origin(config, run)
+        changed = {
+            name: values
+            for name, values in differences(before, config if config.init_from is None else known).items()
+            if not name.startswith(FREE_ON_RESUME) and not (name == "model.vocab_size" and values[1] == 0)
+        }
+        if changed:
+            lines = "".join(f"\n  {name}: {was} before, {now} now" for name, (was, now) in changed.items())
+            raise ConfigError(
+                f"a run resumes with the settings it began with; {run_dir} has a checkpoint at step {start}, and these "
+                f"differ:{lines}\nGive the same, or another --run-dir (--init-from {run_dir} starts from its model)."
+            )
+        return dataclasses.replace(known, init_from=before.init_from), run
+    if config.init_from:
+        run, _ = read_origin(config.init_from, config.objective)
+        settled = like_origin(config, run)
+        model = dataclasses.replace(config.model, vocab_size=settled.model.vocab_size)
+        for name, (was, now) in differences(dataclasses.replace(config, model=model), settled).items():
+            log.say(f"{name} is {now}, from {config.init_from} (the config has {was})")
+        keep = {"tokenizer": run["tokenizer"]}
+        if config.data.tokenizer is not None:
+            given = settle_tokenizer(config.data, [], [], log.say)
+            if given.hash != TextTokenizer(run["tokenizer"]).hash:
+                raise ConfigError(
+                    f"a model reads the tokens it was made for: data.tokenizer {config.data.tokenizer} is not that of "
+                    f"{config.init_from}. Leave it out."
+                )
+        if config.objective == "classification" and run["label_names"]:
+            keep["label_names"] = run["label_names"]
+        return settled, keep
+    if config.data.word_vectors and config.data.tokenizer is None:
+        return config, {"tokenizer": word_level_tokenizer(config.data.word_vectors, config.data.vocab_size).json}
+    return config, {}
+
+
+def like_origin(config: RunConfig, run: dict[str, Any]) -> RunConfig:
+    """`config` with the settings that another run's parameters depend on; its head's too if of the same kind, and
+    how it pools if it is trained."""
+    origin = from_dict(RunConfig, run["config"])
+    theirs = {name: value for name, value in vars(origin.model).items() if name not in FREE_OF_PARAMETERS}
+    head: dict[str, Any] = {"head": origin.head} if origin.objective == config.objective else {}
+    if head and run["label_names"]:
+        head["pooling"] = origin.pooling
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **theirs), **head)
+
+
+def with_vocab_size(config: RunConfig, tokenizer_size: int) -> RunConfig:
+    """Settle model.vocab_size, rounded up so that any usual mesh divides it."""
+    size = config.model.vocab_size or round_up_vocab(tokenizer_size)
+    if tokenizer_size > size:
+        raise ConfigError(f"model.vocab_size must hold the tokenizer's {tokenizer_size} tokens: got {size}.")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def start_from(config: RunConfig, label_names: list[str] | None, params: Any, log: RunLog) -> Any:
+    """`params` with the encoder of init_from, and its head too if that was made for the same; what is new is named."""
+    origin, params_there = read_origin(config.init_from, config.objective)
+    is_of_these = origin["label_names"] is None or origin["label_names"] == label_names
+    keeps_head = origin["config"]["objective"] == config.objective and is_of_these
+    found = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(params_there)}
+    fresh = []
+
+    def pick(path, own):
+        theirs = found.get(jax.tree_util.keystr(path)) if keeps_head or path[0].key == "encoder" else None
+        if theirs is None or theirs.shape != own.shape:
+            fresh.append(".".join(key.key for key in path))
+            return own
+        return jax.make_array_from_callback(own.shape, own.sharding, np.asarray(theirs).__getitem__)
+
+    picked = jax.tree_util.tree_map_with_path(pick, params)
+    log.say(f"started from {config.init_from}; new parameters: {', '.join(fresh) or 'none'}")
+    return picked
+
+
+def with_word_vectors(path: str, tokenizer: TextTokenizer, params: Any, log: RunLog) -> Any:
+    """`params` with the file's vectors as rows of the token embedding; the rows of other tokens stay as they are."""
+    rows = embedding_from_vectors(path, tokenizer)
+    token = params["encoder"]["embedding"]["token"]
+    if (found := rows.vectors.shape[1]) != token.shape[1]:
+        raise ConfigError(
+            f"word vectors must be as long as the token embedding: {path} has {found} numbers a word, the model "
+            f"{token.shape[1]}."
+        )
+    place = jax.jit(lambda token, rows: token.at[rows[0]].set(rows[1]), out_shardings=token.sharding)
+    token = place(token, (rows.ids, rows.vectors))
+    log.say(f"token embedding: {len(rows.ids):,} rows from {path}, {rows.num_missing:,} tokens are not there")
+    embedding = params["encoder"]["embedding"] | {"token": token}
+    return params | {"encoder": params["encoder"] | {"embedding": embedding}}

@@ -1,0 +1,310 @@
+"""Published folders in and out: heads, runs, and everything that can be wrong with a folder."""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from flax_encoder.commands import main
+from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, RunConfig, to_dict
+from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.tokens.tokenizer import train_wordpiece
+from flax_encoder.nn.partition import round_up_vocab
+from flax_encoder.published.load import is_published, load_pretrained
+from flax_encoder.published.weights import WeightsError, read_weights
+from flax_encoder.runs.exchange import export_run, import_folder, open_model
+from flax_encoder.runs.loaded import load_run, model_factory
+from flax_encoder.training.checkpoint import Checkpoints
+from flax_encoder.training.step import TrainState
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+TEXTS = ["the list holds a value", "each item of the list is a value"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_wordpiece(TEXTS * 3, 43)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A writable copy of the tiny BERT with its masked-LM head."""
+    return pathlib.Path(shutil.copytree(GOLDEN / "bert-masked_lm", tmp_path / "bert"))
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+
+
+def change_tensors(folder, change):
+    tensors = read_weights(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_the_task_is_what_the_architecture_says_or_the_weights_hold(folder):
+    assert load_pretrained(folder).task == "masked_lm"
+    edit(folder, architectures=...)
+    assert load_pretrained(folder).task == "masked_lm"
+    edit(folder, architectures=["BertForPreTraining"])
+    assert load_pretrained(folder).task == "masked_lm"
+    for name, task in (("xlm-roberta-token_classification", "token_classification"), ("t5-encoder", None)):
+        other = pathlib.Path(shutil.copytree(GOLDEN / name, folder.parent / name))
+        edit(other, architectures=...)
+        assert load_pretrained(other).task == task
+    edit(folder, architectures=["BertForDreaming"])
+    with pytest.raises(ConfigError, match=r"'BertForDreaming' of bert is not known; known are BertModel, BertForMask"):
+        load_pretrained(folder)
+    with pytest.raises(ConfigError, match="bert has no discriminator head; it has masked_lm, classification"):
+        load_pretrained(folder, task="discriminator")
+
+
+def test_a_missing_head_is_made_anew_and_named_and_another_one_left_out(folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        loaded = load_pretrained(folder, task="classification", num_labels=7)
+    assert "has no head.dense.bias, head.dense.kernel, head.out.bias, head.out.kernel: made anew" in caplog.text
+    assert "left out cls.predictions.bias" in caplog.text
+    assert loaded.fresh == ("head.dense.bias", "head.dense.kernel", "head.out.bias", "head.out.kernel")
+    assert loaded(np.array([[5, 6, 7]])).logits.shape == (1, 7)
+
+
+def test_pretraining_tensors_beside_the_model_are_left_out_and_named(folder, caplog):
+    D = load_pretrained(folder).config.embed_dim
+    pretraining = {
+        "cls.seq_relationship.weight": np.ones((2, D), np.float32),
+        "cls.seq_relationship.bias": np.zeros(2, np.float32),
+        "bert.pooler.dense.weight": np.eye(D, dtype=np.float32),
+        "bert.pooler.dense.bias": np.zeros(D, np.float32),
+    }
+    change_tensors(folder, lambda tensors: tensors.update(pretraining))
+    with caplog.at_level(logging.WARNING):
+        out = load_pretrained(folder)(np.array([[5, 6, 7]]))
+    assert "left out cls.seq_relationship.bias, cls.seq_relationship.weight" in caplog.text
+    np.testing.assert_allclose(out.pooler_output, np.tanh(out.last_hidden_state[:, 0]), atol=1e-6)
+
+
+def test_unknown_tensors_are_refused_unless_allowed(folder):
+    change_tensors(folder, lambda tensors: tensors.update({"bert.extra.weight": np.ones(3, np.float32)}))
+    with pytest.raises(ConfigError, match=r"tensors that nothing here reads: bert.extra.weight. allow_unused=True"):
+        load_pretrained(folder)
+    assert load_pretrained(folder, allow_unused=True).task == "masked_lm"
+
+
+def test_missing_tensors_of_the_encoder_are_named(folder):
+    change_tensors(folder, lambda tensors: tensors.pop("bert.encoder.layer.1.output.dense.weight"))
+    with pytest.raises(ConfigError, match=r"needs tensors that are missing: bert.encoder.layer.1.output.dense.weight"):
+        load_pretrained(folder)
+
+
+def test_wrong_shapes_are_named_with_both(folder):
+    edit(folder, vocab_size=50)
+    with pytest.raises(ConfigError, match=r"word_embeddings.weight must have shape \[50, \d+\], .*: found \[43, \d+\]"):
+        load_pretrained(folder)
+
+
+def test_two_tensors_of_one_meaning_are_refused(folder):
+    """Whichever was read, the other would be lost without a word."""
+    name = "embeddings.word_embeddings.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: np.zeros_like(tensors[f"bert.{name}"])}))
+    with pytest.raises(ConfigError, match=f"{name} and .*{name} are two of one meaning"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_labels": "3", "id2label": ...}, "num_labels must be one whole number: got '3'"),
+        ({"id2label": ["a"]}, "id2label, .*, is not understood"),
+        ({"id2label": {"a": "b"}}, "id2label, .*, is not understood"),
+        ({"pad_token_id": [1]}, r"pad_token_id must be one whole number: got \[1\]"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(folder, changes, message):
+    edit(folder, **changes)
+    with pytest.raises(ConfigError, match=message):
+        load_pretrained(folder)
+
+
+def test_json_that_is_no_config_is_named(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+    assert not is_published(folder)
+    with pytest.raises(ConfigError, match="is no JSON"):
+        load_pretrained(folder)
+    (folder / "config.json").write_text("5")
+    assert not is_published(folder)
+
+
+def test_a_tied_decoder_that_differs_is_refused(folder):
+    name = "cls.predictions.decoder.weight"
+    wrong = 1 + read_weights(folder)["bert.embeddings.word_embeddings.weight"]
+    change_tensors(folder, lambda tensors: tensors.update({name: wrong}))
+    with pytest.raises(ConfigError, match=f"{name} must equal the token embedding"):
+        load_pretrained(folder)
+
+
+def test_damaged_weights_and_configs_are_named(folder, tmp_path):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match=r"model.safetensors is truncated"):
+        load_pretrained(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config.json is no JSON"):
+        load_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"no published model in .*nothing: config.json: No such file"):
+        load_pretrained(tmp_path / "nothing")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder, tokenizer):
+    (folder / "tokenizer.json").write_text(train_wordpiece([" ".join("abcdefghijklmnopqrstuvwxyz")] * 2, 60).json)
+    with pytest.raises(DataError, match=r"has \d+ and the embedding 43"):
+        load_pretrained(folder)
+
+
+def test_ids_and_rows_that_the_model_cannot_take_are_refused(folder):
+    loaded = load_pretrained(folder)
+    with pytest.raises(DataError, match=r"must lie in 0 .. 42: got 5 .. 43"):
+        loaded(np.array([[5, 43]]))
+    with pytest.raises(DataError, match=r"must lie in 0 .. 42: got 5 .. 4294967301"):
+        loaded(np.array([[5, 5 + 2**32]]))
+    with pytest.raises(DataError, match=r"rows of 15 tokens: got 16"):
+        loaded(np.full((1, 16), 5))
+    ids = np.full((2, 5), 5)
+    with pytest.raises(DataError, match=r"token types must lie in 0 .. \d: got 9 .. 9"):
+        loaded(ids, token_type_ids=np.full((2, 5), 9))
+    # Past the annotations, which tests check.
+    for wrong in ([5, 6], [[5], [6, 7]], [[5.0]], np.zeros((0, 3), int), np.zeros((2, 0), int)):
+        with pytest.raises(DataError, match="token ids must be"):
+            loaded._ids_and_mask(wrong, None)
+    for shape in ((2, 1), (1, 5), (2, 9), (5,)):
+        with pytest.raises(DataError, match=r"attention_mask must have a number for each token, \(2, 5\): got"):
+            loaded._ids_and_mask(ids, np.ones(shape))
+
+
+MODEL = EncoderConfig(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=24, max_length=40)
+
+
+def make_run(path, tokenizer, label_names=None, **model) -> RunConfig:
+    """A run folder as training leaves it, with parameters that are no zeros and ones."""
+    model = dataclasses.replace(MODEL, vocab_size=round_up_vocab(tokenizer.vocab_size), **model)
+    objective = "classification" if label_names else "masked_lm"
+    data = DataConfig(row_length=32)
+    config = RunConfig(run_dir=str(path), objective=objective, model=model, data=data, seed=3)
+    params = nnx.to_pure_dict(nnx.split(model_factory(config, label_names)())[1])
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + jnp.asarray(0.1 * draw.standard_normal(x.shape), jnp.float32), params)
+    run = {"config": to_dict(config), "tokenizer": tokenizer.json, "label_names": label_names}
+    with Checkpoints(path, keep=1) as checkpoints:
+        checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, {}), 7, run)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("labels", "model", "architecture"),
+    [
+        (None, {"num_token_types": 2}, "BertForMaskedLM"),
+        (["no", "yes", "maybe"], {"num_token_types": 1}, "BertForSequenceClassification"),
+        (None, {}, "DistilBertForMaskedLM"),
+        (None, {"num_token_types": 2, "num_layer_groups": 1, "embedding_dim": 10}, "AlbertForMaskedLM"),
+        (None, {"position": "rope", "norm_placement": "pre", "gated": True, "use_bias": False, "embedding_norm": True,
+                "first_attention_norm": False, "window": 4, "global_every": 2}, "ModernBertForMaskedLM"),
+    ],
+)  # fmt: skip
+def test_a_run_exported_and_loaded_gives_the_same_answers(tmp_path, tokenizer, labels, model, architecture, capsys):
+    make_run(tmp_path / "run", tokenizer, labels, **model)
+    main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert f"a {architecture}" in capsys.readouterr().out
+    assert is_published(tmp_path / "out") and not is_published(tmp_path / "run")
+    ours, again = load_run(tmp_path / "run"), open_model(tmp_path / "out")
+    assert again.label_names == labels
+
+    def ask(model):
+        return model.classify("the value of a list") if labels else model.fill_mask("the [MASK] of a list")[0]
+
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    has_types = model.get("num_token_types", 0) >= 2
+    assert ("token_type_ids" in settings["model_input_names"]) == has_types
+    if labels and ours.config.model.position == "learned":  # no more is read than there are positions
+        room = ours.config.model.max_length - 2
+        assert ours.classify("value " * 999) == ours.classify("value " * room)
+    for mine, theirs in zip(ask(ours), ask(again), strict=True):
+        assert mine.keys() == theirs.keys()
+        np.testing.assert_allclose(mine["probability"], theirs["probability"], rtol=1e-5)
+    import_folder(tmp_path / "out", tmp_path / "back")
+    assert ask(load_run(tmp_path / "back")) == ask(again)
+
+
+def test_exports_are_rounded_only_as_asked(tmp_path, tokenizer):
+    make_run(tmp_path / "run", tokenizer, num_token_types=2)
+    export_run(tmp_path / "run", tmp_path / "low", "bfloat16")
+    assert {t.dtype.name for t in read_weights(tmp_path / "low").values()} == {"bfloat16"}
+    assert json.loads((tmp_path / "low" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_pretrained(tmp_path / "low").task == "masked_lm"
+
+
+def test_a_model_that_no_family_can_say_is_not_exported(tmp_path, tokenizer):
+    make_run(tmp_path / "run", tokenizer, position="sinusoidal", position_scale=True, norm_placement="pre")
+    with pytest.raises(ConfigError, match=r"no published family can say this model; nearest: .*position sinusoidal"):
+        export_run(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"transformers has no NeoBERT: it can read no folder of neobert"):
+        export_run(tmp_path / "run", tmp_path / "out", model_type="neobert")
+    with pytest.raises(ConfigError, match=r"model_type 'gpt' is not known; known are albert"):
+        export_run(tmp_path / "run", tmp_path / "out", model_type="gpt")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"must be empty or new: it has notes.txt"):
+        export_run(tmp_path / "run", tmp_path / "full")
+
+
+def test_a_folder_without_a_head_is_no_run_to_ask_but_one_to_start_from(tmp_path, tokenizer, caplog):
+    folder = pathlib.Path(shutil.copytree(GOLDEN / "xlm-roberta-token_classification", tmp_path / "plain"))
+    (folder / "tokenizer.json").write_text(tokenizer.json)
+    with pytest.raises(DataError, match="head of a masked_lm or classification run to be asked: it has token_cl"):
+        open_model(folder)
+    with caplog.at_level(logging.WARNING):
+        import_folder(folder, tmp_path / "run")
+    assert "needs head.bias, head.dense.bias" in caplog.text
+    assert load_run(tmp_path / "run").config.model.position_offset > 0
+
+
+def classifier_folder(tmp_path, tokenizer):
+    make_run(tmp_path / "run", tokenizer, ["no", "yes"], num_token_types=2)
+    export_run(tmp_path / "run", tmp_path / "published")
+    return tmp_path / "published"
+
+
+def test_a_classifier_that_is_not_there_is_left_out(tmp_path, tokenizer):
+    """Nobody knows its classes; the encoder is a run to start from, and is exported alone."""
+    folder = classifier_folder(tmp_path, tokenizer)
+    tensors = read_weights(folder)
+    change_tensors(folder, lambda tensors: [tensors.pop(f"classifier.{part}") for part in ("weight", "bias")])
+    import_folder(folder, tmp_path / "imported")
+    assert load_run(tmp_path / "imported").config.objective == "masked_lm"
+    assert export_run(folder, tmp_path / "out", encoder_only=True) == "BertModel"
+    name = "embeddings.word_embeddings.weight"
+    np.testing.assert_array_equal(read_weights(tmp_path / "out")[name], tensors[f"bert.{name}"])
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_a_classifier_of_another_problem_is_not_asked(tmp_path, tokenizer, problem):
+    folder = classifier_folder(tmp_path, tokenizer)
+    open_model(folder)
+    edit(folder, problem_type=problem)
+    with pytest.raises(DataError, match=f"one of several labels to be asked: it has 2, and problem_type {problem}"):
+        open_model(folder)
+
+
+def test_the_command_line_ends_with_a_message(tmp_path, folder, capsys):
+    for arguments in (["import", str(folder), str(tmp_path / "run")], ["fill-mask", str(folder), "a [MASK]"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "a run needs a tokenizer, and the folder has none: looked for tokenizer.json" in capsys.readouterr().err
