@@ -23,13 +23,16 @@ import numpy as np
 
 from flax_encoder.config import DataConfig, MaskingConfig
 from flax_encoder.data.pipeline import open_stores
-from flax_encoder.data.rows.batches import Batches, Frame, Mixture, masked_lm_targets
+from flax_encoder.data.rows.batches import Batches, Mixture
+from flax_encoder.data.rows.documents import Documents, Frame, Layout
 from flax_encoder.data.rows.masking import budget
 from flax_encoder.data.rows.packing import PackingPlan, length_histogram
+from flax_encoder.data.rows.targets import masked_lm_targets
+from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import open_source
 from flax_encoder.data.store.prepare import prepare
 from flax_encoder.data.store.store import FORMAT, MANIFEST, Split, Store, open_store
-from flax_encoder.data.store.tokenizing import num_cores
+from flax_encoder.data.store.tokenizing import HeldOut, num_cores
 from flax_encoder.data.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 ROW_LENGTH, BATCH_SIZE, RATE, SEED = 512, 256, 0.15, 0
@@ -69,13 +72,13 @@ def grown(split: Split, tokens: int, folder: pathlib.Path) -> Split:
 
 
 def batches_of(split: Split, tokenizer: TextTokenizer, kind: str) -> Batches:
-    masking, frame = MaskingConfig(kind=kind), Frame.of(tokenizer)  # type: ignore[arg-type]
+    masking = MaskingConfig(kind=kind)  # type: ignore[arg-type]
     slots = budget(masking.kind, RATE, ROW_LENGTH)
     targets = masked_lm_targets(tokenizer, masking, (RATE, RATE), slots, 10**6, SEED)
-    plan = PackingPlan(split.offsets, ROW_LENGTH, frame.specials, histogram=split.histogram)
+    documents = Documents(split, Layout(long="split"), Frame.of(tokenizer), ROW_LENGTH)
     return Batches(
-        [split], Mixture([plan], [1.0]), targets, frame, row_length=ROW_LENGTH, batch_size=BATCH_SIZE, seed=SEED,
-        num_batches=10**6, with_words=kind != "token",
+        [documents], Mixture([documents.plan(ROW_LENGTH)], [1.0]), targets, row_length=ROW_LENGTH,
+        batch_size=BATCH_SIZE, seed=SEED, num_batches=10**6, streams=() if kind == "token" else ("word_starts",),
     )  # fmt: skip
 
 
@@ -96,17 +99,17 @@ def loading(split: Split, tokenizer: TextTokenizer, kind: str, repeats: int, cou
 def preparing(source_name: str, tokenizer: TextTokenizer, folder: pathlib.Path, characters: int, repeats: int) -> dict:
     """Tokens a second of `prepare`, both ways of tokenizing the same text on the same cores, by turns."""
     config = DataConfig(source=source_name)
-    source = open_source(source_name, config, with_labels=False, cache_dir=folder / "cache")
+    source = open_source(source_name, config, Columns(), folder / "cache")
     texts, count = [], 0
     while count < characters:
         for record in source.records("train"):
-            texts.append(f"{record['text'].strip()} {len(texts)}")  # numbered, or copies would be dropped
+            texts.append(f"{record.texts[0].strip()} {len(texts)}")  # numbered, or copies would be dropped
             count += len(texts[-1])
             if count >= characters:
                 break
     path = folder / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    source = open_source(str(path), config, with_labels=False, cache_dir=folder)
+    source = open_source(str(path), config, Columns(), folder)
     raw = tokenizer._tokenizer
 
     def alone() -> int:
@@ -122,7 +125,7 @@ def preparing(source_name: str, tokenizer: TextTokenizer, folder: pathlib.Path, 
         alone()
         runs["encode_batch_fast"].append(tokens / (time.perf_counter() - began))
         began = time.perf_counter()
-        prepare(source, tokenizer, folder / f"prepared-{i}", held_out_rate=0.02)
+        prepare(source, tokenizer, folder / f"prepared-{i}", Columns(), held_out=HeldOut(0.02))
         runs["prepare"].append(tokens / (time.perf_counter() - began))
     medians = {name: statistics.median(rates) for name, rates in runs.items()}
     return medians | {"ratio": medians["prepare"] / medians["encode_batch_fast"]}
@@ -244,7 +247,7 @@ def main() -> None:
     say = (lambda message: None) if asked.json else (lambda message: print(message, file=sys.stderr, flush=True))
 
     config = DataConfig(source=asked.source, vocab_size=asked.vocab_size, text_unit=asked.text_unit)
-    tokenizer, (store, *_), _ = open_stores(config, progress=say)
+    tokenizer, (store, *_), _ = open_stores(config, Columns(), progress=say)
     result: dict = {
         "source": asked.source, "vocab_size": tokenizer.vocab_size, "row_length": ROW_LENGTH, "batch_size": BATCH_SIZE,
         "cores": num_cores(), "python": platform.python_version(), "numpy": np.__version__,

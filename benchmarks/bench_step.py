@@ -35,7 +35,7 @@ from flax_encoder.data.store.tokenizing import num_cores
 from flax_encoder.families import FAMILIES, PRESETS, preset
 from flax_encoder.families.mapping import write_config
 from flax_encoder.nn.partition import round_up_vocab
-from flax_encoder.tasks import Classifier, MaskedLM
+from flax_encoder.tasks import Classifier, MaskedLM, find_task
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.runtime import free_temporaries, set_up_runtime
 from flax_encoder.training.sharding import logical_axes
@@ -170,7 +170,7 @@ def read_rows(asked, config: EncoderConfig, packing: str, batches: int) -> list[
         objective=asked.objective,
     )  # fmt: skip
     try:
-        train = open_data(run, progress=say).train
+        train = open_data(run, find_task(run.objective).reading, progress=say).train
     except DataError as error:
         raise SystemExit(f"--data: {error}") from None
     wanted = {"tokens", "segment_ids", "positions", "target_positions", "targets", "target_weights"}

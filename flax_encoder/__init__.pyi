@@ -37,8 +37,9 @@ from .runs.embed import Embedder, load_embedder
 from .runs.exchange import export_run, import_folder
 
 # Trained runs
-from .runs.loaded import LoadedRun, load_run
-from .tasks import Classifier, MaskedLM
+from .runs.load import load, load_run
+from .runs.loaded import LoadedRun
+from .tasks import TASKS, Classifier, MaskedLM, Task
 from .tasks.loss import LossSum
 
 # Training
@@ -49,11 +50,11 @@ from .training.step import TrainState, init_train_state, make_eval_step, make_tr
 from .training.transformations import gradient_point
 
 __all__ = [
-    "ClassificationHead", "Classifier", "ConfigError", "DataConfig", "DecoderConfig", "Embedder", "Encoder",
+    "TASKS", "ClassificationHead", "Classifier", "ConfigError", "DataConfig", "DecoderConfig", "Embedder", "Encoder",
     "EncoderConfig", "EncoderDecoder", "EncoderLayer", "Generation", "HeadConfig", "LoadedRun", "LossSum",
     "MaskedLM", "MaskedLMHead", "MaskingConfig", "MeshConfig", "OptimizerConfig", "Pretrained", "RecurrentLayer",
-    "RunConfig", "TrainState", "WeightsError", "attention", "export_run", "generate", "gradient_point",
-    "import_folder", "init_train_state", "linear", "load_embedder", "load_pretrained", "load_run", "logical_axes",
-    "make_eval_step", "make_mesh", "make_optimizer", "make_train_step", "preset", "put_batch", "read_tokenizer",
-    "read_weights", "share_of_peak", "write_weights",
+    "RunConfig", "Task", "TrainState", "WeightsError", "attention", "export_run", "generate", "gradient_point",
+    "import_folder", "init_train_state", "linear", "load", "load_embedder", "load_pretrained", "load_run",
+    "logical_axes", "make_eval_step", "make_mesh", "make_optimizer", "make_train_step", "preset", "put_batch",
+    "read_tokenizer", "read_weights", "share_of_peak", "write_weights",
 ]  # fmt: skip

@@ -140,7 +140,6 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
         *[(RunConfig, {name: 0}, f"{name} must be above 0: got 0") for name in (
             "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every", "keep_checkpoints"
         )],
-        (RunConfig, {"model": EncoderConfig(embedding_dim=64), "head": HeadConfig(transform=False)}, "got 768 for 64"),
         (EncoderConfig, {"layer": "gru", "position": "none", "remat": "feed_forward"}, "none, dots or full for gru"),
         (RunConfig, {"eval_every": 0}, "eval_every must be above 0 or None: got 0"),
         (RunConfig, {"eval_batches": -3}, "eval_batches must be above 0 or None: got -3"),

@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 from flax_encoder.config import ConfigError, MeshConfig, RunConfig
-from flax_encoder.runs.loaded import load_run
+from flax_encoder.runs.load import load_run
 from tests.runs import assert_same_losses, command, run, start, tiny, wait_for_step, with_fields
 from train import train
 

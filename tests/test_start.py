@@ -12,7 +12,7 @@ from flax_encoder.config import ConfigError
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.published.load import load_pretrained
 from flax_encoder.runs.exchange import import_folder
-from flax_encoder.runs.loaded import load_run
+from flax_encoder.runs.load import load_run
 from tests.runs import ROOT, WORDS, tiny, with_fields
 from train import Diverged, train
 

@@ -15,7 +15,7 @@ import pytest
 
 from flax_encoder.commands import main
 from flax_encoder.config import ConfigError, EncoderConfig, MeshConfig, OptimizerConfig, RunConfig
-from flax_encoder.runs.loaded import load_run
+from flax_encoder.runs.load import load_run
 from flax_encoder.training.checkpoint import CheckpointError
 from flax_encoder.training.run_log import read_metrics
 from tests.runs import (

@@ -16,9 +16,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flax_encoder.runs.exchange import open_model
+    from flax_encoder.runs.load import load
 
-    labels = open_model(arguments.run_dir).classify(arguments.text)[: arguments.top]
+    labels = load(arguments.run_dir).classify(arguments.text)[: arguments.top]
     if arguments.json:
         print(json.dumps(labels))
         return

@@ -16,9 +16,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flax_encoder.runs.exchange import open_model
+    from flax_encoder.runs.load import load
 
-    masks = open_model(arguments.run_dir).fill_mask(arguments.text, arguments.top)
+    masks = load(arguments.run_dir).fill_mask(arguments.text, arguments.top)
     if arguments.json:
         # One mask, the usual case, is a plain list; several are a list of lists.
         print(json.dumps(masks[0] if len(masks) == 1 else masks))

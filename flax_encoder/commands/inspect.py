@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(summary))
         return
     console = Console(highlight=False, soft_wrap=True)
-    train, test = summary["splits"]["train"], summary["splits"]["test"]
+    splits = summary["splits"]
+    train, test = splits["train"], splits.get("validation", splits.get("test"))
     dropped = ", ".join(f"{count:,} {kind}" for kind, count in summary["dropped"].items())
     console.print(
         f"{train['documents']:,} documents, {train['tokens']:,} tokens to train on; held out {test['documents']:,} and "

@@ -9,6 +9,7 @@ import tyro
 
 from flax_encoder.commands.screen import saying
 from flax_encoder.config import ConfigError, DataConfig, differences
+from flax_encoder.tasks import find_task
 
 HELP = "tokenize text once, into a store that runs read"
 HAS_OWN_PARSER = True  # its options are settings, which have a parser of their own
@@ -21,8 +22,10 @@ class PrepareArguments:
     out: str
     """The new folder."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    objective: str = "masked_lm"
+    """The task that the store is for: it says which columns are kept beside the text."""
     with_labels: bool = False
-    """Keep data.label_column too, for classification."""
+    """The same as --objective classification."""
     workers: int | None = None
     """Processes that tokenize; None is one a core."""
     shard: str = "0/1"
@@ -33,7 +36,8 @@ class PrepareArguments:
 
 # What a store depends on; the other settings of data say how a run reads one.
 _PREPARED = (
-    "source", "weights", "text_column", "label_column", "text_unit", "held_out_rate", "tokenizer", "vocab_size",
+    "source", "weights", "text_column", "label_column", "text_unit", "validation", "test",
+    "text_pair_column", "held_out_by_class", "held_out_rate", "tokenizer", "vocab_size",
     "cache_dir",
 )  # fmt: skip
 
@@ -52,9 +56,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--shard is i/n with i from 0 to below n: got {asked.shard}.")
     if asked.workers is not None and asked.workers < 1:
         raise ConfigError(f"--workers must be at least 1: got {asked.workers}.")
+    objective = "classification" if asked.with_labels else asked.objective
     with saying() as say:
         stores = prepare_stores(
-            asked.data, pathlib.Path(asked.out), with_labels=asked.with_labels, workers=asked.workers,
+            asked.data, pathlib.Path(asked.out), find_task(objective).reading.columns, workers=asked.workers,
             shard=(int(index), int(count)), progress=say,
         )  # fmt: skip
     if stores is None:
@@ -64,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps([{"folder": str(s.folder), "hash": s.hash, **s.manifest} for s in stores]))
         return
     for store in stores:
-        train, test = (store.manifest["splits"][split] for split in ("train", "test"))
+        train, test = (store.manifest["splits"][split] for split in ("train", "validation"))
         dropped = ", ".join(f"{count:,} {kind}" for kind, count in store.manifest["dropped"].items())
         print(
             f"{store.folder}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on; held out "

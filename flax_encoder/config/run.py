@@ -1,6 +1,5 @@
 """The settings of a run: its data, masking, optimizer and mesh, and the model's."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -19,12 +18,21 @@ class DataConfig:
     """Of several sources: the shares of rows from each; None reads all equally often."""
     text_column: str | None = None
     """None takes the column `text`, or the only column of strings."""
+    text_pair_column: str | None = None
+    """The column of the second text, of tasks that read pairs."""
     label_column: str = "label"
-    """The column that classification predicts."""
+    """The column of the value that is learned."""
     text_unit: Literal["paragraph", "line", "file"] = "paragraph"
     """What one document is in a .txt file; paragraphs are separated by blank lines."""
+    validation: str | None = None
+    """A source like data.source, to evaluate on during the run and to choose by; None holds out a share of the training
+    documents, or takes the source's own validation or test split."""
+    test: str | None = None
+    """A source like data.source, which is evaluated on once, at the end, and chosen by never."""
     held_out_rate: float = 0.02
-    """Share of documents kept for evaluation, chosen by a hash of their text; unused if the source has a test split."""
+    """Share of documents kept for evaluation, chosen by a hash of their text; unused if the source has its own."""
+    held_out_by_class: bool = True
+    """Keep this share of every class, where documents have one."""
     tokenizer: str | None = None
     """A tokenizer.json, or a folder with a tokenizer's files; None takes that of init_from or of a prepared store, else
     trains a WordPiece on the training text."""
@@ -124,6 +132,23 @@ class MaskingConfig:
     def rates(self) -> tuple[float, float]:
         """In the first step, and in the last."""
         return self.rate, self.rate if self.last_rate is None else self.last_rate
+
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    """How the values of documents are learned; which of these a task reads, its record says."""
+
+    smoothing: float = 0.0
+    """Share of each target that is spread evenly over all classes."""
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = None
+    """Weight of each class in the training loss, in the labels' order; balanced makes every class weigh the same."""
+
+    def __post_init__(self):
+        require_rates(self, "smoothing")
+        weights = self.class_weights
+        require(
+            not isinstance(weights, tuple) or min(weights) > 0, f"class_weights must be above 0: got {weights}."
+        )
 
 
 @dataclass(frozen=True)
@@ -238,7 +263,8 @@ class RunConfig:
     A recipe that leaves it has runs/NAME, after its own."""
     init_from: str | None = None
     """A run folder whose encoder (and tokenizer) to start from; parts that differ, such as the head, start fresh."""
-    objective: Literal["masked_lm", "classification"] = "masked_lm"
+    objective: str = "masked_lm"
+    """What is learned: the name of a task."""
     steps: int = 1000
     budget_minutes: float | None = None
     """End after this much training, compiling and evaluations not counted, if the steps are not done before. The
@@ -271,6 +297,7 @@ class RunConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -321,30 +348,6 @@ class RunConfig:
             f"rows of {self.data.row_length} are {tokens} tokens, not a multiple of {self.num_microbatches} times "
             f"data.last_row_length {self.data.final_row_length}.",
         )
-        if self.objective == "masked_lm":
-            width = self.model.embedding_dim or self.model.embed_dim
-            require(
-                self.head.transform or not self.head.tied or width == self.model.embed_dim,
-                f"tied logits need vectors as wide as the embedding: got {self.model.embed_dim} for {width}; set "
-                f"head.transform, or head.tied to False.",
-            )
-            rate = max(*self.masking.rates, self.masking.eval_rate)
-            needed = math.ceil(rate * longest)
-            require(
-                self.masking.budget is None or self.masking.budget >= needed,
-                f"masking.budget must hold the masked tokens of a full row: got {self.masking.budget}, and a rate of "
-                f"{rate} of {longest} tokens needs {needed}.",
-            )
-        else:
-            require(
-                self.data.packing != "concatenate" and self.data.last_row_length is None,
-                "classification needs whole documents, in rows of one length: data.packing best-fit or one-per-row, "
-                "and no data.last_row_length.",
-            )
-            require(
-                len(self.data.sources) == 1,
-                f"classification takes one source, whose labels it learns: got {len(self.data.sources)}.",
-            )
 
     @property
     def stages(self) -> tuple[Stage, ...]:

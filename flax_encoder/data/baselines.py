@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from flax_encoder.data.rows.batches import Batch, Batches, Frame, assemble
-from flax_encoder.data.rows.packing import PackingPlan
+from flax_encoder.data.rows.batches import Batches
+from flax_encoder.data.rows.documents import Batch, Documents, Frame, Layout, assemble
 
 _COUNTED_TOKENS = 2**22  # of a larger corpus a random part is counted
 
@@ -19,10 +19,11 @@ class NeighbourCounts:
         frame = Frame.of(tokenizer)
         parts = []
         for split in splits:
-            plan = PackingPlan(split.offsets, row_length, frame.specials, histogram=split.histogram)
+            documents = Documents(split, Layout(long="split"), frame, row_length)
+            plan = documents.plan(row_length)
             numbers = np.arange(min(plan.rows_per_epoch, _COUNTED_TOKENS // row_length // len(splits)))
             parts.append(frame.empty(len(numbers), row_length))
-            assemble(split, plan.rows(numbers, 0), frame, parts[-1], numbers)
+            assemble(documents, plan.rows(numbers, 0), parts[-1], numbers)
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         tokens, segments = rows["tokens"].astype(np.int64), rows["segment_ids"]
         left, middle, right = tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
@@ -75,11 +76,3 @@ def _best(context: np.ndarray, token: np.ndarray, V: int) -> tuple[np.ndarray, n
     contexts, tokens = np.divmod(pairs[order], V)
     last = np.flatnonzero(np.diff(contexts, append=-1))
     return contexts[last], tokens[last]
-
-
-def majority_class(train_labels: np.ndarray, test_labels: np.ndarray, num_classes: int) -> dict[str, float]:
-    """Always guessing the most frequent training label."""
-    guess = int(np.bincount(train_labels, minlength=num_classes).argmax())
-    accuracy = float((test_labels == guess).mean())
-    classes = len(np.unique(np.append(test_labels, guess)))
-    return {"accuracy": accuracy, "macro_f1": 2 * accuracy / (1 + accuracy) / classes}

@@ -8,9 +8,11 @@ import numpy as np
 from rich.text import Text
 
 from flax_encoder.config import MaskingConfig
-from flax_encoder.data.rows.batches import Batch, Batches, Frame, Mixture, masked_lm_targets, span_corruption_targets
+from flax_encoder.data.rows.batches import Batches, Mixture
+from flax_encoder.data.rows.documents import Batch, Documents, Frame, Layout
 from flax_encoder.data.rows.masking import budget
 from flax_encoder.data.rows.packing import PackingPlan, length_histogram
+from flax_encoder.data.rows.targets import masked_lm_targets, span_corruption_targets
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import Split, Store
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
@@ -104,8 +106,7 @@ def sample_rows(
     split: Split, tokenizer: TextTokenizer, *, kind: str, rate: float, rows: int, row_length: int, seed: int
 ) -> Batch:
     """The first rows of an epoch, masked by `kind` (a `MaskingConfig`'s, or t5)."""
-    frame = Frame.of(tokenizer)
-    plan = PackingPlan(split.offsets, row_length, frame.specials, histogram=split.histogram)
+    documents = Documents(split, Layout(long="split"), Frame.of(tokenizer), row_length)
     if kind == "t5":
         targets = span_corruption_targets(tokenizer, rate, 3.0, row_length, row_length // 2, seed)
     else:
@@ -113,8 +114,8 @@ def sample_rows(
         targets = masked_lm_targets(tokenizer, masking, (rate, rate), budget(kind, rate, row_length), 1, seed)  # type: ignore[arg-type]
 
     return Batches(
-        [split], Mixture([plan], [1.0]), targets, frame, row_length=row_length, batch_size=rows, seed=seed,
-        num_batches=1, with_words=True,
+        [documents], Mixture([documents.plan(row_length)], [1.0]), targets, row_length=row_length, batch_size=rows,
+        seed=seed, num_batches=1, streams=("word_starts",),
     )[0]  # fmt: skip
 
 

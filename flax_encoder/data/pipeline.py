@@ -1,5 +1,6 @@
 """From a config to batches: sources, tokenizer, stores, packing plans and targets, in that order."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -11,12 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flax_encoder.config import DataConfig, RunConfig
-from flax_encoder.data.rows.batches import Batches, Frame, Mixture, OneByOne, Stages, label_targets, masked_lm_targets
-from flax_encoder.data.rows.masking import budget
+from flax_encoder.data.reading import Reading
+from flax_encoder.data.rows.batches import Batches, Mixture, OneByOne, Stages
+from flax_encoder.data.rows.documents import Documents, Frame
 from flax_encoder.data.rows.packing import PackingPlan
+from flax_encoder.data.rows.targets import TargetInputs
+from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source, open_source
 from flax_encoder.data.sources.records import DataError, LabelError, Say
-from flax_encoder.data.store.prepare import prepare, unhurried
+from flax_encoder.data.store.encoding import exact_texts
+from flax_encoder.data.store.prepare import prepare, store_identity, unhurried
 from flax_encoder.data.store.store import (
     FORMAT,
     MANIFEST,
@@ -27,7 +32,7 @@ from flax_encoder.data.store.store import (
     partial_folder,
     read_manifest,
 )
-from flax_encoder.data.store.tokenizing import is_held_out, text_digest
+from flax_encoder.data.store.tokenizing import MOST_HELD_OUT, HeldOut, is_held_out, text_digest
 from flax_encoder.data.tokens.tokenizer import TextTokenizer, load_tokenizer, train_wordpiece
 from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
 
@@ -46,7 +51,12 @@ class RunData:
     stores: list[Store]
     train: Stages
     evaluation: Batches
+    """Of what is held out to choose by: the validation split."""
+    test: Batches | None
+    """Of what is reported alone, if there is both."""
     train_plans: list[PackingPlan]
+    num_cut: int
+    """Training documents that are cut to fit a row."""
     weights: list[float] | None
     """Of several stores, if they are mixed otherwise than evenly."""
 
@@ -63,6 +73,7 @@ class RunData:
 
 def open_data(
     config: RunConfig,
+    reading: Reading,
     *,
     tokenizer: TextTokenizer | None = None,
     label_names: list[str] | None = None,
@@ -72,83 +83,79 @@ def open_data(
     """Everything a run reads.
 
     Args:
+      reading: the task's.
       tokenizer: settled already (by a checkpoint); else data.tokenizer, else that of a store, else one is trained on
         the training text.
       label_names: settled already, likewise.
       process: (index, count); each process makes its own rows of every batch.
     """
-    with_labels = config.objective == "classification"
     tokenizer, stores, weights = open_stores(
-        config.data, tokenizer=tokenizer, label_names=label_names, with_labels=with_labels, progress=progress
+        config.data, reading.columns, tokenizer=tokenizer, label_names=label_names, progress=progress
     )
-    frame = Frame.of(tokenizer)
-    make = functools.partial(_batches, config, stores, tokenizer, frame, with_labels)
-    data, stages, plans, order = config.data, [], [], None
+    frame, layout = Frame.of(tokenizer), reading.layout(config)
+    make = functools.partial(_batches, config, reading, tokenizer, process)
+    data, stages, plans, order, documents = config.data, [], [], None, []
     first_step, first_row, row_length = 0, 0, 0
     for stage in config.stages:
         if stage.row_length != row_length:
             first_row, row_length = first_row * row_length // stage.row_length, stage.row_length
-            plans = _plans(config, [s.train for s in stores], row_length, frame, split_long=not with_labels)
+            documents = [Documents(s.train, layout, frame, row_length) for s in stores]
+            plans = [d.plan(row_length, data.packing) for d in documents]
             order = Mixture(plans, weights or [float(plan.rows_per_epoch) for plan in plans])
         stages.append(make(
-            order, "train", row_length, stage.batch_size, config.masking.rates, process, num_batches=stage.end_step,
+            documents, order, row_length, stage.batch_size, is_training=True, num_batches=stage.end_step,
             first=(first_step, first_row),
         ))  # fmt: skip
         first_row += (stage.end_step - first_step) * stage.batch_size
         first_step = stage.end_step
     for store in stores:
-        if not len(store.test):
+        if not len(store.validation):
             raise DataError(
                 f"evaluation needs held-out documents, and of {len(store.train)} none fell to it: raise "
                 f"--data.held-out-rate (now {data.held_out_rate}), or cut text finer with --data.text-unit line; a "
                 f"store that prepare wrote must be prepared again."
             )
     T, batch_size = data.final_row_length, config.stages[-1].batch_size
-    order = OneByOne(_plans(config, [s.test for s in stores], T, frame, split_long=not with_labels))
-    batches = -(-len(order) // batch_size)
-    evaluation = make(
-        order, "test", T, batch_size, (config.masking.eval_rate,) * 2, process,
-        num_batches=min(batches, config.eval_batches or batches), stop_row=len(order),
-    )  # fmt: skip
-    return RunData(tokenizer, stores, Stages(stages), evaluation, plans, weights)
 
+    def held_out(splits: list[Split]) -> Batches:
+        documents = [Documents(split, layout, frame, T) for split in splits]
+        order = OneByOne([d.plan(T, data.packing) for d in documents])
+        batches = -(-len(order) // batch_size)
+        return make(
+            documents, order, T, batch_size, is_training=False, stop_row=len(order),
+            num_batches=min(batches, config.eval_batches or batches),
+        )  # fmt: skip
 
-def _plans(config: RunConfig, splits: list[Split], row_length: int, frame: Frame, *, split_long: bool):
-    return [
-        PackingPlan(
-            s.offsets, row_length, frame.specials, packing=config.data.packing, split_long=split_long,
-            histogram=s.histogram,
-        )
-        for s in splits
-    ]  # fmt: skip
+    tests = [store.test for store in stores if store.test is not None]
+    test = held_out(tests) if tests else None
+    num_cut = sum(d.num_cut for d in documents)
+    return RunData(
+        tokenizer, stores, Stages(stages), held_out([s.validation for s in stores]), test, plans, num_cut, weights
+    )
 
 
 def _batches(
-    config: RunConfig, stores: list[Store], tokenizer: TextTokenizer, frame: Frame, with_labels: bool, order,
-    split: str, row_length: int, batch_size: int, rates: tuple[float, float], process: tuple[int, int], *,
+    config: RunConfig, reading: Reading, tokenizer: TextTokenizer, process: tuple[int, int],
+    documents: list[Documents], order: Mixture | OneByOne, row_length: int, batch_size: int, *, is_training: bool,
     num_batches: int, first: tuple[int, int] = (0, 0), stop_row: int | None = None,
 ) -> Batches:  # fmt: skip
-    masking = config.masking
-    splits = [getattr(store, split) for store in stores]
-    if with_labels:
-        targets = label_targets(splits[0].labels, order.plans[0].max_pieces_per_row)
-    else:
-        slots = masking.budget or budget(masking.kind, max(rates), row_length)
-        targets = masked_lm_targets(tokenizer, masking, rates, slots, config.steps, config.seed)
+    max_pieces = max(plan.max_pieces_per_row for plan in order.plans)
+    inputs = TargetInputs(config, tokenizer, documents[0], row_length, max_pieces, is_training, not is_training)
     share = batch_size // process[1]
     return Batches(
-        splits, order, targets, frame, row_length=row_length, batch_size=batch_size, seed=config.seed,
+        documents, order, reading.targets(inputs), row_length=row_length, batch_size=batch_size, seed=config.seed,
         num_batches=num_batches, first=first, rows=slice(process[0] * share, (process[0] + 1) * share),
-        stop_row=stop_row, with_words=not with_labels and masking.kind != "token", buckets=config.data.buckets,
+        stop_row=stop_row, streams=reading.streams(config), with_types=config.model.num_token_types > 1,
+        buckets=config.data.buckets,
     )  # fmt: skip
 
 
 def open_stores(
     config: DataConfig,
+    columns: Columns,
     *,
     tokenizer: TextTokenizer | None = None,
     label_names: list[str] | None = None,
-    with_labels: bool = False,
     progress: Say = lambda message: None,
 ) -> tuple[TextTokenizer, list[Store], list[float] | None]:
     """(tokenizer, stores, their weights): each source opened if it is a store, else prepared into the cache.
@@ -156,43 +163,107 @@ def open_stores(
     Raises:
       DataError: as `open_source`, `prepare` and `open_store`; or a store was made with another tokenizer.
     """
-    cache_dir = pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    cache_dir = cache_folder(config)
     names, weights = _members(config)
     prepared = {name: open_store(pathlib.Path(name)) for name in names if is_store(pathlib.Path(name))}
-    sources = {}
-    for name in names:
-        if name not in prepared:
-            progress(f"reading {name}")
-            sources[name] = open_source(name, config, with_labels=with_labels, cache_dir=cache_dir)
-    tokenizer = tokenizer or settle_tokenizer(config, list(prepared.values()), list(sources.values()), progress)
+    if prepared and (config.validation or config.test):
+        raise DataError(
+            "a prepared store has its held-out documents: give --data.validation and --data.test to prepare, or "
+            "--data.source the text itself."
+        )
+    sources = _open_sources([name for name in names if name not in prepared], config, columns, progress)
+    if tokenizer is None:
+        tokenizer = settle_tokenizer(config, columns, list(prepared.values()), list(sources.values()), progress)
     for name, store in prepared.items():
-        if store.manifest["tokenizer"] != tokenizer.hash:
-            raise DataError(
-                f"a store must have been made with the run's tokenizer: {name} was with {store.manifest['tokenizer']}, "
-                f"the run has {tokenizer.hash}. Give --data.tokenizer {name}, or prepare the text again."
-            )
-        if with_labels and store.label_names is None:
-            raise DataError(f"classification needs labels: the store {name} was prepared without --with-labels.")
-        if label_names is not None and store.label_names != label_names:
-            raise LabelError(
-                f"a store's labels must be the model's, in their order: {name} has {store.label_names}, the model "
-                f"{label_names}. Train from the text itself, or prepare it again."
-            )
+        _check_store(name, store, columns, tokenizer, label_names)
+    held_out = _held_out(config, columns, sources, progress)
     for name, source in sources.items():
-        what = (FORMAT, source.fingerprint, tokenizer.hash, config.held_out_rate, label_names)
-        folder = cache_dir / "stores" / hashlib.sha256(repr(what).encode()).hexdigest()[:24]
+        identity = store_identity(source, tokenizer, columns, held_out[name], label_names)
+        folder = cache_dir / "stores" / identity[:24]
         store = prepare(
-            source, tokenizer, folder, held_out_rate=config.held_out_rate, label_names=label_names, progress=progress,
+            source, tokenizer, folder, columns, held_out=held_out[name], label_names=label_names, progress=progress,
             wait=True,
         )  # fmt: skip
         assert store is not None  # there is one shard
         prepared[name] = store
-    if with_labels and len(names) > 1:
-        raise DataError(f"classification takes one store, whose labels it learns: {config.source} is a mixture.")
+    if columns.value != "none" and len(names) > 1:
+        raise DataError(f"documents with values come from one source, or one store: {config.source} is a mixture.")
     if config.verify:
         for store in prepared.values():
             store.verify(unhurried(progress))
     return tokenizer, [prepared[name] for name in names], weights
+
+
+def cache_folder(config: DataConfig) -> pathlib.Path:
+    return pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+
+
+def _open_sources(names: list[str], config: DataConfig, columns: Columns, progress: Say) -> dict[str, Source]:
+    """The sources by their names; data.validation and data.test are parts of the first."""
+    cache_dir, sources = cache_folder(config), {}
+    for name in names:
+        progress(f"reading {name}")
+        sources[name] = open_source(name, config, columns, cache_dir)
+    for split, path in (("validation", config.validation), ("test", config.test)):
+        if path is not None and names:
+            own = sources[names[0]]
+            more = open_source(path, config, columns, cache_dir)
+            parts = [part for part in own.parts if part.split != split]
+            parts += [dataclasses.replace(part, split=split) for part in more.parts if part.split == "train"]
+            print_ = hashlib.sha256(repr((own.fingerprint, split, more.fingerprint)).encode()).hexdigest()
+            sources[names[0]] = dataclasses.replace(
+                own, parts=parts, fingerprint=print_, has_test_apart=own.has_test_apart or split == "test"
+            )
+    return sources
+
+
+def _held_out(config: DataConfig, columns: Columns, sources: dict[str, Source], progress: Say) -> dict[str, HeldOut]:
+    """What is held out of each source. Training leaves out what any other source, or a file of its own, holds out."""
+    rule = HeldOut(config.held_out_rate, keep_all=bool(config.validation or config.test))
+    by_class = columns.value == "class" and config.held_out_by_class
+    rules = {name: rule._replace(by_class=by_class and not source.has_held_out) for name, source in sources.items()}
+    if len(sources) < 2 and not rule.keep_all:
+        return rules
+    rates = {name: 0.0 if source.has_held_out else rule.rate for name, source in sources.items()}
+    texts: dict[str, frozenset[bytes]] = {}
+    for name, source in sources.items():
+        # Sources that hold out by the same rule hold out the same texts; the others' are read here.
+        is_by_hash = rates[name] > 0 and len(set(rates.values())) > 1
+        say, found = unhurried(progress), set()
+        for part in source.parts:
+            if part.split == "train" and not is_by_hash:
+                continue
+            for record in part.read():
+                say(f"reading what {name} holds out")
+                digest = text_digest("\x1e".join(exact_texts(record, columns)))
+                if part.split != "train" or is_held_out(digest, rates[name]):
+                    found.add(digest)
+        texts[name] = frozenset(found)
+    return {
+        name: rules[name]._replace(excluded=frozenset().union(
+            *(held for other, held in texts.items() if other != name or rule.keep_all)))
+        for name in sources
+    }  # fmt: skip
+
+
+def _check_store(
+    name: str, store: Store, columns: Columns, tokenizer: TextTokenizer, label_names: list[str] | None
+) -> None:
+    if store.manifest["tokenizer"] != tokenizer.hash:
+        raise DataError(
+            f"a store must have been made with the run's tokenizer: {name} was with {store.manifest['tokenizer']}, "
+            f"the run has {tokenizer.hash}. Give --data.tokenizer {name}, or prepare the text again."
+        )
+    if columns.value not in ("none", store.value):
+        raise DataError(
+            f"the task needs documents with a value of the kind {columns.value}: the store {name} was prepared with "
+            f"{store.value}. Prepare it again with the task's --objective."
+        )
+    if label_names is not None and store.label_names != label_names:
+        raise LabelError(
+            f"a store's labels must be the model's, in their order: {name} has {store.label_names}, the model "
+            f"{label_names}. Train from the text itself, or prepare it again."
+        )
 
 
 def _members(config: DataConfig) -> tuple[list[str], list[float] | None]:
@@ -216,7 +287,7 @@ def _members(config: DataConfig) -> tuple[list[str], list[float] | None]:
 
 
 def prepare_stores(
-    config: DataConfig, out: pathlib.Path, *, with_labels: bool, workers: int | None, shard: tuple[int, int],
+    config: DataConfig, out: pathlib.Path, columns: Columns, *, workers: int | None, shard: tuple[int, int],
     progress: Say,
 ) -> list[Store] | None:  # fmt: skip
     """Prepare the sources into `out`: one as a store, several as a mixture of stores in it.
@@ -224,21 +295,21 @@ def prepare_stores(
     Returns:
       the stores; None if other shards have not finished.
     """
-    cache_dir = pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
     if stores := [name for name in config.sources if is_store(pathlib.Path(name))]:
         raise DataError(f"text is prepared into a store: {stores[0]} is one. Train with --data.source {stores[0]}.")
-    sources = [open_source(name, config, with_labels=with_labels, cache_dir=cache_dir) for name in config.sources]
+    by_name = _open_sources(list(config.sources), config, columns, progress)
+    held_out, sources = _held_out(config, columns, by_name, progress), [by_name[name] for name in config.sources]
     is_mixture = len(sources) > 1
     if is_mixture and (out / MANIFEST).exists() and "members" not in read_manifest(out):
         raise DataError(f"a mixture is prepared into a new folder: {out} is a store. Name another --out.")
     marker = partial_folder(out)
     if is_mixture and not (out / MANIFEST).exists():
         marker.mkdir(parents=True, exist_ok=True)  # so that a half-made mixture is known as one
-    tokenizer = settle_tokenizer(config, [], sources, progress)
+    tokenizer = settle_tokenizer(config, columns, [], sources, progress)
     folders = [out] if not is_mixture else [out / f"{i:02}" for i in range(len(sources))]
     stores = [
         prepare(
-            source, tokenizer, folder, held_out_rate=config.held_out_rate, workers=workers, shard=shard,
+            source, tokenizer, folder, columns, held_out=held_out[source.name], workers=workers, shard=shard,
             progress=progress,
         )
         for source, folder in zip(sources, folders, strict=True)
@@ -256,7 +327,9 @@ def prepare_stores(
     return finished
 
 
-def settle_tokenizer(config: DataConfig, stores: list[Store], sources: list[Source], progress: Say) -> TextTokenizer:
+def settle_tokenizer(
+    config: DataConfig, columns: Columns, stores: list[Store], sources: list[Source], progress: Say
+) -> TextTokenizer:
     """data.tokenizer, else that of the first store, else a WordPiece trained on the sources' training text."""
     if config.tokenizer is not None:
         path = pathlib.Path(config.tokenizer)
@@ -264,20 +337,21 @@ def settle_tokenizer(config: DataConfig, stores: list[Store], sources: list[Sour
     if stores:
         return load_tokenizer(stores[0].folder)
     progress(f"training a WordPiece tokenizer of {config.vocab_size:,} tokens")
-    texts = (text for source in sources for text in _sample(source, config.held_out_rate))
+    rate = config.held_out_rate * (MOST_HELD_OUT if config.held_out_by_class and columns.value == "class" else 1)
+    texts = (text for source in sources for text in _sample(source, columns, rate))
     return train_wordpiece(texts, config.vocab_size)
 
 
-def _sample(source: Source, held_out_rate: float) -> Iterator[str]:
+def _sample(source: Source, columns: Columns, held_out_rate: float) -> Iterator[str]:
     """The training text, or where that is long, parts of it from all over."""
     parts = [part for part in source.parts if part.split == "train"]
     every, left = max(1, -(-sum(part.size for part in parts) // _TRAINING_BYTES)), _TRAINING_BYTES
-    rate = 0.0 if source.has_test else held_out_rate
+    rate = 0.0 if source.has_held_out else held_out_rate
     for record in itertools.chain.from_iterable(part.read() for part in parts[::every]):
-        text = record["text"].strip()
-        if is_held_out(text_digest(text), rate):
+        if is_held_out(text_digest("\x1e".join(exact_texts(record, columns))), rate):
             continue
-        left -= len(text)
-        if left < 0:
-            return
-        yield text
+        for text in record.texts:
+            left -= len(text.strip())
+            if left < 0:
+                return
+            yield text.strip()

@@ -28,10 +28,9 @@ from flax_encoder.families.mapping import Family, Head, import_tensors, plain_na
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.generation import Generation, generate
-from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead
+from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead, segment_mean
 from flax_encoder.nn.partition import abstract_model, flatten, unflatten
 from flax_encoder.published.weights import read_weights
-from flax_encoder.tasks.classification import segment_mean
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +120,8 @@ class Pretrained:
     pad_id: int
     fresh: tuple[str, ...]
     """Paths of the parameters that the folder did not have."""
+    num_outputs: int = 0
+    """Of its head: classes, tags, or what the head's kind has."""
     decoder: DecoderConfig | None = None
     generation: Generation | None = None
     """The ids that its decoder starts with, ends with and pads with."""
@@ -333,9 +334,10 @@ def load_pretrained(
         task,
         head,
         pooling,
-        names if task == "classification" else None,
+        names if task in ("classification", "token_classification") else None,
         pad_id,
         fresh,
+        num_outputs,
         decoder,
         _generation(published) if decoder else None,
     )

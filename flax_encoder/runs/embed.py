@@ -24,11 +24,11 @@ from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.families import find_family
 from flax_encoder.families.mapping import read_config
-from flax_encoder.published.load import is_published, load_pretrained
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.ops.platform import precision
-from flax_encoder.runs.loaded import load_run
+from flax_encoder.published.load import is_published, load_pretrained
+from flax_encoder.runs.load import load_run
 from flax_encoder.training.checkpoint import read_run
 
 Pooling = Literal["cls", "mean"]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import pathlib
 from typing import Any, Literal
 
@@ -12,125 +11,37 @@ from flax import nnx
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from flax_encoder.config import ConfigError, DataConfig, HeadConfig, RunConfig, from_dict, to_dict
-from flax_encoder.data.sources.records import DataError
+from flax_encoder.config import ConfigError, RunConfig, to_dict
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
-from flax_encoder.families import FAMILIES, find_family
+from flax_encoder.families import FAMILIES
 from flax_encoder.families.mapping import Family, export_tensors, write_config
-from flax_encoder.published.load import TOKENIZER_FILES, Pretrained, Task, is_published, load_pretrained, read_json
-from flax_encoder.nn.partition import abstract_model, flatten, unflatten
-from flax_encoder.tasks import OBJECTIVES
-from flax_encoder.runs.loaded import LoadedRun, load_run, model_factory
-from flax_encoder.training.checkpoint import Checkpoints, read_params, read_run
+from flax_encoder.nn.partition import flatten
+from flax_encoder.published.weights import write_weights
+from flax_encoder.runs.load import load
+from flax_encoder.runs.record import RunRecord
+from flax_encoder.training.checkpoint import Checkpoints
 from flax_encoder.training.run_log import write_atomically
 from flax_encoder.training.step import TrainState
-from flax_encoder.published.weights import write_weights
-
-logger = logging.getLogger(__name__)
-
-ONE_OF_SEVERAL = "single_label_classification"  # of transformers' problem types
-
-
-def as_run(loaded: Pretrained) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what a checkpoint says of its run, the parameters that the folder had), as `read_run` and `read_params` give.
-
-    A folder whose head is of no objective is a masked_lm run without its head.
-
-    Raises:
-      DataError: no tokenizer, without which there is no run.
-    """
-    if loaded.tokenizer is None:
-        raise DataError(f"a run needs a tokenizer, and the folder has none: looked for {', '.join(TOKENIZER_FILES)}.")
-    keeps_head = loaded.task in OBJECTIVES
-    limit = loaded.config.max_length if loaded.config.position == "learned" else DataConfig.row_length
-    config = RunConfig(
-        objective=loaded.task if keeps_head else "masked_lm",
-        model=loaded.config,
-        head=loaded.head if keeps_head else HeadConfig(),
-        pooling=loaded.pooling,
-        data=DataConfig(row_length=min(DataConfig.row_length, limit)),
-    )
-    params = flatten(nnx.to_pure_dict(nnx.split(loaded.model)[1]))
-    kept = ("encoder.", "head.") if keeps_head else ("encoder.",)
-    params = {path: value for path, value in params.items() if path.startswith(kept) and path not in loaded.fresh}
-    # Names of classes that a head made anew has are nobody's.
-    label_names = loaded.label_names if "head.out.kernel" in params else None
-    run = {"config": to_dict(config), "tokenizer": loaded.tokenizer.json, "label_names": label_names, "step": 0}
-    return run, unflatten(params)
-
-
-def read_origin(path: str | pathlib.Path, task: Task) -> tuple[dict[str, Any], Any]:
-    """(run, parameters) of what `init_from` names: a run folder, a checkpoint or a published folder.
-
-    `task` is the head to load of a published folder, as far as it has one; a run folder has its own.
-    """
-    path = pathlib.Path(path)
-    if not is_published(path):
-        return read_run(path), read_params(path)
-    family = find_family(read_json(path / "config.json"))
-    return as_run(load_pretrained(path, task=task if task in family.heads else None))
-
-
-def open_model(path: str | pathlib.Path) -> LoadedRun:
-    """A run folder, a checkpoint or a published folder, ready to be asked.
-
-    Raises:
-      DataError: a published folder without the head of a run's objective, or whose classifier does not choose one of
-        several labels.
-    """
-    path = pathlib.Path(path)
-    if not is_published(path):
-        return load_run(path)
-    loaded = load_pretrained(path)
-    if loaded.task not in OBJECTIVES or loaded.fresh:
-        raise DataError(
-            f"{path} must have the head of a {' or '.join(OBJECTIVES)} run to be asked: it has {loaded.task or 'none'}"
-            f"{', which the weights lack' if loaded.fresh else ''}."
-        )
-    kind = read_json(path / "config.json").get("problem_type")
-    if loaded.task == "classification" and (len(loaded.label_names) < 2 or kind not in (None, ONE_OF_SEVERAL)):
-        raise DataError(
-            f"{path} must choose one of several labels to be asked: it has {len(loaded.label_names)}, and problem_type "
-            f"{kind}. load_pretrained gives its logits."
-        )
-    return _loaded_run(loaded)
-
-
-def _loaded_run(loaded: Pretrained) -> LoadedRun:
-    """What is missing of the head is made anew; a classifier, whose classes nobody knows then, is left out."""
-    if loaded.task == "classification" and "head.out.kernel" in loaded.fresh:
-        loaded = dataclasses.replace(loaded, task=None)
-    run, params = as_run(loaded)
-    config = from_dict(RunConfig, run["config"])
-    make_model = model_factory(config, run["label_names"])
-    graphdef, abstract = abstract_model(make_model)
-    own = flatten(params)
-    if fresh := [path for path in flatten(nnx.to_pure_dict(abstract)) if path not in own]:
-        made = flatten(nnx.to_pure_dict(nnx.split(make_model())[1]))
-        params = unflatten(own | {path: made[path] for path in fresh})
-        logger.warning("a %s run needs %s: made anew", config.objective, ", ".join(fresh))
-    return LoadedRun(nnx.merge(graphdef, params), config, loaded.tokenizer, run["label_names"], 0)
 
 
 def import_folder(folder: str | pathlib.Path, out: str | pathlib.Path) -> None:
     """Make a run folder of a published one: what is trained from, asked or exported like any other.
 
-    A folder without a masked_lm or classification head gets a new masked_lm one, which is named in a log line.
+    A folder without the head of a task gets a new masked_lm one, which is named in a log line.
 
     Raises:
       ConfigError: `out` has something in it already. And whatever `load_pretrained` raises.
     """
     out = pathlib.Path(out)
     _refuse_filled(out)
-    model = _loaded_run(load_pretrained(folder))
-    config = to_dict(dataclasses.replace(model.config, run_dir=str(out)))
-    settings = {"config": config, "tokenizer": model.tokenizer.json, "label_names": model.label_names}
+    run = load(folder)
+    record = RunRecord(dataclasses.replace(run.config, run_dir=str(out)), run.tokenizer, run.label_names)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "tokenizer.json", model.tokenizer.json)
-    write_atomically(out / "config.json", json.dumps(config, indent=1) + "\n")
+    write_atomically(out / "tokenizer.json", run.tokenizer.json)
+    write_atomically(out / "config.json", json.dumps(to_dict(record.config), indent=1) + "\n")
     with Checkpoints(out, keep=1) as checkpoints:
-        params = nnx.to_pure_dict(nnx.split(model.model)[1])
-        checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, {}), 0, settings)
+        params = nnx.to_pure_dict(nnx.split(run.model)[1])
+        checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, {}), 0, record.to_json())
 
 
 def export_run(
@@ -153,9 +64,8 @@ def export_run(
     """
     out = pathlib.Path(out)
     _refuse_filled(out)
-    is_bare = encoder_only and is_published(run_dir)
-    run = _loaded_run(load_pretrained(run_dir)) if is_bare else open_model(run_dir)
-    config, task = run.config, None if encoder_only else run.config.objective
+    run = load(run_dir)
+    config, task = run.config, None if encoder_only else run.task.head
     family, published = _published_config(config, model_type, task)
     pad = run.tokenizer.special("pad")
     if published.setdefault("pad_token_id", pad) != pad:
@@ -164,6 +74,8 @@ def export_run(
             f"is {pad}."
         )
     names = run.label_names or []
+    if task and run.task.problem_type:
+        published["problem_type"] = run.task.problem_type
     if names and task:
         published |= {
             "id2label": {str(i): name for i, name in enumerate(names)},

@@ -1,86 +1,171 @@
-"""A run folder as an object: the trained model with its config and tokenizer, ready to be asked."""
+"""A trained model with its config, tokenizer and labels, ready to be asked; `load` opens the folders that hold one."""
 
-import pathlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_encoder.config import RunConfig, from_dict
-from flax_encoder.data.rows.batches import Frame
-from flax_encoder.data.sources.records import DataError
+from flax_encoder.config import RunConfig
+from flax_encoder.data.rows.batches import Batches, OneByOne
+from flax_encoder.data.rows.documents import Batch, Documents, Frame, Layout, assemble
+from flax_encoder.data.rows.targets import HOST_FIELDS, TargetInputs
+from flax_encoder.data.sources.columns import Columns
+from flax_encoder.data.sources.records import DataError, Record
+from flax_encoder.data.store.encoding import Encoded, encode_records
+from flax_encoder.data.store.store import Split
+from flax_encoder.data.store.tokenizing import token_dtype
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
-from flax_encoder.nn.partition import abstract_model
-from flax_encoder.tasks import OBJECTIVES
-from flax_encoder.training.checkpoint import read_params, read_run
+from flax_encoder.tasks import Task, find_task
+from flax_encoder.tasks.task import Answer, Question
+
+_BLOCK = 2048  # records that are packed together: what is held in memory at a time
+_TOKENS = 4096  # of a batch of rows
+_LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # of rows, so that few shapes are compiled
 
 
 def model_factory(config: RunConfig, label_names: list[str] | None) -> Callable[[], nnx.Module]:
     """Makes the run's model, its parameters drawn from the run's seed."""
-    objective = OBJECTIVES[config.objective]
-    options = {"num_classes": len(label_names), "pooling": config.pooling} if label_names else {}
-    return lambda: objective(config.model, head=config.head, **options, rngs=nnx.Rngs(config.seed))
+    make = find_task(config.objective).make_model(config, label_names)
+    return lambda: make(nnx.Rngs(config.seed))
 
 
 @dataclass(frozen=True)
 class LoadedRun:
+    """A trained model, ready to be asked."""
+
     model: Any
-    """The objective's module (`MaskedLM`, `Classifier`); `model.encoder` is the `Encoder`."""
+    """The task's module (`MaskedLM`, `Classifier`, ...); `model.encoder` is the `Encoder`."""
     config: RunConfig
     tokenizer: TextTokenizer
     label_names: list[str] | None
     step: int
+    fresh: tuple[str, ...] = ()
+    """Parameters of the head that no weights were found for: with any, the model gives vectors but no answers."""
 
-    def batch(self, texts: list[str], *, cut: bool = False) -> dict[str, jax.Array]:
-        """Texts as rows, one each, padded to the longest (up to a multiple of 32, so that few shapes are compiled).
+    @property
+    def task(self) -> Task:
+        return find_task(self.config.objective)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of the rows that it was trained on, which the longest document fits."""
+        return self.config.data.final_row_length
+
+    @functools.cached_property
+    def _split_model(self) -> tuple[Any, Any]:
+        return nnx.split(self.model)
+
+    @functools.cached_property
+    def apply(self) -> Callable[[Batch], dict[str, jax.Array]]:
+        """The model's outputs of a batch, compiled once for each shape."""
+        graphdef, params = self._split_model
+        run = jax.jit(lambda params, batch: nnx.merge(graphdef, params).outputs(batch))
+        return lambda batch: run(params, {name: x for name, x in batch.items() if name not in HOST_FIELDS})
+
+    @functools.cached_property
+    def _logits(self) -> Callable[[Batch], jax.Array]:
+        graphdef, params = self._split_model
+        run = jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch))
+        return lambda batch: run(params, batch)
+
+    def _check_asked(self) -> None:
+        if self.fresh:
+            raise DataError(
+                f"a model is asked by the head that it was trained with: the folder has no {', '.join(self.fresh)}. It "
+                f"gives vectors (embed), and --init-from starts from it."
+            )
+
+    def predict(self, records: Iterable[Record | str | tuple[str, ...]]) -> Iterator[Answer]:
+        """An answer a record, in order: what the task's `answer` makes of the model's outputs.
+
+        Records are packed into rows, some thousands at a time, which is all that is held in memory. A record may be a
+        text, or a tuple of texts; values that it has are not looked at, but words that it names are kept.
 
         Raises:
-          DataError: an empty text, or one longer than the model takes that is not to be cut.
+          DataError: a task without answers, a record without a token, or one of another number of texts than the rest.
         """
-        encoded = self.tokenizer.encode_batch(texts)
-        frame = Frame.of(self.tokenizer)
-        specials = sum(frame.specials)
-        limit = self.config.model.max_length if self.config.model.position == "learned" else None
-        if cut and limit is not None:
-            encoded = [ids[: limit - specials] for ids in encoded]
-        longest = max(map(len, encoded)) + specials
-        if min(map(len, encoded)) == 0:
-            raise DataError("a text must have at least one token: got an empty one.")
-        if limit is not None and longest > limit:
-            raise DataError(
-                f"the model takes {limit} tokens, {specials} of them special: got a text of {longest - specials}."
-            )
-        length = -(-longest // 32) * 32
-        length = length if limit is None else min(length, limit)
-        batch = frame.empty(len(texts), length)
-        for row, ids in enumerate(encoded):
-            ids = frame.around(ids)
-            batch["tokens"][row, : len(ids)] = ids
-            batch["segment_ids"][row, : len(ids)] = 1
-        batch["positions"][:] = np.arange(length)
-        return {name: jnp.asarray(values) for name, values in batch.items()}
+        self._check_asked()
+        if self.task.answer is None:
+            raise DataError(f"objective {self.config.objective} has no answers to give for a file of texts.")
+        block: list[Record] = []
+        for record in records:
+            block.append(_as_record(record))
+            if len(block) == _BLOCK:
+                yield from self._answers(block)
+                block = []
+        if block:
+            yield from self._answers(block)
 
-    def _probabilities(self, batch: dict[str, jax.Array]) -> np.ndarray:
-        return np.asarray(jax.nn.softmax(jax.jit(lambda model, batch: model(batch))(self.model, batch)))
+    def _answers(self, records: list[Record]) -> Iterator[Answer]:
+        task = self.task
+        columns = task.reading.columns
+        dtype = token_dtype(self.tokenizer)
+        encoded = encode_records(records, self.tokenizer, columns, {}, dtype, with_offsets=task.needs_offsets)
+        if (empty := np.flatnonzero(encoded.lengths == 0)).size:
+            where = records[empty[0]].where or f"record {empty[0] + 1}"
+            raise DataError(f"a text must have at least one token: {where} has none.")
+        split = memory_split(encoded)
+        documents, batches = self._rows_of(split)
+        found: list[list[Any]] = [[] for _ in records]
+        for i in range(len(batches)):
+            batch = batches[i]
+            outputs = {name: np.asarray(x) for name, x in self.apply(batch).items()}
+            for document, values in by_owner(batch["owners"], outputs):
+                at = document if documents.source is None else int(documents.source[document])
+                found[at].append((document, values))
+        ends = np.cumsum(encoded.lengths, dtype=np.int64)
+        for i, (record, windows) in enumerate(zip(records, found, strict=True)):
+            windows.sort(key=lambda window: window[0])
+            starts = documents.window_start
+            own = slice(int(ends[i]) - int(encoded.lengths[i]), int(ends[i]))
+            yield task.answer(Question(  # type: ignore[misc]
+                [values for _, values in windows], self.label_names, self.config, record,
+                [0 if starts is None else int(starts[document]) for document, _ in windows],
+                None if encoded.offsets is None else encoded.offsets[own], encoded.text_lengths[i], encoded.tokens[own],
+            ))  # fmt: skip
+
+    def _rows_of(self, split: Split) -> tuple[Documents, Batches]:
+        """The split's documents in rows of the least usual length that the longest fits, and the task's queries."""
+        reading, frame = self.task.reading, Frame.of(self.tokenizer)
+        layout = reading.layout(self.config)
+        most = self.row_length
+        longest = int(split.lengths.max()) + sum(frame.specials)
+        if "text_lengths" in split.values or layout.long == "windows":
+            longest = most
+        row_length = next((n for n in _LENGTHS if longest <= n < most), most)
+        documents = Documents(split, layout, frame, row_length)
+        plan = documents.plan(row_length)
+        order = OneByOne([plan])
+        batch_size = min(2 ** int(np.ceil(np.log2(len(order)))), max(1, _TOKENS // row_length))
+        max_pieces = 2 ** int(np.ceil(np.log2(plan.max_pieces_per_row)))  # a power of two: few shapes are compiled
+        inputs = TargetInputs(self.config, self.tokenizer, documents, row_length, max_pieces, False, True)
+        batches = Batches(
+            [documents], order, reading.targets(inputs), row_length=row_length, batch_size=batch_size, seed=0,
+            num_batches=-(-len(order) // batch_size), stop_row=len(order), streams=reading.streams(self.config),
+            with_types=self.config.model.num_token_types > 1,
+        )  # fmt: skip
+        return documents, batches
 
     def fill_mask(self, text: str, top: int = 5) -> list[list[dict[str, Any]]]:
         """The likeliest tokens for each mask of a text, as [{"token", "probability"}, ...] a mask, likeliest first.
 
         Raises:
-          DataError: the text has no mask, or the run no masked-LM head.
+          DataError: the text has no mask, or is longer than the model takes, or the run has no masked-LM head.
         """
         if self.config.objective != "masked_lm":
             raise DataError(f"fill-mask needs a masked_lm run: this one is {self.config.objective}.")
+        self._check_asked()
         mask_id = self.tokenizer.special("mask")
-        batch = self.batch([text])
-        positions = np.flatnonzero(np.asarray(batch["tokens"])[0] == mask_id).astype(np.int32)
+        batch = self.row(text)
+        positions = np.flatnonzero(batch["tokens"][0] == mask_id).astype(np.int32)
         if not len(positions):
             raise DataError(f"the text must have at least one {self.tokenizer.token(mask_id)}: got {text!r}.")
-        probabilities = self._probabilities(batch | {"target_positions": jnp.asarray(positions[None])})[0]
+        batch["target_positions"] = positions[None]
+        probabilities = np.asarray(jax.nn.softmax(self._logits(batch)))[0]
         # Ids past the tokenizer's are padding of the embedding table; special tokens are no words.
         probabilities = probabilities[:, : self.tokenizer.vocab_size].copy()
         probabilities[:, self.tokenizer.special_ids] = 0.0
@@ -89,32 +174,64 @@ class LoadedRun:
             for p in probabilities
         ]
 
-    def classify(self, text: str) -> list[dict[str, Any]]:
+    def row(self, text: str) -> Batch:
+        """A text as a row of its own, padded to the next usual length.
+
+        Raises:
+          DataError: a text without a token, or longer than the model's learned positions reach.
+        """
+        frame = Frame.of(self.tokenizer)
+        specials = sum(frame.specials)
+        encoded = encode_records([Record((text,))], self.tokenizer, Columns(), {}, token_dtype(self.tokenizer))
+        if not len(encoded.tokens):
+            raise DataError("a text must have at least one token: got an empty one.")
+        limit = self.config.model.max_length if self.config.model.position == "learned" else None
+        length = len(encoded.tokens) + specials
+        if limit is not None and length > limit:
+            raise DataError(
+                f"the model takes {limit} tokens, {specials} of them special: got a text of {length - specials}."
+            )
+        row_length = next((n for n in _LENGTHS if length <= n), length)
+        row_length = row_length if limit is None else min(row_length, limit)
+        documents = Documents(memory_split(encoded), Layout(long="split"), frame, row_length)
+        batch, first = frame.empty(1, row_length), np.zeros(1, np.int64)
+        assemble(documents, documents.plan(row_length).rows(first, 0), batch, first)
+        return batch
+
+    def classify(self, text: str | tuple[str, str]) -> list[dict[str, Any]]:
         """Every label's probability, as [{"label", "probability"}, ...], likeliest first. A text that is longer than
-        the model takes is cut, as in training.
+        the rows of training is cut, as in training.
 
         Raises:
           DataError: the run has no classification head.
         """
         if self.config.objective != "classification" or self.label_names is None:
             raise DataError(f"classify needs a classification run: this one is {self.config.objective}.")
-        batch = self.batch([text], cut=True)
-        batch["target_positions"] = jnp.zeros((1, 1), jnp.int32)
-        p = self._probabilities(batch)[0, 0]
-        return [{"label": self.label_names[i], "probability": float(p[i])} for i in np.argsort(-p)]
+        [answer] = self.predict([text])
+        return [{"label": label, "probability": p} for label, p in answer["probabilities"].items()]
 
 
-def load_run(path: str | pathlib.Path) -> LoadedRun:
-    """Load a run folder's newest checkpoint, or one checkpoint, by itself: no other file is needed.
+def _as_record(record: Record | str | tuple[str, ...]) -> Record:
+    if isinstance(record, Record):
+        return record
+    return Record((record,) if isinstance(record, str) else tuple(record))
 
-    Raises:
-      CheckpointError: there is none, or it cannot be read.
+
+def memory_split(encoded: Encoded) -> Split:
+    """Tokenized records as a split that is in memory alone."""
+    offsets = np.concatenate([[0], np.cumsum(encoded.lengths, dtype=np.int64)])
+    values = {"text_lengths": encoded.text_lengths} if encoded.text_lengths.shape[1] > 1 else {}
+    tags = None if encoded.tags is None else [encoded.tags]
+    return Split([encoded.tokens], [np.packbits(encoded.words, bitorder="little")], offsets, values, tags=tags)
+
+
+def by_owner(owners: np.ndarray, outputs: dict[str, np.ndarray]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(document, its outputs [m, ...]) of each document that has targets in a batch.
+
+    Args:
+      owners: [B, M], the document of each target, or -1.
     """
-    path = pathlib.Path(path)
-    run = read_run(path)
-    config = from_dict(RunConfig, run["config"])
-    names = run["label_names"]
-    make_model = model_factory(config, names)
-    graphdef, _ = abstract_model(make_model)
-    model = nnx.merge(graphdef, read_params(path))
-    return LoadedRun(model, config, TextTokenizer(run["tokenizer"]), names, run["step"])
+    for row, of_row in enumerate(owners):
+        for document in np.unique(of_row[of_row >= 0]).tolist():
+            mine = np.flatnonzero(of_row == document)
+            yield document, {name: x[row, mine] for name, x in outputs.items()}

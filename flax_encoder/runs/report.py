@@ -4,15 +4,54 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 
-import numpy as np
+import jax
 from rich.console import Console
 from rich.table import Table
 
 from flax_encoder.config import ConfigError, RunConfig
-from flax_encoder.data.baselines import NeighbourCounts, majority_class
 from flax_encoder.data.pipeline import RunData, open_data
-from flax_encoder.runs.loaded import LoadedRun, load_run
+from flax_encoder.runs.load import load_run
 from flax_encoder.training.run_log import read_metrics
+
+
+def describe_data(data: RunData) -> str:
+    manifests = [store.manifest for store in data.stores]
+    train, held_out, test = (
+        {what: sum(m["splits"].get(split, {}).get(what, 0) for m in manifests) for what in ("documents", "tokens")}
+        for split in ("train", "validation", "test")
+    )
+    if not held_out["documents"]:  # stores from before have one held-out split, named test
+        held_out, test = test, held_out
+    kinds = {kind: None for m in manifests for kind in m["dropped"]}
+    counts = {kind: sum(m["dropped"].get(kind, 0) for m in manifests) for kind in kinds}
+    dropped = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+    rows = sum(plan.rows_per_epoch for plan in data.train_plans)
+    fill = sum(plan.rows_per_epoch * plan.fill_rate for plan in data.train_plans) / rows
+    apart = f"; for the test {test['documents']:,} and {test['tokens']:,}" if test["documents"] else ""
+    contradictory = sum(m.get("contradictory", 0) for m in manifests)
+    notes = [
+        (data.num_cut, "longer than a row and cut: --data.row-length takes more of them"),
+        (contradictory, "texts occur with more than one value"),
+    ]
+    return (
+        f"data: {train['documents']:,} documents, {train['tokens']:,} tokens; held out {held_out['documents']:,} and "
+        f"{held_out['tokens']:,}{apart}{'; dropped ' + dropped if dropped else ''}; vocabulary "
+        f"{data.tokenizer.vocab_size:,}; {rows:,} rows an epoch, {fill:.1%} full"
+        + "".join(f"\n{count:,} {what}" for count, what in notes if count)
+    )
+
+
+def describe_stages(config: RunConfig) -> str:
+    shapes = {
+        (s.batch_size, T, s.row_length) for s in config.stages for T in (*config.data.buckets, s.row_length)
+    }
+    parts = [f"{s.batch_size} rows of {s.row_length} up to step {s.end_step}" for s in config.stages]
+    return f"batches: {', '.join(parts)}; the step is compiled for {len(shapes)} shapes, each when it comes"
+
+
+def describe_mesh(mesh) -> str:
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}{': ' + axes if axes else ''}"
 
 
 def show_report(
@@ -20,39 +59,9 @@ def show_report(
 ) -> None:
     """Print the report of a finished run; `train` is called for the run from scratch, if the config asks for it."""
     run = load_run(config.run_dir)
-    data = open_data(run.config, tokenizer=run.tokenizer, label_names=run.label_names)
-    console = Console(highlight=False, soft_wrap=True)
-    rows = _masked_lm_rows if run.config.objective == "masked_lm" else _classification_rows
-    table = Table(title="held-out text", title_justify="left")
-    columns = [name.removeprefix("eval/") for name in metrics]
-    table.add_column("")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    for name, values in rows(config, run, data, metrics, train).items():
-        table.add_row(name, *(f"{values[c]:,.4f}" if c in values else "" for c in columns))
-    console.print()
-    console.print(table)
-    if run.config.objective == "masked_lm":
-        for line in _examples(run, data):
-            console.print(line, markup=False)
-    console.print("\nnext:")
-    for command in _next_commands(run, data):
-        console.print(f"  {command}", markup=False)
-
-
-def _masked_lm_rows(config, run: LoadedRun, data: RunData, metrics, train) -> dict[str, dict[str, float]]:
-    counts = NeighbourCounts([s.train for s in data.stores], data.tokenizer, run.config.data.row_length)
-    scores = counts.score(data.evaluation)
-    return {
-        "most frequent token": scores["most_frequent"],
-        "guess from two neighbours": scores["neighbours"],
-        "this model": _plain(metrics),
-    }
-
-
-def _classification_rows(config, run: LoadedRun, data: RunData, metrics, train) -> dict[str, dict[str, float]]:
-    train_labels, test_labels = data.stores[0].train.labels, data.stores[0].test.labels
-    rows = {"majority class": majority_class(train_labels, test_labels, len(run.label_names or []))}
+    data = open_data(run.config, run.task.reading, tokenizer=run.tokenizer, label_names=run.label_names)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    rows = run.task.baselines(run, data) if run.task.baselines else {}
     if config.compare_with_scratch and run.config.init_from:
         run_dir = pathlib.Path(config.run_dir)
         scratch = train(dataclasses.replace(
@@ -62,48 +71,27 @@ def _classification_rows(config, run: LoadedRun, data: RunData, metrics, train) 
         if scratch is not None:
             rows["same model from scratch"] = _plain(scratch)
     rows["fine-tuned" if run.config.init_from else "this model"] = _plain(metrics)
-    return rows
+    columns = [name.removeprefix("eval/") for name in metrics if name.startswith("eval/")]
+    table = Table(title="held-out documents", title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for name, values in rows.items():
+        table.add_row(name, *(f"{values[c]:,.4f}" if c in values else "" for c in columns))
+    console.print()
+    console.print(table)
+    if test := {name.removeprefix("test/"): v for name, v in metrics.items() if name.startswith("test/")}:
+        console.print("test documents: " + ", ".join(f"{name} {value:.4f}" for name, value in test.items()))
+    for line in run.task.examples(run, data) if run.task.examples else []:
+        console.print(line)
+    console.print("\nnext:")
+    commands = run.task.commands(run) if run.task.commands else []
+    for command in [*commands, f"python -m flax_encoder plot {run.config.run_dir} --out curve.png"]:
+        console.print(f"  {command}")
 
 
 def _plain(metrics: dict[str, float]) -> dict[str, float]:
     return {name.removeprefix("eval/"): value for name, value in metrics.items()}
-
-
-def _held_out_sentences(run: LoadedRun, data: RunData, count: int) -> list[tuple[str, str]]:
-    """(text with one word masked, that word) from short held-out documents, evenly spread over them."""
-    test = data.stores[0].test
-    mask_id = run.tokenizer.special("mask")
-    candidates = np.flatnonzero((test.lengths >= 8) & (test.lengths <= 24))
-    found = []
-    for document in np.roll(candidates, len(candidates) // 3):
-        ids = np.array(test.document(document))
-        words = [run.tokenizer.token(i) for i in ids] + [""]
-        whole = [i for i in range(3, len(ids)) if words[i].isalpha() and len(words[i]) > 2 and words[i + 1][:2] != "##"]
-        if whole and sum(w.isalpha() for w in words) > 0.7 * len(ids):
-            at = whole[len(whole) // 2]
-            ids[at] = mask_id
-            found.append((run.tokenizer.decode(ids), words[at]))
-    return [found[i * len(found) // count] for i in range(count)] if len(found) >= count else found
-
-
-def _examples(run: LoadedRun, data: RunData) -> list[str]:
-    lines = []
-    for text, truth in _held_out_sentences(run, data, 3):
-        guesses = "  ".join(f"{g['token']} {g['probability']:.0%}" for g in run.fill_mask(text, 4)[0])
-        lines.append(f"\n{text}\n  it says {guesses}; the text has {truth!r}")
-    return lines
-
-
-def _next_commands(run: LoadedRun, data: RunData) -> list[str]:
-    run_dir = run.config.run_dir
-    if run.config.objective == "masked_lm":
-        mask = run.tokenizer.token(run.tokenizer.special("mask"))
-        commands = [f'python -m flax_encoder fill-mask {run_dir} "Return the {mask} of the list."']
-        if run.config.data.source == "tfds:python_docs":
-            commands.append(f"python train.py --config configs/quickstart_classify.py --init-from {run_dir}")
-    else:
-        commands = [f'python -m flax_encoder classify {run_dir} "Send a message to the server and wait for its reply."']
-    return [*commands, f"python -m flax_encoder plot {run_dir} --out curve.png"]
 
 
 def plot_runs(run_dirs: list[pathlib.Path], out: pathlib.Path) -> None:

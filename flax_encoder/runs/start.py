@@ -7,34 +7,41 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, RunConfig, differences, from_dict
+from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, RunConfig, differences
 from flax_encoder.data.pipeline import settle_tokenizer
+from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.data.tokens.word_vectors import embedding_from_vectors, word_level_tokenizer
-from flax_encoder.runs.exchange import read_origin
 from flax_encoder.nn.partition import round_up_vocab
-from flax_encoder.training.checkpoint import read_run
+from flax_encoder.runs.load import read_origin
+from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.training.run_log import RunLog
 
 # Settings that do not change what is computed: a resumed run may differ in them. (Text may have moved: its hash says
 # whether it is the same.)
 FREE_ON_RESUME = (
     "run_dir", "init_from", "compare_with_scratch", "log_every", "eval_every", "eval_batches", "checkpoint_every",
-    "keep_checkpoints", "mesh.", "data.cache_dir", "data.source", "data.tokenizer", "data.word_vectors", "data.workers",
-    "data.verify", "model.scan_layers", "model.remat", "model.attention_implementation",
+    "keep_checkpoints", "mesh.", "data.cache_dir", "data.source", "data.validation", "data.test", "data.tokenizer",
+    "data.word_vectors", "data.workers", "data.verify", "model.scan_layers", "model.remat",
+    "model.attention_implementation",
 )  # fmt: skip
 
 
-def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) -> tuple[RunConfig, dict[str, Any]]:
-    """The config and what else is fixed by the checkpoint that is resumed, or by the run that init_from names.
+def settle(
+    config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog
+) -> tuple[RunConfig, RunRecord | None, TextTokenizer | None, list[str] | None]:
+    """(config, the record that is resumed, tokenizer, labels): what is fixed by the checkpoint that is resumed, or by
+    the run that init_from names; None where it is still to be made.
 
     Raises:
       ConfigError: a resumed run's settings that matter differ from before.
     """
     if start:
-        run = read_run(run_dir)
-        before = from_dict(RunConfig, run["config"])
-        known = like_origin(config, run)
+        record = read_record(run_dir)
+        before, known = record.config, like_origin(config, record)
+        if not before.data.held_out_by_class:  # a run from before there was the choice keeps its documents
+            known, config = (dataclasses.replace(
+                c, data=dataclasses.replace(c.data, held_out_by_class=False)) for c in (known, config))  # fmt: skip
         changed = {
             name: values
             for name, values in differences(before, config if config.init_from is None else known).items()
@@ -46,36 +53,36 @@ def settle(config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog) ->
                 f"a run resumes with the settings it began with; {run_dir} has a checkpoint at step {start}, and these "
                 f"differ:{lines}\nGive the same, or another --run-dir (--init-from {run_dir} starts from its model)."
             )
-        return dataclasses.replace(known, init_from=before.init_from), run
+        config = dataclasses.replace(known, init_from=before.init_from)
+        return config, record, record.tokenizer, record.label_names
     if config.init_from:
-        run, _ = read_origin(config.init_from, config.objective)
-        settled = like_origin(config, run)
+        record, _ = read_origin(config.init_from, config.objective)
+        settled = like_origin(config, record)
         model = dataclasses.replace(config.model, vocab_size=settled.model.vocab_size)
         for name, (was, now) in differences(dataclasses.replace(config, model=model), settled).items():
             log.say(f"{name} is {now}, from {config.init_from} (the config has {was})")
-        keep = {"tokenizer": run["tokenizer"]}
         if config.data.tokenizer is not None:
-            given = settle_tokenizer(config.data, [], [], log.say)
-            if given.hash != TextTokenizer(run["tokenizer"]).hash:
+            given = settle_tokenizer(config.data, Columns(), [], [], log.say)
+            if given.hash != record.tokenizer.hash:
                 raise ConfigError(
                     f"a model reads the tokens it was made for: data.tokenizer {config.data.tokenizer} is not that of "
                     f"{config.init_from}. Leave it out."
                 )
-        if config.objective == "classification" and run["label_names"]:
-            keep["label_names"] = run["label_names"]
-        return settled, keep
+        has_labels = record.config.objective == config.objective
+        return settled, None, record.tokenizer, record.label_names if has_labels else None
+    tokenizer = None
     if config.data.word_vectors and config.data.tokenizer is None:
-        return config, {"tokenizer": word_level_tokenizer(config.data.word_vectors, config.data.vocab_size).json}
-    return config, {}
+        tokenizer = word_level_tokenizer(config.data.word_vectors, config.data.vocab_size)
+    return config, None, tokenizer, None
 
 
-def like_origin(config: RunConfig, run: dict[str, Any]) -> RunConfig:
+def like_origin(config: RunConfig, record: RunRecord) -> RunConfig:
     """`config` with the settings that another run's parameters depend on; its head's too if of the same kind, and
     how it pools if it is trained."""
-    origin = from_dict(RunConfig, run["config"])
+    origin = record.config
     theirs = {name: value for name, value in vars(origin.model).items() if name not in FREE_OF_PARAMETERS}
     head: dict[str, Any] = {"head": origin.head} if origin.objective == config.objective else {}
-    if head and run["label_names"]:
+    if head and record.label_names:
         head["pooling"] = origin.pooling
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **theirs), **head)
 
@@ -91,8 +98,8 @@ def with_vocab_size(config: RunConfig, tokenizer_size: int) -> RunConfig:
 def start_from(config: RunConfig, label_names: list[str] | None, params: Any, log: RunLog) -> Any:
     """`params` with the encoder of init_from, and its head too if that was made for the same; what is new is named."""
     origin, params_there = read_origin(config.init_from, config.objective)
-    is_of_these = origin["label_names"] is None or origin["label_names"] == label_names
-    keeps_head = origin["config"]["objective"] == config.objective and is_of_these
+    is_of_these = origin.label_names is None or origin.label_names == label_names
+    keeps_head = origin.config.objective == config.objective and is_of_these
     found = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(params_there)}
     fresh = []
 

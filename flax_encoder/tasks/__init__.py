@@ -1,7 +1,36 @@
-"""What a model is trained for. An objective is a module that maps a batch to logits at its target positions, and the
-report of its summed metrics; the loss is the same for all (loss.py)."""
+"""What a model is trained for: a task a file, each a record of functions, in one table."""
 
+from flax_encoder.config import ConfigError, RunConfig
+from flax_encoder.tasks import classification, masked_lm
 from flax_encoder.tasks.classification import Classifier
 from flax_encoder.tasks.masked_lm import MaskedLM
+from flax_encoder.tasks.task import Objective, Task, check_settings
 
-OBJECTIVES = {"masked_lm": MaskedLM, "classification": Classifier}
+__all__ = ["TASKS", "Classifier", "MaskedLM", "Objective", "Task", "check_task", "find_task"]
+
+TASKS: dict[str, Task] = {
+    "masked_lm": masked_lm.TASK,
+    "classification": classification.TASK,
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of a name, such as a config's `objective`.
+
+    Raises:
+      ConfigError: there is none; the message lists the known.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"no objective {name!r}; known are {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def check_task(config: RunConfig) -> Task:
+    """The config's task, if its settings are those that the task reads.
+
+    Raises:
+      ConfigError: an unknown objective, or a setting that it does not read or refuses.
+    """
+    task = find_task(config.objective)
+    check_settings(task, config.objective, config, frozenset(s for other in TASKS.values() for s in other.reads))
+    return task

@@ -1,28 +1,28 @@
 """One label a document, with documents packed into rows like any others."""
 
-from typing import Literal
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from flax_encoder.config import EncoderConfig, HeadConfig
+from flax_encoder.config import EncoderConfig, HeadConfig, RunConfig
+from flax_encoder.config.rules import require
+from flax_encoder.data.reading import Reading
+from flax_encoder.data.rows.documents import Batch
+from flax_encoder.data.rows.targets import Rows, TargetInputs, Targets, document_targets
+from flax_encoder.data.sources.columns import Columns
+from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.store.store import Split
 from flax_encoder.nn.encoder import Encoder
-from flax_encoder.nn.heads import ClassificationHead, gather_rows
-from flax_encoder.ops.platform import precision
+from flax_encoder.nn.heads import ClassificationHead, gather_rows, segment_mean
 from flax_encoder.tasks.loss import LossSum, target_loss
-
-
-def segment_mean(
-    hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], target_positions: Int[Array, "B M"]
-) -> Float[Array, "B M D"]:
-    """The mean vector of the document that each target position lies in."""
-    target_segments = jnp.take_along_axis(segment_ids, target_positions, axis=1)
-    member = (segment_ids[:, None, :] == target_segments[:, :, None]).astype(jnp.float32)
-    sums = jnp.einsum("BMT,BTD->BMD", member, hidden, precision=precision(hidden))
-    return sums / jnp.maximum(member.sum(-1, keepdims=True), 1.0)
+from flax_encoder.tasks.metrics import sklearn_metrics
+from flax_encoder.tasks.task import Answer, Labels, Question, Task
 
 
 class Classifier(nnx.Module):
@@ -35,8 +35,10 @@ class Classifier(nnx.Module):
         pooling: Literal["cls", "mean", "late"] = "cls",
         head: HeadConfig | None = None,
         *,
+        smoothing: float = 0.0,
         rngs: nnx.Rngs,
     ):
+        self.smoothing = smoothing
         self.encoder = Encoder(config, rngs=rngs)
         self.head = ClassificationHead(config, num_classes, head, rngs=rngs)
         self.pooling = pooling
@@ -56,11 +58,15 @@ class Classifier(nnx.Module):
 
     def loss(self, batch: dict[str, Array], *, key: Array | None = None) -> LossSum:
         logits = self(batch, key=key)
-        total = target_loss(logits, batch["targets"], batch["target_weights"])
+        total = target_loss(logits, batch["targets"], batch["target_weights"], self.smoothing)
         actual = jax.nn.one_hot(batch["targets"], logits.shape[-1]) * batch["target_weights"][..., None]
         predicted = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1])
         confusion = jnp.einsum("BMA,BMP->AP", actual, predicted)
         return total._replace(metrics=total.metrics | {"confusion": confusion})
+
+    def outputs(self, batch: dict[str, Array]) -> dict[str, Array]:
+        """The probability of each class, [B, M, C]."""
+        return {"probabilities": jax.nn.softmax(self(batch))}
 
     @staticmethod
     def report(total: LossSum) -> dict[str, float]:
@@ -78,3 +84,123 @@ def macro_f1(confusion: np.ndarray) -> float:
     both = confusion.sum(0) + confusion.sum(1)
     f1 = 2 * np.diag(confusion)[both > 0] / both[both > 0]
     return float(f1.mean()) if f1.size else 0.0
+
+
+def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], Classifier]:
+    own, names = config.labels, labels or []
+    return lambda rngs: Classifier(
+        config.model, len(names), config.pooling, config.head, smoothing=own.smoothing, rngs=rngs
+    )
+
+
+def _targets(inputs: TargetInputs) -> Targets:
+    made = document_targets(inputs, "labels")
+    wanted = inputs.config.labels.class_weights
+    if wanted is None or not inputs.is_training:
+        return made
+    labels = inputs.documents.split.values["labels"]
+    num_classes = int(labels.max()) + 1
+    if wanted == "balanced":  # as scikit-learn balances: each class weighs the same in all
+        weights = len(labels) / (num_classes * np.maximum(np.bincount(labels), 1))
+    else:
+        weights = np.asarray(wanted)
+        require(
+            len(weights) >= num_classes,
+            f"labels.class_weights are one number a class: got {len(weights)} for {num_classes} classes.",
+        )
+    return functools.partial(_weighted, made, weights.astype(np.float32))
+
+
+def _weighted(targets: Targets, class_weights: np.ndarray, rows: Rows) -> Batch:
+    batch = targets(rows)
+    return batch | {"target_weights": batch["target_weights"] * class_weights[batch["targets"]]}
+
+
+def check_whole_documents(config: RunConfig) -> None:
+    """The rule of tasks whose documents have values: they are not cut into pieces."""
+    require(
+        config.data.packing != "concatenate",
+        "a document with a value stays whole: data.packing must be best-fit or one-per-row, got concatenate.",
+    )
+    require(
+        len(config.data.sources) == 1,
+        f"{config.objective} takes one source, whose values it learns: got {len(config.data.sources)}.",
+    )
+
+
+def _check_labels(labels: Labels) -> None:
+    if labels is None or len(labels) < 2:
+        raise DataError(
+            f"classification needs at least two classes: the data has {len(labels or [])}"
+            f"{', ' + repr(labels[0]) if labels else ''}. Is --data.label-column the right column?"
+        )
+
+
+def rank(probabilities: np.ndarray, labels: list[str]) -> list[dict[str, Any]]:
+    """[{"label", "probability"}, ...] of probabilities [C], likeliest first."""
+    return [{"label": labels[i], "probability": float(probabilities[i])} for i in np.argsort(-probabilities)]
+
+
+def _answer(question: Question) -> Answer:
+    """`label` and `probability` of the likeliest class, and `probabilities` by label."""
+    assert question.labels is not None
+    ranked = rank(question.outputs[0]["probabilities"][0], question.labels)
+    return ranked[0] | {"probabilities": {entry["label"]: entry["probability"] for entry in ranked}}
+
+
+def _gold(split: Split, document: int, labels: Labels) -> str:
+    return (labels or [])[split.values["labels"][document]]
+
+
+def score(answers: Sequence[Answer], golds: Sequence[str], labels: Labels) -> dict[str, float]:
+    """Accuracy, macro and weighted F1 over the classes that occur, Matthews' correlation (scikit-learn), and the
+    expected calibration error of 15 bins (Guo et al., arXiv 1706.04599)."""
+    metrics = sklearn_metrics()
+    predicted, actual = [a["label"] for a in answers], list(golds)
+    scores = {
+        "accuracy": float(metrics.accuracy_score(actual, predicted)),
+        "macro_f1": float(metrics.f1_score(actual, predicted, average="macro", zero_division=0)),
+        "weighted_f1": float(metrics.f1_score(actual, predicted, average="weighted", zero_division=0)),
+        "matthews": float(metrics.matthews_corrcoef(actual, predicted)),
+    }
+    if answers and "probability" in answers[0]:
+        correct = np.array([a == p for a, p in zip(actual, predicted, strict=True)], float)
+        scores["calibration_error"] = calibration_error(np.array([a["probability"] for a in answers]), correct)
+    return scores
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+    """Mean distance of confidence and accuracy over equal bins of confidence, weighted by what is in them."""
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(which, confidence - correct, bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
+    train, held_out = data.stores[0].train.values["labels"], data.stores[0].validation
+    majority = run.label_names[int(np.bincount(train).argmax())]
+    golds = [_gold(held_out, i, run.label_names) for i in range(len(held_out))]
+    return {"majority class": score([{"label": majority}] * len(golds), golds, run.label_names)}
+
+
+def _commands(run: Any) -> list[str]:
+    return [
+        f'python -m flax_encoder classify {run.config.run_dir} "Send a message to the server and wait for its reply."'
+    ]
+
+
+TASK = Task(
+    reading=Reading(Columns("class", 1, 2), _targets),
+    make_model=_make_model,
+    report=Classifier.report,
+    reads=("pooling", "labels.smoothing", "labels.class_weights", "data.label_column", "data.text_pair_column"),
+    check=check_whole_documents,
+    check_labels=_check_labels,
+    answer=_answer,
+    gold=_gold,
+    score=score,
+    baselines=_baselines,
+    commands=_commands,
+    head="classification",
+    problem_type="single_label_classification",
+)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.ops.cross_entropy import cross_entropy
@@ -19,7 +20,16 @@ class LossSum(NamedTuple):
         return LossSum(self.sum + other.sum, self.count + other.count, metrics)
 
 
-def target_loss(logits: Float[Array, "B M V"], targets: Int[Array, "B M"], weights: Float[Array, "B M"]) -> LossSum:
-    """Cross-entropy in float32, and how many targets no other class beats, both summed by weight."""
+def target_loss(
+    logits: Float[Array, "B M V"], targets: Int[Array, "B M"], weights: Float[Array, "B M"], smoothing: float = 0.0
+) -> LossSum:
+    """Cross-entropy in float32, and how many targets no other class beats, both summed by weight.
+
+    Args:
+      smoothing: share of each target that is spread evenly over all classes (Szegedy et al., arXiv 1512.00567).
+    """
     total, correct = cross_entropy(logits, targets, weights)
+    if smoothing:
+        spread = -jax.nn.log_softmax(logits.astype("float32")).mean(-1)
+        total = (1 - smoothing) * total + smoothing * (weights * spread).sum()
     return LossSum(total, weights.sum(), {"correct": correct})

@@ -1,15 +1,23 @@
 """Masked language modelling (Devlin et al., arXiv 1810.04805)."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flax_encoder.config import EncoderConfig, HeadConfig
+from flax_encoder.config import EncoderConfig, HeadConfig, RunConfig
+from flax_encoder.config.rules import require
+from flax_encoder.data.reading import Reading
+from flax_encoder.data.rows import targets
+from flax_encoder.data.rows.documents import Layout
+from flax_encoder.data.sources.columns import Columns
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import MaskedLMHead, gather_rows
 from flax_encoder.tasks.loss import LossSum
+from flax_encoder.tasks.task import Labels, Task
 
 
 class MaskedLM(nnx.Module):
@@ -45,3 +53,86 @@ class MaskedLM(nnx.Module):
             "accuracy": float(np.asarray(total.metrics["correct"])) / count,
             "perplexity": math.exp(min(loss, 700.0)),
         }
+
+
+def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], MaskedLM]:
+    return lambda rngs: MaskedLM(config.model, head=config.head, rngs=rngs)
+
+
+def _check(config: RunConfig) -> None:
+    width = config.model.embedding_dim or config.model.embed_dim
+    require(
+        config.head.transform or not config.head.tied or width == config.model.embed_dim,
+        f"tied logits need vectors as wide as the embedding: got {config.model.embed_dim} for {width}; set "
+        f"head.transform, or head.tied to False.",
+    )
+    longest = max(config.data.row_length, config.data.final_row_length)
+    rate = max(*config.masking.rates, config.masking.eval_rate)
+    needed = math.ceil(rate * longest)
+    require(
+        config.masking.budget is None or config.masking.budget >= needed,
+        f"masking.budget must hold the masked tokens of a full row: got {config.masking.budget}, and a rate of "
+        f"{rate} of {longest} tokens needs {needed}.",
+    )
+
+
+def _streams(config: RunConfig) -> tuple[str, ...]:
+    return () if config.masking.kind == "token" else ("word_starts",)
+
+
+def _split(config: RunConfig) -> Layout:
+    return Layout(long="split")
+
+
+def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
+    from flax_encoder.data.baselines import NeighbourCounts
+
+    counts = NeighbourCounts([s.train for s in data.stores], data.tokenizer, run.config.data.row_length)
+    scores = counts.score(data.evaluation)
+    return {"most frequent token": scores["most_frequent"], "guess from two neighbours": scores["neighbours"]}
+
+
+def _held_out_sentences(run: Any, data: Any, count: int) -> list[tuple[str, str]]:
+    """(text with one word masked, that word) from short held-out documents, evenly spread over them."""
+    held_out = data.stores[0].validation
+    mask_id = run.tokenizer.special("mask")
+    candidates = np.flatnonzero((held_out.lengths >= 8) & (held_out.lengths <= 24))
+    found = []
+    for document in np.roll(candidates, len(candidates) // 3):
+        ids = np.array(held_out.document(document))
+        words = [run.tokenizer.token(i) for i in ids] + [""]
+        whole = [i for i in range(3, len(ids)) if words[i].isalpha() and len(words[i]) > 2 and words[i + 1][:2] != "##"]
+        if whole and sum(w.isalpha() for w in words) > 0.7 * len(ids):
+            at = whole[len(whole) // 2]
+            ids[at] = mask_id
+            found.append((run.tokenizer.decode(ids), words[at]))
+    return [found[i * len(found) // count] for i in range(count)] if len(found) >= count else found
+
+
+def _examples(run: Any, data: Any) -> list[str]:
+    lines = []
+    for text, truth in _held_out_sentences(run, data, 3):
+        guesses = "  ".join(f"{g['token']} {g['probability']:.0%}" for g in run.fill_mask(text, 4)[0])
+        lines.append(f"\n{text}\n  it says {guesses}; the text has {truth!r}")
+    return lines
+
+
+def _commands(run: Any) -> list[str]:
+    mask = run.tokenizer.token(run.tokenizer.special("mask"))
+    commands = [f'python -m flax_encoder fill-mask {run.config.run_dir} "Return the {mask} of the list."']
+    if run.config.data.source == "tfds:python_docs":
+        commands.append(f"python train.py --config configs/quickstart_classify.py --init-from {run.config.run_dir}")
+    return commands
+
+
+TASK = Task(
+    reading=Reading(Columns(), targets.masked_lm, layout=_split, streams=_streams),
+    make_model=_make_model,
+    report=MaskedLM.report,
+    reads=("masking.", "head.tied", "data.last_row_length", "data.last_rate"),
+    check=_check,
+    baselines=_baselines,
+    examples=_examples,
+    commands=_commands,
+    head="masked_lm",
+)

@@ -111,12 +111,13 @@ class RunLog:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
-    def progress(self, step: int, values: dict[str, float], seconds_left: float) -> None:
-        """Show where the run is: step, loss, masked accuracy, tokens/s, data wait, time left."""
+    def progress(self, step: int, values: dict[str, float], headline: str, seconds_left: float) -> None:
+        """Show where the run is: step, loss, the task's headline metric, tokens/s, data wait, time left."""
         if not self._is_main:
             return
+        metric = f"{headline.replace('_', ' ')} {values[headline]:.3f}  " if headline in values else ""
         text = (
-            f"loss {values['loss']:.3f}  accuracy {values['accuracy']:.3f}  "
+            f"loss {values['loss']:.3f}  {metric}"
             f"{values['tokens_per_second']:,.0f} tokens/s  data wait {values['data_wait_fraction']:.1%}  "
             f"{_duration(seconds_left)} left"
         )

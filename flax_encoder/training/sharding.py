@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_encoder.config import ConfigError, MeshConfig
+from flax_encoder.data.rows.targets import HOST_FIELDS
 from flax_encoder.nn.partition import abstract_model, partition_spec
 
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
@@ -99,9 +100,9 @@ def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch, onto its devices. What is one number a row, a count, is for the host alone."""
+    """This process's rows of a batch, onto its devices; fields that the host alone reads stay there."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
-    batch = {name: rows for name, rows in batch.items() if rows.ndim > 1}
+    batch = {name: rows for name, rows in batch.items() if name not in HOST_FIELDS}
     if jax.process_count() == 1:  # all arrays in one call, which takes half the time
         return jax.device_put(batch, sharding)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -133,9 +133,20 @@ def make_train_step(
 
 def make_eval_step(graphdef: Any, shardings: TrainState | None = None) -> Callable[[Any, Batch], LossSum]:
     """A jitted `eval_step(params, batch) -> LossSum`, without dropout."""
+    return _without_dropout(lambda model, batch: model.loss(batch), graphdef, shardings)
 
+
+def make_answer_step(
+    graphdef: Any, shardings: TrainState | None = None
+) -> Callable[[Any, Batch], tuple[LossSum, dict[str, Array]]]:
+    """A jitted `answer_step(params, batch) -> (LossSum, outputs)`, without dropout; outputs [B, M, ...] are whole on
+    every process."""
+    return _without_dropout(lambda model, batch: (model.loss(batch), model.outputs(batch)), graphdef, shardings)
+
+
+def _without_dropout(evaluate: Callable[[Any, Batch], Any], graphdef: Any, shardings: TrainState | None):
     def step(params, batch):
-        return nnx.merge(graphdef, params).loss(batch)
+        return evaluate(nnx.merge(graphdef, params), batch)
 
     if shardings is None:
         return jax.jit(step)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from flax_encoder.config import MaskingConfig
-from flax_encoder.data.baselines import NeighbourCounts, majority_class
-from flax_encoder.data.rows.batches import Batches, Frame, OneByOne, masked_lm_targets
+from flax_encoder.data.baselines import NeighbourCounts
+from flax_encoder.data.rows.batches import Batches, OneByOne
+from flax_encoder.data.rows.documents import Documents, Frame, Layout
 from flax_encoder.data.rows.packing import PackingPlan
+from flax_encoder.data.rows.targets import masked_lm_targets
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from tests.data import toy_split
 
@@ -84,7 +86,8 @@ def test_neighbour_counts_equal_a_slow_reference(tokenizer, rate):
     order = OneByOne([PackingPlan(test.offsets, T)])
     targets = masked_lm_targets(tokenizer, MaskingConfig(), (rate, rate), T, 1, 3)
     batches = Batches(
-        [test], order, targets, Frame.of(tokenizer), row_length=T, batch_size=7, seed=3,
+        [Documents(test, Layout(long="split"), Frame.of(tokenizer), T)], order, targets, row_length=T, batch_size=7,
+        seed=3,
         num_batches=-(-len(order) // 7), stop_row=len(order),
     )  # fmt: skip
     score = NeighbourCounts([train], tokenizer, T).score(batches)
@@ -94,11 +97,3 @@ def test_neighbour_counts_equal_a_slow_reference(tokenizer, rate):
     assert score["most_frequent"]["loss"] == pytest.approx(nats, rel=1e-12)
     assert score["most_frequent"]["perplexity"] == pytest.approx(math.exp(nats), rel=1e-12)
     assert hits > likeliest_hits
-
-
-def test_majority_class_by_hand():
-    train = np.array([2, 2, 0, 1, 2])
-    # Always 2 on four texts, of which one is a 2: precision 1/4, recall 1, so F1 is 2/5, and 0 for the other classes.
-    assert majority_class(train, np.array([2, 0, 1, 1]), 5) == pytest.approx({"accuracy": 1 / 4, "macro_f1": 2 / 5 / 3})
-    assert majority_class(train, np.array([2, 2]), 5) == {"accuracy": 1.0, "macro_f1": 1.0}
-    assert majority_class(train, np.array([0, 1]), 5) == {"accuracy": 0.0, "macro_f1": 0.0}

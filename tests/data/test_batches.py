@@ -7,9 +7,11 @@ import signal
 import numpy as np
 import pytest
 
-from flax_encoder.config import MaskingConfig
-from flax_encoder.data.rows.batches import Batches, Frame, Mixture, OneByOne, Stages, label_targets, masked_lm_targets
+from flax_encoder.config import MaskingConfig, RunConfig
+from flax_encoder.data.rows.batches import Batches, Mixture, OneByOne, Stages
+from flax_encoder.data.rows.documents import Documents, Frame, Layout
 from flax_encoder.data.rows.packing import PackingPlan
+from flax_encoder.data.rows.targets import TargetInputs, document_targets, masked_lm_targets
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from tests.data.toy_split import split_of
@@ -48,13 +50,21 @@ def make(tokenizer, split):
             rates = masking.rates
             targets = masked_lm_targets(tokenizer, masking, rates, masking.budget or 7, 11, SEED)
         elif kind == "labels":
-            targets = label_targets(split.labels, plan.max_pieces_per_row)
+            documents = laid_out(split, tokenizer, "cut")
+            inputs = TargetInputs(RunConfig(), tokenizer, documents, T, plan.max_pieces_per_row, is_training=True)
+            targets = document_targets(inputs, "labels")
         else:
             targets = plain_targets
         options = {"batch_size": 8, "num_batches": 11, "seed": SEED, "row_length": T} | options
-        return Batches(splits or [split], order or Mixture([plan], [1.0]), targets, Frame.of(tokenizer), **options)
+        long = "cut" if kind == "labels" else "split"
+        documents = [laid_out(s, tokenizer, long) for s in splits or [split]]
+        return Batches(documents, order or Mixture([plan], [1.0]), targets, **options)
 
     return make
+
+
+def laid_out(split, tokenizer, long):
+    return Documents(split, Layout(long=long), Frame.of(tokenizer), T)
 
 
 def plan_of(split, kind="masked_lm", row_length=T, **options):
@@ -171,7 +181,7 @@ def test_label_targets_sit_on_first_tokens_with_their_documents_label(make, spli
         assert batch["target_positions"][row, slot] == column and tokens[0] == tokenizer.special("first")
         assert batch["target_weights"][row, slot] == 1.0
         found[int(document)] = int(batch["targets"][row, slot])
-    assert found == dict(enumerate(split.labels.tolist()))
+    assert found == dict(enumerate(split.values["labels"].tolist()))
     assert batch["target_weights"].sum() == len(split.lengths)
 
 
@@ -194,7 +204,7 @@ def test_word_starts_come_from_the_store_bit_by_bit(make, split, tokenizer, kind
         begins[0] = True
     ours = split_of(documents, word_starts=starts, shards=3)
     masking = MaskingConfig(kind=kind, rate=0.4, mask_rate=1.0, random_rate=0.0, budget=T)
-    batches = make(splits=[ours], masking=masking, with_words=True)
+    batches = make(splits=[ours], masking=masking, streams=("word_starts",))
     plan = plan_of(ours)
     for number in range(3):
         batch, pieces = batches[number], plan.rows(np.arange(number * 8, number * 8 + 8), SEED)
@@ -262,8 +272,8 @@ def elaborate(make, split, tokenizer):
 
     def elaborate(**options):
         return make(
-            order=Mixture(plans, [2.0, 1.0]), splits=[split, other], masking=masking, with_words=True, num_batches=40,
-            **options,
+            order=Mixture(plans, [2.0, 1.0]), splits=[split, other], masking=masking,
+            streams=("word_starts",), num_batches=40, **options,
         )  # fmt: skip
 
     return elaborate
@@ -364,7 +374,8 @@ def test_rows_shorter_than_the_slots_have_as_many_slots_as_tokens(make, split):
 def test_a_full_masking_budget_is_counted_not_exceeded(make, split):
     starts = [np.zeros(split.lengths[i], bool) for i in range(len(split))]  # every document is one word
     ours = split_of([split.document(i) for i in range(len(split))], word_starts=starts)
-    batches = make(splits=[ours], masking=MaskingConfig(kind="whole_word", rate=0.4, budget=13), with_words=True)
+    masking = MaskingConfig(kind="whole_word", rate=0.4, budget=13)
+    batches = make(splits=[ours], masking=masking, streams=("word_starts",))
     overflow = sum(int(batches[i]["overflow"].sum()) for i in range(11))
     assert overflow > 10 and batches[0]["target_weights"].shape == (8, 13)
 
@@ -389,7 +400,7 @@ class Lethal:
 def test_a_thousand_batches_survive_their_workers_deaths(make, tmp_path, split, tokenizer, caplog):
     at = np.random.default_rng(0).choice(1000, 3, replace=False).tolist()
     batches = Batches(
-        [split], Mixture([plan_of(split)], [1.0]), Lethal(tmp_path, at), Frame.of(tokenizer), row_length=T,
+        [laid_out(split, tokenizer, "split")], Mixture([plan_of(split)], [1.0]), Lethal(tmp_path, at), row_length=T,
         batch_size=8, seed=SEED, num_batches=1000,
     )  # fmt: skip
     expected = make("plain", num_batches=1000)
@@ -403,7 +414,8 @@ def test_a_thousand_batches_survive_their_workers_deaths(make, tmp_path, split, 
 
 def test_workers_that_die_again_and_again_are_an_error(split, tokenizer, tmp_path):
     batches = Batches(
-        [split], Mixture([plan_of(split)], [1.0]), Lethal(tmp_path / "never", [2]), Frame.of(tokenizer), row_length=T,
+        [laid_out(split, tokenizer, "split")], Mixture([plan_of(split)], [1.0]), Lethal(tmp_path / "never", [2]),
+        row_length=T,
         batch_size=8, seed=SEED, num_batches=9,
     )  # fmt: skip
     with pytest.raises(DataError, match=r"one died twice before batch [0-2],"):

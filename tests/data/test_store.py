@@ -19,13 +19,14 @@ from filelock import FileLock
 from flax_encoder.config import DataConfig
 from flax_encoder.data.pipeline import open_stores, prepare_stores
 from flax_encoder.data.sources import files
+from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source, open_source
-from flax_encoder.data.sources.records import DataError, Part
+from flax_encoder.data.sources.records import DataError, Part, Record
 from flax_encoder.data.store import merging
 from flax_encoder.data.store import prepare as prepare_module
 from flax_encoder.data.store.prepare import prepare
 from flax_encoder.data.store.store import MANIFEST, open_store, partial_folder
-from flax_encoder.data.store.tokenizing import is_held_out, text_digest
+from flax_encoder.data.store.tokenizing import HeldOut, is_held_out, text_digest
 from flax_encoder.data.tokens.tokenizer import TextTokenizer, train_wordpiece
 
 WORDS = ["one", "two", "three", "five", "seven", "eleven", "thirteen", "seventeen", "nineteen", "twenty"]
@@ -44,9 +45,9 @@ def random_texts(num_texts, seed=0):
 def source_of(train, test=None, labels=None, label_names=None, fingerprint="f", parts=1):
     """Texts as a source; labels, if any, of train and then of test."""
     def cut(split, texts, labels):
-        records = [{"text": text} for text in texts]
-        for record, label in zip(records, labels or [], strict=bool(labels)):
-            record["label"] = label
+        records = [Record((text,)) for text in texts]
+        if labels:
+            records = [r._replace(value=label) for r, label in zip(records, labels, strict=True)]
         groups = [g.tolist() for g in np.array_split(np.arange(len(records)), parts)]
         return [Part(split, len(g), functools.partial(iter, [records[i] for i in g])) for g in groups]
 
@@ -60,18 +61,18 @@ def texts_of(split, tokenizer):
     return [tokenizer.decode(split.document(i).tolist()) for i in range(len(split))]
 
 
-def put(source, tokenizer, folder, rate=0.0, **options):
-    return prepare(source, tokenizer, folder / "store", held_out_rate=rate, workers=1, **options)
+def put(source, tokenizer, folder, rate=0.0, value="none", **options):
+    return prepare(source, tokenizer, folder / "store", Columns(value), held_out=HeldOut(rate), workers=1, **options)
 
 
 @pytest.mark.parametrize("parts", [1, 7])
 def test_a_store_holds_what_was_put_in_and_is_found_again(tokenizer, tmp_path, parts):
     train, test = random_texts(1511), random_texts(53, seed=1)
     store = put(source_of(train, test, parts=parts), tokenizer, tmp_path, 0.5)
-    assert texts_of(store.train, tokenizer) == train and texts_of(store.test, tokenizer) == test
-    assert store.train.tokens[0].dtype == np.uint16 and store.train.labels is store.label_names is None
-    counts = {"documents": 53, "tokens": int(store.test.lengths.sum()), "shards": 1}
-    assert store.manifest["splits"]["test"] == counts
+    assert texts_of(store.train, tokenizer) == train and texts_of(store.validation, tokenizer) == test
+    assert store.train.tokens[0].dtype == np.uint16 and store.train.values == {} and store.label_names is None
+    counts = {"documents": 53, "tokens": int(store.validation.lengths.sum()), "shards": 1}
+    assert store.manifest["splits"]["validation"] == counts
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store"]
 
     def unread():
@@ -141,7 +142,7 @@ def test_an_interrupted_preparation_goes_on_from_the_parts_that_are_done(
         yield from part.read()
 
     def dies():
-        yield from ({"text": t} for t in texts[:20])
+        yield from (Record((t,)) for t in texts[:20])
         raise error("killed")
 
     parts = [dataclasses.replace(p, read=functools.partial(counted, p, i)) for i, p in enumerate(whole.parts)]
@@ -201,7 +202,7 @@ def test_duplicates_and_empties_are_dropped_and_counted(tokenizer, tmp_path):
     train = ["one two", "", " \n\t", "one two", " one two\n", "three", "one  two", "\u200b"]
     store = put(source_of(train, ["three", "five", "five", ""]), tokenizer, tmp_path)
     assert texts_of(store.train, tokenizer) == ["one two", "three", "one two"]  # of which one has two blanks
-    assert texts_of(store.test, tokenizer) == ["five"]
+    assert texts_of(store.validation, tokenizer) == ["five"]
     assert store.manifest["dropped"] == {"empty": 4, "duplicate": 4}
 
 
@@ -210,14 +211,14 @@ def test_the_held_out_split_is_a_hash_of_the_text(tokenizer, tmp_path):
     splits = {}
     for name, order in (("forward", texts), ("backward", texts[::-1]), ("half", texts[::2])):
         store = put(source_of(order, fingerprint=name), tokenizer, tmp_path / name, 0.2)
-        splits[name] = set(texts_of(store.train, tokenizer)), set(texts_of(store.test, tokenizer))
+        splits[name] = set(texts_of(store.train, tokenizer)), set(texts_of(store.validation, tokenizer))
     train, test = splits["forward"]
     assert not train & test and train | test == set(texts)
     assert abs(len(test) - 0.2 * len(texts)) < 4 * np.sqrt(0.2 * 0.8 * len(texts))
     assert splits["backward"] == (train, test)
     assert splits["half"] == (train & set(texts[::2]), test & set(texts[::2]))
     more = put(source_of(texts), tokenizer, tmp_path / "more", 0.3)
-    assert test < set(texts_of(more.test, tokenizer))
+    assert test < set(texts_of(more.validation, tokenizer))
 
 
 def test_nothing_to_train_on_is_an_error(tokenizer, tmp_path):
@@ -226,7 +227,7 @@ def test_nothing_to_train_on_is_an_error(tokenizer, tmp_path):
             put(source_of(texts), tokenizer, tmp_path / str(rate), rate)
 
 
-@pytest.mark.parametrize("name", ["train/tokens-00000.bin", "test/words-00000.bin", "train/offsets.npy"])
+@pytest.mark.parametrize("name", ["train/tokens-00000.bin", "validation/words-00000.bin", "train/offsets.npy"])
 def test_a_file_of_another_size_is_an_error_that_names_it(tokenizer, tmp_path, name):
     put(source_of(random_texts(31), random_texts(17, seed=1)), tokenizer, tmp_path)
     path = tmp_path / "store" / name
@@ -251,7 +252,7 @@ def test_verify_names_a_file_whose_contents_changed(tokenizer, tmp_path):
         open_store(tmp_path / "store").verify()
     config = DataConfig(source=str(tmp_path / "store"), verify=True)
     with pytest.raises(DataError, match="as it was written"):
-        open_stores(config)
+        open_stores(config, Columns())
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 2}'])
@@ -264,39 +265,34 @@ def test_a_manifest_that_is_none_is_an_error_that_names_it(tmp_path, content):
 @pytest.mark.parametrize(
     ("labels", "known", "names", "ids"),
     [
-        ([10, 9, 9, 2], None, ["2", "9", "10"], [2, 1, 1, 0]),
+        (["10", "9", "2", "9"], None, ["2", "9", "10"], [2, 1, 0, 1]),
         (["b", "a", "c", "b"], None, ["a", "b", "c"], [1, 0, 2, 1]),
-        ([True, False, False, True], None, ["False", "True"], [1, 0, 0, 1]),
-        ([2, 0, 0, 1], ["z", "y", "x"], ["z", "y", "x"], [2, 0, 0, 1]),
-        (["x", "z", "z", "y"], ["z", "y", "x"], ["z", "y", "x"], [2, 0, 0, 1]),
+        (["True", "False", "False", "True"], None, ["False", "True"], [1, 0, 0, 1]),
+        (["x", "z", "y", "z"], ["z", "y", "x"], ["z", "y", "x"], [2, 0, 1, 0]),
     ],
-    ids=["integers", "strings", "booleans", "indices of known names", "known names"],
+    ids=["integers", "strings", "booleans", "known names"],
 )
 def test_labels_become_indices_of_their_names(tokenizer, tmp_path, labels, known, names, ids):
     source = source_of(WORDS[:3], WORDS[3:4], labels, known)
-    store = put(source, tokenizer, tmp_path)
+    store = put(source, tokenizer, tmp_path, value="class")
     assert store.label_names == names
-    assert [*store.train.labels, *store.test.labels] == ids and store.train.labels.dtype == np.int32
-    settled = put(source, tokenizer, tmp_path / "settled", label_names=names[::-1])
+    found = [*store.train.values["labels"], *store.validation.values["labels"]]
+    assert found == ids and store.train.values["labels"].dtype == np.int32
+    settled = put(source, tokenizer, tmp_path / "settled", label_names=names[::-1], value="class")
     assert settled.label_names == names[::-1]
-    assert [*settled.train.labels, *settled.test.labels] == [len(names) - 1 - i for i in ids]
+    assert [*settled.train.values["labels"], *settled.validation.values["labels"]] == [len(names) - 1 - i for i in ids]
 
 
-def test_integers_of_a_source_that_names_its_labels_are_indices_whatever_the_names(tokenizer, tmp_path):
-    store = put(source_of(WORDS[:4], None, [0, 1, 1, 0], ["1", "2"]), tokenizer, tmp_path)
-    assert store.train.labels.tolist() == [0, 1, 1, 0]
-
-
-@pytest.mark.parametrize("label", ["d", 3, -1])
+@pytest.mark.parametrize("label", ["d", "3"])
 def test_an_unknown_label_is_an_error_that_lists_the_known(tokenizer, tmp_path, label):
-    with pytest.raises(DataError, match=rf"unknown label {label!r}; known are a, b, c"):
-        put(source_of(WORDS[:2], None, ["a", label]), tokenizer, tmp_path, label_names=["a", "b", "c"])
+    with pytest.raises(DataError, match=rf"unknown label {label!r} in a record; known are a, b, c"):
+        put(source_of(WORDS[:2], None, ["a", label]), tokenizer, tmp_path, label_names=["a", "b", "c"], value="class")
     assert not (tmp_path / "store").exists()
 
 
 def test_a_document_without_a_label_is_an_error(tokenizer, tmp_path):
     with pytest.raises(DataError, match="every document must have a label"):
-        put(source_of(WORDS[:3], None, ["a", None, "b"]), tokenizer, tmp_path)
+        put(source_of(WORDS[:3], None, ["a", None, "b"]), tokenizer, tmp_path, value="class")
 
 
 @pytest.fixture
@@ -318,10 +314,10 @@ def arguments(corpus, tokenizer, out, *more):
 def test_worker_processes_make_the_same_store_as_one(tokenizer, corpus, monkeypatch):
     monkeypatch.setattr(files, "PART_BYTES", 10_000)
     config = DataConfig(source=str(corpus / "a.txt"), text_unit="line")
-    source = open_source(config.source, config, with_labels=False, cache_dir=corpus)
+    source = open_source(config.source, config, Columns(), corpus)
     assert len(source.parts) > 5
     stores = [
-        prepare(source, tokenizer, corpus / str(n), held_out_rate=0.1, workers=n, progress=lambda m: None)
+        prepare(source, tokenizer, corpus / str(n), Columns(), held_out=HeldOut(0.1), workers=n)
         for n in (1, 2)
     ]
     assert stores[0].hash == stores[1].hash
@@ -329,12 +325,12 @@ def test_worker_processes_make_the_same_store_as_one(tokenizer, corpus, monkeypa
 
 def endless():
     while True:
-        yield {"text": "one two three"}
+        yield Record(("one two three",))
         time.sleep(0.0001)
 
 
 def broken():
-    yield {"text": "one"}
+    yield Record(("one",))
     raise DataError("a file cannot be read to its end")
 
 
@@ -343,7 +339,7 @@ def test_one_part_that_cannot_be_read_ends_all(tokenizer, tmp_path):
     source = Source([Part("train", 9, endless), Part("train", 1, broken)], "f", None)
     began = time.monotonic()
     with pytest.raises(DataError, match="cannot be read to its end"):
-        prepare(source, tokenizer, tmp_path / "out", held_out_rate=0.1, workers=2, progress=lambda m: None)
+        prepare(source, tokenizer, tmp_path / "out", Columns(), held_out=HeldOut(0.1), workers=2)
     assert time.monotonic() - began < 60
 
 
@@ -355,15 +351,15 @@ def test_a_tokenizer_is_not_trained_on_what_is_held_out(tmp_path):
     lines = [line for line in lines if is_held_out(text_digest(line), 0.3)] + [t for t in texts if t not in held_out]
     (tmp_path / "a.txt").write_text("\n".join(lines))
     config = DataConfig(source=str(tmp_path / "a.txt"), text_unit="line", held_out_rate=0.3, vocab_size=100)
-    tokenizer, (store,), _ = open_stores(dataclasses.replace(config, cache_dir=str(tmp_path / "cache")))
-    assert "ø" not in tokenizer.json and len(store.test) > 50
+    tokenizer, (store,), _ = open_stores(dataclasses.replace(config, cache_dir=str(tmp_path / "cache")), Columns())
+    assert "ø" not in tokenizer.json and len(store.validation) > 50
 
 
 def test_a_store_is_not_prepared_again(tokenizer, corpus):
-    prepare(source_of(random_texts(20)), tokenizer, corpus / "store", held_out_rate=0.1, progress=lambda m: None)
+    prepare(source_of(random_texts(20)), tokenizer, corpus / "store", Columns(), held_out=HeldOut(0.1))
     config = DataConfig(source=str(corpus / "store"))
     with pytest.raises(DataError, match=r"store is one. Train with --data.source .*store\."):
-        prepare_stores(config, corpus / "out", with_labels=False, workers=1, shard=(0, 1), progress=lambda m: None)
+        prepare_stores(config, corpus / "out", Columns(), workers=1, shard=(0, 1), progress=lambda m: None)
 
 
 @pytest.mark.slow
@@ -385,7 +381,7 @@ def test_preparing_survives_kill_9_at_any_time(tokenizer, tmp_path):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     store = open_store(tmp_path / "out")
     store.verify()
-    whole = sorted(texts_of(store.train, tokenizer) + texts_of(store.test, tokenizer))
+    whole = sorted(texts_of(store.train, tokenizer) + texts_of(store.validation, tokenizer))
     assert whole == sorted(set(random_texts(20_011)))
 
 
@@ -395,13 +391,14 @@ def test_a_run_reads_a_store_a_mixture_or_a_source_alike(tokenizer, corpus):
         source=(str(corpus / "a.txt"), str(corpus / "b.txt.gz")), weights=(3.0, 1.0), text_unit="line",
         tokenizer=str(corpus / "tokenizer.json"), cache_dir=str(corpus / "cache"),
     )  # fmt: skip
-    options = {"with_labels": False, "workers": 1, "shard": (0, 1), "progress": lambda m: None}
+    options = {"columns": Columns(), "workers": 1, "shard": (0, 1), "progress": lambda m: None}
     stores = prepare_stores(config, corpus / "out", **options)
-    _, direct, weights = open_stores(config)
-    _, mixed, mixed_weights = open_stores(dataclasses.replace(config, source=str(corpus / "out"), weights=None))
+    _, direct, weights = open_stores(config, Columns())
+    mixture = dataclasses.replace(config, source=str(corpus / "out"), weights=None)
+    _, mixed, mixed_weights = open_stores(mixture, Columns())
     assert [s.hash for s in stores] == [s.hash for s in direct] == [s.hash for s in mixed]
     assert weights == [3.0, 1.0] and mixed_weights == [0.75, 0.25]
-    found, single, _ = open_stores(DataConfig(source=str(stores[1].folder)))
+    found, single, _ = open_stores(DataConfig(source=str(stores[1].folder)), Columns())
     assert found == tokenizer and single[0].hash == stores[1].hash  # the store brings its tokenizer
 
 
@@ -409,14 +406,14 @@ def test_a_store_by_another_tokenizer_is_an_error_that_names_both(tokenizer, tmp
     put(source_of(random_texts(31)), tokenizer, tmp_path)
     other = train_wordpiece(["a b c"] * 2, 41)
     with pytest.raises(DataError, match=f"was with {tokenizer.hash}, the run has {other.hash}"):
-        open_stores(DataConfig(source=str(tmp_path / "store")), tokenizer=TextTokenizer(other.json))
+        open_stores(DataConfig(source=str(tmp_path / "store")), Columns(), tokenizer=TextTokenizer(other.json))
 
 
 def test_a_store_is_never_overwritten_by_a_mixture_nor_the_other_way(tokenizer, corpus):
     (corpus / "tokenizer.json").write_text(tokenizer.json)
     one = DataConfig(source=str(corpus / "a.txt"), text_unit="line", tokenizer=str(corpus / "tokenizer.json"))
     two = dataclasses.replace(one, source=(str(corpus / "a.txt"), str(corpus / "b.txt.gz")))
-    options = {"with_labels": False, "workers": 1, "shard": (0, 1), "progress": lambda m: None}
+    options = {"columns": Columns(), "workers": 1, "shard": (0, 1), "progress": lambda m: None}
     (corpus / "empty").mkdir()
     prepare_stores(one, corpus / "empty", **options)  # an empty folder is as good as none
     with pytest.raises(DataError, match=r"empty is a store\. Name another --out"):
@@ -425,21 +422,21 @@ def test_a_store_is_never_overwritten_by_a_mixture_nor_the_other_way(tokenizer, 
     with pytest.raises(DataError, match=r"mixture is a mixture\. Name another --out"):
         prepare_stores(one, corpus / "mixture", **options)
     with pytest.raises(DataError, match=r"needs --data\.weights, one for each"):
-        open_stores(dataclasses.replace(one, source=(str(corpus / "mixture"), str(corpus / "empty"))))
-    with pytest.raises(DataError, match="without --with-labels"):
-        open_stores(dataclasses.replace(one, source=str(corpus / "empty")), with_labels=True)
+        open_stores(dataclasses.replace(one, source=(str(corpus / "mixture"), str(corpus / "empty"))), Columns())
+    with pytest.raises(DataError, match="was prepared with none"):
+        open_stores(dataclasses.replace(one, source=str(corpus / "empty")), Columns("class"))
     (corpus / "mixture" / MANIFEST).unlink()
     partial_folder(corpus / "mixture").mkdir()
     with pytest.raises(DataError, match="was interrupted"):
-        open_stores(dataclasses.replace(one, source=str(corpus / "mixture")))
+        open_stores(dataclasses.replace(one, source=str(corpus / "mixture")), Columns())
 
 
 def test_labels_of_a_store_must_be_the_models_in_their_order(tokenizer, tmp_path):
-    put(source_of(WORDS[:4], WORDS[4:6], ["b", "a", "b", "a", "b", "a"]), tokenizer, tmp_path)
+    put(source_of(WORDS[:4], WORDS[4:6], ["b", "a", "b", "a", "b", "a"]), tokenizer, tmp_path, value="class")
     config = DataConfig(source=str(tmp_path / "store"))
-    open_stores(config, label_names=["a", "b"], with_labels=True)
+    open_stores(config, Columns("class"), label_names=["a", "b"])
     with pytest.raises(DataError, match=r"has \['a', 'b'\], the model \['b', 'a'\]"):
-        open_stores(config, label_names=["b", "a"], with_labels=True)
+        open_stores(config, Columns("class"), label_names=["b", "a"])
 
 
 def test_what_a_kill_left_beside_a_whole_store_is_removed(tokenizer, tmp_path):
@@ -475,6 +472,6 @@ def test_inspect_tells_what_is_in_a_store(tokenizer, corpus):
         ).stdout  # fmt: skip
         assert "every file is as it was written" in shown and "[CLS]" in shown and "[MASK]⟨" in shown
     assert (corpus / "a.png").stat().st_size > 10_000
-    shutil.rmtree(corpus / "out" / "test")
+    shutil.rmtree(corpus / "out" / "validation")
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 1 and "prepared text is damaged" in failed.stderr

@@ -14,5 +14,5 @@ def split_of(documents, labels=None, word_starts=None, shards=1):
         [np.concatenate([documents[i] for i in g]).astype(np.uint16) for g in groups],
         [np.packbits(np.concatenate([starts[i] for i in g]), bitorder="little") for g in groups],
         offsets,
-        labels,
+        {} if labels is None else {"labels": labels},
     )

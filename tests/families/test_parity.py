@@ -7,7 +7,7 @@ from test_hub import TEXTS, make_run
 
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.runs.exchange import export_run
-from flax_encoder.runs.loaded import load_run
+from flax_encoder.runs.load import load_run
 
 
 @pytest.mark.parity
@@ -43,7 +43,7 @@ def test_transformers_opens_an_exported_run_and_answers_the_same(tmp_path, label
     text = "the value of a list" if labels else f"the {tokenizer.mask_token} of a list"
     rows = tokenizer(text, return_tensors="pt")
     ours = load_run(tmp_path / "run")
-    batch = ours.batch([text.replace(tokenizer.mask_token, "[MASK]")])
+    batch = ours.row(text.replace(tokenizer.mask_token, "[MASK]"))
     length = rows["input_ids"].shape[1]
     np.testing.assert_array_equal(rows["input_ids"], np.asarray(batch["tokens"])[:, :length])
     with torch.no_grad():

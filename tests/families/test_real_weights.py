@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flax_encoder.published.load import load_pretrained
-from flax_encoder.runs.exchange import open_model
+from flax_encoder.runs.load import load
 
 ASSETS = pathlib.Path(os.environ.get("FLAX_ENCODER_ASSETS", pathlib.Path.home() / ".cache" / "flax-encoder-assets"))
 
@@ -19,7 +19,7 @@ def asset(name):
 
 
 def test_a_real_masked_lm_with_old_names_knows_what_a_capital_is():
-    guesses = open_model(asset("bert_tiny_mlm")).fill_mask("Paris is the capital of [MASK].")[0]
+    guesses = load(asset("bert_tiny_mlm")).fill_mask("Paris is the capital of [MASK].")[0]
     assert guesses[0]["token"] == "city" and guesses[0]["probability"] > 0.1
 
 

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 from toy import SMALL, random_tokens, split_model
 
-from flax_encoder.tasks import OBJECTIVES, Classifier
-from flax_encoder.tasks.classification import macro_f1, segment_mean
+from flax_encoder.nn.heads import segment_mean
+from flax_encoder.tasks import TASKS, Classifier
+from flax_encoder.tasks.classification import macro_f1
 from flax_encoder.tasks.loss import LossSum, target_loss
 
 B, M, V = 2, 3, 7
@@ -69,12 +70,12 @@ def test_sums_add_up_to_the_whole():
 
 def test_masked_lm_reports_means_of_the_sums():
     total = LossSum(jnp.float32(6.0), jnp.float32(4.0), {"correct": jnp.float32(3.0)})
-    assert OBJECTIVES["masked_lm"].report(total) == {"loss": 1.5, "accuracy": 0.75, "perplexity": math.exp(1.5)}
+    assert TASKS["masked_lm"].report(total) == {"loss": 1.5, "accuracy": 0.75, "perplexity": math.exp(1.5)}
 
 
 def test_reports_of_nothing_are_finite():
     nothing = LossSum(jnp.float32(0), jnp.float32(0), {"correct": jnp.float32(0), "confusion": jnp.zeros((3, 3))})
-    for objective in OBJECTIVES.values():
+    for objective in (TASKS[name] for name in ("masked_lm", "classification")):
         assert all(np.isfinite(value) for value in objective.report(nothing).values())
 
 

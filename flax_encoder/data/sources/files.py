@@ -8,6 +8,7 @@ import json
 import pathlib
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources.records import DataError, Part, Record, make_record, no_column, text_column
@@ -111,19 +112,19 @@ def _read_txt(
         raise DataError(f"a .txt file has no labels: {path}. Use .jsonl or .parquet with columns for text and label.")
     if config.text_unit == "file":
         with _open(path) as f:
-            yield {"text": _decode(f.read(), path, 0)}
+            yield Record((_decode(f.read(), path, 0),))
     elif config.text_unit == "line":
-        yield from ({"text": line} for _, line in _lines(path, begin, end))
+        yield from (Record((line,)) for _, line in _lines(path, begin, end))
     else:
         paragraph: list[str] = []
         for _, line in _lines(path, begin, end, at_blank=True):
             if line.strip():
                 paragraph.append(line)
             elif paragraph:
-                yield {"text": "\n".join(paragraph)}
+                yield Record(("\n".join(paragraph),))
                 paragraph = []
         if paragraph:
-            yield {"text": "\n".join(paragraph)}
+            yield Record(("\n".join(paragraph),))
 
 
 def _read_jsonl(
@@ -146,7 +147,7 @@ def _jsonl_text_column(path: pathlib.Path, config: DataConfig) -> str:
     return text_column(config.text_column, list(row), strings, str(path))
 
 
-def _json_object(path: pathlib.Path, offset: int, line: str) -> Record:
+def _json_object(path: pathlib.Path, offset: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
         problem = None if isinstance(row, dict) else f"is {line[:60]!r}"

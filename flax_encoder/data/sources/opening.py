@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from flax_encoder.config import DataConfig
+from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.files import PART_BYTES, READERS, file_parts, kind_of
 from flax_encoder.data.sources.records import DataError, Part, Record, make_record, no_column, text_column
 
@@ -31,23 +32,27 @@ class Source:
     """Names of labels that are integers, where the source knows them."""
     name: str = ""
     """What it was opened by."""
+    has_test_apart: bool = False
+    """Whether its test documents were named for reporting alone: others are then held out to choose by."""
 
     @property
-    def has_test(self) -> bool:
-        return any(part.split == "test" for part in self.parts)
+    def has_held_out(self) -> bool:
+        """Whether it has documents to evaluate on of its own, so that none of its training documents are held out."""
+        splits = {part.split for part in self.parts}
+        return "validation" in splits or ("test" in splits and not self.has_test_apart)
 
     def records(self, split: str) -> Iterator[Record]:
-        """The split's documents in order. A record has `text`, and `label` if that was asked for."""
+        """The split's documents in order."""
         return itertools.chain.from_iterable(part.read() for part in self.parts if part.split == split)
 
 
-def open_source(name: str, config: DataConfig, *, with_labels: bool, cache_dir: pathlib.Path) -> Source:
+def open_source(name: str, config: DataConfig, columns: Columns, cache_dir: pathlib.Path) -> Source:
     """The documents that `name`, one of `config.source`, stands for.
 
     Raises:
       DataError: no such file or data set, a kind of file that is not read here, or no such column (lists the columns).
     """
-    label = config.label_column if with_labels else None
+    label = config.label_column if columns.value != "none" else None
     for prefix, open_named in (("tfds:", _open_tfds), ("hf:", _open_hf)):
         if name.startswith(prefix):
             source = open_named(name.removeprefix(prefix), config.text_column, label, cache_dir)
@@ -121,7 +126,7 @@ def _open_tfds(name: str, text: str | None, label: str | None, cache_dir: pathli
     label_feature = features[label] if label else None
     names = list(label_feature.names) if isinstance(label_feature, tfds.features.ClassLabel) else None
     splits = {split: (info.num_examples, info.num_bytes) for split, info in builder.info.splits.items()}
-    parts = _indexed(splits, functools.partial(_read_tfds, name, data_dir, column, label), where)
+    parts = _indexed(splits, functools.partial(_read_tfds, name, data_dir, column, label, names), where)
     return Source(parts, _hash(builder.info.full_name, python, column, label), names)
 
 
@@ -136,10 +141,11 @@ def _tfds_builder(name: str, data_dir: pathlib.Path):
 
 
 def _read_tfds(
-    name: str, data_dir: pathlib.Path, text: str, label: str | None, split: str, begin: int, end: int
-) -> Iterator[Record]:
+    name: str, data_dir: pathlib.Path, text: str, label: str | None, names: list[str] | None, split: str, begin: int,
+    end: int,
+) -> Iterator[Record]:  # fmt: skip
     rows = _tfds_builder(name, data_dir).as_data_source(split)
-    return (make_record(rows[i], text, label, f"tfds:{name}") for i in range(begin, end))
+    return (make_record(rows[i], text, label, f"tfds:{name}", names) for i in range(begin, end))
 
 
 @functools.lru_cache(maxsize=8)
@@ -165,17 +171,19 @@ def _open_hf(name: str, text: str | None, label: str | None, cache_dir: pathlib.
     column = text_column(text, list(features), strings, where)
     if label is not None and label not in features:
         raise no_column(label, list(features), where)
+    names = getattr(features[label], "names", None) if label else None
     sizes = {split: (len(rows), rows.data.nbytes) for split, rows in splits.items()}
-    parts = _indexed(sizes, functools.partial(_read_hf, name, cache_dir, column, label), where)
+    parts = _indexed(sizes, functools.partial(_read_hf, name, cache_dir, column, label, names), where)
     prints = sorted((split, rows._fingerprint) for split, rows in splits.items())
-    return Source(parts, _hash(name, prints, column, label), getattr(features[label], "names", None) if label else None)
+    return Source(parts, _hash(name, prints, column, label), names)
 
 
 def _read_hf(
-    name: str, cache_dir: pathlib.Path, text: str, label: str | None, split: str, begin: int, end: int
-) -> Iterator[Record]:
+    name: str, cache_dir: pathlib.Path, text: str, label: str | None, names: list[str] | None, split: str, begin: int,
+    end: int,
+) -> Iterator[Record]:  # fmt: skip
     rows = _load_hf(name, cache_dir)[split].select_columns([text] if label is None else [text, label])
     for at in range(begin, end, 1000):
         columns = rows[at : min(at + 1000, end)]
         for values in zip(*columns.values(), strict=True):
-            yield make_record(dict(zip(columns, values, strict=True)), text, label, f"hf:{name}")
+            yield make_record(dict(zip(columns, values, strict=True)), text, label, f"hf:{name}", names)

@@ -2,11 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-Record = dict[str, Any]
 Say = Callable[[str], None]
 """Passes on a line that says how far long work has come."""
+
+
+class Record(NamedTuple):
+    """A document as its source has it; `Columns` says what `value` is."""
+
+    texts: tuple[str, ...]
+    value: Any = None
+    where: str = ""
+    """Names the record in errors."""
+    id: str | None = None
+    """Its name in the source, where answers are given by it."""
 
 
 class DataError(ValueError):
@@ -47,22 +57,22 @@ def no_column(name: str, columns: list[str], where: str) -> DataError:
     )
 
 
-def make_record(row: Record, text: str, label: str | None, where: str) -> Record:
+def make_record(
+    row: dict[str, Any], text: str, label: str | None, where: str, names: list[str] | None = None
+) -> Record:
     """`text`, and `label` if asked, of a source's row, with their types checked."""
     for column in (text, label) if label else (text,):
         if column not in row:
             raise no_column(column, list(row), where)
-    record: Record = {
-        "text": _string(row[text], "text", f"column {text!r} of {where}") if row[text] is not None else ""
-    }
-    if label is not None:
-        named = row[label]
-        record["label"] = (
-            named
-            if named is None or isinstance(named, int)
-            else _string(named, "label", f"column {label!r} of {where}")
-        )
-    return record
+    value = "" if row[text] is None else _string(row[text], "text", f"column {text!r} of {where}")
+    if label is None:
+        return Record((value,))
+    named = row[label]
+    if named is not None and not isinstance(named, int):
+        named = _string(named, "label", f"column {label!r} of {where}")
+    if names is not None and isinstance(named, int) and 0 <= named < len(names):
+        named = names[named]
+    return Record((value,), None if named is None else str(named), where)
 
 
 def _string(value: Any, role: str, where: str) -> str:

@@ -10,67 +10,81 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flax_encoder.data.rows.packing import length_histogram
+from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source
 from flax_encoder.data.sources.records import DataError, LabelError, Say
 from flax_encoder.data.store.store import FORMAT, MANIFEST
-from flax_encoder.data.store.tokenizing import token_dtype
+from flax_encoder.data.store.tokenizing import MOST_HELD_OUT, SPLITS, HeldOut, token_dtype
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 
 SHARD_TOKENS = 2**30
 _HASHES_AT_ONCE = 2**22
 _COPIED_AT_ONCE = 2**16  # documents
-_SPLITS = ("train", "test")
 
 
 def merge_parts(
-    source: Source, tokenizer: TextTokenizer, work: pathlib.Path, identity: str, label_names: list[str] | None,
-    progress: Say,
+    source: Source, tokenizer: TextTokenizer, work: pathlib.Path, identity: str, columns: Columns,
+    label_names: list[str] | None, held_out: HeldOut, progress: Say,
 ) -> None:  # fmt: skip
     """All parts to work/store. Killed half-way it is done again: it only copies."""
     parts = [work / f"{i:06}" for i in range(len(source.parts))]
     store = work / "store"
     shutil.rmtree(store, ignore_errors=True)
     about = [json.loads((part / "about.json").read_text()) for part in parts]
-    labels = [label for a in about for label in a["labels"]]
-    if source.label_names is not None:  # its integers are indices of its own names
-        known = dict(enumerate(source.label_names))
-        labels = [known.get(label, label) for label in labels]
-    names = label_names or source.label_names or _label_names(labels)
-    ids = _label_ids(labels, names) if names is not None else None
     counts = [len(np.load(part / "lengths.npy", mmap_mode="r")) for part in parts]
+    values = [value for a in about for value in a["values"]]
+    codes = _joined(parts, "splits.npy", np.zeros(0, np.uint8))
+    if held_out.by_class:
+        codes = _held_out_by_class(_joined(parts, "text_hashes.npy"), values, held_out.rate)
+    if not (codes == 1).any():  # a source with one set for evaluation has it for every evaluation
+        codes[codes == 2] = 1
     keep = _first_of_each(parts, counts, work / "keep.bin", progress)
-    is_test = np.concatenate([np.load(part / "is_test.npy") for part in parts] or [np.zeros(0, bool)])
-    kept = {"train": int((keep & ~is_test).sum()), "test": int((keep & is_test).sum())}
+    if held_out.keep_all:
+        keep[codes > 0] = True
+    kept = {split: int((keep & (codes == k)).sum()) for k, split in enumerate(SPLITS)}
     if not kept["train"]:
         raise DataError("the source must have at least one document to train on: every one was empty or held out.")
+    if not kept["test"]:
+        del kept["test"]
+    names = label_names or _names(columns, source, values, [a["tags"] for a in about])
+    columns_of_values = _values(source, columns, values, names)
+    if columns.value == "class" and label_names is None and (source.has_held_out or held_out.by_class):
+        _check_seen_in_training(source, columns_of_values["labels"], keep & (codes == 0), names)
+    for name in ("answers", "text_lengths"):
+        if any((part / f"{name}.npy").exists() for part in parts):
+            column = _joined(parts, f"{name}.npy")
+            if column.shape[1] > 1:
+                columns_of_values[name] = column
 
-    writers = {split: _SplitWriter(store / split, kept[split], token_dtype(tokenizer)) for split in _SPLITS}
+    kinds = ("tokens", "words", *(("tags",) if columns.value == "tags" else ()))
+    writers = {s: _SplitWriter(store / s, n, token_dtype(tokenizer), kinds) for s, n in kept.items()}
     starts = np.cumsum([0, *counts])
     for number, part in enumerate(parts):
         progress(f"writing the store: part {number + 1:,} of {len(parts):,}")
         lengths = np.load(part / "lengths.npy", mmap_mode="r")
         if not len(lengths):
             continue
-        tokens = np.memmap(part / "tokens.bin", token_dtype(tokenizer), "r")
-        words = np.memmap(part / "words.bin", bool, "r")
+        streams = {"tokens": np.memmap(part / "tokens.bin", token_dtype(tokenizer), "r")}
+        streams["words"] = np.memmap(part / "words.bin", bool, "r")
+        if "tags" in kinds:
+            streams["tags"] = _renumbered(np.fromfile(part / "tags.bin", np.int16), about[number]["tags"], names)
         at = 0
         for begin in range(0, len(lengths), _COPIED_AT_ONCE):
             some = slice(begin, begin + _COPIED_AT_ONCE)
             num_tokens = int(lengths[some].sum(dtype=np.int64))
-            chunk = slice(at, at + num_tokens)
+            chunk = {kind: stream[at : at + num_tokens] for kind, stream in streams.items()}
             here = slice(starts[number] + begin, starts[number] + begin + len(lengths[some]))
             for split, writer in writers.items():
-                chosen = keep[here] & (is_test[here] == (split == "test"))
-                writer.write(tokens[chunk], words[chunk], lengths[some], chosen)
+                writer.write(chunk, lengths[some], keep[here] & (codes[here] == SPLITS.index(split)))
             at += num_tokens
-    if ids is not None:
-        for split in _SPLITS:
-            np.save(store / split / "labels.npy", ids[keep & (is_test == (split == "test"))])
+    for split in kept:
+        for name, column in columns_of_values.items():
+            np.save(store / split / f"{name}.npy", column[keep & (codes == SPLITS.index(split))])
     files: dict[str, dict] = {}
     for split, writer in writers.items():
         for path, size, digest in writer.close():
             files[f"{split}/{path.name}"] = {"bytes": size, "sha256": digest}
-    for split in _SPLITS:
+    for split in kept:
         offsets = np.load(store / split / "offsets.npy", mmap_mode="r")
         np.save(store / split / "histogram.npy", length_histogram(offsets))
     (store / "tokenizer.json").write_text(tokenizer.json, "utf-8")
@@ -78,6 +92,7 @@ def merge_parts(
         with path.open("rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         files[path.relative_to(store).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    excluded = sum(a["excluded"] for a in about)
     manifest = {
         "format": FORMAT,
         "identity": identity,
@@ -85,7 +100,10 @@ def merge_parts(
         "fingerprint": source.fingerprint,
         "tokenizer": tokenizer.hash,
         "dtype": token_dtype(tokenizer).name,
-        "dropped": {"empty": sum(a["empty"] for a in about), "duplicate": int(len(keep) - keep.sum())},
+        "value": columns.value,
+        "dropped": {"empty": sum(a["empty"] for a in about), "duplicate": int(len(keep) - keep.sum())}
+        | ({"also held out": excluded} if excluded else {}),
+        "contradictory": _contradictory(parts) if columns.value != "none" else 0,
         "label_names": names,
         "splits": {
             split: {"documents": kept[split], "tokens": w.num_tokens, "shards": w.num_shards}
@@ -97,6 +115,38 @@ def merge_parts(
         f.write(json.dumps(manifest, indent=1))
         f.flush()
         os.fsync(f.fileno())
+
+
+def _joined(parts: list[pathlib.Path], name: str, empty: np.ndarray | None = None) -> np.ndarray:
+    """A column of all parts, [documents, ...]."""
+    found = [np.load(part / name) for part in parts if (part / name).exists()]
+    return np.concatenate(found) if found else np.asarray(empty)
+
+
+def _held_out_by_class(hashes: np.ndarray, values: list[str], rate: float) -> np.ndarray:
+    """The split of each document, 0 or 1, uint8 [documents]: of every class the share `rate` with the least hashes, at
+    least one of two or more, and none with a hash past twice the rate, which may have trained the tokenizer."""
+    order = hashes[:, 0].byteswap() / 2.0**64  # as `is_held_out` reads a digest
+    codes = np.zeros(len(values), np.uint8)
+    _, class_of = np.unique(np.array([str(v) for v in values], object).astype(str), return_inverse=True)
+    for k in range(int(class_of.max(initial=-1)) + 1):
+        own = np.flatnonzero(class_of == k)
+        wanted = max(1, round(rate * len(own))) if len(own) > 1 and rate else 0
+        if wanted:
+            last = np.sort(order[own])[wanted - 1]
+            codes[own[(order[own] <= last) & (order[own] < MOST_HELD_OUT * rate)]] = 1
+    # The same text goes to one side, whatever its labels.
+    held = order[codes == 1]
+    codes[np.isin(order, held)] = 1
+    return codes
+
+
+def _contradictory(parts: list[pathlib.Path]) -> int:
+    """How many texts occur with more than one value."""
+    texts = _joined(parts, "text_hashes.npy", np.zeros((0, 2), np.uint64))[:, 0]
+    records = _joined(parts, "hashes.npy", np.zeros((0, 2), np.uint64))[:, 0]
+    pairs = np.unique(np.stack([texts, records], 1), axis=0)
+    return int((np.unique(pairs[:, 0], return_counts=True)[1] > 1).sum())
 
 
 def _first_of_each(parts: list[pathlib.Path], counts: list[int], path: pathlib.Path, progress: Say) -> np.ndarray:
@@ -126,9 +176,9 @@ def _first_of_each(parts: list[pathlib.Path], counts: list[int], path: pathlib.P
 class _SplitWriter:
     """A split's files, written from their start to their end."""
 
-    def __init__(self, folder: pathlib.Path, documents: int, dtype: np.dtype):
+    def __init__(self, folder: pathlib.Path, documents: int, dtype: np.dtype, kinds: tuple[str, ...]):
         folder.mkdir(parents=True)
-        self._folder, self._dtype = folder, dtype
+        self._folder, self._dtype, self._kinds = folder, dtype, kinds
         self._offsets = np.lib.format.open_memmap(folder / "offsets.npy", "w+", np.int64, (documents + 1,))
         self._offsets[0] = 0
         self._documents = self.num_tokens = self.num_shards = self._in_shard = 0
@@ -136,26 +186,29 @@ class _SplitWriter:
         self._bits = np.zeros(0, bool)  # of words, fewer than fill a byte
         self._closed: list[tuple[pathlib.Path, int, str]] = []
 
-    def write(self, tokens: np.ndarray, words: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> None:
-        """Append those documents that are chosen."""
+    def write(self, streams: dict[str, np.ndarray], lengths: np.ndarray, chosen: np.ndarray) -> None:
+        """Append those documents that are chosen; every stream has an entry a token."""
         if not chosen.any():
             return
         if not chosen.all():
             of_token = np.repeat(chosen, lengths)
-            tokens, words, lengths = tokens[of_token], words[of_token], lengths[chosen]
-        if not self._files or self._in_shard + len(tokens) > SHARD_TOKENS:
+            streams, lengths = {kind: stream[of_token] for kind, stream in streams.items()}, lengths[chosen]
+        num_tokens = len(streams["tokens"])
+        if not self._files or self._in_shard + num_tokens > SHARD_TOKENS:
             self._end_shard()
-            for kind in ("tokens", "words"):
+            for kind in self._kinds:
                 path = self._folder / f"{kind}-{self.num_shards:05}.bin"
                 self._files[kind] = (path.open("wb"), hashlib.sha256())
             self.num_shards += 1
         ends = self.num_tokens + np.cumsum(lengths, dtype=np.int64)
         self._offsets[self._documents + 1 : self._documents + 1 + len(lengths)] = ends
         self._documents += len(lengths)
-        self.num_tokens += len(tokens)
-        self._in_shard += len(tokens)
-        self._put("tokens", np.ascontiguousarray(tokens, self._dtype))
-        words = np.concatenate([self._bits, words])
+        self.num_tokens += num_tokens
+        self._in_shard += num_tokens
+        self._put("tokens", np.ascontiguousarray(streams["tokens"], self._dtype))
+        if "tags" in streams:
+            self._put("tags", np.ascontiguousarray(streams["tags"]))
+        words = np.concatenate([self._bits, streams["words"]])
         whole = len(words) // 8 * 8
         self._put("words", np.packbits(words[:whole], bitorder="little"))
         self._bits = words[whole:]
@@ -183,20 +236,65 @@ class _SplitWriter:
         return self._closed
 
 
-def _label_names(labels: list) -> list[str] | None:
-    """Labels of a source that names none, in order: numbers by size, anything else by spelling."""
-    values = set(labels)
-    if values <= {None}:
+def _names(columns: Columns, source: Source, values: list, tags: list[list[str]]) -> list[str] | None:
+    """The labels' names in order: those of the source, else numbers by size, anything else by spelling."""
+    if columns.value == "tags":
+        found = {name for names in tags for name in names}
+        return source.label_names or sorted(found, key=lambda name: (name != "O", name))
+    if columns.value not in ("class", "classes"):
         return None
-    is_number = all(isinstance(v, int) for v in values)
-    return [str(v) for v in sorted(values)] if is_number else sorted({str(v) for v in values - {None}})
+    if source.label_names is not None:
+        return source.label_names
+    found = set(values) if columns.value == "class" else {name for names in values for name in names}
+    found -= {None}
+    is_number = all(name.lstrip("-").isdecimal() for name in found)
+    return sorted(found, key=(lambda name: int(name)) if is_number else None) or None
 
 
-def _label_ids(labels: list, names: list[str]) -> np.ndarray:
-    by_name = {name: i for i, name in enumerate(names)}
-    for label in labels:
-        if label is None:
-            raise DataError("every document must have a label: some have none.")
-        if str(label) not in by_name:
-            raise LabelError(f"unknown label {label!r}; known are {', '.join(names)}.")
-    return np.array([by_name[str(label)] for label in labels], np.int32)
+def _values(source: Source, columns: Columns, values: list, names: list[str] | None) -> dict[str, np.ndarray]:
+    """The documents' values as a column: `labels` int32 [N], `classes` uint8 [N, C] or `number` float32 [N].
+
+    Raises:
+      DataError: a document without a value. LabelError: a label that is not among the names; both name the record.
+    """
+
+    def first_with(value) -> str:
+        records = (record for part in source.parts for record in part.read())
+        found = (r.where for r in records if r.value == value or (isinstance(r.value, tuple) and value in r.value))
+        return next(found, "") or "a record"
+
+    if any(value is None for value in values):
+        what = "number" if columns.value == "number" else "label"
+        raise DataError(f"every document must have a {what}: {first_with(None)} has none.")
+    if columns.value == "number":
+        return {"number": np.array(values, np.float32)}
+    if columns.value not in ("class", "classes"):
+        return {}
+    ids = {name: i for i, name in enumerate(names or [])}
+    listed = [[value] for value in values] if columns.value == "class" else values
+    if unknown := next((name for some in listed for name in some if name not in ids), None):
+        raise LabelError(f"unknown label {unknown!r} in {first_with(unknown)}; known are {', '.join(ids)}.")
+    if columns.value == "class":
+        return {"labels": np.array([ids[value] for value in values], np.int32)}
+    classes = np.zeros((len(values), len(ids)), np.uint8)
+    for row, some in zip(classes, values, strict=True):
+        row[[ids[name] for name in some]] = 1
+    return {"classes": classes}
+
+
+def _check_seen_in_training(source: Source, labels: np.ndarray, is_train: np.ndarray, names: list[str] | None) -> None:
+    unseen = np.setdiff1d(labels[~is_train], labels[is_train])
+    if len(unseen):
+        name = (names or [])[unseen[0]]
+        found = (r.where for part in source.parts if part.split != "train" for r in part.read() if r.value == name)
+        where = next(found, "") or "a held-out record"
+        raise LabelError(f"every label must occur in training: {name!r} of {where} does not.")
+
+
+def _renumbered(tags: np.ndarray, own: list[str], names: list[str] | None) -> np.ndarray:
+    """A part's tags by the numbers of the store's names; `Encoded.tags` says how they are written."""
+    ids = {name: i for i, name in enumerate(names or [])}
+    if unknown := next((name for name in own if name not in ids), None):
+        raise LabelError(f"unknown tag {unknown!r}; known are {', '.join(ids)}.")
+    table = np.array([0, *(ids[name] + 1 for name in own)], np.int16)
+    return np.sign(tags) * table[np.abs(tags)]

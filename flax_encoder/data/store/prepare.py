@@ -13,14 +13,16 @@ import pathlib
 import shutil
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from filelock import FileLock, Timeout
 
+from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source
 from flax_encoder.data.sources.records import DataError, Say
 from flax_encoder.data.store.merging import merge_parts
 from flax_encoder.data.store.store import FORMAT, Store, open_store, partial_folder, read_manifest
-from flax_encoder.data.store.tokenizing import THIS_PROCESS, tokenize_parts
+from flax_encoder.data.store.tokenizing import THIS_PROCESS, HeldOut, tokenize_parts
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 
 
@@ -28,8 +30,9 @@ def prepare(
     source: Source,
     tokenizer: TextTokenizer,
     folder: pathlib.Path,
+    columns: Columns,
     *,
-    held_out_rate: float,
+    held_out: HeldOut,
     label_names: list[str] | None = None,
     progress: Say = lambda message: None,
     workers: int | None = None,
@@ -38,8 +41,8 @@ def prepare(
 ) -> Store | None:
     """Tokenize a source into `folder`, or go on where that was interrupted, or find it done.
 
-    Exact duplicates and empty documents are dropped and counted. Held out is the source's own test split, or else
-    each document whose hash falls in `held_out_rate`.
+    Exact duplicates and empty documents are dropped and counted. Held out are the source's own splits for it, or
+    else what `held_out` says.
 
     Args:
       label_names: the labels' order, if it is settled already (by the model that will be evaluated).
@@ -54,8 +57,7 @@ def prepare(
       DataError: nothing to train on, the folder holds or is becoming another store, the disk is full, a worker died.
     """
     say, progress = progress, unhurried(progress)
-    what = (FORMAT, source.fingerprint, tokenizer.hash, held_out_rate, label_names)
-    identity = hashlib.sha256(repr(what).encode()).hexdigest()
+    identity = store_identity(source, tokenizer, columns, held_out, label_names)
     work = partial_folder(folder)
     if _is_taken(folder):
         _tidy(work)
@@ -67,13 +69,13 @@ def prepare(
                 shutil.rmtree(work, ignore_errors=True)
                 return _open_same(folder, identity)
             _settle(work, identity, len(source.parts))
-            tokenize_parts(source, tokenizer, work, held_out_rate, progress, workers, shard)
+            tokenize_parts(source, tokenizer, work, columns, held_out, progress, workers, shard)
             if left := [i for i in range(len(source.parts)) if not (work / f"{i:06}").exists()]:
                 say(f"{len(left)} of {len(source.parts)} parts are left to the other shards")
                 return None
             with _only_here(work / "lock-merge", folder, say, wait=True):
                 if not _is_taken(folder):
-                    merge_parts(source, tokenizer, work, identity, label_names, progress)
+                    merge_parts(source, tokenizer, work, identity, columns, label_names, held_out, progress)
                     os.rename(work / "store", folder)
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
@@ -84,6 +86,19 @@ def prepare(
             f"are kept; the same command goes on from them."
         ) from error
     return open_store(folder)
+
+
+def store_identity(
+    source: Source, tokenizer: TextTokenizer, columns: Columns, held_out: HeldOut, label_names: list[str] | None
+) -> str:
+    """What a store is made from, as a hash: the same for the same, so that it is found again."""
+    what: tuple[Any, ...] = (FORMAT, source.fingerprint, tokenizer.hash, held_out.rate, label_names)
+    if columns.value not in ("none", "class") or columns.max_texts > 1:
+        what += (tuple(columns),)
+    if held_out[1:] != HeldOut(0.0)[1:]:
+        excluded = hashlib.sha256(b"".join(sorted(held_out.excluded))).hexdigest()
+        what += (held_out.by_class, held_out.keep_all, excluded)
+    return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
 def unhurried(say: Say) -> Say:

@@ -2,11 +2,19 @@
 
 STORE/manifest.json               counts, hashes, label names, every other file's size and SHA-256
 STORE/tokenizer.json              what made the tokens
-STORE/{train,test}/tokens-N.bin   uint16 or uint32, the split's documents end to end, none across two files
-STORE/{train,test}/words-N.bin    a bit a token: whether it begins a word
-STORE/{train,test}/offsets.npy    int64 [documents + 1], in tokens over all the split's files
-STORE/{train,test}/histogram.npy  uint32 [3, entries], see `packing.length_histogram`
-STORE/{train,test}/labels.npy     int32 [documents], where the source is labelled
+STORE/SPLIT/tokens-N.bin          uint16 or uint32, the split's documents end to end, none across two files
+STORE/SPLIT/words-N.bin           a bit a token: whether it begins a word
+STORE/SPLIT/offsets.npy           int64 [documents + 1], in tokens over all the split's files
+STORE/SPLIT/histogram.npy         uint32 [3, entries], see `packing.length_histogram`
+STORE/SPLIT/text_lengths.npy      int32 [documents, texts], where a document is several texts end to end
+STORE/SPLIT/labels.npy            int32 [documents]                          values that are one class of several,
+STORE/SPLIT/classes.npy           uint8 [documents, labels]                  any of several,
+STORE/SPLIT/number.npy            float32 [documents]                        a number,
+STORE/SPLIT/tags-N.bin            int16, an entry a token                    a tag a word,
+STORE/SPLIT/answers.npy           int32 [documents, 2]                       or a span of the last text (`encoding.py`)
+
+SPLIT is train, validation (what a run evaluates on meanwhile) and, where the source has both, test. Stores from before
+there were three have the one that is held out as test.
 
 A folder whose manifest has `members` is a mixture: folders of stores, and their weights.
 """
@@ -15,7 +23,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +32,7 @@ from flax_encoder.data.sources.records import DataError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+VALUES = ("labels", "classes", "number", "answers", "text_lengths")
 
 
 @dataclass(frozen=True)
@@ -34,9 +43,12 @@ class Split:
     words: Sequence[np.ndarray]
     """Bits, packed from the low end of each byte."""
     offsets: np.ndarray
-    labels: np.ndarray | None = None
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """`labels`, `classes`, `number` or `answers`, [N, ...], and `text_lengths` [N, texts]."""
     histogram: np.ndarray | None = None
     """Of the documents' lengths, as `packing.length_histogram` counts them."""
+    tags: Sequence[np.ndarray] | None = None
+    """Like tokens: an entry a token, as `encoding.Encoded` writes them."""
     shard_starts: np.ndarray = field(init=False)
 
     def __post_init__(self):
@@ -69,7 +81,8 @@ class StoredSplit(Split):
 @dataclass(frozen=True)
 class Store:
     train: Split
-    test: Split
+    validation: Split
+    test: Split | None
     manifest: dict
     folder: pathlib.Path
 
@@ -77,10 +90,20 @@ class Store:
     def label_names(self) -> list[str] | None:
         return self.manifest["label_names"]
 
+    @property
+    def value(self) -> str:
+        """The kind of its documents' values, as `Columns` names them."""
+        return self.manifest.get("value", "none" if self.label_names is None else "class")
+
     @functools.cached_property
     def hash(self) -> str:
         """Of the contents: the same text by the same tokenizer has the same hash wherever it is prepared."""
-        files = {name: about["sha256"] for name, about in self.manifest["files"].items()}
+        # Where one split is held out its files count under the name that they had when there were two.
+        old = {"validation": "test"} if self.test is None else {}
+        files = {}
+        for name, about in self.manifest["files"].items():
+            split, _, file = name.rpartition("/")
+            files[f"{old.get(split, split)}/{file}".removeprefix("/")] = about["sha256"]
         what = (FORMAT, self.manifest["tokenizer"], self.manifest["label_names"], sorted(files.items()))
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
@@ -152,8 +175,10 @@ def open_store(folder: pathlib.Path) -> Store:
                     f"a prepared file does not fit its manifest: {folder / name} has {size} bytes, expected "
                     f"{about['bytes']}. Delete {folder} and prepare it again."
                 )
-        train, test = (_open_split(folder / split) for split in ("train", "test"))
-        return Store(train, test, manifest, folder)
+        splits = {name: _open_split(folder / name) for name in manifest["splits"]}
+        held_out = splits.pop("test", None)
+        validation = splits.get("validation", held_out)
+        return Store(splits["train"], validation, held_out if "validation" in splits else None, manifest, folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
@@ -166,5 +191,7 @@ def _open_split(folder: pathlib.Path) -> StoredSplit:
     tokens = [np.memmap(folder / f"tokens-{i:05}.bin", manifest["dtype"], "r") for i in shards]
     words = [np.memmap(folder / f"words-{i:05}.bin", np.uint8, "r") for i in shards]
     offsets = np.load(folder / "offsets.npy", mmap_mode="r")
-    labels = np.load(folder / "labels.npy") if manifest["label_names"] is not None else None
-    return StoredSplit(tokens, words, offsets, labels, np.load(folder / "histogram.npy"), folder)
+    values = {name: np.load(folder / f"{name}.npy") for name in VALUES if (folder / f"{name}.npy").exists()}
+    has_tags = (folder / "tags-00000.bin").exists()
+    tags = [np.memmap(folder / f"tags-{i:05}.bin", np.int16, "r") for i in shards] if has_tags else None
+    return StoredSplit(tokens, words, offsets, values, np.load(folder / "histogram.npy"), tags, folder)

@@ -1,11 +1,15 @@
 """Texts to tokens, a part of a source at a time, by all cores; each part's folder is whole or not there.
 
 A part's folder has its documents one after the other: `tokens.bin`, `words.bin` (whether a token starts a word),
-`lengths.npy`, `hashes.npy` (of texts, 128 bits), `is_test.npy` and `about.json` (labels, empty documents).
+`lengths.npy`, `hashes.npy` (of records, 128 bits), `splits.npy` (an index in SPLITS) and `about.json` (values, names of
+tags, empty documents); where there are values `text_hashes.npy`, of several texts `text_lengths.npy`, and `tags.bin`
+or `answers.npy` where these are the values (`encoding.Encoded` says how).
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,27 +22,46 @@ import time
 from array import array
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source
 from flax_encoder.data.sources.records import DataError, Part, Record, Say
+from flax_encoder.data.store.encoding import Encoded, encode_records, exact_texts
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 
 THIS_PROCESS = f"{socket.gethostname()}.{os.getpid()}"
 _BATCH_CHARACTERS = 2**18
 _POLL_SECONDS = 0.5
+SPLITS = ("train", "validation", "test")
+MOST_HELD_OUT = 2  # times the rate of held-out documents: no class has texts held out whose hash lies beyond
+
+
+class HeldOut(NamedTuple):
+    """What is kept for evaluation of a source that has no documents for it of its own."""
+
+    rate: float
+    """Share of the documents, chosen by a hash of their texts."""
+    by_class: bool = False
+    """Whether every class keeps its share."""
+    keep_all: bool = False
+    """Whether documents for evaluation are kept when they are duplicates: those of a file that was named for it."""
+    excluded: frozenset[bytes] = frozenset()
+    """Digests of texts that others evaluate on: training leaves them out."""
+
 
 def tokenize_parts(
-    source: Source, tokenizer: TextTokenizer, work: pathlib.Path, held_out_rate: float, progress: Say,
+    source: Source, tokenizer: TextTokenizer, work: pathlib.Path, columns: Columns, held_out: HeldOut, progress: Say,
     workers: int | None, shard: tuple[int, int],
 ) -> None:  # fmt: skip
     todo = [i for i in range(shard[0], len(source.parts), shard[1]) if not (work / f"{i:06}").exists()]
     # The longest first, so that no worker is left alone with one at the end.
     todo.sort(key=lambda i: -source.parts[i].size)
     total = sum(source.parts[i].size for i in todo)
-    rate = 0.0 if source.has_test else held_out_rate
+    if source.has_held_out:
+        held_out = held_out._replace(rate=0.0)
     counts, began, done = (0, 0), time.monotonic(), 0
 
     def report(documents: int, tokens: int) -> None:
@@ -51,7 +74,7 @@ def tokenize_parts(
     if workers <= 1:
         for i in todo:
             base = counts
-            for documents, tokens in _tokenize_part(source.parts[i], work / f"{i:06}", tokenizer, rate):
+            for documents, tokens in _tokenize_part(source.parts[i], work / f"{i:06}", tokenizer, columns, held_out):
                 counts = (base[0] + documents, base[1] + tokens)
                 report(*counts)
             done += source.parts[i].size
@@ -59,10 +82,10 @@ def tokenize_parts(
     # Not forked: a fork of a process with JAX's threads can hang.
     context = multiprocessing.get_context("spawn")
     shared = context.Array("Q", 3)  # documents, tokens, and whether to stop
-    settings = (tokenizer.json, shared, cores // workers)
+    settings = (tokenizer.json, held_out, shared, cores // workers)
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, settings)
     try:
-        waiting = {pool.submit(_tokenize_in_worker, source.parts[i], work / f"{i:06}", rate): i for i in todo}
+        waiting = {pool.submit(_tokenize_in_worker, source.parts[i], work / f"{i:06}", columns): i for i in todo}
         while waiting:
             finished, _ = concurrent.futures.wait(waiting, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
             for future in finished:
@@ -85,13 +108,13 @@ def tokenize_parts(
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer_json: str, shared: Any, threads: int) -> None:
+def _start_worker(tokenizer_json: str, held_out: HeldOut, shared: Any, threads: int) -> None:
     # What cores the other workers leave: with a few large files, several each.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(max(1, threads))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker.update(tokenizer=TextTokenizer(tokenizer_json), shared=shared)
+    _worker.update(tokenizer=TextTokenizer(tokenizer_json), held_out=held_out, shared=shared)
 
 
 def _end_with_parent() -> None:
@@ -99,9 +122,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _tokenize_in_worker(part: Part, folder: pathlib.Path, held_out_rate: float) -> None:
+def _tokenize_in_worker(part: Part, folder: pathlib.Path, columns: Columns) -> None:
     before = (0, 0)
-    for now in _tokenize_part(part, folder, _worker["tokenizer"], held_out_rate):
+    for now in _tokenize_part(part, folder, _worker["tokenizer"], columns, _worker["held_out"]):
         with _worker["shared"].get_lock():
             for i in range(2):
                 _worker["shared"][i] += now[i] - before[i]
@@ -111,38 +134,61 @@ def _tokenize_in_worker(part: Part, folder: pathlib.Path, held_out_rate: float) 
 
 
 def _tokenize_part(
-    part: Part, folder: pathlib.Path, tokenizer: TextTokenizer, held_out_rate: float
+    part: Part, folder: pathlib.Path, tokenizer: TextTokenizer, columns: Columns, held_out: HeldOut
 ) -> Iterator[tuple[int, int]]:
     """Write a part's folder, whole or not at all; yields (documents, tokens) so far."""
     work = folder.with_name(f"{folder.name}.{THIS_PROCESS}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     dtype = token_dtype(tokenizer)
-    lengths, hashes, is_test, labels, empty = array("I"), bytearray(), bytearray(), [], 0
-    num_tokens = 0
+    has_value, has_texts = columns.value != "none", columns.max_texts > 1
+    kinds = ("tokens", "words", *(("tags",) if columns.value == "tags" else ()))
+    lengths, hashes, text_hashes, splits = array("I"), bytearray(), bytearray(), bytearray()
+    text_lengths, answers, values, tag_ids = [], [], [], {}
+    empty = excluded = num_tokens = 0
     try:
-        with (work / "tokens.bin").open("wb") as tokens_file, (work / "words.bin").open("wb") as words_file:
+        with contextlib.ExitStack() as stack:
+            files = {kind: stack.enter_context((work / f"{kind}.bin").open("wb")) for kind in kinds}
             for batch in _batched(part.read()):
-                texts = [record["text"].strip() for record in batch]
-                ids, counts, words = tokenizer.encode_flat(texts, dtype)
-                tokens_file.write(ids.data)
-                words_file.write(words.data)
-                num_tokens += len(ids)
-                for text, count, record in zip(texts, counts.tolist(), batch, strict=True):
-                    if not count:
-                        empty += 1
-                        continue
-                    digest = text_digest(text)
-                    lengths.append(count)
+                encoded = encode_records(batch, tokenizer, columns, tag_ids, dtype)
+                keep = _is_document(encoded)
+                empty += int((~keep).sum())
+                texts = ["\x1e".join(exact_texts(record, columns)) for record in batch]
+                digests = [text_digest(text) for text in texts]
+                if held_out.excluded and part.split == "train":
+                    is_excluded = np.array([digest in held_out.excluded for digest in digests])
+                    excluded += int((keep & is_excluded).sum())
+                    keep &= ~is_excluded
+                of_token = slice(None) if keep.all() else np.repeat(keep, encoded.lengths)
+                for kind, file in files.items():
+                    file.write(np.ascontiguousarray(getattr(encoded, kind)[of_token]).data)
+                num_tokens += int(encoded.lengths[keep].sum())
+                lengths.extend(encoded.lengths[keep].tolist())
+                if has_texts:
+                    text_lengths.append(encoded.text_lengths[keep])
+                if encoded.answers is not None:
+                    answers.append(encoded.answers[keep])
+                for record, text, digest in itertools.compress(zip(batch, texts, digests, strict=True), keep.tolist()):
+                    is_held = part.split == "train" and is_held_out(digest, held_out.rate)
+                    splits.append(SPLITS.index("validation" if is_held else part.split))
+                    if has_value:
+                        text_hashes += digest
+                        digest = text_digest(f"{text}\x1f{record.value!r}")
+                        values.append(record.value)
                     hashes += digest
-                    is_test.append(part.split == "test" or is_held_out(digest, held_out_rate))
-                    if "label" in record:
-                        labels.append(record["label"])
                 yield len(lengths), num_tokens
         np.save(work / "lengths.npy", np.frombuffer(lengths, np.uint32))
         np.save(work / "hashes.npy", np.frombuffer(bytes(hashes), "<u8").reshape(-1, 2))
-        np.save(work / "is_test.npy", np.frombuffer(bytes(is_test), bool))
-        (work / "about.json").write_text(json.dumps({"empty": empty, "labels": labels}))
+        np.save(work / "splits.npy", np.frombuffer(bytes(splits), np.uint8))
+        if has_value:
+            np.save(work / "text_hashes.npy", np.frombuffer(bytes(text_hashes), "<u8").reshape(-1, 2))
+        if has_texts:
+            np.save(work / "text_lengths.npy", np.concatenate(text_lengths or [np.zeros((0, columns.min_texts))]))
+        if columns.value == "answers":
+            np.save(work / "answers.npy", np.concatenate(answers or [np.zeros((0, 2), np.int32)]))
+        is_listed = columns.value in ("class", "classes", "number")
+        about = {"empty": empty, "excluded": excluded, "values": values if is_listed else [], "tags": list(tag_ids)}
+        (work / "about.json").write_text(json.dumps(about))
         try:
             os.rename(work, folder)
         except OSError:
@@ -152,8 +198,19 @@ def _tokenize_part(
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _is_document(encoded: Encoded) -> np.ndarray:
+    """Whether there is something to read in each of these records [N]: a token, a tagged word, a passage."""
+    if encoded.answers is not None:
+        return encoded.text_lengths[:, -1] > 0
+    if encoded.tags is not None:
+        ends = np.cumsum(encoded.lengths, dtype=np.int64)
+        tagged = np.concatenate([[0], np.cumsum(encoded.tags > 0)])
+        return tagged[ends] > tagged[ends - encoded.lengths]
+    return encoded.lengths > 0
+
+
 def text_digest(text: str) -> bytes:
-    """128 bits that tell a stripped text from others."""
+    """128 bits that tell a text from others."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
@@ -174,7 +231,7 @@ def _batched(records: Iterator[Record]) -> Iterator[list[Record]]:
     batch, characters = [], 0
     for record in records:
         batch.append(record)
-        characters += len(record["text"])
+        characters += sum(map(len, record.texts))
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

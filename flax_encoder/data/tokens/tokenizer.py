@@ -78,6 +78,18 @@ class TextTokenizer:
         return first, last
 
     @cached_property
+    def between(self) -> tuple[int, ...]:
+        """The ids of the special tokens between two texts: its template's, else what stands after a text."""
+        found: list[int] = []
+        if self._tokenizer.num_special_tokens_to_add(True):
+            pair = self._tokenizer.encode("a", "a")
+            of = pair.sequence_ids
+            if 0 in of and 1 in of:
+                found = pair.ids[len(of) - of[::-1].index(0) : of.index(1)]
+        last = self.frame[1]
+        return tuple(found) or (() if last is None else (last,))
+
+    @cached_property
     def special_ids(self) -> np.ndarray:
         """Ids that are never masked and never drawn at random."""
         names = [name for names in SPECIAL_TOKENS.values() for name in names]
@@ -95,10 +107,20 @@ class TextTokenizer:
         Words are the pre-tokenizer's. Where it cuts none, a token begins one if it is spelled with the mark of a space.
         """
         starts = self._starts_word
-        if starts is None:
-            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        else:
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encode = self._tokenizer.encode_batch if starts is None else self._tokenizer.encode_batch_fast
+        return self._flat(encode(texts, add_special_tokens=False), dtype)
+
+    def encode_flat_with_offsets(
+        self, texts: list[str], dtype: np.dtype
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """As `encode_flat`, and where each token's characters begin and end in its text, int32 [tokens, 2]."""
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        flat = self._flat(encodings, dtype)
+        offsets = np.array([pair for e in encodings for pair in e.offsets], np.int32).reshape(-1, 2)
+        return *flat, offsets
+
+    def _flat(self, encodings, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        starts = self._starts_word
         ids = [e.ids for e in encodings]
         lengths = np.array([len(i) for i in ids], np.uint32)
         flat = np.fromiter(itertools.chain.from_iterable(ids), dtype, int(lengths.sum()))

@@ -1,0 +1,264 @@
+"""Documents as rows hold them: which texts stand together, what stands between them, and what is cut.
+
+A document of one text is one segment of a row: first, text, last. A pair is one segment too: first, text, between,
+text, last. A choice is a segment of its own: of a context and n choices, n segments that do not see each other.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from flax_encoder.data.rows.packing import Packing, PackingPlan, Pieces, length_histogram
+from flax_encoder.data.store.store import Split
+from flax_encoder.data.tokens.tokenizer import TextTokenizer
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The ids that are not text: padding, what stands before and after each segment, if anything does, and what stands
+    between two texts of one."""
+
+    pad: int
+    first: int | None
+    last: int | None
+    between: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: TextTokenizer) -> "Frame":
+        return cls(tokenizer.special("pad"), *tokenizer.frame, tokenizer.between)
+
+    @property
+    def specials(self) -> tuple[int, int]:
+        return int(self.first is not None), int(self.last is not None)
+
+    def around(self, ids: np.ndarray) -> np.ndarray:
+        """A document's ids with what stands before and after it."""
+        return np.array([i for i in (self.first, *ids, self.last) if i is not None])
+
+    def empty(self, rows: int, row_length: int, *streams: str) -> Batch:
+        """Rows of padding, for `assemble` to write to.
+
+        Args:
+          streams: what else to read of each token: `word_starts`, `tags`, `token_types`.
+        """
+        batch: Batch = {name: np.zeros((rows, row_length), np.int32) for name in ("segment_ids", "positions")}
+        batch["tokens"] = np.full((rows, row_length), self.pad, np.int32)
+        blank = {"word_starts": np.ones, "tags": np.zeros, "token_types": np.zeros}
+        dtype = {"word_starts": bool, "tags": np.int16, "token_types": np.int32}
+        return batch | {name: blank[name]((rows, row_length), dtype[name]) for name in streams}
+
+
+class Layout(NamedTuple):
+    """How a document's texts become segments, and what happens to a document that no row holds."""
+
+    is_choices: bool = False
+    """The texts after the first are choices, each a segment with the first; else all texts are one segment."""
+    long: Literal["split", "cut", "windows"] = "cut"
+    """`split` makes pieces of a text that lose no token; `cut` takes tokens off the end of the longest text, as
+    transformers' `longest_first` does; `windows` repeats the first text before overlapping stretches of the last."""
+    overlap: int = 0
+    """With windows: tokens that two neighbouring ones share."""
+
+
+class Run(NamedTuple):
+    """A text and the special tokens beside it."""
+
+    text: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    segment: int
+    token_type: int
+
+
+class Documents:
+    """A split's documents laid out for rows of one length: what `PackingPlan` packs and `assemble` writes.
+
+    A document that windows cut is as many documents here as it has windows; `source` says of which.
+
+    Args:
+      row_length: T, room of a row in tokens.
+    """
+
+    def __init__(self, split: Split, layout: Layout, frame: Frame, row_length: int):
+        self.split, self.layout, self.frame = split, layout, frame
+        has_texts = "text_lengths" in split.values and layout.long != "split"  # which takes them for one
+        self._num_texts = split.values["text_lengths"].shape[1] if has_texts else 1
+        self.runs = _runs(layout, frame, self._num_texts)
+        self.num_segments = self.runs[-1].segment + 1
+        self.has_types = self._num_texts > 1
+        self.num_cut = 0
+        self.source: np.ndarray | None = None  # document [V] of each; None: they are the split's own
+        self.window_start: np.ndarray | None = None  # [V], where windows of the last text begin in it, in tokens
+        if self._num_texts > 1:
+            self._lay_out(row_length)
+        elif layout.long == "cut":
+            self.num_cut = int((split.lengths > row_length - sum(frame.specials)).sum()) if len(split) else 0
+
+    def _lay_out(self, row_length: int) -> None:
+        lengths = self.split.values["text_lengths"].astype(np.int64)
+        begins = self.split.offsets[:-1, None] + np.cumsum(lengths, axis=1) - lengths
+        specials = sum(len(run.before) + len(run.after) for run in self.runs)
+        room = (row_length - specials) // self.num_segments
+        if room < 2:
+            raise ValueError(f"a row must hold a document: {row_length} tokens are too few for {len(self.runs)} texts.")
+        texts = [run.text for run in self.runs]
+        self.source = np.arange(len(lengths))
+        if self.layout.long == "windows":
+            self._windows(begins, lengths, room)
+        else:
+            begin, length = begins[:, texts], lengths[:, texts]
+            for segment in range(self.num_segments):
+                pair = [r for r, run in enumerate(self.runs) if run.segment == segment]
+                length[:, pair] = longest_first(length[:, pair], room)
+            self.num_cut = int((length < lengths[:, texts]).any(1).sum())
+            self._begin, self._length = begin, length
+        self._offsets = np.concatenate([[0], np.cumsum(self._length.sum(1) + specials - sum(self.frame.specials))])
+
+    def _windows(self, begins: np.ndarray, lengths: np.ndarray, room: int) -> None:
+        """The first text, cut to half of a row, and of the last text as much as there is room for, step by step."""
+        prefix = np.minimum(lengths[:, 0], room // 2)
+        width = room - prefix
+        step = np.maximum(1, width - self.layout.overlap)
+        last = lengths[:, -1]
+        count = 1 + np.maximum(0, -(-(last - width) // step))
+        self.source = np.repeat(np.arange(len(lengths)), count)
+        start = (np.arange(len(self.source)) - np.repeat(np.cumsum(count) - count, count)) * step[self.source]
+        length = np.minimum(width[self.source], last[self.source] - start)
+        self._begin = np.stack([begins[self.source, 0], begins[self.source, -1] + start], 1)
+        self._length = np.stack([prefix[self.source], length], 1)
+        self.num_cut = int((prefix < lengths[:, 0]).sum())
+        self.window_start = start
+
+    def plan(self, row_length: int, packing: Packing = "best-fit") -> PackingPlan:
+        """The packing of these documents into rows."""
+        if self.source is None:
+            return PackingPlan(
+                self.split.offsets, row_length, self.frame.specials, packing=packing,
+                split_long=self.layout.long == "split", histogram=self.split.histogram,
+            )  # fmt: skip
+        return PackingPlan(self._offsets, row_length, self.frame.specials, packing=packing, split_long=False,
+                           histogram=length_histogram(self._offsets))  # fmt: skip
+
+    def texts(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
+        """Where each run's text begins in the split's tokens, and its length: [pieces, runs] both."""
+        if self.source is None:
+            return (self.split.offsets[pieces.document] + pieces.start)[:, None], pieces.length[:, None]
+        return self._begin[pieces.document], self._length[pieces.document]
+
+    def documents(self, pieces: Pieces) -> np.ndarray:
+        """The split's document that each piece is of, [pieces]."""
+        return pieces.document if self.source is None else self.source[pieces.document]
+
+
+def _runs(layout: Layout, frame: Frame, num_texts: int) -> tuple[Run, ...]:
+    first = () if frame.first is None else (frame.first,)
+    last = () if frame.last is None else (frame.last,)
+    if num_texts == 1:
+        return (Run(0, first, last, 0, 0),)
+    if layout.is_choices:
+        pairs = ((Run(0, first, frame.between, k - 1, 0), Run(k, (), last, k - 1, 1)) for k in range(1, num_texts))
+        return tuple(run for pair in pairs for run in pair)
+    inner = [Run(k, first if k == 0 else (), frame.between, 0, min(k, 1)) for k in range(num_texts - 1)]
+    return (*inner, Run(num_texts - 1, (), last, 0, 1))
+
+
+def longest_first(lengths: np.ndarray, room: int) -> np.ndarray:
+    """Lengths [N, 2] cut to `room` together, tokens being taken from the longer, as transformers cuts pairs."""
+    short, long = np.sort(lengths, axis=1).T
+    long = np.minimum(long, np.maximum(short, room - short))
+    is_over = short + long > room
+    short = np.where(is_over, room // 2, short)
+    long = np.where(is_over, room - room // 2, long)
+    is_swapped = lengths[:, 0] > lengths[:, 1]
+    return np.where(is_swapped[:, None], np.stack([long, short], 1), np.stack([short, long], 1))
+
+
+def assemble(documents: Documents, pieces: Pieces, batch: Batch, rows: np.ndarray) -> None:
+    """Write rows of pieces, each with its special tokens, into `batch`, whose arrays [B, T] hold padding.
+
+    Args:
+      rows: where in the batch each of the pieces' rows goes.
+    """
+    T = batch["tokens"].shape[1]
+    runs, R = documents.runs, len(documents.runs)
+    text_begin, text_length = documents.texts(pieces)
+    before = np.tile(np.array([len(run.before) for run in runs]), (len(pieces.row), 1))
+    after = np.tile(np.array([len(run.after) for run in runs]), (len(pieces.row), 1))
+    before[:, 0] *= pieces.has_first
+    after[:, -1] *= pieces.has_last
+    lengths = (text_length + before + after).ravel()
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    piece_starts = starts[::R]
+    first_of_row = np.flatnonzero(np.diff(pieces.row, prepend=-1))
+    per_row = np.diff(first_of_row, append=len(pieces.row))
+    in_row = np.arange(len(pieces.row)) - np.repeat(first_of_row, per_row)
+    segment = (in_row * documents.num_segments)[:, None] + np.array([run.segment + 1 for run in runs])
+    first_run = np.array([next(i for i, other in enumerate(runs) if other.segment == run.segment) for run in runs])
+    segment_starts = starts.reshape(-1, R)[:, first_run]
+    shift = rows[pieces.row] * T - np.repeat(piece_starts[first_of_row], per_row)
+
+    flat = np.arange(int(ends[-1]))
+    at = flat + np.repeat(np.repeat(shift, R), lengths)
+    batch["segment_ids"].reshape(-1)[at] = np.repeat(segment.ravel().astype(np.int32), lengths)
+    batch["positions"].reshape(-1)[at] = flat - np.repeat(segment_starts.ravel(), lengths)
+    if "token_types" in batch:
+        types = np.tile(np.array([run.token_type for run in runs], np.int32), len(pieces.row))
+        batch["token_types"].reshape(-1)[at] = np.repeat(types, lengths)
+
+    source = flat + np.repeat((text_begin - before).ravel() - starts, lengths)
+    special_at, special_ids = _specials(runs, starts, ends, before, after)
+    source[special_at] = 0  # nothing is read for these
+    streams = [name for name in ("word_starts", "tags") if name in batch]
+    document_begin = np.repeat(documents.split.offsets[documents.documents(pieces)], R)
+    read = _read(documents.split, source, document_begin, lengths, streams)
+    blank = {"tokens": special_ids, "word_starts": True, "tags": 0}
+    for name, values in read.items():
+        values[special_at] = blank[name]
+        batch[name].reshape(-1)[at] = values
+
+
+def _specials(runs, starts, ends, before, after) -> tuple[np.ndarray, np.ndarray]:
+    """Where special tokens stand among all tokens of the runs, and their ids."""
+    R, at, ids = len(runs), [], []
+    for r, run in enumerate(runs):
+        for i, token in enumerate(run.before):
+            found = starts[r::R][before[:, r] > 0] + i
+            at.append(found)
+            ids.append(np.full(len(found), token))
+        for i, token in enumerate(run.after):
+            found = ends[r::R][after[:, r] > 0] - len(run.after) + i
+            at.append(found)
+            ids.append(np.full(len(found), token))
+    return (np.concatenate(at), np.concatenate(ids)) if at else (np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+def _read(
+    split: Split, source: np.ndarray, begin: np.ndarray, lengths: np.ndarray, streams: list[str]
+) -> dict[str, np.ndarray]:
+    """The tokens at `source`, positions in all shards end to end, and what else is kept of each.
+
+    Args:
+      begin: where each run's document begins, by which its shard is known; `lengths` says how much of `source` is its.
+    """
+    kept = {"tokens": (split.tokens, np.int32), "word_starts": (split.words, bool), "tags": (split.tags, np.int16)}
+    if len(split.tokens) == 1:
+        return {name: _take(name, kept[name][0][0], source) for name in ("tokens", *streams)}
+    shard = np.searchsorted(split.shard_starts, begin, side="right") - 1
+    read = {name: np.empty(len(source), kept[name][1]) for name in ("tokens", *streams)}
+    for s in np.unique(shard).tolist():
+        mine = np.repeat(shard == s, lengths)
+        local = np.maximum(source[mine] - split.shard_starts[s], 0)
+        for name, values in read.items():
+            values[mine] = _take(name, kept[name][0][s], local)
+    return read
+
+
+def _take(name: str, kept: np.ndarray, index: np.ndarray) -> np.ndarray:
+    if name == "word_starts":
+        return (kept[index >> 3] >> (index & 7).astype(np.uint8) & 1).astype(bool)
+    return kept[index].astype(np.int32 if name == "tokens" else kept.dtype)
+

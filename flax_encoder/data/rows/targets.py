@@ -1,0 +1,153 @@
+"""What is predicted of rows: a task's targets, made from the rows and the values of their documents."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from flax_encoder.config import MaskingConfig, RunConfig
+from flax_encoder.data.rows.documents import Batch, Documents
+from flax_encoder.data.rows.masking import Vocabulary, budget, mask_rows
+from flax_encoder.data.rows.packing import Pieces
+from flax_encoder.data.rows.span_corruption import Sentinels, corrupt_spans
+from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.tokens.tokenizer import TextTokenizer
+
+# Fields of a batch that the host alone reads: they are not put on devices.
+HOST_FIELDS = ("overflow", "owners")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows before they have targets; targets are made from this."""
+
+    batch: Batch
+    """tokens, segment_ids (from 1 in each row; 0 is padding) and positions (from 0 in each segment), int32 [B, T]; and
+    token_types where two texts stand together."""
+    word_starts: np.ndarray | None
+    """bool [B, T], where the targets read them."""
+    tags: np.ndarray | None
+    """int16 [B, T], likewise; `encoding.Encoded` says how they are written."""
+    address: np.ndarray
+    """A number a row [B] that random choices are drawn from."""
+    pieces: Pieces
+    number: int
+    """The batch's."""
+
+
+Targets = Callable[[Rows], Batch]
+"""The fields that a task adds to a batch, each [B, ...]: `target_positions`, `targets` and `target_weights` [B, M] of
+most tasks, other `tokens` where it masks. It is sent to worker processes, so it can be pickled."""
+
+
+class TargetInputs(NamedTuple):
+    """What a task makes its targets from."""
+
+    config: RunConfig
+    tokenizer: TextTokenizer
+    documents: Documents
+    """Of the first source."""
+    row_length: int
+    max_pieces: int
+    """Documents in a row, at most."""
+    is_training: bool
+    with_owners: bool = False
+    """Add `owners` int32 [B, M], the document of each target, or -1: by it a prediction finds its way back."""
+
+
+def masked_lm(inputs: TargetInputs) -> Targets:
+    """Targets of masked language modelling, as `config.masking` says."""
+    masking = inputs.config.masking
+    rates = masking.rates if inputs.is_training else (masking.eval_rate,) * 2
+    slots = masking.budget or budget(masking.kind, max(rates), inputs.row_length)
+    return masked_lm_targets(inputs.tokenizer, masking, rates, slots, inputs.config.steps, inputs.config.seed)
+
+
+def masked_lm_targets(
+    tokenizer: TextTokenizer, masking: MaskingConfig, rates: tuple[float, float], slots: int, num_batches: int,
+    seed: int,
+) -> Targets:  # fmt: skip
+    """Targets by dynamic masking: each epoch's rows are masked anew.
+
+    The rate goes straight from rates[0] in the first batch to rates[1] in the last.
+    """
+    vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.special("mask"), tokenizer.special_ids)
+    return functools.partial(_masked_lm_targets, vocabulary, masking, rates, slots, num_batches, seed)
+
+
+def _masked_lm_targets(vocabulary, masking: MaskingConfig, rates, slots, num_batches, seed, rows: Rows) -> Batch:
+    done = min(1.0, rows.number / max(num_batches - 1, 1))
+    return mask_rows(
+        rows.batch["tokens"], rows.batch["segment_ids"], rows.word_starts, rows.address, vocabulary,
+        kind=masking.kind, rate=rates[0] + done * (rates[1] - rates[0]), mask_rate=masking.mask_rate,
+        random_rate=masking.random_rate, slots=slots, seed=seed, new_span_rate=1 / masking.mean_span_words,
+        max_span_words=masking.max_span_words,
+    )  # fmt: skip
+
+
+def span_corruption_targets(
+    tokenizer: TextTokenizer, rate: float, mean_span_tokens: float, row_length: int, slots: int, seed: int
+) -> Targets:
+    """T5's targets, for an encoder-decoder.
+
+    Raises:
+      DataError: the tokenizer has no last token, or fewer sentinels <extra_id_0> ... than a full row has spans.
+    """
+    ids = tokenizer.sentinel_ids
+    if not len(ids) or tokenizer.frame[1] is None:
+        raise DataError("T5's spans need a tokenizer with sentinels <extra_id_0>, <extra_id_1> ... and a last token.")
+    if (spans := round(rate * row_length / mean_span_tokens)) > len(ids):
+        raise DataError(
+            f"every span of a row needs its sentinel: a row of {row_length} tokens has up to {spans} spans, the "
+            f"tokenizer {len(ids)} sentinels. Take shorter rows, a lower rate or longer spans."
+        )
+    sentinels = Sentinels(ids, tokenizer.frame[1], tokenizer.special("pad"), tokenizer.special("pad"))
+    is_text = np.ones(tokenizer.vocab_size, bool)
+    is_text[tokenizer.special_ids] = is_text[ids] = False
+    return functools.partial(_span_corruption_targets, sentinels, is_text, rate, mean_span_tokens, slots, seed)
+
+
+def _span_corruption_targets(sentinels, is_text, rate, mean_span_tokens, slots, seed, rows: Rows) -> Batch:
+    tokens = rows.batch["tokens"]
+    return corrupt_spans(
+        tokens, rows.batch["segment_ids"], is_text[tokens], rows.address, sentinels,
+        rate=rate, mean_span_tokens=mean_span_tokens, slots=slots, seed=seed,
+    )  # fmt: skip
+
+
+def document_targets(inputs: TargetInputs, name: str) -> Targets:
+    """A target a document, at its first token, or at the first token of each of its choices.
+
+    Args:
+      name: of the values that are predicted: targets are [B, M, ...] of these. Documents that have none, since they are
+        to be predicted, have zeros.
+    """
+    values = inputs.documents.split.values.get(name)
+    values = np.zeros(len(inputs.documents.split), np.int32) if values is None else values
+    return functools.partial(_document_targets, inputs.documents, values, inputs.max_pieces, inputs.with_owners)
+
+
+def _document_targets(
+    documents: Documents, values: np.ndarray, max_pieces: int, with_owners: bool, rows: Rows
+) -> Batch:
+    B, n = len(rows.address), documents.num_segments
+    batch = {
+        "target_positions": np.zeros((B, max_pieces, n), np.int32),
+        "targets": np.zeros((B, max_pieces, *values.shape[1:]), values.dtype),
+        "target_weights": np.zeros((B, max_pieces), np.float32),
+    }
+    row, column = np.nonzero((rows.batch["positions"] == 0) & (rows.batch["segment_ids"] > 0))
+    slot, choice = np.divmod(rows.batch["segment_ids"][row, column] - 1, n)
+    batch["target_positions"][row, slot, choice] = column
+    row, slot = row[::n], slot[::n]
+    owners = documents.documents(rows.pieces)
+    batch["targets"][row, slot] = values[owners]
+    batch["target_weights"][row, slot] = 1.0
+    if n == 1:
+        batch["target_positions"] = batch["target_positions"][..., 0]
+    if with_owners:
+        batch["owners"] = np.full((B, max_pieces), -1, np.int32)
+        batch["owners"][row, slot] = owners
+    return batch

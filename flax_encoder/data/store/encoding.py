@@ -1,0 +1,128 @@
+"""Records to tokens: what every way from a text to a row has in common, in training, evaluation and prediction."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flax_encoder.data.sources.columns import Columns
+from flax_encoder.data.sources.records import DataError, Record
+from flax_encoder.data.tokens.tokenizer import TextTokenizer
+
+NO_ANSWER = -1
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of N documents end to end, without special tokens, and their values as far as these lie in tokens."""
+
+    tokens: np.ndarray
+    """uint16 or uint32 [tokens]."""
+    words: np.ndarray
+    """bool [tokens]: whether a token begins a word, as the tokenizer cuts words."""
+    text_lengths: np.ndarray
+    """uint32 [N, texts]: tokens of each text of a document."""
+    tags: np.ndarray | None = None
+    """int16 [tokens], of documents with tags: tag + 1 at a word's first token, -(tag + 1) at its other tokens, and 0 at
+    tokens of no word."""
+    answers: np.ndarray | None = None
+    """int32 [N, 2], of documents with answers: the first and the last token of the first answer, counted in the last
+    text; NO_ANSWER twice where there is none."""
+    offsets: np.ndarray | None = None
+    """int32 [tokens, 2]: where each token's characters begin and end in its text."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, uint32 [N]."""
+        return self.text_lengths.sum(1, dtype=np.uint32)
+
+
+def exact_texts(record: Record, columns: Columns) -> tuple[str, ...]:
+    """A record's texts as they are tokenized: documents without a value are stripped, others are left as they are,
+    since their values can count characters."""
+    return tuple(text.strip() for text in record.texts) if columns.value == "none" else record.texts
+
+
+def encode_records(
+    records: Sequence[Record], tokenizer: TextTokenizer, columns: Columns, tag_ids: dict[str, int],
+    dtype: np.dtype, *, with_offsets: bool = False,
+) -> Encoded:  # fmt: skip
+    """Tokenize records.
+
+    Args:
+      tag_ids: number of each tag; tags that are not there are added. A tag that is None, to be predicted, is 0.
+      with_offsets: return `offsets`, which tags and answers need anyway.
+
+    Raises:
+      DataError: records that differ in how many texts they have.
+    """
+    num_texts = len(records[0].texts)
+    if other := next((r for r in records if len(r.texts) != num_texts), None):
+        raise DataError(
+            f"every record must have as many texts as the others: {other.where or 'one'} has {len(other.texts)}, those "
+            f"before it {num_texts}."
+        )
+    texts = [text for record in records for text in exact_texts(record, columns)]
+    needs_offsets = with_offsets or columns.value in ("tags", "answers")
+    offsets = None
+    if needs_offsets:
+        tokens, counts, words, offsets = tokenizer.encode_flat_with_offsets(texts, dtype)
+    else:
+        tokens, counts, words = tokenizer.encode_flat(texts, dtype)
+    text_lengths = counts.reshape(len(records), num_texts)
+    tags = answers = None
+    if columns.value == "tags":
+        tags = _token_tags(records, text_lengths[:, 0], offsets, tag_ids)
+    elif columns.value == "answers":
+        answers = _token_answers(records, text_lengths, offsets)
+    return Encoded(tokens, words, text_lengths, tags, answers, offsets)
+
+
+def words_of_tokens(offsets: np.ndarray, words: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The word that each token of one text lies in, int64 [tokens]; -1 is none.
+
+    A token lies in the first word that ends after the token's start, if that word begins before the token's end; so a
+    token that begins with the blank before a word lies in that word.
+
+    Args:
+      offsets: [tokens, 2], characters.
+      words: (start, end) of each word in characters, in order, without overlaps.
+    """
+    if not len(words):
+        return np.full(len(offsets), -1)
+    begins, ends = np.array(words, np.int64).T
+    word = np.searchsorted(ends, offsets[:, 0], side="right")
+    inside = np.minimum(word, len(words) - 1)
+    is_in = (word < len(words)) & (begins[inside] < offsets[:, 1])
+    return np.where(is_in, inside, -1)
+
+
+def _token_tags(records, lengths: np.ndarray, offsets: np.ndarray, tag_ids: dict[str, int]) -> np.ndarray:
+    tags = np.zeros(len(offsets), np.int16)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    for record, begin, end in zip(records, (ends - lengths).tolist(), ends.tolist(), strict=True):
+        spans = record.value or ()
+        word = words_of_tokens(offsets[begin:end], [(s, e) for s, e, _ in spans])
+        numbers = np.array([0 if t is None else tag_ids.setdefault(t, len(tag_ids)) for _, _, t in spans], np.int64)
+        inside = np.flatnonzero(word >= 0)
+        if not len(inside):
+            continue
+        word = word[inside]
+        is_first = np.ones(len(word), bool)
+        is_first[1:] = word[1:] != word[:-1]
+        tags[begin + inside] = np.where(is_first, numbers[word] + 1, -(numbers[word] + 1))
+    return tags
+
+
+def _token_answers(records, text_lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    answers = np.full((len(records), 2), NO_ANSWER, np.int32)
+    ends = text_lengths.sum(1, dtype=np.int64).cumsum()
+    for i, (record, end) in enumerate(zip(records, ends.tolist(), strict=True)):
+        if not record.value:
+            continue
+        start, text = record.value[0]
+        of_passage = offsets[end - int(text_lengths[i, -1]) : end]
+        inside = np.flatnonzero((of_passage[:, 1] > start) & (of_passage[:, 0] < start + len(text)))
+        if len(inside):
+            answers[i] = inside[0], inside[-1]
+    return answers

@@ -1,0 +1,91 @@
+"""A model's loss and scores on held-out batches: during a run, at its end, and by command."""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_encoder.config import RunConfig
+from flax_encoder.data.rows.batches import Batches
+from flax_encoder.data.sources.records import Say
+from flax_encoder.data.store.prepare import unhurried
+from flax_encoder.data.tokens.tokenizer import TextTokenizer
+from flax_encoder.runs.loaded import by_owner
+from flax_encoder.tasks import Task
+from flax_encoder.tasks.loss import LossSum
+from flax_encoder.tasks.task import Answer, Labels, Question
+
+_IN_FLIGHT = 2  # batches that the host runs ahead of the device
+
+
+def evaluate(
+    task: Task,
+    batches: Batches,
+    step: Callable[[dict[str, np.ndarray]], tuple[LossSum, dict[str, Any]]],
+    config: RunConfig,
+    labels: Labels,
+    tokenizer: TextTokenizer,
+    *,
+    say: Say = lambda message: None,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """The mean loss of the batches and, of a task with answers, its scores; None if it was stopped.
+
+    Args:
+      step: the model's loss and outputs of a batch.
+    """
+    say, totals, answers, golds = unhurried(say), [], [], []
+    found: dict[int, list[tuple[int, dict[str, np.ndarray]]]] = {}
+    waiting: list[tuple[np.ndarray | None, LossSum, dict[str, Any]]] = []
+    documents = batches.documents[0]
+
+    def take(owners: np.ndarray | None, total: LossSum, outputs: dict[str, Any]) -> None:
+        totals.append(jax.block_until_ready(total))
+        if task.answer is None or owners is None:
+            return
+        for document, values in by_owner(owners, {name: np.asarray(x) for name, x in outputs.items()}):
+            source = document if documents.source is None else int(documents.source[document])
+            found.setdefault(source, []).append((document, values))
+
+    for i in range(len(batches)):
+        batch = batches[i]
+        waiting.append((_all_owners(batch.get("owners")), *step(batch)))
+        if len(waiting) > _IN_FLIGHT:
+            take(*waiting.pop(0))
+            say(f"evaluating: {i - 1:,} of {len(batches):,} batches")
+        if is_stopped():
+            return None
+    for rest in waiting:
+        take(*rest)
+    metrics = task.report(jax.device_get(functools.reduce(operator.add, totals)))
+    if task.answer is None or task.score is None or task.gold is None:
+        return metrics
+    for source in sorted(found):
+        answers.append(_stored_answer(task, documents, source, found[source], config, labels, tokenizer))
+        golds.append(task.gold(documents.split, source, labels))
+    return metrics | task.score(answers, golds, labels)
+
+
+def _all_owners(owners: np.ndarray | None) -> np.ndarray | None:
+    """Those of all processes' rows."""
+    if owners is None or jax.process_count() == 1:
+        return owners
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(owners, tiled=True))
+
+
+def _stored_answer(task: Task, documents, source: int, windows, config, labels, tokenizer) -> Answer:
+    """The answer of a stored document, of which only tokens are known."""
+    windows.sort(key=lambda window: window[0])
+    starts, split = documents.window_start, documents.split
+    lengths = split.values["text_lengths"][source] if "text_lengths" in split.values else split.lengths[[source]]
+    question = Question(
+        [values for _, values in windows], labels, config, None,
+        [0 if starts is None else int(starts[document]) for document, _ in windows],
+        None, lengths, split.document(source), tokenizer.decode,
+    )  # fmt: skip
+    return task.answer(question)  # type: ignore[misc]

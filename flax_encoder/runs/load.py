@@ -1,0 +1,134 @@
+"""The one door to every folder that holds a model: a run, one of its checkpoints, or a published folder."""
+
+import logging
+import pathlib
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from flax_encoder.config import DataConfig, HeadConfig, RunConfig
+from flax_encoder.data.sources.records import DataError
+from flax_encoder.families import find_family
+from flax_encoder.nn.partition import abstract_model, flatten, unflatten
+from flax_encoder.published.load import TOKENIZER_FILES, Pretrained, is_published, load_pretrained, read_json
+from flax_encoder.runs.loaded import LoadedRun, model_factory
+from flax_encoder.runs.record import RunRecord, read_record
+from flax_encoder.tasks import TASKS
+from flax_encoder.training.checkpoint import read_params
+
+logger = logging.getLogger(__name__)
+
+
+def load(path: str | pathlib.Path, *, objective: str | None = None, allow_unused: bool = False) -> LoadedRun:
+    """Open a run folder (its newest checkpoint), one checkpoint, or a published folder, to ask it, export it, embed
+    with it or train from it.
+
+    Args:
+      objective: the task to open a published folder for; None is what its config.json says. A run has its own.
+      allow_unused: leave out tensors of a published folder that nothing here reads, rather than refuse them.
+
+    Raises:
+      CheckpointError: no checkpoint, or one that cannot be read. ConfigError, WeightsError: as `load_pretrained`.
+      DataError: a published folder without a tokenizer, or without the head that `objective` has.
+    """
+    path = pathlib.Path(path)
+    if not is_published(path):
+        return load_run(path)
+    head = None if objective is None else TASKS[objective].head
+    loaded = load_pretrained(path, task=head, allow_unused=allow_unused)
+    return from_pretrained(loaded, objective or objective_of(loaded, path))
+
+
+def load_run(path: str | pathlib.Path) -> LoadedRun:
+    """Load a run folder's newest checkpoint, or one checkpoint, by itself: no other file is needed.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be read.
+    """
+    path = pathlib.Path(path)
+    record = read_record(path)
+    graphdef, _ = abstract_model(model_factory(record.config, record.label_names))
+    model = nnx.merge(graphdef, read_params(path))
+    return LoadedRun(model, record.config, record.tokenizer, record.label_names, record.step)
+
+
+def objective_of(loaded: Pretrained, path: pathlib.Path) -> str | None:
+    """The task that a published folder's head is of, or None. Of several that share a head the config's problem_type
+    decides, or else, as transformers has it, whether there is one label."""
+    tasks = {name: task for name, task in TASKS.items() if task.head is not None and task.head == loaded.task}
+    if not tasks:
+        return None
+    published = read_json(path / "config.json")
+    kind = published.get("problem_type")
+    if kind is None:
+        kind = "regression" if loaded.num_outputs == 1 else "single_label_classification"
+    if len(kinds := {task.problem_type for task in tasks.values()} - {None}) == 0:
+        return next(iter(tasks))
+    found = next((name for name, task in tasks.items() if task.problem_type == kind), None)
+    if found is None:
+        raise DataError(
+            f"{path} has a {loaded.task} head of problem_type {kind!r}: known are {', '.join(sorted(kinds))}."
+        )
+    return found
+
+
+def as_record(loaded: Pretrained, objective: str | None) -> tuple[RunRecord, dict[str, Any]]:
+    """(a record of a run that has this model, the parameters that the folder had).
+
+    A folder whose head is of no task is a masked_lm run without its head.
+
+    Raises:
+      DataError: no tokenizer, without which there is no run.
+    """
+    if loaded.tokenizer is None:
+        raise DataError(f"a run needs a tokenizer, and the folder has none: looked for {', '.join(TOKENIZER_FILES)}.")
+    keeps_head = objective is not None and TASKS[objective].head == loaded.task
+    limit = loaded.config.max_length if loaded.config.position == "learned" else None
+    length = limit or DataConfig.row_length
+    config = RunConfig(
+        objective=objective or "masked_lm",
+        model=loaded.config,
+        head=loaded.head if keeps_head else HeadConfig(),
+        pooling=loaded.pooling,
+        data=DataConfig(row_length=length if keeps_head and objective != "masked_lm" else min(
+            DataConfig.row_length, length)),
+    )  # fmt: skip
+    params = flatten(nnx.to_pure_dict(nnx.split(loaded.model)[1]))
+    kept = ("encoder.", "head.") if keeps_head else ("encoder.",)
+    params = {path: value for path, value in params.items() if path.startswith(kept) and path not in loaded.fresh}
+    # Names of classes that a head made anew has are nobody's.
+    names = loaded.label_names if "head.out.kernel" in params else None
+    return RunRecord(config, loaded.tokenizer, names), unflatten(params)
+
+
+def from_pretrained(loaded: Pretrained, objective: str | None) -> LoadedRun:
+    """A published model as that of a task. What is missing of the head is made anew; a head whose labels nobody knows
+    then is left out."""
+    if objective is not None and any(path.startswith("head.out") for path in loaded.fresh):
+        objective = None
+    record, params = as_record(loaded, objective)
+    make_model = model_factory(record.config, record.label_names)
+    graphdef, abstract = abstract_model(make_model)
+    own = flatten(params)
+    if fresh := [path for path in flatten(nnx.to_pure_dict(abstract)) if path not in own]:
+        made = flatten(nnx.to_pure_dict(nnx.split(make_model())[1]))
+        params = unflatten(own | {path: np.asarray(made[path]) for path in fresh})
+        logger.warning("a %s run needs %s: made anew", record.config.objective, ", ".join(fresh))
+    model = nnx.merge(graphdef, params)
+    return LoadedRun(model, record.config, record.tokenizer, record.label_names, 0, tuple(fresh))
+
+
+def read_origin(path: str | pathlib.Path, objective: str) -> tuple[RunRecord, Any]:
+    """(record, parameters) of what `init_from` names: a run folder, a checkpoint or a published folder.
+
+    `objective` says which head to load of a published folder, as far as it has one; a run folder has its own.
+    """
+    path = pathlib.Path(path)
+    if not is_published(path):
+        return read_record(path), read_params(path)
+    family = find_family(read_json(path / "config.json"))
+    head = TASKS[objective].head
+    loaded = load_pretrained(path, task=head if head in family.heads else None)
+    return as_record(loaded, objective if loaded.task == head else None)
+

@@ -1,0 +1,70 @@
+"""What a checkpoint says of its run besides parameters and optimizer state."""
+
+import dataclasses
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+from flax_encoder.config import RunConfig, from_dict, to_dict
+from flax_encoder.data.tokens.tokenizer import TextTokenizer
+from flax_encoder.training.checkpoint import read_run
+
+# Settings that came later, at the value that runs from before had: their data stays the same.
+_BEFORE = {"held_out_by_class": False}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its checkpoint keeps it; `to_json` and `from_json` are inverse."""
+
+    config: RunConfig
+    tokenizer: TextTokenizer
+    label_names: list[str] | None = None
+    """Of classes or tags, in the order of the head's outputs."""
+    step: int = 0
+    """Updates made."""
+    spent_seconds: float = 0.0
+    """Training time that counts for the budget."""
+    data_hash: str | None = None
+    """Of the prepared text (`RunData.hash`); None where there was none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "config": to_dict(self.config),
+            "tokenizer": self.tokenizer.json,
+            "label_names": self.label_names,
+            "step": self.step,
+            "spent_seconds": self.spent_seconds,
+            "data": self.data_hash,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "RunRecord":
+        """Of any version's checkpoint.
+
+        Raises:
+          ConfigError: a setting that is not known, or of a wrong type.
+        """
+        config = dict(values["config"])
+        config["data"] = _BEFORE | config.get("data", {})
+        return cls(
+            from_dict(RunConfig, config),
+            TextTokenizer(values["tokenizer"]),
+            values.get("label_names"),
+            values.get("step", 0),
+            values.get("spent_seconds", 0.0),
+            values.get("data"),
+        )
+
+    def replace(self, **fields: Any) -> "RunRecord":
+        return dataclasses.replace(self, **fields)
+
+
+def read_record(path: str | pathlib.Path) -> RunRecord:
+    """That of a checkpoint, or of a run folder's newest one.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be read.
+    """
+    return RunRecord.from_json(read_run(pathlib.Path(path)))

@@ -1,0 +1,120 @@
+"""What a task is: one record of functions, which the rest of the house reads without asking which task it has."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from flax_encoder.config import ConfigError, RunConfig, differences
+from flax_encoder.data.reading import Reading
+from flax_encoder.data.sources.records import Record
+from flax_encoder.data.store.store import Split
+from flax_encoder.tasks.loss import LossSum
+
+Batch = dict[str, Array]
+Labels = list[str] | None
+Answer = dict[str, Any]
+"""What a model says of one document, ready for JSON."""
+
+
+class Objective(Protocol):
+    """A model with what it is trained for: an `nnx.Module` with an `encoder`."""
+
+    encoder: Any
+
+    def __call__(self, batch: Batch, *, key: Array | None = None) -> Array: ...
+
+    def loss(self, batch: Batch, *, key: Array | None = None) -> LossSum:
+        """The loss as a sum and a count; without a key there is no dropout."""
+        ...
+
+    def outputs(self, batch: Batch) -> dict[str, Array]:
+        """What answers are made of: arrays [B, M, ...], an entry for each target of the batch."""
+        ...
+
+
+class Question(NamedTuple):
+    """A document and what the model puts out for it, to be made an answer."""
+
+    outputs: Sequence[Mapping[str, np.ndarray]]
+    """For each of its windows, one where nothing is cut in windows: arrays [m, ...], m the document's targets."""
+    labels: Labels
+    config: RunConfig
+    record: Record | None = None
+    """The document's texts; None where only tokens are known, as in a run's evaluation."""
+    window_starts: Sequence[int] = (0,)
+    """Where each window begins in the document's last text, in tokens."""
+    offsets: np.ndarray | None = None
+    """int32 [tokens, 2]: where each token's characters begin and end in its text; of all texts end to end."""
+    text_lengths: np.ndarray | None = None
+    """Tokens of each text."""
+    tokens: np.ndarray | None = None
+    """Ids of all texts end to end."""
+    decode: Callable[[np.ndarray], str] | None = None
+    """Ids to text, where the record is not known."""
+
+
+def _nothing(config: RunConfig) -> None: ...
+
+
+def _no_labels_to_check(labels: Labels) -> None: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One way to learn: what it reads, its model, and what is said of the model afterwards."""
+
+    reading: Reading
+    make_model: Callable[[RunConfig, Labels], Callable[[nnx.Rngs], nnx.Module]]
+    """An `Objective`'s factory; labels are the names of classes or tags, where the data has them."""
+    report: Callable[[LossSum], dict[str, float]]
+    """Means of summed metrics, `loss` among them: a line of the log."""
+    headline: str = "accuracy"
+    """The metric that stands beside the loss on the progress line."""
+    reads: tuple[str, ...] = ()
+    """Settings, dotted, that only some tasks read and this one does; one that ends in a dot is a section."""
+    check: Callable[[RunConfig], None] = _nothing
+    """Raises ConfigError for settings that the task cannot have."""
+    check_labels: Callable[[Labels], None] = _no_labels_to_check
+    """Raises DataError for labels that the task cannot learn."""
+    answer: Callable[[Question], Answer] | None = None
+    """None: the task has no answers, and its loss is all that an evaluation gives."""
+    gold: Callable[[Split, int, Labels], Any] | None = None
+    """The right value of a stored document, as a `Record` has it."""
+    score: Callable[[Sequence[Answer], Sequence[Any], Labels], dict[str, float]] | None = None
+    """Answers held against the right values, by the library that defines each metric."""
+    baselines: Callable[[Any, Any], dict[str, dict[str, float]]] | None = None
+    """What can be had without the model, of a loaded run and its data (`RunData`): rows of the final table."""
+    examples: Callable[[Any, Any], list[str]] | None = None
+    """A few lines of what a loaded run says of its held-out data (`RunData`)."""
+    commands: Callable[[Any], list[str]] | None = None
+    """What to type to use a loaded run."""
+    head: str | None = None
+    """Name of its head among a published family's `heads`; None exports the encoder alone."""
+    problem_type: str | None = None
+    """What a published config says of a head that several tasks have."""
+    needs_offsets: bool = False
+    """Whether answers count characters."""
+
+
+def check_settings(task: Task, name: str, config: RunConfig, of_some: frozenset[str]) -> None:
+    """A setting that only some tasks read must be at its default for a task that does not.
+
+    Args:
+      of_some: the settings that any task names in `reads`.
+
+    Raises:
+      ConfigError: such a setting, or one that the task's own rules refuse.
+    """
+    reads = tuple(task.reads)
+    for setting, (default, given) in differences(RunConfig(objective=config.objective), config).items():
+        is_of_some = any(setting == s or (s.endswith(".") and setting.startswith(s)) for s in of_some)
+        is_read = any(setting == s or (s.endswith(".") and setting.startswith(s)) for s in reads)
+        if is_of_some and not is_read:
+            raise ConfigError(
+                f"{setting} is not read by the objective {name}: leave it at {default!r}; got {given!r}."
+            )
+    task.check(config)

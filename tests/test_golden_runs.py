@@ -1,0 +1,64 @@
+"""Run folders of before: opened, asked and resumed as on the day they were written.
+
+tests/golden/runs holds two runs of 12 steps that a signal stopped after 6 (one layer of 16, in float32, with dropout),
+what they answered then, and what the same runs logged when nothing stopped them.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from flax_encoder.data.tokens.tokenizer import TextTokenizer
+from flax_encoder.runs.load import load
+from flax_encoder.runs.record import RunRecord, read_record
+from flax_encoder.training.run_log import read_metrics
+from train import train
+
+GOLDEN = pathlib.Path(__file__).parent / "golden/runs"
+
+
+def golden(name):
+    return json.loads((GOLDEN / name).read_text())
+
+
+def test_an_old_masked_lm_run_gives_the_answers_of_its_day():
+    [guesses] = load(GOLDEN / "masked_lm").fill_mask("the list returns a [MASK] of each")
+    [want] = golden("masked_lm_answer.json")
+    assert [g["token"] for g in guesses] == [w["token"] for w in want]
+    np.testing.assert_allclose([g["probability"] for g in guesses], [w["probability"] for w in want], rtol=1e-5)
+
+
+def test_an_old_classifier_gives_the_answers_of_its_day():
+    answers = load(GOLDEN / "classification").classify("the list returns a value first 3")
+    want = golden("classification_answer.json")
+    assert [a["label"] for a in answers] == [w["label"] for w in want]
+    np.testing.assert_allclose([a["probability"] for a in answers], [w["probability"] for w in want], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["masked_lm", "classification"])
+def test_an_old_run_resumes_on_the_same_batches(tmp_path, one_device, name):
+    shutil.copytree(GOLDEN / name, tmp_path / name)
+    config = read_record(tmp_path / name).config
+    data = {"source": str(GOLDEN / "rows.jsonl")}
+    config = dataclasses.replace(config, run_dir=str(tmp_path / name), data=dataclasses.replace(config.data, **data))
+    train(config)
+    got = {line["step"]: line for line in read_metrics(tmp_path / name) if "loss" in line}
+    want = {line["step"]: line for line in golden(f"{name}_whole.json") if "loss" in line}
+    assert got.keys() == want.keys()
+    for step, line in want.items():
+        np.testing.assert_allclose(got[step]["loss"], line["loss"], rtol=2e-5)
+    held_out = [line for line in golden(f"{name}_whole.json") if "eval/loss" in line][-1]
+    now = [line for line in read_metrics(tmp_path / name) if "eval/loss" in line][-1]
+    for metric in held_out.keys() - {"step"}:
+        np.testing.assert_allclose(now[metric], held_out[metric], rtol=2e-5, err_msg=metric)
+
+
+def test_a_record_survives_the_way_through_json():
+    record = read_record(GOLDEN / "classification")
+    assert record.label_names == ["first", "second", "third"] and record.step == 6
+    again = RunRecord.from_json(json.loads(json.dumps(record.to_json())))
+    assert again == record and isinstance(again.tokenizer, TextTokenizer)
