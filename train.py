@@ -28,7 +28,7 @@ from flax_encoder.runs.loaded import model_factory
 from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.runs.report import describe_data, describe_mesh, describe_stages, show_report
 from flax_encoder.runs.start import settle, start_from, with_vocab_size, with_word_vectors
-from flax_encoder.tasks import check_task
+from flax_encoder.tasks import check_task, find_task
 from flax_encoder.training.checkpoint import Checkpoints
 from flax_encoder.training.host import run_lock
 from flax_encoder.training.optimizer import make_optimizer
@@ -79,7 +79,7 @@ def train(config: RunConfig) -> dict[str, float] | None:
 def run(config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh):
     """The run itself, from step `start`, with everything open."""
     config, resumed, tokenizer, labels = settle(config, run_dir, start, log)
-    task, process = check_task(config), (jax.process_index(), jax.process_count())
+    task, process = find_task(config.objective), (jax.process_index(), jax.process_count())
     open_options = {"tokenizer": tokenizer, "progress": log.say, "process": process}
     try:
         data = open_data(config, task.reading, label_names=labels, **open_options)

@@ -41,12 +41,12 @@ def test_a_run_starts_from_a_published_folder(corpus, tmp_path, one_device, obje
     (folder / "tokenizer.json").write_text(tokenizer.json)
     config = tiny(
         corpus, tmp_path / "run", steps=1, objective=objective, init_from=str(folder), data__row_length=15,
-        optimizer__learning_rate=0.0, pooling="mean",
+        optimizer__learning_rate=0.0, pooling="mean" if objective == "classification" else "cls",
     )  # fmt: skip
     train(with_fields(config, data__source=str(corpus / "rows.jsonl")))
     loaded, published = load_run(tmp_path / "run"), load_pretrained(folder)
     assert loaded.config.model.embed_dim == published.config.embed_dim and loaded.tokenizer.json == tokenizer.json
-    assert loaded.config.pooling == "mean"
+    assert loaded.config.pooling == config.pooling
     kept = ["encoder"] if objective == "classification" else ["encoder", "head"]
     got, want = ({k: nnx.to_pure_dict(nnx.state(getattr(m, k))) for k in kept} for m in (loaded.model, published.model))
     jax.tree.map(np.testing.assert_array_equal, got, want)

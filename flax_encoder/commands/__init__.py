@@ -9,6 +9,8 @@ from flax_encoder.commands.screen import failing_clearly
 COMMANDS = {
     "fill-mask": "fill_mask",
     "classify": "classify",
+    "predict": "predict",
+    "evaluate": "evaluate",
     "embed": "embed",
     "export": "export",
     "import": "import_folder",

@@ -143,8 +143,11 @@ class LabelsConfig:
     class_weights: Literal["balanced"] | tuple[float, ...] | None = None
     """Weight of each class in the training loss, in the labels' order; balanced makes every class weigh the same."""
 
+    threshold: float = 0.5
+    """multi_label: the probability from which a label is given."""
+
     def __post_init__(self):
-        require_rates(self, "smoothing")
+        require_rates(self, "smoothing", "threshold")
         weights = self.class_weights
         require(
             not isinstance(weights, tuple) or min(weights) > 0, f"class_weights must be above 0: got {weights}."

@@ -73,15 +73,16 @@ def export_run(
             f"{family.model_type} counts positions from its padding's id, {published['pad_token_id']}: the tokenizer's "
             f"is {pad}."
         )
+    params = flatten(nnx.to_pure_dict(nnx.split(run.model)[1]))
     names = run.label_names or []
     if task and run.task.problem_type:
         published["problem_type"] = run.task.problem_type
+        names = names or [f"LABEL_{i}" for i in range(params["head.out.kernel"].shape[-1])]
     if names and task:
         published |= {
             "id2label": {str(i): name for i, name in enumerate(names)},
             "label2id": {name: i for i, name in enumerate(names)},
         }
-    params = flatten(nnx.to_pure_dict(nnx.split(run.model)[1]))
     params = {path: np.asarray(x) for path, x in params.items() if task or path.startswith("encoder.")}
     tensors = export_tensors(family, task, params, config.model.num_heads)
     write_weights(out, tensors, dtype)

@@ -86,7 +86,8 @@ class LoadedRun:
         text, or a tuple of texts; values that it has are not looked at, but words that it names are kept.
 
         Raises:
-          DataError: a task without answers, a record without a token, or one of another number of texts than the rest.
+          DataError: a task without answers, or a record of another number of texts than the rest. A record without a
+            token has an answer that says so, {"error": ...}.
         """
         self._check_asked()
         if self.task.answer is None:
@@ -106,8 +107,11 @@ class LoadedRun:
         dtype = token_dtype(self.tokenizer)
         encoded = encode_records(records, self.tokenizer, columns, {}, dtype, with_offsets=task.needs_offsets)
         if (empty := np.flatnonzero(encoded.lengths == 0)).size:
-            where = records[empty[0]].where or f"record {empty[0] + 1}"
-            raise DataError(f"a text must have at least one token: {where} has none.")
+            kept = iter(self._answers([r for r, n in zip(records, encoded.lengths, strict=True) if n])
+                        if len(empty) < len(records) else ())  # fmt: skip
+            for n in encoded.lengths:
+                yield next(kept) if n else {"error": "the text has no token"}
+            return
         split = memory_split(encoded)
         documents, batches = self._rows_of(split)
         found: list[list[Any]] = [[] for _ in records]
@@ -208,6 +212,8 @@ class LoadedRun:
         if self.config.objective != "classification" or self.label_names is None:
             raise DataError(f"classify needs a classification run: this one is {self.config.objective}.")
         [answer] = self.predict([text])
+        if "error" in answer:
+            raise DataError(f"a text must have at least one token: got {text!r}.")
         return [{"label": label, "probability": p} for label, p in answer["probabilities"].items()]
 
 

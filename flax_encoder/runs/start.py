@@ -15,6 +15,7 @@ from flax_encoder.data.tokens.word_vectors import embedding_from_vectors, word_l
 from flax_encoder.nn.partition import round_up_vocab
 from flax_encoder.runs.load import read_origin
 from flax_encoder.runs.record import RunRecord, read_record
+from flax_encoder.tasks import is_setting_read
 from flax_encoder.training.run_log import RunLog
 
 # Settings that do not change what is computed: a resumed run may differ in them. (Text may have moved: its hash says
@@ -45,7 +46,9 @@ def settle(
         changed = {
             name: values
             for name, values in differences(before, config if config.init_from is None else known).items()
-            if not name.startswith(FREE_ON_RESUME) and not (name == "model.vocab_size" and values[1] == 0)
+            if not name.startswith(FREE_ON_RESUME)
+            and is_setting_read(config.objective, name)
+            and not (name == "model.vocab_size" and values[1] == 0)
         }
         if changed:
             lines = "".join(f"\n  {name}: {was} before, {now} now" for name, (was, now) in changed.items())
@@ -77,12 +80,12 @@ def settle(
 
 
 def like_origin(config: RunConfig, record: RunRecord) -> RunConfig:
-    """`config` with the settings that another run's parameters depend on; its head's too if of the same kind, and
-    how it pools if it is trained."""
+    """`config` with the settings that another run's parameters depend on; and its head's and its pooling's if
+    it has the same objective."""
     origin = record.config
     theirs = {name: value for name, value in vars(origin.model).items() if name not in FREE_OF_PARAMETERS}
     head: dict[str, Any] = {"head": origin.head} if origin.objective == config.objective else {}
-    if head and record.label_names:
+    if head:
         head["pooling"] = origin.pooling
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **theirs), **head)
 

@@ -1,16 +1,18 @@
 """What a model is trained for: a task a file, each a record of functions, in one table."""
 
 from flax_encoder.config import ConfigError, RunConfig
-from flax_encoder.tasks import classification, masked_lm
+from flax_encoder.tasks import classification, masked_lm, multi_label, regression
 from flax_encoder.tasks.classification import Classifier
 from flax_encoder.tasks.masked_lm import MaskedLM
-from flax_encoder.tasks.task import Objective, Task, check_settings
+from flax_encoder.tasks.task import Objective, Task, check_settings, reads_setting
 
-__all__ = ["TASKS", "Classifier", "MaskedLM", "Objective", "Task", "check_task", "find_task"]
+__all__ = ["TASKS", "Classifier", "MaskedLM", "Objective", "Task", "check_task", "find_task", "is_setting_read"]
 
 TASKS: dict[str, Task] = {
     "masked_lm": masked_lm.TASK,
     "classification": classification.TASK,
+    "multi_label": multi_label.TASK,
+    "regression": regression.TASK,
 }
 
 
@@ -32,5 +34,14 @@ def check_task(config: RunConfig) -> Task:
       ConfigError: an unknown objective, or a setting that it does not read or refuses.
     """
     task = find_task(config.objective)
-    check_settings(task, config.objective, config, frozenset(s for other in TASKS.values() for s in other.reads))
+    check_settings(task, config.objective, config, _settings_of_some())
     return task
+
+
+def is_setting_read(objective: str, setting: str) -> bool:
+    """Whether a task reads a setting, dotted."""
+    return reads_setting(find_task(objective), setting, _settings_of_some())
+
+
+def _settings_of_some() -> frozenset[str]:
+    return frozenset(setting for task in TASKS.values() for setting in task.reads)

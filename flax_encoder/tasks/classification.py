@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from flax_encoder.config import EncoderConfig, HeadConfig, RunConfig
 from flax_encoder.config.rules import require
@@ -18,15 +18,14 @@ from flax_encoder.data.rows.targets import Rows, TargetInputs, Targets, document
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import Split
-from flax_encoder.nn.encoder import Encoder
-from flax_encoder.nn.heads import ClassificationHead, gather_rows, segment_mean
+from flax_encoder.tasks.document_model import DocumentModel, ask_file_commands, check_whole_documents
 from flax_encoder.tasks.loss import LossSum, target_loss
 from flax_encoder.tasks.metrics import sklearn_metrics
 from flax_encoder.tasks.task import Answer, Labels, Question, Task
 
 
-class Classifier(nnx.Module):
-    """Encoder and classification head; a target position is the first token of a document, its target the label."""
+class Classifier(DocumentModel):
+    """A logit a class; a document's target is its label."""
 
     def __init__(
         self,
@@ -38,23 +37,8 @@ class Classifier(nnx.Module):
         smoothing: float = 0.0,
         rngs: nnx.Rngs,
     ):
+        super().__init__(config, num_classes, pooling, head, rngs=rngs)
         self.smoothing = smoothing
-        self.encoder = Encoder(config, rngs=rngs)
-        self.head = ClassificationHead(config, num_classes, head, rngs=rngs)
-        self.pooling = pooling
-
-    def __call__(self, batch: dict[str, Array], *, key: Array | None = None) -> Float[Array, "B M C"]:
-        """Logits of the documents at `target_positions` [B, M]."""
-        encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
-        rows = (batch["tokens"], batch["segment_ids"], batch["positions"], batch.get("token_types"))
-        hidden = self.encoder(*rows, key=encoder_key)
-        if self.pooling == "late":
-            return segment_mean(self.head(hidden, key=head_key), batch["segment_ids"], batch["target_positions"])
-        if self.pooling == "mean":
-            pooled = segment_mean(hidden, batch["segment_ids"], batch["target_positions"])
-        else:
-            pooled = gather_rows(hidden, batch["target_positions"])
-        return self.head(pooled, key=head_key)
 
     def loss(self, batch: dict[str, Array], *, key: Array | None = None) -> LossSum:
         logits = self(batch, key=key)
@@ -116,18 +100,6 @@ def _weighted(targets: Targets, class_weights: np.ndarray, rows: Rows) -> Batch:
     return batch | {"target_weights": batch["target_weights"] * class_weights[batch["targets"]]}
 
 
-def check_whole_documents(config: RunConfig) -> None:
-    """The rule of tasks whose documents have values: they are not cut into pieces."""
-    require(
-        config.data.packing != "concatenate",
-        "a document with a value stays whole: data.packing must be best-fit or one-per-row, got concatenate.",
-    )
-    require(
-        len(config.data.sources) == 1,
-        f"{config.objective} takes one source, whose values it learns: got {len(config.data.sources)}.",
-    )
-
-
 def _check_labels(labels: Labels) -> None:
     if labels is None or len(labels) < 2:
         raise DataError(
@@ -183,10 +155,36 @@ def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
     return {"majority class": score([{"label": majority}] * len(golds), golds, run.label_names)}
 
 
+def details(answers: Sequence[Answer], golds: Sequence[str], labels: Labels) -> dict[str, Any]:
+    """Precision, recall, F1 and support of each class, and the confusion matrix [actual][predicted] (scikit-learn)."""
+    metrics, predicted = sklearn_metrics(), [a["label"] for a in answers]
+    report = metrics.classification_report(list(golds), predicted, labels=labels, output_dict=True, zero_division=0)
+    confusion = metrics.confusion_matrix(list(golds), predicted, labels=labels).tolist()
+    return {name: report[name] for name in labels or []} | {"confusion": confusion}
+
+
+def _examples(run: Any, data: Any) -> list[str]:
+    """A few held-out documents that it has right, and a few that it has wrong."""
+    held_out = data.stores[0].validation
+    some = np.linspace(0, len(held_out) - 1, min(40, len(held_out))).astype(int).tolist()
+    texts = [run.tokenizer.decode(held_out.document(i)) for i in some]
+    if "text_lengths" in held_out.values:
+        return []
+    right, wrong = [], []
+    for i, text, answer in zip(some, texts, run.predict(texts), strict=True):
+        gold = _gold(held_out, i, run.label_names)
+        said = f"{answer['label']} {answer['probability']:.0%}"
+        shown = text if len(text) < 100 else text[:97] + "..."
+        if answer["label"] == gold:
+            right.append(f"\n{shown}\n  it says {said}, which is right")
+        else:
+            wrong.append(f"\n{shown}\n  it says {said}; the data has {gold}")
+    return [*right[:2], *wrong[:2]]
+
+
 def _commands(run: Any) -> list[str]:
-    return [
-        f'python -m flax_encoder classify {run.config.run_dir} "Send a message to the server and wait for its reply."'
-    ]
+    text = "Send a message to the server and wait for its reply."
+    return [f'python -m flax_encoder classify {run.config.run_dir} "{text}"', *ask_file_commands(run)]
 
 
 TASK = Task(
@@ -199,7 +197,9 @@ TASK = Task(
     answer=_answer,
     gold=_gold,
     score=score,
+    details=details,
     baselines=_baselines,
+    examples=_examples,
     commands=_commands,
     head="classification",
     problem_type="single_label_classification",

@@ -1,6 +1,6 @@
 """What a task is: one record of functions, which the rest of the house reads without asking which task it has."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -63,6 +63,10 @@ def _nothing(config: RunConfig) -> None: ...
 def _no_labels_to_check(labels: Labels) -> None: ...
 
 
+def _without_value(record: Record) -> Record:
+    return record._replace(value=None)
+
+
 @dataclass(frozen=True)
 class Task:
     """One way to learn: what it reads, its model, and what is said of the model afterwards."""
@@ -82,10 +86,14 @@ class Task:
     """Raises DataError for labels that the task cannot learn."""
     answer: Callable[[Question], Answer] | None = None
     """None: the task has no answers, and its loss is all that an evaluation gives."""
+    asked: Callable[[Record], Record] = _without_value
+    """A record as it is put to the model, without what is to be found."""
     gold: Callable[[Split, int, Labels], Any] | None = None
     """The right value of a stored document, as a `Record` has it."""
     score: Callable[[Sequence[Answer], Sequence[Any], Labels], dict[str, float]] | None = None
     """Answers held against the right values, by the library that defines each metric."""
+    details: Callable[[Sequence[Answer], Sequence[Any], Labels], dict[str, Any]] | None = None
+    """What `evaluate` shows besides: scores of each label and the like."""
     baselines: Callable[[Any, Any], dict[str, dict[str, float]]] | None = None
     """What can be had without the model, of a loaded run and its data (`RunData`): rows of the final table."""
     examples: Callable[[Any, Any], list[str]] | None = None
@@ -100,21 +108,26 @@ class Task:
     """Whether answers count characters."""
 
 
-def check_settings(task: Task, name: str, config: RunConfig, of_some: frozenset[str]) -> None:
-    """A setting that only some tasks read must be at its default for a task that does not.
+def reads_setting(task: Task, setting: str, of_some: frozenset[str]) -> bool:
+    """Whether a task reads a setting, dotted: one that no task names in `reads` is read by all.
 
     Args:
-      of_some: the settings that any task names in `reads`.
+      of_some: the settings that any task names.
+    """
+    return not _is_among(setting, of_some) or _is_among(setting, task.reads)
+
+
+def _is_among(setting: str, names: Iterable[str]) -> bool:
+    return any(setting == name or (name.endswith(".") and setting.startswith(name)) for name in names)
+
+
+def check_settings(task: Task, name: str, config: RunConfig, of_some: frozenset[str]) -> None:
+    """A setting that only some tasks read must be at its default for a task that does not.
 
     Raises:
       ConfigError: such a setting, or one that the task's own rules refuse.
     """
-    reads = tuple(task.reads)
     for setting, (default, given) in differences(RunConfig(objective=config.objective), config).items():
-        is_of_some = any(setting == s or (s.endswith(".") and setting.startswith(s)) for s in of_some)
-        is_read = any(setting == s or (s.endswith(".") and setting.startswith(s)) for s in reads)
-        if is_of_some and not is_read:
-            raise ConfigError(
-                f"{setting} is not read by the objective {name}: leave it at {default!r}; got {given!r}."
-            )
+        if not reads_setting(task, setting, of_some):
+            raise ConfigError(f"{setting} is not read by the objective {name}: leave it at {default!r}; got {given!r}.")
     task.check(config)

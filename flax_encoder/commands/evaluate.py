@@ -1,0 +1,55 @@
+"""The scores of a model on a file with the right values."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import time
+
+import tyro
+from rich.console import Console
+
+from flax_encoder.commands.screen import saying, show
+from flax_encoder.config import ConfigError, DataConfig
+
+HELP = "score a model on a file that holds the right values: accuracy, F1, correlation, exact match, loss ..."
+HAS_OWN_PARSER = True  # its options are settings, which have a parser of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateArguments:
+    """Score a model on documents that have their right values, by the metrics of its task."""
+
+    folder: tyro.conf.Positional[str]
+    """A run, one of its checkpoints, or a published folder with a head."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    objective: str | None = None
+    """The task to open a published folder for; None is what it says itself."""
+    allow_unused: bool = False
+    """Leave out tensors of a published folder that nothing reads."""
+    details: bool = False
+    """Show the scores of each label too."""
+    json: bool = False
+    """Print JSON for programs."""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from flax_encoder.runs.load import load
+    from flax_encoder.runs.score_file import score_source
+    from flax_encoder.training.runtime import set_up_runtime
+
+    asked = tyro.cli(EvaluateArguments, args=arguments.rest, prog="python -m flax_encoder evaluate")
+    if asked.data == DataConfig():
+        raise ConfigError("evaluate needs documents with their right values: give --data.source FILE.")
+    set_up_runtime()
+    loaded = load(pathlib.Path(asked.folder), objective=asked.objective, allow_unused=asked.allow_unused)
+    began = time.monotonic()
+    with saying() as say:
+        scores, details, about = score_source(loaded, asked.data, say)
+    if asked.json:
+        print(json.dumps(scores | ({"details": details} if asked.details else {})))
+        return
+    rows = [{"metric": name.replace("_", " "), "value": value} for name, value in scores.items()]
+    show(rows, f"{asked.folder} on {about}, {time.monotonic() - began:.0f} s")
+    if asked.details and details:
+        Console(highlight=False, markup=False, emoji=False).print_json(data=details)

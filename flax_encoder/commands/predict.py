@@ -1,0 +1,69 @@
+"""Answers for a whole file."""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+
+from flax_encoder.commands.screen import positive_count, saying
+from flax_encoder.config import ConfigError, DataConfig
+
+HELP = "an answer for each text of a file: label, labels, score, tags, answer or choice, as the model was taught"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="a run, one of its checkpoints, or a published folder with a head")
+    parser.add_argument(
+        "--input", required=True, help="texts: .txt (one a line), .jsonl, .csv, .parquet ..., or - for standard input"
+    )
+    parser.add_argument("--output", required=True, help="answers in the same order: .jsonl, .csv, or - for the screen")
+    parser.add_argument("--text-column", help="the column of the text (default: guessed by its name)")
+    parser.add_argument("--text-pair-column", help="the column of the second text of a pair")
+    parser.add_argument("--top", type=positive_count, help="give so many of the likeliest labels too")
+    parser.add_argument("--probabilities", action="store_true", help="give every label's probability")
+    parser.add_argument("--objective", help="the task to open a published folder for (default: what it says itself)")
+    parser.add_argument("--allow-unused", action="store_true", help="leave out tensors that nothing reads")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from flax_encoder.runs.ask_file import AnswerFile, file_identity, identity_of, open_input, shown
+    from flax_encoder.runs.load import load
+    from flax_encoder.training.runtime import set_up_runtime
+
+    set_up_runtime()
+    folder = pathlib.Path(arguments.folder)
+    loaded = load(folder, objective=arguments.objective, allow_unused=arguments.allow_unused)
+    columns = loaded.task.reading.columns
+    if arguments.text_pair_column is not None and columns.max_texts < 2:
+        raise ConfigError(f"--text-pair-column is for tasks that read pairs: {loaded.config.objective} reads one text.")
+    config = DataConfig(
+        source=arguments.input, text_unit="line", text_column=arguments.text_column,
+        text_pair_column=arguments.text_pair_column,
+    )  # fmt: skip
+    records = open_input(arguments.input, config, columns)
+    options = (arguments.top, arguments.probabilities)
+    if arguments.output == "-":
+        for answer in loaded.predict(records):
+            print(json.dumps(shown(answer, *options), ensure_ascii=False))
+        return
+    what = (str(folder.resolve()), loaded.step, file_identity(arguments.input), columns, config, options)
+    out = AnswerFile(pathlib.Path(arguments.output), identity_of(what))
+    done = 0 if arguments.input == "-" else out.num_done()
+    if done:
+        print(f"going on after {done:,} answers", file=sys.stderr)
+        records = (record for i, record in enumerate(records) if i >= done)
+    began, empty = time.monotonic(), 0
+
+    def answers():
+        nonlocal empty
+        for answer in loaded.predict(records):
+            empty += "error" in answer
+            yield shown(answer, *options)
+
+    with saying() as say:
+        total = out.write(
+            answers(), done,
+            lambda n: say(f"{n:,} answers, {(n - done) / (time.monotonic() - began):,.0f} a second"),
+        )  # fmt: skip
+    print(f"wrote {arguments.output}: {total:,} answers" + (f"; {empty:,} texts were empty" if empty else ""))

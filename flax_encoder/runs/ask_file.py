@@ -1,0 +1,148 @@
+"""A whole file of texts, asked: records in, answers out in their order, kept as they come, so a kill loses little."""
+
+import contextlib
+import csv
+import hashlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from flax_encoder.config import ConfigError, DataConfig
+from flax_encoder.data.pipeline import cache_folder
+from flax_encoder.data.sources.columns import Columns
+from flax_encoder.data.sources.opening import Source, open_source
+from flax_encoder.data.sources.records import DataError, LabelError, Record
+from flax_encoder.runs.loaded import LoadedRun
+from flax_encoder.tasks.task import Answer
+
+OUTPUT_KINDS = (".jsonl", ".csv")
+_KEPT_EVERY = 512  # answers between two writes
+
+
+def open_records(source: Source) -> tuple[str, Iterator[Record]]:
+    """(split, its records): what a source is evaluated on, its test split, else its validation split, else all."""
+    splits = {part.split for part in source.parts}
+    split = next(name for name in ("test", "validation", "train") if name in splits)
+    return split, source.records(split)
+
+
+def open_input(path: str, config: DataConfig, columns: Columns) -> Iterator[Record]:
+    """The records of a file without values: a line of a .txt file or of standard input (-) is a text each."""
+    if path == "-":
+        return (Record((line.rstrip("\r\n"),), where=f"line {n}") for n, line in enumerate(sys.stdin, 1))
+    source = open_source(path, config, columns._replace(value="none"), cache_folder(config))
+    return itertools.chain.from_iterable(part.read() for part in source.parts)
+
+
+def check_golds(run: LoadedRun, records: list[Record]) -> list[Any]:
+    """The right values of records, in the model's labels.
+
+    Numbers from 0 that name no label are taken as indices of the model's labels, as published sets number them.
+
+    Raises:
+      LabelError: a label that the model does not have; names the record.
+    """
+    kind, names = run.task.reading.columns.value, run.label_names
+    if kind not in ("class", "classes") or names is None:
+        return [record.value for record in records]
+    listed = [(r.value,) if kind == "class" else r.value for r in records]
+    found = {name for some in listed for name in some}
+    if found.isdisjoint(names) and all(name.isdecimal() and int(name) < len(names) for name in found):
+        listed = [tuple(names[int(name)] for name in some) for some in listed]
+    for record, some in zip(records, listed, strict=True):
+        if unknown := [name for name in some if name not in names]:
+            raise LabelError(
+                f"the data's labels must be the model's: {record.where or 'a record'} has {unknown[0]!r}, the model "
+                f"{', '.join(map(repr, names[:12]))}{' ...' if len(names) > 12 else ''}."
+            )
+    return [some[0] for some in listed] if kind == "class" else listed
+
+
+def shown(answer: Answer, top: int | None, probabilities: bool) -> Answer:
+    """An answer as it is written: `probabilities` and the `top` labels only where they are asked for."""
+    every = answer.get("probabilities")
+    rest = {name: value for name, value in answer.items() if name != "probabilities"}
+    if isinstance(every, dict) and top is not None:
+        ranked = sorted(every.items(), key=lambda item: -item[1])[:top]
+        rest["top"] = [{"label": label, "probability": p} for label, p in ranked]
+    return rest | ({"probabilities": every} if probabilities and every is not None else {})
+
+
+class AnswerFile:
+    """The output of `predict`: whole lines are kept while it is made, and a second start goes on after them.
+
+    Args:
+      identity: what the answers are made from; answers of something else are not gone on with.
+    """
+
+    def __init__(self, path: pathlib.Path, identity: str):
+        if path.suffix not in OUTPUT_KINDS:
+            raise ConfigError(f"--output must end in {' or '.join(OUTPUT_KINDS)}: got {path}.")
+        self._path, self._part = path, path.with_name(path.name + ".part")
+        self._note, self._identity = path.with_name(path.name + ".part.json"), identity
+        self._columns: list[str] | None = None
+
+    def num_done(self) -> int:
+        """Answers that an interrupted start with the same identity left; anything else of it is removed."""
+        try:
+            note = json.loads(self._note.read_text("utf-8"))
+            is_same = note["identity"] == self._identity
+            if is_same and self._part.stat().st_size >= note["bytes"]:
+                with self._part.open("r+b") as file:
+                    file.truncate(note["bytes"])
+                self._columns = note["columns"]
+                return int(note["answers"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        for path in (self._part, self._note):
+            path.unlink(missing_ok=True)
+        return 0
+
+    def write(self, answers: Iterable[Answer], done: int, say: Callable[[int], None]) -> int:
+        """Append answers and put the file in its place; returns how many there are in all."""
+        answers = iter(answers)
+        with self._part.open("ab") as file:
+            while some := list(itertools.islice(answers, _KEPT_EVERY)):
+                file.write("".join(map(self._line, some)).encode())
+                file.flush()
+                os.fsync(file.fileno())
+                done += len(some)
+                note = {"identity": self._identity, "answers": done, "bytes": file.tell(), "columns": self._columns}
+                new = self._note.with_name(self._note.name + ".new")
+                new.write_text(json.dumps(note), "utf-8")
+                os.replace(new, self._note)
+                say(done)
+        os.replace(self._part, self._path)
+        self._note.unlink(missing_ok=True)
+        return done
+
+    def _line(self, answer: Answer) -> str:
+        if self._path.suffix == ".jsonl":
+            return json.dumps(answer, ensure_ascii=False) + "\n"
+        text = io.StringIO()
+        writer = csv.writer(text)
+        if self._columns is None:
+            self._columns = list(answer)
+            writer.writerow(self._columns)
+        if unknown := answer.keys() - set(self._columns):
+            raise DataError(f"a .csv file has one set of columns: {', '.join(unknown)} came later. Give .jsonl.")
+        values = [answer.get(name, "") for name in self._columns]
+        writer.writerow([json.dumps(v, ensure_ascii=False) if isinstance(v, (list, dict)) else v for v in values])
+        return text.getvalue()
+
+
+def identity_of(*what: Any) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()
+
+
+def file_identity(path: str) -> tuple[Any, ...]:
+    """Changes when a file does, as far as its size and time tell."""
+    with contextlib.suppress(OSError):
+        about = os.stat(path)
+        return path, about.st_size, about.st_mtime_ns
+    return (path,)

@@ -1,0 +1,80 @@
+"""A model's scores on a source of documents with their right values."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from flax_encoder.config import DataConfig
+from flax_encoder.data.pipeline import cache_folder, open_stores
+from flax_encoder.data.rows.batches import Batches, OneByOne
+from flax_encoder.data.rows.documents import Documents, Frame
+from flax_encoder.data.rows.targets import HOST_FIELDS, TargetInputs
+from flax_encoder.data.sources.opening import open_source
+from flax_encoder.data.sources.records import DataError, Record, Say
+from flax_encoder.runs.ask_file import check_golds, open_records
+from flax_encoder.runs.evaluate import evaluate
+from flax_encoder.runs.loaded import LoadedRun
+
+_TOKENS = 4096  # of a batch
+
+
+def score_source(run: LoadedRun, config: DataConfig, say: Say) -> tuple[dict[str, float], dict[str, Any], str]:
+    """(scores, details, what was scored): every record of the source's test split, else its validation split, else
+    all.
+
+    Raises:
+      DataError: no records, or records without values. LabelError: labels that the model does not have.
+    """
+    task = run.task
+    if task.answer is None or task.score is None:
+        return _loss(run, config, say)
+    source = open_source(config.sources[0], config, task.reading.columns, cache_folder(config))
+    split, found = open_records(source)
+    records: list[Record] = []
+
+    def asked():
+        for record in found:
+            records.append(record)
+            say(f"{len(records):,} documents")
+            yield task.asked(record)
+
+    answers = list(run.predict(asked()))
+    if not records:
+        raise DataError(f"evaluation needs at least one document: {config.sources[0]} has none.")
+    if any(record.value is None for record in records):
+        raise DataError(f"evaluation needs the right value of every document: {records[0].where} has none.")
+    golds = check_golds(run, records)
+    keep = [i for i, answer in enumerate(answers) if "error" not in answer]
+    answers, golds = [answers[i] for i in keep], [golds[i] for i in keep]
+    scores = task.score(answers, golds, run.label_names)
+    details = task.details(answers, golds, run.label_names) if task.details else {}
+    empty = f", {len(records) - len(keep):,} of them empty and left out" if len(keep) < len(records) else ""
+    return scores, details, f"{len(records):,} documents ({source.name}, {split}{empty})"
+
+
+def _loss(run: LoadedRun, config: DataConfig, say: Say) -> tuple[dict[str, float], dict[str, Any], str]:
+    """Of a task without answers, such as masked_lm: its loss on every document."""
+    reading = run.task.reading
+    whole = dataclasses.replace(config, held_out_rate=0.0, validation=None, test=None)
+    _, [store, *_], _ = open_stores(whole, reading.columns, tokenizer=run.tokenizer, progress=say)
+    split = store.test or (store.validation if len(store.validation) else store.train)
+    documents = Documents(split, reading.layout(run.config), Frame.of(run.tokenizer), run.row_length)
+    plan = documents.plan(run.row_length)
+    order, batch_size = OneByOne([plan]), max(1, _TOKENS // run.row_length)
+    inputs = TargetInputs(run.config, run.tokenizer, documents, run.row_length, plan.max_pieces_per_row, False)
+    batches = Batches(
+        [documents], order, reading.targets(inputs), row_length=run.row_length, batch_size=batch_size,
+        seed=run.config.seed, num_batches=-(-len(order) // batch_size), stop_row=len(order),
+        streams=reading.streams(run.config),
+    )  # fmt: skip
+    graphdef, params = nnx.split(run.model)
+    loss = jax.jit(lambda params, batch: nnx.merge(graphdef, params).loss(batch))
+
+    def step(batch):
+        return loss(params, {name: x for name, x in batch.items() if name not in HOST_FIELDS}), {}
+
+    scores = evaluate(run.task, batches, step, run.config, None, run.tokenizer, say=say)
+    assert scores is not None
+    return scores, {}, f"{len(split):,} documents ({config.sources[0]})"
