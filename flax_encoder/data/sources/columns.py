@@ -11,6 +11,7 @@ from flax_encoder.data.sources.records import DataError, Record
 
 Value = Literal["none", "class", "classes", "number", "tags", "answers"]
 Row = dict[str, Any]
+SAMPLED_ROWS = 100  # that tell the kinds of columns, where a format does not
 
 
 class Columns(NamedTuple):
