@@ -1,7 +1,6 @@
 """Files and data sets as documents, and what is said when they cannot be read."""
 
 import gzip
-import json
 import os
 import pickle
 
@@ -12,38 +11,10 @@ import pytest
 
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources import files, streams
-from flax_encoder.data.sources.columns import Columns
-from flax_encoder.data.sources.opening import open_source
 from flax_encoder.data.sources.records import DataError, Record
+from tests.data.reading import CLASS, TEXT, jsonl, open_named, parquet, read, texts, values
 
-TEXT = "First line.\r\nSecond line.\n\n \t\nThird, née alone.\n\n\n  indented\nlast without an end"
-
-
-def read(source, tmp_path, with_labels=False, **options):
-    config = DataConfig(source=str(source), **options)
-    return list(open_named(config, tmp_path / "cache", with_labels).records("train"))
-
-
-def open_named(config, cache_dir, with_labels=False):
-    return open_source(config.source, config, Columns("class" if with_labels else "none"), cache_dir)
-
-
-def texts(records):
-    return [record.texts[0] for record in records]
-
-
-def values(records):
-    return [(record.texts[0], record.value) for record in records]
-
-
-def jsonl(path, *rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    return path
-
-
-def parquet(path, *rows):
-    pq.write_table(pa.Table.from_pylist(list(rows)), path)
-    return path
+WRITTEN = "First line.\r\nSecond line.\n\n \t\nThird, née alone.\n\n\n  indented\nlast without an end"
 
 
 def both_kinds(tmp_path, *rows):
@@ -55,11 +26,11 @@ def both_kinds(tmp_path, *rows):
     [
         ("paragraph", ["First line.\nSecond line.", "Third, née alone.", "  indented\nlast without an end"]),
         ("line", ["First line.", "Second line.", "Third, née alone.", "  indented", "last without an end"]),
-        ("file", [TEXT]),
+        ("file", [WRITTEN]),
     ],
 )
 def test_txt_units(tmp_path, unit, documents):
-    (tmp_path / "a.txt").write_bytes(TEXT.encode())
+    (tmp_path / "a.txt").write_bytes(WRITTEN.encode())
     found = [record.texts[0] for record in read(tmp_path / "a.txt", tmp_path, text_unit=unit)]
     assert [text for text in found if text.strip()] == documents
 
@@ -79,7 +50,7 @@ def test_jsonl_and_parquet_give_the_same_records(tmp_path):
     sources[0].write_text(sources[0].read_text("utf-8") + "\n  \n", "utf-8")
     for source in sources:
         assert read(source, tmp_path) == [Record((row["text"] or "",)) for row in rows]
-        labelled = read(source, tmp_path, with_labels=True)
+        labelled = read(source, tmp_path, CLASS)
         assert values(labelled) == [(row["text"] or "", str(row["label"])) for row in rows]
 
 
@@ -87,7 +58,7 @@ def test_the_text_is_the_column_asked_for_else_text_else_the_only_strings(tmp_pa
     for source in both_kinds(tmp_path, {"text": "a", "body": "b", "stars": 5}):
         assert texts(read(source, tmp_path)) == ["a"]
         assert texts(read(source, tmp_path, text_column="body")) == ["b"]
-        labelled = read(source, tmp_path, with_labels=True, text_column="body", label_column="stars")
+        labelled = read(source, tmp_path, CLASS, text_column="body", label_column="stars")
         assert values(labelled) == [("b", "5")]
         with pytest.raises(DataError, match=r"must hold strings: column 'stars' of .* holds 5"):
             read(source, tmp_path, text_column="stars")
@@ -102,7 +73,7 @@ def test_a_missing_column_is_an_error_that_lists_the_columns(tmp_path):
         with pytest.raises(DataError, match=r"no column 'txt' in .*a\.\w+.*; the columns are title, subject, stars"):
             read(source, tmp_path, text_column="txt")
         with pytest.raises(DataError, match=r"no column 'label' in .*; the columns are title, subject, stars"):
-            read(source, tmp_path, with_labels=True, text_column="subject")
+            read(source, tmp_path, CLASS, text_column="subject")
 
 
 def test_files_that_are_missing_mixed_or_of_another_kind_are_errors(tmp_path):
@@ -153,7 +124,7 @@ def test_a_damaged_parquet_page_is_an_error_that_names_the_file(tmp_path):
 def test_txt_with_labels_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataError, match=r"a \.txt file has no labels"):
-        read(tmp_path / "a.txt", tmp_path, with_labels=True)
+        read(tmp_path / "a.txt", tmp_path, CLASS)
 
 
 def test_an_unknown_data_set_is_an_error_that_names_it(tmp_path):
@@ -164,13 +135,13 @@ def test_an_unknown_data_set_is_an_error_that_names_it(tmp_path):
 def test_the_fingerprint_changes_with_the_files_and_with_what_is_read_of_them(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"text": "a", "body": "b", "label": 1})
 
-    def fingerprint(with_labels=False, **options):
+    def fingerprint(columns=TEXT, **options):
         config = DataConfig(source=str(path), **options)
-        return open_named(config, tmp_path, with_labels).fingerprint
+        return open_named(config, tmp_path, columns).fingerprint
 
     first = fingerprint()
     assert first == fingerprint(vocab_size=97, row_length=31)
-    assert len({first, fingerprint(True), fingerprint(text_column="body"), fingerprint(text_unit="line")}) == 4
+    assert len({first, fingerprint(CLASS), fingerprint(text_column="body"), fingerprint(text_unit="line")}) == 4
     os.utime(path, ns=(1, 1))
     assert fingerprint() != first
 
@@ -186,9 +157,9 @@ def compressed(path, content):
 
 @pytest.mark.parametrize("unit", ["paragraph", "line", "file"])
 def test_compressed_files_read_as_what_is_in_them(tmp_path, unit):
-    (tmp_path / "a.txt").write_bytes(TEXT.encode())
+    (tmp_path / "a.txt").write_bytes(WRITTEN.encode())
     expected = read(tmp_path / "a.txt", tmp_path, text_unit=unit)
-    for path in compressed(tmp_path / "a.txt", TEXT.encode()):
+    for path in compressed(tmp_path / "a.txt", WRITTEN.encode()):
         assert read(path, tmp_path, text_unit=unit) == expected
     rows = jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"text": "née"})
     for path in compressed(rows, rows.read_bytes()):
@@ -228,7 +199,7 @@ def test_parts_of_any_size_give_every_document_once_and_in_order(tmp_path, monke
         sent = pickle.loads(pickle.dumps(source.parts[0]))  # as to a worker
         assert list(sent.read()) == list(source.parts[0].read())
         assert sum(part.size for part in source.parts) == (tmp_path / "a.txt").stat().st_size
-    assert [r.value for r in read(rows, tmp_path, with_labels=True)] == list(map(str, range(60)))
+    assert [r.value for r in read(rows, tmp_path, CLASS)] == list(map(str, range(60)))
     rows.write_text(rows.read_text("utf-8") + "{", "utf-8")
     with pytest.raises(DataError, match="line 61"):
         read(rows, tmp_path)
@@ -264,7 +235,7 @@ def test_hugging_face_datasets_are_read_by_name_their_test_split_apart(tmp_path,
     folder.mkdir()
     jsonl(folder / "train.jsonl", *({"body": f"text {i}", "label": i % 3} for i in range(37)))
     jsonl(folder / "test.jsonl", *({"body": f"held out {i}", "label": 1} for i in range(5)))
-    source = open_named(DataConfig(source=f"hf:{folder}"), tmp_path / "cache", with_labels=True)
+    source = open_named(DataConfig(source=f"hf:{folder}"), tmp_path / "cache", CLASS)
     assert values(source.records("train")) == [(f"text {i}", str(i % 3)) for i in range(37)]
     assert len(list(source.records("test"))) == 5 and source.has_held_out
     sent = pickle.loads(pickle.dumps(source.parts[-1]))

@@ -210,6 +210,8 @@ def _texts_and_value(chooser: _Chooser) -> Layout:
     names = list(chooser.config.label_names) if chooser.config.label_names else None
     if wanted.value == "none":
         make, names = functools.partial(values.plain, read), None
+        if read.func is values.texts and len(texts) == 1:
+            make = functools.partial(values.plain_text, texts[0])
     else:
         if not isinstance(label, tuple):
             names = names or chooser.table.names.get(label)

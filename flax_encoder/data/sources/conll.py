@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources.columns import Columns, Row, Table
 from flax_encoder.data.sources.records import BadRow, BadRows, DataError
-from flax_encoder.data.sources.streams import Line, Span, lines, name_without_packing
+from flax_encoder.data.sources.streams import Line, Span, line_where, lines, name_without_packing
 
 
 def table(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Table | None:
@@ -17,11 +17,11 @@ def table(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Table | No
     """
     if wanted.value not in ("none", "tags"):
         raise DataError(f"a file of tagged words has no other labels: {path}. Use .jsonl with columns for them.")
-    words = (x for x in lines(path, Span()) if x.text.strip() and not x.text.startswith(("#", _START)))
+    words = (text for _, _, text in lines(path, Span()) if text.strip() and not text.startswith(("#", _START)))
     first = next(words, None)
     if first is None:
         return None
-    width, is_ud = len(_split(first.text)), name_without_packing(path).suffix.lower() == ".conllu"
+    width, is_ud = len(_split(first)), name_without_packing(path).suffix.lower() == ".conllu"
     word = _place(config.text_column, 2 if is_ud else 1, width, path, "text")
     tag = _place(config.label_column, 4 if is_ud else -1, width, path, "label") if wanted.value == "tags" else word
     kinds = {"tokens": "list[str]", "tags": "list[str]"}
@@ -59,17 +59,18 @@ def rows(
     first: Line | None = None
     is_bad = False
     for line in lines(path, span, at_blank=True):
-        fields = _split(line.text)
-        if not line.text.strip():
+        text = line[2]
+        fields = _split(text)
+        if not fields or not text.strip():
             if tokens and first and not is_bad:
                 yield first, {"tokens": tokens, "tags": tags}
             tokens, tags, first, is_bad = [], [], None, False
-        elif line.text.startswith(_START) or (line.text.startswith("#") and not tokens and len(fields) != width):
+        elif text.startswith(_START) or (text.startswith("#") and not tokens and len(fields) != width):
             continue  # a document's start, or a comment before a sentence
         elif len(fields) != width:
             is_bad = True
-            number = f"{path}, line {line.number}" if line.number else f"{path}, byte {line.offset}"
-            bad.add(number, BadRow(f"every line has a word and its tag in {width} columns", f"has {len(fields)}"))
+            rule = f"every line has a word and its tag in {width} columns, as the first has"
+            bad.add(line_where(path, line), BadRow(rule, f"has {len(fields)}"))
         elif not is_ud or fields[0].isdecimal():  # else a part of a word, or a word that is not written
             first = first or line
             tokens.append(fields[word].strip())

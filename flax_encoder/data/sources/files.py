@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources import conll, csv_files, json_files, parquet_files
 from flax_encoder.data.sources.columns import Columns, Layout, Row, Table, choose_columns
-from flax_encoder.data.sources.records import BadRow, BadRows, DataError, Part
-from flax_encoder.data.sources.streams import Span, lines, name_without_packing, read_text, spans
+from flax_encoder.data.sources.records import BadRow, BadRows, DataError, Part, Record
+from flax_encoder.data.sources.streams import Span, line_where, lines, name_without_packing, read_text, spans
 
 PART_BYTES = 8 * 2**20  # seconds of tokenizing: what a killed worker loses
 
@@ -64,7 +64,7 @@ def read_span(path: pathlib.Path, span: Any, config: DataConfig, wanted: Columns
         except BadRow as error:
             bad.add(kind.where(path, place), error)
             continue
-        yield record._replace(where=kind.where(path, place)) if has_value else record
+        yield Record(record.texts, record.value, kind.where(path, place), record.id) if has_value else record
     return bad.count
 
 
@@ -93,12 +93,12 @@ def _txt_rows(path, span: Span, table: Table, columns, config: DataConfig, bad: 
     if config.text_unit == "file":
         yield None, {"text": read_text(path)}
     elif config.text_unit == "line":
-        yield from ((None, {"text": line.text}) for line in lines(path, span))
+        yield from ((None, {"text": text}) for _, _, text in lines(path, span))
     else:
         paragraph: list[str] = []
-        for line in lines(path, span, at_blank=True):
-            if line.text.strip():
-                paragraph.append(line.text)
+        for _, _, text in lines(path, span, at_blank=True):
+            if text.strip():
+                paragraph.append(text)
             elif paragraph:
                 yield None, {"text": "\n".join(paragraph)}
                 paragraph = []
@@ -112,11 +112,11 @@ def _line_spans(path: pathlib.Path, config: DataConfig, wanted: Columns) -> list
 
 KINDS = {
     ".txt": Kind(_txt_spans, _txt_table, _txt_rows, lambda path, place: str(path)),
-    ".jsonl": Kind(_line_spans, json_files.lines_table, json_files.lines_rows, json_files.line_where),
+    ".jsonl": Kind(_line_spans, json_files.lines_table, json_files.lines_rows, line_where),
     ".json": Kind(_one_span, json_files.list_table, json_files.list_rows, json_files.item_where),
     ".csv": Kind(_one_span, csv_files.table, csv_files.rows, csv_files.where),
     ".parquet": Kind(parquet_files.spans, parquet_files.table, parquet_files.rows, parquet_files.where),
-    ".conll": Kind(_line_spans, conll.table, conll.rows, json_files.line_where),
+    ".conll": Kind(_line_spans, conll.table, conll.rows, line_where),
 }
 KINDS |= {".ndjson": KINDS[".jsonl"], ".tsv": KINDS[".csv"]}
 KINDS |= dict.fromkeys((".bio", ".iob", ".iob2", ".conllu"), KINDS[".conll"])

@@ -9,7 +9,7 @@ from typing import Any
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources.columns import SAMPLED_ROWS, Columns, Row, Table, kinds_of_rows
 from flax_encoder.data.sources.records import BadRow, BadRows, DataError
-from flax_encoder.data.sources.streams import Line, Span, line_number, lines, raw_lines, read_text
+from flax_encoder.data.sources.streams import Line, Span, line_where, lines, raw_lines, read_text
 
 
 def lines_table(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Table | None:
@@ -23,21 +23,18 @@ def lines_rows(
     path: pathlib.Path, span: Span, table: Table | None, columns: tuple[str, ...], config: DataConfig, bad: BadRows
 ) -> Iterator[tuple[Line, Row]]:
     for line in lines(path, span):
-        if not line.text.strip():
+        text = line[2]
+        if not text.strip():
             continue
         try:
-            row = json.loads(line.text)
-            problem = None if isinstance(row, dict) else f"is {line.text[:60]!r}"
+            row = json.loads(text)
+            problem = None if isinstance(row, dict) else f"is {text[:60]!r}"
         except (ValueError, RecursionError) as error:
             problem = f"does not parse: {error}"
         if problem:
             bad.add(line_where(path, line), BadRow("every line of a .jsonl file must be a JSON object", problem))
         else:
             yield line, row
-
-
-def line_where(path: pathlib.Path, line: Line) -> str:
-    return f"{path}, line {line_number(path, line)}"
 
 
 def is_lines(path: pathlib.Path) -> bool:

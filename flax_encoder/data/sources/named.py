@@ -228,5 +228,5 @@ def _read_named(
         except BadRow as error:
             bad.add(f"{where}, {split}[{i}]", error)
             continue
-        yield record._replace(where=f"{where}, {split}[{i}]") if wanted.value != "none" else record
+        yield record if wanted.value == "none" else record._replace(where=f"{where}, {split}[{i}]")
     return bad.count

@@ -30,13 +30,9 @@ class Span(NamedTuple):
     """The number, from 1, of the first line that starts in the span; None if nobody counted."""
 
 
-class Line(NamedTuple):
-    offset: int
-    """Of its first byte, in the unpacked text."""
-    number: int | None
-    """From 1; None if nobody counted."""
-    text: str
-    """Without its end."""
+Line = tuple[int, int | None, str]
+"""A line's first byte in the unpacked text, its number from 1 (None if nobody counted), and its text without its end. A
+plain tuple: one is made for every line of a corpus."""
 
 
 def name_without_packing(path: pathlib.Path) -> pathlib.Path:
@@ -178,11 +174,11 @@ def lines(path: pathlib.Path, span: Span, *, at_blank: bool = False) -> Iterator
 
     With `at_blank` both its ends move on to the next blank line, so that no paragraph is cut.
     """
-    is_skipping = at_blank and span.begin > 0
-    edge, number = span.begin, span.first_line
-    for offset, raw in raw_lines(path, span.begin):
-        is_blank = not raw.strip()
-        if at_blank and is_blank:
+    begin, end, number = span
+    is_skipping, edge = at_blank and begin > 0, begin
+    for offset, raw in raw_lines(path, begin):
+        is_blank = at_blank and not raw.strip()
+        if is_blank:
             edge = offset
         elif at_blank and offset - edge > _PARAGRAPH_BYTES:
             raise DataError(
@@ -190,11 +186,11 @@ def lines(path: pathlib.Path, span: Span, *, at_blank: bool = False) -> Iterator
                 f"--data.text-unit line takes each line for a document, file each file."
             )
         is_edge = not at_blank or is_blank
-        if span.end is not None and offset >= span.end and is_edge:
+        if end is not None and offset >= end and is_edge:
             return
         if not is_skipping or is_edge:
             is_skipping = False
-            yield Line(offset, number, decode(raw, path, offset).rstrip("\r\n"))
+            yield offset, number, decode(raw, path, offset).rstrip("\r\n")
         number = None if number is None else number + 1
 
 
@@ -221,5 +217,6 @@ def _first_lines(path: pathlib.Path, begins: range) -> list[int]:
     return found
 
 
-def line_number(path: pathlib.Path, line: Line) -> int:
-    return line.number or sum(1 for start, _ in raw_lines(path) if start <= line.offset)
+def line_where(path: pathlib.Path, line: Line) -> str:
+    offset, number, _ = line
+    return f"{path}, line {number or sum(1 for start, _ in raw_lines(path) if start <= offset)}"

@@ -17,6 +17,7 @@ Row = dict[str, Any]
 
 
 def cell(row: Row, column: str) -> Any:
+    """Raises: BadRow: the row has no such column."""
     try:
         return row[column]
     except KeyError:
@@ -26,6 +27,8 @@ def cell(row: Row, column: str) -> Any:
 def text(row: Row, column: str) -> str:
     """The column's text; nothing where it is null."""
     value = cell(row, column)
+    if type(value) is str and value.isascii():  # most texts, quickly
+        return value
     return "" if value is None else string(value, column)
 
 
@@ -33,7 +36,8 @@ def string(value: Any, column: str) -> str:
     try:
         value = value.decode("utf-8") if isinstance(value, bytes) else value
         if isinstance(value, str):
-            value.encode("utf-8")  # JSON can spell half a surrogate pair
+            if not value.isascii():
+                value.encode("utf-8")  # JSON can spell half a surrogate pair
             return value
     except UnicodeError as error:
         raise BadRow("a text column must hold Unicode text", f"holds {value[:40]!r}: {error}", column) from None
@@ -49,11 +53,16 @@ def _short(value: Any) -> str:
 
 
 def texts(columns: tuple[str, ...], row: Row) -> tuple[str, ...]:
-    return tuple(text(row, column) for column in columns)
+    return tuple([text(row, column) for column in columns])
 
 
 def joined_tokens(column: str, row: Row) -> tuple[str, ...]:
     return (" ".join(_strings(row, column)),)
+
+
+def plain_text(column: str, row: Row) -> Record:
+    """The same as `plain` of one column, in half the time."""
+    return Record((text(row, column),))
 
 
 def plain(read: Callable[[Row], tuple[str, ...]], row: Row) -> Record:
@@ -94,7 +103,8 @@ def _class(value: Any, column: str, names: list[str] | None) -> str:
         raise BadRow("a label column must hold strings or integers", f"holds {_short(value)}", column)
     name = string(value, column)
     if names is not None and name not in names:
-        if name.strip().isdecimal() and int(name) < len(names):  # a .csv file has no integers
+        # A .csv file has no integers. Names that are numbers themselves are meant as names.
+        if name.strip().isdecimal() and int(name) < len(names) and not any(n.strip().isdecimal() for n in names):
             return names[int(name)]
         raise BadRow(f"labels are {', '.join(names)}", f"holds {name!r}", column)
     return name
