@@ -55,10 +55,11 @@ def test_words_cover_a_text_and_entities_begin_and_end_with_them(example):
     with tempfile.TemporaryDirectory() as folder:
         objects = [{"start": a, "end": b, "label": label} for a, b, label in entities]
         rows = [{"text": text, "entities": [*map(list, entities)]}, {"text": text, "spans": objects[::-1]}]
-        paths = [jsonl(Path(folder) / f"{i}.jsonl", {"text": "x", k: [[0, 1, "Z"]]}, row)
-                 for i, (row, k) in enumerate(zip(rows, ("entities", "spans"), strict=True))]  # fmt: skip
-        (_, record), (_, same) = (read(path, Path(folder), TAGS) for path in paths)
-    assert record.texts == same.texts == (text,) and record.value == same.value
+        lists = {name: [entity[i] for entity in entities] for i, name in enumerate(("start", "end", "label"))}
+        rows.append({"text": text, "entities": lists})
+        records = [read(jsonl(Path(folder) / f"{i}.jsonl", row), Path(folder), TAGS)[0] for i, row in enumerate(rows)]
+    record = records[0]
+    assert records == [record._replace(where=other.where) for other in records] and record.texts == (text,)
     covered = [i for start, end, _ in record.value for i in range(start, end)]
     assert covered == [i for i, sign in enumerate(text) if not sign.isspace()]
     found = []
@@ -89,6 +90,7 @@ def test_a_word_is_a_run_of_letters_and_digits_with_its_marks_or_one_other_sign(
         ([[-1, 2, "A"]], "from -1 to 2"), ([[2, 2, "A"]], "from 2 to 2"), ([[2, 1, "A"]], "from 2 to 1"),
         ([[3, 4, "A"]], "from 3 to 4"), ([[0, 1]], r"an entity is \[start, end, label\]"), ("A", "must hold lists"),
         ([{"start": 0, "end": 1}], "an entity is"), ([[0, 1.5, "A"]], "an entity is"),
+        ({"start": [0], "end": [1, 2], "label": ["A"]}, "must be of one length"),
     ],
 )  # fmt: skip
 def test_entities_that_cannot_be_are_errors_that_name_their_row(tmp_path, entities, message):
@@ -169,7 +171,7 @@ def test_answers_are_where_they_stand_in_the_passage_in_every_layout(context, da
     [
         ({"text": "cat", "answer_start": 4}, r"where it is said to start: column 'answers' of .*item 2 has 'cat' at 4"),
         ({"text": "cat", "answer_start": -20}, "at -20"), ({"text": "cat", "answer_start": 99}, "at 99"),
-        ({"text": "", "answer_start": 1}, "has '' at 1"), ({"text": "cat"}, "holds None"),
+        ({"text": "", "answer_start": 1}, "has '' at 1"), ({"text": "cat"}, "holds None"), ("cat", "holds 'cat'"),
         ({"text": "cat", "answer_start": "5"}, "holds '5'"),
     ],
 )  # fmt: skip

@@ -88,6 +88,7 @@ _LABELS = {
     "choices": ("label", "answer"),
 }  # fmt: skip
 _SPANS = ("entities", "spans", "label", "labels")
+_ENTITIES = {"list[dict]", "list[list]", "list[null]", "dict"}
 _TOKENS = ("tokens", "words")
 _SCALARS = {"str", "int", "bool", "float", "null"}
 _IDENTIFIERS = {"id", "idx", "guid", "uid", "uuid", "index", "label", "labels"}
@@ -289,10 +290,7 @@ def _tags(chooser: _Chooser) -> Layout:
         names = list(names) if names else chooser.table.names.get(tags)
         return Layout((words, tags), functools.partial(values.tagged, words, tags, names), tags, names,
                       notes=chooser.notes)  # fmt: skip
-    def is_entities(kind: str) -> bool:
-        return kind in ("list[dict]", "list[list]", "list[null]", "list", "other")
-
-    entities = chooser.one("label", asked, _SPANS, is_entities)
+    entities = chooser.one("label", asked, _SPANS, _ENTITIES.__contains__)
     (text,) = _texts(chooser, (entities,))
     make = functools.partial(values.tagged_spans, text, entities)
     return Layout((text, entities), make, entities, notes=chooser.notes)

@@ -19,6 +19,7 @@ from flax_encoder.data.sources.values import is_no_label
 
 _VALIDATION = ("validation", "validation_matched", "dev", "valid", "val")
 _TEST = ("test", "test_matched")
+_EVALUATED = ("validation", "dev", "valid", "test")  # how the names of splits for evaluation begin
 
 
 class NamedSet(NamedTuple):
@@ -183,8 +184,8 @@ def _named_set(
     test = next((s for s in _TEST if s in usable and s != validation), None)
     roles = {"train": "train"} | ({"validation": validation} if validation else {}) | ({"test": test} if test else {})
     notes = list(layout.notes)
-    if others := [s for s in splits if (s not in roles.values() and s in (*_VALIDATION, *_TEST, *unlabelled))
-                  or (s.startswith(("validation", "test")) and s not in roles.values())]:  # fmt: skip
+    others = [s for s in splits if s not in roles.values() and (s in unlabelled or s.startswith(_EVALUATED))]
+    if others:
         told = ", ".join(f"{s} (has no labels)" if s in unlabelled else s for s in others)
         evaluated = " and ".join(s for s in (validation, test) if s) or "none"
         notes.append(f"{where}: evaluates on {evaluated}; leaves out {told}.")

@@ -100,8 +100,8 @@ def _matching(name: str) -> list[pathlib.Path]:
     paths = [p for p in paths if p.is_file()]
     if not paths:
         hint = ""
-        if any(sign in name for sign in "[*?"):
-            hint = f" In a pattern [ab] is one of a and b; in a name, write {glob.escape(name)!r} for these signs."
+        if "[" in name:
+            hint = f" In a pattern [ab] stands for a or b; for a name that has brackets write {glob.escape(name)!r}."
         raise DataError(
             f"no file matches data.source {name!r}. It is a path, a folder or a quoted glob, a prepared store, "
             f"tfds:NAME or hf:NAME.{hint}"

@@ -182,7 +182,7 @@ def _word() -> re.Pattern[str]:
 def tagged_spans(column: str, entities: str, row: Row) -> Record:
     """A text's words, cut where an entity begins or ends, with B- and I- and the entity's label, or O."""
     whole = text(row, column)
-    spans = sorted(_span(item, entities) for item in _items(cell(row, entities), entities))
+    spans = sorted(_span(item, entities) for item in _items(cell(row, entities), entities, "entities"))
     end_before = 0
     for begin, end, label in spans:
         if not 0 <= begin < end <= len(whole) or not whole[begin:end].strip():
@@ -203,11 +203,16 @@ def tagged_spans(column: str, entities: str, row: Row) -> Record:
     return Record((whole,), tuple(value))
 
 
-def _items(value: Any, column: str) -> list:
+def _items(value: Any, column: str, what: str) -> list:
+    """A list's items; or objects of an object of lists, as some libraries keep a list of objects."""
     if value is None:
         return []
+    if isinstance(value, dict) and value and all(isinstance(items, list) for items in value.values()):
+        if len({len(items) for items in value.values()}) > 1:
+            raise BadRow(f"lists of {what} must be of one length", f"holds {_short(value)}", column)
+        return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
-        raise BadRow("a column of entities must hold lists", f"holds {_short(value)}", column)
+        raise BadRow(f"a column of {what} must hold lists", f"holds {_short(value)}", column)
     return value
 
 
@@ -227,27 +232,18 @@ def _span(item: Any, column: str) -> tuple[int, int, str]:
 def answered(question: str, context: str, answers: str, name: str | None, row: Row) -> Record:
     """A question, its passage, and the answers where they stand in the passage."""
     pair = text(row, question), text(row, context)
-    value = tuple(_answer(item, pair[1], answers) for item in _answer_items(cell(row, answers), answers))
+    given = cell(row, answers)
+    if isinstance(given, dict) and isinstance(given.get("text"), str):  # a single answer
+        given = [given]
+    value = tuple(_answer(item, pair[1], answers) for item in _items(given, answers, "answers"))
     identifier = None if name is None or row.get(name) is None else str(row[name])
     return Record(pair, value, id=identifier)
 
 
-def _answer_items(value: Any, column: str) -> list[tuple[Any, Any]]:
-    if value is None:
-        return []
-    if isinstance(value, dict) and isinstance(value.get("text"), list):
-        starts = value.get("answer_start")
-        if not isinstance(starts, list) or len(starts) != len(value["text"]):
-            raise BadRow("every answer has a start", f"holds {_short(value)}", column)
-        return list(zip(starts, value["text"], strict=True))
-    items = [value] if isinstance(value, dict) else value
-    if isinstance(items, list) and all(isinstance(item, dict) for item in items):
-        return [(item.get("answer_start"), item.get("text")) for item in items]
-    raise BadRow("answers have text and answer_start", f"holds {_short(value)}", column)
-
-
-def _answer(item: tuple[Any, Any], context: str, column: str) -> tuple[int, str]:
-    start, answer = item
+def _answer(item: Any, context: str, column: str) -> tuple[int, str]:
+    if not isinstance(item, dict):
+        raise BadRow("an answer is an object with text and answer_start", f"holds {_short(item)}", column)
+    start, answer = item.get("answer_start"), item.get("text")
     if isinstance(start, bool) or not isinstance(start, int):
         raise BadRow("an answer starts at a character's number", f"holds {start!r}", column)
     answer = string(answer, column)
