@@ -12,7 +12,7 @@ import pytest
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources import files, streams
 from flax_encoder.data.sources.records import DataError, Record
-from tests.data.reading import CLASS, TEXT, jsonl, open_named, parquet, read, texts, values
+from tests.data.reading import CLASS, PAIR, TEXT, jsonl, open_named, parquet, read, texts, values
 
 WRITTEN = "First line.\r\nSecond line.\n\n \t\nThird, née alone.\n\n\n  indented\nlast without an end"
 
@@ -123,8 +123,9 @@ def test_a_damaged_parquet_page_is_an_error_that_names_the_file(tmp_path):
 
 def test_txt_with_labels_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(DataError, match=r"a \.txt file has no labels"):
-        read(tmp_path / "a.txt", tmp_path, CLASS)
+    for columns in (CLASS, PAIR):
+        with pytest.raises(DataError, match=r"a \.txt file has no labels"):
+            read(tmp_path / "a.txt", tmp_path, columns)
 
 
 def test_an_unknown_data_set_is_an_error_that_names_it(tmp_path):

@@ -187,3 +187,14 @@ def test_an_answer_that_is_not_where_it_is_said_to_be_is_an_error_that_names_its
 def test_passages_of_questions_are_documents_of_their_own_for_language_models(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(squad([], [])))
     assert texts(read(tmp_path / "a.json", tmp_path, TEXT)) == [" The cat, née Tom, sat. "]
+
+
+def test_questions_whose_answers_are_kept_back_are_not_taken_for_unanswerable(tmp_path):
+    content = squad([])
+    del content["data"][0]["paragraphs"][0]["qas"][0]["answers"]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert [r.value for r in read(tmp_path / "a.json", tmp_path, ANSWERS)] == [()]  # it says that it is impossible
+    del content["data"][0]["paragraphs"][0]["qas"][0]["is_impossible"]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"no column 'answers'"):
+        read(tmp_path / "a.json", tmp_path, ANSWERS)

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources import values
 from flax_encoder.data.sources.records import DataError, Record
+from flax_encoder.data.sources.values import Row
 
 Value = Literal["none", "class", "classes", "number", "tags", "answers"]
-Row = dict[str, Any]
 SAMPLED_ROWS = 100  # that tell the kinds of columns, where a format does not
 
 

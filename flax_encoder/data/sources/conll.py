@@ -68,9 +68,10 @@ def rows(
         elif text.startswith(_START) or (text.startswith("#") and not tokens and len(fields) != width):
             continue  # a document's start, or a comment before a sentence
         elif len(fields) != width:
-            is_bad = True
             rule = f"every line has a word and its tag in {width} columns, as the first has"
-            bad.add(line_where(path, line), BadRow(rule, f"has {len(fields)}"))
+            if not is_bad:
+                bad.add(line_where(path, line), BadRow(rule, f"has {len(fields)}"))
+            is_bad = True
         elif not is_ud or fields[0].isdecimal():  # else a part of a word, or a word that is not written
             first = first or line
             tokens.append(fields[word].strip())

@@ -30,7 +30,7 @@ def _suffix(path: pathlib.Path) -> str:
 
 
 def _reader(text_lines: Iterator[str], delimiter: str, quotes: bool):
-    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))
+    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))  # of the process: it has no other
     quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     return csv.reader(text_lines, delimiter=delimiter, quoting=quoting, strict=True)
 

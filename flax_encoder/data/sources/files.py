@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 from flax_encoder.config import DataConfig
@@ -50,8 +50,12 @@ def file_layout(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Layo
     return None if table is None else choose_columns(table, config, wanted)
 
 
-def read_span(path: pathlib.Path, span: Any, config: DataConfig, wanted: Columns):
-    """The records of a stretch of a file. A generator, whose result is the number of rows left out."""
+def read_span(path: pathlib.Path, span: Any, config: DataConfig, wanted: Columns) -> Generator[Record, None, int]:
+    """The records of a stretch of a file; the generator's result is the number of rows left out.
+
+    Raises:
+      DataError: as `choose_columns`; the file cannot be read to its end; a row cannot, and none are to be skipped.
+    """
     kind, bad = _kind(path), BadRows(config.skip_bad_rows)
     table = kind.table(path, config, wanted)
     if table is None:
@@ -82,9 +86,9 @@ def _txt_spans(path: pathlib.Path, config: DataConfig, wanted: Columns) -> list[
 
 
 def _txt_table(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Table:
-    if wanted.value != "none":
+    if wanted.value != "none" or wanted.min_texts > 1:
         raise DataError(
-            f"a .txt file has no labels: {path}. Use .csv, .tsv, .jsonl or .parquet with columns for text and label."
+            f"a .txt file has no labels and no pairs: {path}. Use .csv, .tsv, .jsonl or .parquet, which have columns."
         )
     return Table({"text": "str"}, str(path), is_fixed=True)
 

@@ -78,10 +78,10 @@ def _squad_rows(path: pathlib.Path, articles: list, is_read_for_text: bool) -> I
                     yield {"context": paragraph["context"]}
                     continue
                 for asked in paragraph["qas"]:
-                    yield {
-                        "id": asked.get("id"), "question": asked["question"], "context": paragraph["context"],
-                        "answers": asked.get("answers"),
-                    }  # fmt: skip
+                    row = {"id": asked.get("id"), "question": asked["question"], "context": paragraph["context"]}
+                    if "answers" in asked or asked.get("is_impossible"):  # else a test file that keeps its answers
+                        row["answers"] = asked.get("answers")
+                    yield row
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"SQuAD's files have data, paragraphs, context, qas, question and answers: {path} lacks {error}."

@@ -6,7 +6,7 @@ import io
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 from filelock import FileLock
@@ -14,7 +14,7 @@ from filelock import FileLock
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources.columns import Columns, Layout, Row, Table, choose_columns
 from flax_encoder.data.sources.files import PART_BYTES
-from flax_encoder.data.sources.records import BadRow, BadRows, DataError, Part
+from flax_encoder.data.sources.records import BadRow, BadRows, DataError, Part, Record
 from flax_encoder.data.sources.values import is_no_label
 
 _VALIDATION = ("validation", "validation_matched", "dev", "valid", "val")
@@ -220,8 +220,8 @@ def _until(rows: Iterator[Row], is_last: Callable[[Row], bool]) -> Iterator[Row]
 def _read_named(
     where: str, layout: Layout, wanted: Columns, skip: bool, rows: Callable[..., Iterator[Row]], split: str, begin: int,
     end: int,
-):  # fmt: skip
-    """The records of a stretch of a split. A generator, whose result is the number of rows left out."""
+) -> Generator[Record, None, int]:  # fmt: skip
+    """The records of a stretch of a split; the generator's result is the number of rows left out."""
     bad = BadRows(skip)
     for i, row in enumerate(rows(layout.columns, split, begin, end), begin):
         try:

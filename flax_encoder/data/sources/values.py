@@ -14,6 +14,7 @@ from typing import Any
 from flax_encoder.data.sources.records import BadRow, Record
 
 Row = dict[str, Any]
+"""A source's row: what each of its columns holds, as JSON would have it."""
 
 
 def cell(row: Row, column: str) -> Any:
