@@ -37,7 +37,8 @@ class PrepareArguments:
 # What a store depends on; the other settings of data say how a run reads one.
 _PREPARED = (
     "source", "weights", "text_column", "label_column", "text_unit", "validation", "test",
-    "text_pair_column", "held_out_by_class", "held_out_rate", "tokenizer", "vocab_size",
+    "text_pair_column", "label_names", "has_header", "csv_quotes", "skip_bad_rows", "validation_split",
+    "held_out_by_class", "held_out_rate", "tokenizer", "vocab_size",
     "cache_dir",
 )  # fmt: skip
 

@@ -12,16 +12,30 @@ class DataConfig:
     """Where text comes from and how it becomes rows."""
 
     source: str | tuple[str, ...] = "tfds:python_docs"
-    """`tfds:NAME[/CONFIG]`, `hf:NAME[:CONFIG]`, a prepared store, or files: a path or quoted glob ending in .txt or
-    .jsonl (either also .gz or .zst) or in .parquet. Several are mixed."""
+    """`tfds:NAME[/CONFIG]`, `hf:NAME[:CONFIG]`, a prepared store, or files: a path, a folder or a quoted glob of .txt,
+    .jsonl, .json, .csv, .tsv, .parquet or .conll files (all but .parquet also .gz or .zst). Several are mixed."""
     weights: tuple[float, ...] | None = None
     """Of several sources: the shares of rows from each; None reads all equally often."""
+    validation_split: str | None = None
+    """The split of a tfds: or hf: source to evaluate on, such as validation_mismatched; None takes the usual name."""
     text_column: str | None = None
-    """None takes the column `text`, or the only column of strings."""
+    """None takes the column `text`, or the only column of strings, or one that is called as data sets call it. In a
+    .conll file columns have numbers, from 1."""
     text_pair_column: str | None = None
-    """The column of the second text, of tasks that read pairs."""
-    label_column: str = "label"
-    """The column of the value that is learned."""
+    """The second text of a pair; None takes the partner of a known pair, such as sentence1 and sentence2. For multiple
+    choice, the column with the list of choices; for question answering, the passage."""
+    label_column: str | tuple[str, ...] | None = None
+    """The column that is predicted; None guesses it by its name. Several columns of 0 and 1 are labels of which a
+    document may have several. In a .conll file a number, from 1 or, from the last, from -1."""
+    label_names: tuple[str, ...] | None = None
+    """Names of labels that are integers from 0, in their order, where the source has none."""
+    has_header: bool = True
+    """The first row of .csv and .tsv files names the columns; otherwise they are called 1, 2, 3."""
+    csv_quotes: bool = True
+    """Quotes enclose fields of .csv and .tsv files; otherwise they are text. They also are text in a .tsv file whose
+    first rows do not read otherwise."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be read, and count them, instead of stopping at the first."""
     text_unit: Literal["paragraph", "line", "file"] = "paragraph"
     """What one document is in a .txt file; paragraphs are separated by blank lines."""
     validation: str | None = None
@@ -75,6 +89,12 @@ class DataConfig:
         )
         require(self.workers >= 0, f"workers must be at least 0: got {self.workers}.")
         require(len(self.sources) > 0, "data.source must name at least one source.")
+        for name in ("label_column", "label_names"):
+            value = getattr(self, name)
+            require(
+                not isinstance(value, tuple) or (len(value) > 0 and len(set(value)) == len(value)),
+                f"{name} must name something, and each once: got {value}.",
+            )
         require(
             self.weights is None or (len(self.weights) == len(self.sources) and min(self.weights) > 0),
             f"weights are one number above 0 for each source: got {self.weights} for {len(self.sources)} sources.",

@@ -18,6 +18,7 @@ from flax_encoder.data.rows.documents import Documents, Frame
 from flax_encoder.data.rows.packing import PackingPlan
 from flax_encoder.data.rows.targets import TargetInputs
 from flax_encoder.data.sources.columns import Columns
+from flax_encoder.data.sources.labels import LabelCheck
 from flax_encoder.data.sources.opening import Source, open_source
 from flax_encoder.data.sources.records import DataError, LabelError, Say
 from flax_encoder.data.store.encoding import exact_texts
@@ -180,6 +181,8 @@ def open_stores(
     for name, source in sources.items():
         identity = store_identity(source, tokenizer, columns, held_out[name], label_names)
         folder = cache_dir / "stores" / identity[:24]
+        if not folder.exists():
+            _check_labels(source, columns, progress)
         store = prepare(
             source, tokenizer, folder, columns, held_out=held_out[name], label_names=label_names, progress=progress,
             wait=True,
@@ -194,6 +197,21 @@ def open_stores(
     return tokenizer, [prepared[name] for name in names], weights
 
 
+def _check_labels(source: Source, columns: Columns, progress: Say) -> None:
+    """Say which labels are likely two spellings of one, before hours of preparing."""
+    if columns.value not in ("class", "classes"):
+        return
+    check, say = LabelCheck(), unhurried(progress)
+    for part in source.parts:
+        for record in part.read():
+            for name in (record.value,) if columns.value == "class" else record.value or ():
+                if name is not None:
+                    check.add(name, record.where)
+            say(f"reading the labels of {source.name}")
+    for problem in check.problems():
+        progress(problem)
+
+
 def cache_folder(config: DataConfig) -> pathlib.Path:
     return pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
 
@@ -204,6 +222,8 @@ def _open_sources(names: list[str], config: DataConfig, columns: Columns, progre
     for name in names:
         progress(f"reading {name}")
         sources[name] = open_source(name, config, columns, cache_dir)
+        for note in sources[name].notes:
+            progress(note)
     for split, path in (("validation", config.validation), ("test", config.test)):
         if path is not None and names:
             own = sources[names[0]]
@@ -211,6 +231,8 @@ def _open_sources(names: list[str], config: DataConfig, columns: Columns, progre
             parts = [part for part in own.parts if part.split != split]
             parts += [dataclasses.replace(part, split=split) for part in more.parts if part.split == "train"]
             print_ = hashlib.sha256(repr((own.fingerprint, split, more.fingerprint)).encode()).hexdigest()
+            for note in more.notes:
+                progress(note)
             sources[names[0]] = dataclasses.replace(
                 own, parts=parts, fingerprint=print_, has_test_apart=own.has_test_apart or split == "test"
             )

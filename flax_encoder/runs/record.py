@@ -47,7 +47,10 @@ class RunRecord:
           ConfigError: a setting that is not known, or of a wrong type.
         """
         config = dict(values["config"])
-        config["data"] = _BEFORE | config.get("data", {})
+        data = _BEFORE | config.get("data", {})
+        if "label_names" not in data and data.get("label_column") == "label":
+            del data["label_column"]  # the default of before there was a guess, which finds the same column
+        config["data"] = data
         return cls(
             from_dict(RunConfig, config),
             TextTokenizer(values["tokenizer"]),

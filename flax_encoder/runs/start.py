@@ -18,12 +18,13 @@ from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.tasks import is_setting_read
 from flax_encoder.training.run_log import RunLog
 
-# Settings that do not change what is computed: a resumed run may differ in them. (Text may have moved: its hash says
-# whether it is the same.)
+# Settings that do not change what is computed: a resumed run may differ in them. (Text may have moved, and its columns
+# have other names: the prepared text's hash says whether it is the same.)
 FREE_ON_RESUME = (
     "run_dir", "init_from", "compare_with_scratch", "log_every", "eval_every", "eval_batches", "checkpoint_every",
     "keep_checkpoints", "mesh.", "data.cache_dir", "data.source", "data.validation", "data.test", "data.tokenizer",
-    "data.word_vectors", "data.workers", "data.verify", "model.scan_layers", "model.remat",
+    "data.text_column", "data.text_pair_column", "data.label_column", "data.skip_bad_rows", "data.word_vectors",
+    "data.workers", "data.verify", "model.scan_layers", "model.remat",
     "model.attention_implementation",
 )  # fmt: skip
 

@@ -1,8 +1,17 @@
-"""What a run wants of every document of a source: how many texts, and what kind of value."""
+"""What a run wants of every document, and the columns of a source that give it: named by the user, or guessed."""
 
-from typing import Literal, NamedTuple
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from flax_encoder.config import DataConfig
+from flax_encoder.data.sources import values
+from flax_encoder.data.sources.records import DataError, Record
+from flax_encoder.data.sources.values import Row
 
 Value = Literal["none", "class", "classes", "number", "tags", "answers"]
+SAMPLED_ROWS = 100  # that tell the kinds of columns, where a format does not
 
 
 class Columns(NamedTuple):
@@ -17,3 +26,325 @@ class Columns(NamedTuple):
     min_texts: int = 1
     max_texts: int = 1
     """2 is a text or a pair; a question and its passage are (2, 2), a context and its choices (3, 27)."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is known of a source's columns before its rows are read."""
+
+    kinds: dict[str, str]
+    """Of each column: str, int, float, bool, list[KIND], dict, null (nothing in it so far) or other."""
+    where: str
+    names: dict[str, list[str]] = field(default_factory=dict)
+    """What the integers of a column stand for, where the source says so."""
+    doubled: frozenset[str] = frozenset()
+    """Names that more than one column has."""
+    is_fixed: bool = False
+    """The columns are ours, made from a format without named columns, so settings of columns do not mean them."""
+    dialect: Any = None
+    """How the reader of the format splits its rows."""
+    notes: tuple[str, ...] = ()
+    """What the reader found out by itself, in sentences for the user."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns to read of every row, and the record that they make. It can be sent to another process."""
+
+    columns: tuple[str, ...]
+    make: Callable[[Row], Record]
+    """Raises: BadRow: the row does not hold what its columns promise."""
+    label: str | tuple[str, ...] | None = None
+    label_names: list[str] | None = None
+    is_plain: bool = False
+    """One text, and no value or a class in one column."""
+    notes: tuple[str, ...] = ()
+
+
+# Names that data sets use, in lower case with _ for - and blanks.
+_TEXT = (
+    "sentence", "content", "review", "body", "document", "article", "comment", "tweet", "review_body", "review_text",
+    "abstract", "headline", "utterance", "message",
+)  # fmt: skip
+_PAIRS = (
+    ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"),
+    ("question", "passage"), ("question", "context"), ("text_a", "text_b"), ("text1", "text2"), ("text", "text_pair"),
+    ("sentence_a", "sentence_b"), ("query", "passage"), ("query", "document"), ("anchor", "positive"),
+    ("source", "target"), ("text", "summary"), ("document", "summary"), ("article", "highlights"),
+    ("dialogue", "summary"),
+)  # fmt: skip
+_LABELS = {
+    "class": (
+        "labels", "class", "category", "sentiment", "topic", "intent", "emotion", "target", "gold_label",
+        "label_coarse", "coarse_label", "label_fine", "fine_label", "polarity", "is_duplicate",
+    ),
+    "classes": ("labels", "label", "classes", "categories", "topics", "genres", "emotions"),
+    "number": (
+        "label", "score", "similarity", "similarity_score", "relatedness_score", "stars", "star_rating", "rating",
+        "sentiment",
+    ),
+    "tags": ("tags", "ner_tags", "pos_tags", "chunk_tags", "upos", "labels", "ner"),
+    "answers": ("answers", "answer"),
+    "choices": ("label", "answer"),
+}  # fmt: skip
+_SPANS = ("entities", "spans", "label", "labels")
+_ENTITIES = {"list[dict]", "list[list]", "list[null]", "dict"}
+_TOKENS = ("tokens", "words")
+_SCALARS = {"str", "int", "bool", "float", "null"}
+_IDENTIFIERS = {"id", "idx", "guid", "uid", "uuid", "index", "label", "labels"}
+_OPTION = {
+    "text": "--data.text-column", "second text": "--data.text-pair-column", "label": "--data.label-column",
+    "pair of texts": "--data.text-column and --data.text-pair-column",
+    "context and choices": "--data.text-column and --data.text-pair-column",
+}  # fmt: skip
+
+
+def choose_columns(table: Table, config: DataConfig, wanted: Columns) -> Layout:
+    """The columns that give what is wanted: those that `config` names, else those with names that data sets use.
+
+    Raises:
+      DataError: a column that is named is not there, or several could be meant; lists the columns and the option.
+    """
+    chooser = _Chooser(table, config, wanted)
+    if wanted.value == "tags":
+        layout = _tags(chooser)
+    elif wanted.value == "answers":
+        layout = _answers(chooser)
+    elif wanted.min_texts > 2:
+        layout = _choices(chooser)
+    else:
+        layout = _texts_and_value(chooser)
+    if doubled := table.doubled.intersection(layout.columns):
+        raise DataError(
+            f"a column that is read must have a name of its own: {table.where} has several named {min(doubled)!r}. "
+            f"Rename them."
+        )
+    return layout
+
+
+class _Chooser:
+    """Finds columns by role, and keeps account of which were guessed."""
+
+    def __init__(self, table: Table, config: DataConfig, wanted: Columns):
+        self.table, self.kinds, self.wanted, self.config = table, table.kinds, wanted, config
+        own = not table.is_fixed
+        self.text, self.pair = (config.text_column, config.text_pair_column) if own else (None, None)
+        label = config.label_column if own else None
+        self.label = label[0] if isinstance(label, tuple) and len(label) == 1 else label
+        self._by_key = {_key(name): name for name in reversed(self.kinds)}
+        self._guessed: dict[str, tuple[str, ...]] = {}
+        if self.pair is not None and wanted.max_texts < 2:
+            raise DataError(f"one text a document is read here: leave out --data.text-pair-column {self.pair}.")
+        if isinstance(self.label, tuple) and wanted.value != "classes":
+            raise DataError(
+                f"several label columns are for documents with several labels, 0 or 1 in each column: got "
+                f"{', '.join(self.label)}. Name one with --data.label-column."
+            )
+
+    def known(self, names: tuple[str, ...], is_fit: Callable[[str], bool] = lambda kind: True) -> list[str]:
+        """The columns that are called so and hold what is wanted."""
+        found = (self._by_key.get(name) for name in names)
+        return [name for name in found if name is not None and is_fit(self.kinds[name])]
+
+    def named(self, name: str, role: str) -> str:
+        if name not in self.kinds:
+            raise no_column(name, list(self.kinds), self.table.where, role)
+        return name
+
+    def one(self, role: str, asked: str | None, names: tuple[str, ...], is_fit=lambda kind: True) -> str:
+        """The column asked for, else the only one of these names."""
+        if asked is not None:
+            return self.named(asked, role)
+        found = self.known(names, is_fit)
+        if len(found) == 1:
+            return self.guessed(role, found[0])
+        if not found:
+            raise no_column(names[0], list(self.kinds), self.table.where, role)
+        raise self.unclear(role, f"{', '.join(found)} could be")
+
+    def guessed(self, role: str, *names: str) -> str:
+        self._guessed[role] = names
+        return names[0]
+
+    def unclear(self, role: str, why: str = "") -> DataError:
+        columns = ", ".join(self.kinds) or "none"
+        return DataError(
+            f"which column is the {role}? {self.table.where} has {columns}{why and ': ' + why}. "
+            f"Name one with {_OPTION[role]}."
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if self.table.is_fixed or all(names == (role,) for role, names in self._guessed.items()):
+            return self.table.notes  # `text` and `label` are what the settings' help promises
+        taken = ", ".join(f"{role} {' and '.join(map(repr, names))}" for role, names in self._guessed.items())
+        options = " and ".join(dict.fromkeys(_OPTION[role] for role in self._guessed))
+        return *self.table.notes, f"{self.table.where}: columns taken by their names: {taken}; {options} name others."
+
+
+def _key(name: str) -> str:
+    return name.strip().lower().replace("-", "_").replace(" ", "_")
+
+
+def _is_number(kind: str) -> bool:
+    return kind in ("int", "float")
+
+
+def _is_list(kind: str) -> bool:
+    return kind.startswith("list")
+
+
+def no_column(name: str, columns: list[str], where: str, role: str = "text") -> DataError:
+    return DataError(
+        f"there is no column {name!r} in {where}; the columns are {', '.join(columns)}. Name one with {_OPTION[role]}."
+    )
+
+
+def _texts_and_value(chooser: _Chooser) -> Layout:
+    wanted, kinds = chooser.wanted, chooser.kinds
+    label = _label(chooser) if wanted.value != "none" else None
+    labels = label if isinstance(label, tuple) else () if label is None else (label,)
+    texts = _texts(chooser, labels)
+    read = functools.partial(values.joined_tokens, texts[0])
+    if len(texts) > 1 or not _is_list(kinds[texts[0]]):
+        read = functools.partial(values.texts, texts)
+    names = list(chooser.config.label_names) if chooser.config.label_names else None
+    if wanted.value == "none":
+        make, names = functools.partial(values.plain, read), None
+        if read.func is values.texts and len(texts) == 1:
+            make = functools.partial(values.plain_text, texts[0])
+    else:
+        if not isinstance(label, tuple):
+            names = names or chooser.table.names.get(label)
+        if wanted.value == "number":
+            value, names = functools.partial(values.number, label), None
+        elif wanted.value == "class":
+            value = functools.partial(values.class_name, label, names)
+        elif isinstance(label, tuple):
+            value, names = functools.partial(values.flags, label), list(label)
+        else:
+            value = functools.partial(values.class_names, label, names)
+        make = functools.partial(values.with_value, read, value)
+    is_plain = len(texts) == 1 and wanted.value in ("none", "class")
+    return Layout((*texts, *labels), make, label, names, is_plain, chooser.notes)
+
+
+def _label(chooser: _Chooser) -> str | tuple[str, ...]:
+    value, asked = chooser.wanted.value, chooser.label
+    if isinstance(asked, tuple):
+        return tuple(chooser.named(name, "label") for name in asked)
+    if asked is None and value == "class" and "label" in chooser.kinds:
+        return chooser.guessed("label", "label")
+    fits = {"class": _SCALARS.__contains__, "number": _is_number, "classes": _is_list}[value]
+    return chooser.one("label", asked, (*(("label",) if value == "class" else ()), *_LABELS[value]), fits)
+
+
+def _texts(chooser: _Chooser, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """One column, or two: a pair only if it was named, or if both names belong together."""
+    kinds, wanted = chooser.kinds, chooser.wanted
+    strings = [name for name, kind in kinds.items() if kind == "str" and name not in labels]
+    pairs = [pair for names in _PAIRS if len(pair := [n for n in chooser.known(names) if n in strings]) == 2]
+    if chooser.text is not None:
+        first = chooser.named(chooser.text, "text")
+        if chooser.pair is not None:
+            return first, chooser.named(chooser.pair, "second text")
+        if wanted.min_texts < 2:
+            return (first,)
+        seconds = [second for name, second in pairs if name == first]
+        if len(seconds) != 1:
+            raise chooser.unclear("second text")
+        return first, chooser.guessed("second text", *seconds)
+    if chooser.pair is not None:
+        raise DataError(f"a second text needs a first: give --data.text-column with --data.text-pair-column "
+                        f"{chooser.pair}.")  # fmt: skip
+    if pairs and wanted.max_texts >= 2:
+        others = [n for n in chooser.known(("text", *_TEXT)) if n in strings and n not in pairs[0]]
+        if len(pairs) > 1 or others:
+            found = [f"{a} with {b}" for a, b in pairs] + others
+            raise chooser.unclear("text", f"{', or '.join(found)} could be")
+        chooser.guessed("pair of texts", *pairs[0])
+        return pairs[0][0], pairs[0][1]
+    if wanted.min_texts >= 2:
+        raise DataError(
+            f"two texts a document are needed: {chooser.table.where} has {', '.join(kinds)}, among which no names "
+            f"belong together. Name two with --data.text-column and --data.text-pair-column."
+        )
+    if "text" in kinds:
+        return (chooser.guessed("text", "text"),)
+    known = [name for name in chooser.known(("text", *_TEXT)) if name in strings]
+    others = [name for name in strings if _key(name) not in _IDENTIFIERS]
+    tokens = chooser.known(_TOKENS, "list[str]".__eq__)
+    for found in (strings, others, known if not pairs else [], tokens if not others else []):
+        if len(found) == 1:
+            return (chooser.guessed("text", found[0]),)
+    raise chooser.unclear("text", f"{', '.join(known)} could be" if len(known) > 1 else "")
+
+
+def _tags(chooser: _Chooser) -> Layout:
+    """Tokens with a tag each, or a text with entities at offsets of characters."""
+    asked, names = chooser.label, chooser.config.label_names
+    tokens = [chooser.text] if chooser.text is not None else chooser.known(_TOKENS, _is_list)
+    if tokens and _is_list(chooser.kinds[chooser.named(tokens[0], "text")]):
+        words = chooser.one("text", chooser.text, _TOKENS, _is_list)
+        tags = chooser.one("label", asked, _LABELS["tags"], lambda kind: kind in ("list[str]", "list[int]"))
+        names = list(names) if names else chooser.table.names.get(tags)
+        return Layout((words, tags), functools.partial(values.tagged, words, tags, names), tags, names,
+                      notes=chooser.notes)  # fmt: skip
+    entities = chooser.one("label", asked, _SPANS, _ENTITIES.__contains__)
+    (text,) = _texts(chooser, (entities,))
+    make = functools.partial(values.tagged_spans, text, entities)
+    return Layout((text, entities), make, entities, notes=chooser.notes)
+
+
+def _answers(chooser: _Chooser) -> Layout:
+    question = chooser.one("text", chooser.text, ("question", "query"))
+    context = chooser.one("second text", chooser.pair, ("context", "passage", "paragraph"))
+    answers = chooser.one("label", chooser.label, _LABELS["answers"])
+    name = next(iter(chooser.known(("id",))), None)
+    columns = (question, context, answers, *(() if name is None else (name,)))
+    make = functools.partial(values.answered, question, context, answers, name)
+    return Layout(columns, make, answers, notes=chooser.notes)
+
+
+def _choices(chooser: _Chooser) -> Layout:
+    """A context and its choices, as SWAG, COPA, or a column of text beside one of lists of texts have them."""
+    endings = chooser.known(tuple(f"ending{i}" for i in range(26)))
+    if chooser.text is None and endings and len(chooser.known(("sent1", "sent2"))) == 2:
+        columns = ("sent1", "sent2", *endings)
+        texts = functools.partial(values.swag, *chooser.known(("sent1", "sent2")), tuple(endings))
+        chooser.guessed("context and choices", *columns)
+    elif chooser.text is None and len(chooser.known(("premise", "question", "choice1", "choice2"))) == 4:
+        columns = tuple(chooser.known(("premise", "question", "choice1", "choice2")))
+        texts = functools.partial(values.copa, *columns)
+        chooser.guessed("context and choices", *columns)
+    else:
+        columns = (
+            chooser.one("text", chooser.text, ("context", "ctx", "question", "premise"), "str".__eq__),
+            chooser.one("second text", chooser.pair, ("choices", "endings", "options"), _is_list),
+        )
+        texts = functools.partial(values.choices, *columns)
+    label = chooser.one("label", chooser.label, _LABELS["choices"], _SCALARS.__contains__)
+    wanted = chooser.wanted
+    make = functools.partial(values.with_choice, texts, label, wanted.min_texts, wanted.max_texts)
+    return Layout((*columns, label), make, label, notes=chooser.notes)
+
+
+def kind_of_value(value: Any) -> str:
+    """The kind of a value as JSON has it."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        kinds = [kind for item in value if (kind := kind_of_value(item)) != "null"]
+        return f"list[{kinds[0].split('[')[0] if kinds else 'null'}]"
+    name = type(value).__name__
+    return name if name in ("str", "int", "float", "bool", "dict") else "other"
+
+
+def kinds_of_rows(rows: list[Row]) -> dict[str, str]:
+    """Each column with the kind of its first value that tells one."""
+    kinds: dict[str, str] = {}
+    for row in rows:
+        for name, value in row.items():
+            if kinds.get(name, "null") in ("null", "list[null]"):
+                kinds[name] = kind_of_value(value)
+    return kinds

@@ -1,37 +1,39 @@
 """Where documents come from: TensorFlow Datasets or Hugging Face `datasets` by name, or local files."""
 
 import contextlib
-import functools
 import glob
 import hashlib
-import io
 import itertools
+import json
 import os
 import pathlib
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from filelock import FileLock
-
 from flax_encoder.config import DataConfig
-from flax_encoder.data.sources.columns import Columns
-from flax_encoder.data.sources.files import PART_BYTES, READERS, file_parts, kind_of
-from flax_encoder.data.sources.records import DataError, Part, Record, make_record, no_column, text_column
+from flax_encoder.data.sources.columns import Columns, Layout
+from flax_encoder.data.sources.files import KINDS, file_layout, file_parts, kind_of
+from flax_encoder.data.sources.named import open_hf, open_tfds
+from flax_encoder.data.sources.records import DataError, Part, Record
+
+_COMPARED_BYTES = 2**26  # of a source's files, to tell one that was replaced by another of its size and time
+_PIECES = 16
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents in parts, those of the split `train` first; what is in the split `test`, if it has one, is held out."""
+    """Documents in parts, those of the split `train` first."""
 
     parts: list[Part]
     fingerprint: str
     """Changes when the documents may have changed; the cache's key."""
     label_names: list[str] | None = field(default=None)
-    """Names of labels that are integers, where the source knows them."""
+    """The names of labels, in the order of their integers, where the source knows them."""
     name: str = ""
     """What it was opened by."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user: which columns were guessed, which splits are left out."""
     has_test_apart: bool = False
     """Whether its test documents were named for reporting alone: others are then held out to choose by."""
 
@@ -49,141 +51,116 @@ class Source:
 def open_source(name: str, config: DataConfig, columns: Columns, cache_dir: pathlib.Path) -> Source:
     """The documents that `name`, one of `config.source`, stands for.
 
+    Args:
+      columns: what every record has.
+      cache_dir: where data sets by name are kept, and a note of each source's contents.
+
     Raises:
       DataError: no such file or data set, a kind of file that is not read here, or no such column (lists the columns).
     """
-    label = config.label_column if columns.value != "none" else None
-    for prefix, open_named in (("tfds:", _open_tfds), ("hf:", _open_hf)):
+    for prefix, open_named in (("tfds:", open_tfds), ("hf:", open_hf)):
         if name.startswith(prefix):
-            source = open_named(name.removeprefix(prefix), config.text_column, label, cache_dir)
-            break
+            found = open_named(name.removeprefix(prefix), config, columns, cache_dir)
+            layout = found.layout
+            what = (*found.identity, layout.columns[0], layout.label, *_unusual(config, columns, layout))
+            return Source(found.parts, _hash(*what), layout.label_names, name, found.notes)
+    return _open_files(name, config, columns, cache_dir)
+
+
+def _open_files(name: str, config: DataConfig, columns: Columns, cache_dir: pathlib.Path) -> Source:
+    if config.validation_split is not None:
+        raise DataError(
+            f"--data.validation-split is of tfds: and hf: sources: got it for {name}. Give the files to evaluate on "
+            f"with --data.validation."
+        )
+    paths = _matching(name)
+    kinds = {kind_of(p) for p in paths}
+    if len(kinds) > 1 or not kinds <= set(KINDS):
+        raise DataError(
+            f"data.source must match files of one kind, {', '.join(KINDS)} (all but .parquet also .gz or .zst): got "
+            f"{', '.join(sorted(kinds))}."
+        )
+    layout = next((found for path in paths if (found := file_layout(path, config, columns))), None)
+    parts = [part for path in paths for part in file_parts(path, config, columns)]
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    label = None if layout is None else layout.label
+    fingerprint = _hash(stats, config.text_column, label, config.text_unit, *_unusual(config, columns, layout))
+    names, notes = (None, ()) if layout is None else (layout.label_names, layout.notes)
+    return Source(parts, _of_contents(fingerprint, paths, cache_dir), names, name, notes)
+
+
+def _matching(name: str) -> list[pathlib.Path]:
+    """The files that a path, a folder or a pattern stands for. What exists is meant as it is written: a pattern begins
+    after the last folder that does."""
+    path = pathlib.Path(name).expanduser()
+    there = next((p for p in (path, *path.parents) if p.exists()), pathlib.Path())
+    if there == path and path.is_dir():
+        paths = [p for p in sorted(path.rglob("*")) if not any(x.startswith(".") for x in p.relative_to(path).parts)]
     else:
-        source = _open_files(name, config, label)
-    return replace(source, name=name)
-
-
-def _open_files(name: str, config: DataConfig, label: str | None) -> Source:
-    exact = pathlib.Path(name)  # a file whose name looks like a pattern is still a file
-    paths = [exact] if exact.is_file() else [pathlib.Path(p) for p in sorted(glob.glob(name, recursive=True))]
+        rest = path.parts[len(there.parts) :]
+        pattern = os.path.join(glob.escape(str(there)), *rest)
+        paths = [pathlib.Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
     paths = [p for p in paths if p.is_file()]
     if not paths:
+        hint = ""
+        if "[" in name:
+            hint = f" In a pattern [ab] stands for a or b; for a name that has brackets write {glob.escape(name)!r}."
         raise DataError(
-            f"no file matches data.source {name!r}. It is a path or quoted glob, a prepared store, tfds:NAME or "
-            f"hf:NAME."
+            f"no file matches data.source {name!r}. It is a path, a folder or a quoted glob, a prepared store, "
+            f"tfds:NAME or hf:NAME.{hint}"
         )
-    kinds = {kind_of(p) for p in paths}
-    if len(kinds) > 1 or not kinds <= set(READERS):
+    stems = {p.name.split(".")[0].lower() for p in paths} & {"validation", "valid", "dev", "test"}
+    if path.is_dir() and stems:
         raise DataError(
-            f"data.source must match files of one kind, {', '.join(READERS)} (the first two also .gz or .zst): "
-            f"got {', '.join(sorted(kinds))}."
+            f"a folder is training text, all of it: {name} has files named {', '.join(sorted(stems))}. Name the "
+            f"training files with --data.source, the others with --data.validation and --data.test, or take "
+            f"hf:{name}, which reads splits by the files' names."
         )
-    parts = [part for path in paths for part in file_parts(path, config, label)]
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    return Source(parts, _hash(stats, config.text_column, label, config.text_unit))
+    return paths
+
+
+def _unusual(config: DataConfig, columns: Columns, layout: Layout | None) -> tuple[Any, ...]:
+    """What else decides what is read; nothing for one text with a class or without, so that the caches, stores and
+    runs of before there was anything else are found."""
+    shape = () if layout is None or layout.is_plain else (columns, layout.columns)
+    settings = (config.label_names, config.skip_bad_rows, config.has_header, config.csv_quotes, config.validation_split)
+    return shape if settings == (None, False, True, True, None) else (*shape, settings)
 
 
 def _hash(*what: Any) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
-def _indexed(
-    splits: dict[str, tuple[int, int]], read: Callable[..., Iterator[Record]], where: str
-) -> list[Part]:
-    """Parts of a data set with random access, its test set held out; `splits` gives each one's records and bytes."""
-    if "train" not in splits:
-        raise DataError(f"{where} must have a split named train: it has {', '.join(splits)}.")
-    held_out = next((s for s in ("test", "validation") if s in splits), None)
-    parts = []
-    for role, split in (("train", "train"), ("test", held_out)):
-        records, size = splits[split] if split else (0, 0)
-        step = max(1, records * PART_BYTES // max(size, 1))
-        for begin in range(0, records, step):
-            end = min(begin + step, records)
-            parts.append(Part(role, (end - begin) * size // records, functools.partial(read, split, begin, end)))
-    return parts
-
-
-def _open_tfds(name: str, text: str | None, label: str | None, cache_dir: pathlib.Path) -> Source:
-    import tensorflow_datasets as tfds
-
-    # The python_docs corpus is the running interpreter's, so each interpreter version has a folder.
-    python = "{}.{}.{}".format(*sys.version_info[:3])
-    data_dir = cache_dir / "tfds" / (f"python-{python}" if name.split("/")[0] == "python_docs" else "any")
-    tfds.disable_progress_bar()
+def _of_contents(fingerprint: str, paths: list[pathlib.Path], cache_dir: pathlib.Path) -> str:
+    """The fingerprint, or another if other contents had it before: files may be replaced by others of their size and
+    time. A note in the cache remembers when the files last changed, and a hash of their contents or pieces of them."""
+    note = cache_dir / "sources" / f"{fingerprint[:24]}.json"
+    changed = _hash([(p.stat().st_ino, p.stat().st_ctime_ns) for p in paths])
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        # One process builds, others wait and find it built. Its own notices are dropped; ours say what is going on.
-        with FileLock(data_dir / ".lock"), contextlib.redirect_stdout(io.StringIO()):
-            builder = _tfds_builder(name, data_dir)
-            builder.download_and_prepare()
-    except (tfds.core.DatasetNotFoundError, NotImplementedError, ValueError, OSError) as error:
-        raise DataError(f"TensorFlow Datasets cannot give {name!r}: {type(error).__name__}: {error}") from error
-    features, where = builder.info.features, f"tfds:{name}"
-    strings = [k for k, f in features.items() if isinstance(f, tfds.features.Text)]
-    column = text_column(text, list(features), strings, where)
-    if label is not None and label not in features:
-        raise no_column(label, list(features), where)
-    label_feature = features[label] if label else None
-    names = list(label_feature.names) if isinstance(label_feature, tfds.features.ClassLabel) else None
-    splits = {split: (info.num_examples, info.num_bytes) for split, info in builder.info.splits.items()}
-    parts = _indexed(splits, functools.partial(_read_tfds, name, data_dir, column, label, names), where)
-    return Source(parts, _hash(builder.info.full_name, python, column, label), names)
+        known = json.loads(note.read_text("utf-8"))
+        if known["changed"] == changed:
+            return fingerprint
+        contents = _hash_of_pieces(paths)
+        if known["contents"] != contents:
+            return _hash(fingerprint, contents)
+    except (OSError, ValueError, KeyError, TypeError):
+        contents = _hash_of_pieces(paths)
+    with contextlib.suppress(OSError):  # without a cache that can be written to there is no store in it to mistake
+        note.parent.mkdir(parents=True, exist_ok=True)
+        new = note.with_name(f"{note.name}.{os.getpid()}")
+        new.write_text(json.dumps({"changed": changed, "contents": contents}), "utf-8")
+        os.replace(new, note)
+    return fingerprint
 
 
-@functools.lru_cache(maxsize=8)
-def _tfds_builder(name: str, data_dir: pathlib.Path):
-    # Registered by import. On a machine without TensorFlow the data-source path needs none of it.
-    import tensorflow_datasets as tfds
-
-    import flax_encoder.data.sources.python_docs  # noqa: F401
-
-    return tfds.builder(name, data_dir=os.fspath(data_dir), file_format="array_record")
-
-
-def _read_tfds(
-    name: str, data_dir: pathlib.Path, text: str, label: str | None, names: list[str] | None, split: str, begin: int,
-    end: int,
-) -> Iterator[Record]:  # fmt: skip
-    rows = _tfds_builder(name, data_dir).as_data_source(split)
-    return (make_record(rows[i], text, label, f"tfds:{name}", names) for i in range(begin, end))
-
-
-@functools.lru_cache(maxsize=8)
-def _load_hf(name: str, cache_dir: pathlib.Path) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError("hf: sources need the `datasets` library: pip install 'flax-encoder[hf]'.") from None
-    datasets.disable_progress_bars()
-    path, _, config = name.partition(":")
-    return datasets.load_dataset(path, config or None, cache_dir=os.fspath(cache_dir / "hf"))
-
-
-def _open_hf(name: str, text: str | None, label: str | None, cache_dir: pathlib.Path) -> Source:
-    try:
-        splits = _load_hf(name, cache_dir)
-    except DataError:
-        raise
-    except Exception as error:  # the library raises many kinds, for a name, a network or a file
-        raise DataError(f"Hugging Face datasets cannot give {name!r}: {type(error).__name__}: {error}") from error
-    features, where = next(iter(splits.values())).features, f"hf:{name}"
-    strings = [k for k, f in features.items() if getattr(f, "dtype", None) in ("string", "large_string")]
-    column = text_column(text, list(features), strings, where)
-    if label is not None and label not in features:
-        raise no_column(label, list(features), where)
-    names = getattr(features[label], "names", None) if label else None
-    sizes = {split: (len(rows), rows.data.nbytes) for split, rows in splits.items()}
-    parts = _indexed(sizes, functools.partial(_read_hf, name, cache_dir, column, label, names), where)
-    prints = sorted((split, rows._fingerprint) for split, rows in splits.items())
-    return Source(parts, _hash(name, prints, column, label), names)
-
-
-def _read_hf(
-    name: str, cache_dir: pathlib.Path, text: str, label: str | None, names: list[str] | None, split: str, begin: int,
-    end: int,
-) -> Iterator[Record]:  # fmt: skip
-    rows = _load_hf(name, cache_dir)[split].select_columns([text] if label is None else [text, label])
-    for at in range(begin, end, 1000):
-        columns = rows[at : min(at + 1000, end)]
-        for values in zip(*columns.values(), strict=True):
-            yield make_record(dict(zip(columns, values, strict=True)), text, label, f"hf:{name}", names)
+def _hash_of_pieces(paths: list[pathlib.Path]) -> str:
+    """Of the files' bytes, or of large ones' pieces from all over."""
+    digest, room = hashlib.sha256(), max(_PIECES, _COMPARED_BYTES // len(paths))
+    for path in paths:
+        size = path.stat().st_size
+        pieces = 1 if size <= room else _PIECES
+        with path.open("rb") as f:
+            for i in range(pieces):
+                f.seek(i * (size - room // pieces) // (_PIECES - 1) if pieces > 1 else 0)
+                digest.update(f.read(room // pieces))
+    return digest.hexdigest()

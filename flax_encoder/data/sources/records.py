@@ -12,9 +12,10 @@ class Record(NamedTuple):
     """A document as its source has it; `Columns` says what `value` is."""
 
     texts: tuple[str, ...]
+    """Exactly the source's characters, nothing stripped, so that offsets of characters hold."""
     value: Any = None
     where: str = ""
-    """Names the record in errors."""
+    """Names the record in errors, such as "reviews.jsonl, line 17"; empty where records have no value."""
     id: str | None = None
     """Its name in the source, where answers are given by it."""
 
@@ -27,62 +28,45 @@ class LabelError(DataError):
     """Labels are not those that a model was made for."""
 
 
+class BadRow(Exception):
+    """One row cannot be used; its reader names the row and raises a DataError, or leaves the row out.
+
+    Args:
+      rule: what every row must be.
+      found: what this one is, with a verb: "holds 5".
+      column: where in the row.
+    """
+
+    def __init__(self, rule: str, found: str, column: str | None = None):
+        super().__init__(rule, found, column)
+        self.rule, self.found, self.column = rule, found, column
+
+
+class BadRows:
+    """What a reader does about rows that cannot be used: it raises a DataError, or with `skip` counts them."""
+
+    def __init__(self, skip: bool):
+        self._skip = skip
+        self.count = 0
+
+    def add(self, where: str, row: BadRow) -> None:
+        """Raises: DataError: rows are not to be skipped; the message names the row."""
+        if not self._skip:
+            place = where if row.column is None else f"column {row.column!r} of {where}"
+            raise DataError(
+                f"{row.rule}: {place} {row.found}. --data.skip-bad-rows leaves such rows out and counts them."
+            )
+        self.count += 1
+
+
 @dataclass(frozen=True)
 class Part:
     """A stretch of a source, read from its start to its end by one worker; it can be sent to another process."""
 
     split: str
+    """`train`, `validation` or `test`."""
     size: int
     """About how much of the whole it is; the sizes of a source's parts have one unit."""
     read: Callable[[], Iterator[Record]]
-
-
-def text_column(asked: str | None, columns: list[str], strings: list[str], where: str) -> str:
-    """The column that is the text: the one asked for, else `text`, else the only one of strings."""
-    if asked is not None:
-        if asked not in columns:
-            raise no_column(asked, columns, where)
-        return asked
-    if "text" in columns:
-        return "text"
-    if len(strings) == 1:
-        return strings[0]
-    raise DataError(f"which column is the text? {where} has {', '.join(columns)}. Name one with --data.text-column.")
-
-
-def no_column(name: str, columns: list[str], where: str) -> DataError:
-    return DataError(
-        f"there is no column {name!r} in {where}; the columns are {', '.join(columns)}. "
-        f"Name one with --data.text-column or --data.label-column."
-    )
-
-
-def make_record(
-    row: dict[str, Any], text: str, label: str | None, where: str, names: list[str] | None = None
-) -> Record:
-    """`text`, and `label` if asked, of a source's row, with their types checked."""
-    for column in (text, label) if label else (text,):
-        if column not in row:
-            raise no_column(column, list(row), where)
-    value = "" if row[text] is None else _string(row[text], "text", f"column {text!r} of {where}")
-    if label is None:
-        return Record((value,))
-    named = row[label]
-    if named is not None and not isinstance(named, int):
-        named = _string(named, "label", f"column {label!r} of {where}")
-    if names is not None and isinstance(named, int) and 0 <= named < len(names):
-        named = names[named]
-    return Record((value,), None if named is None else str(named), where)
-
-
-def _string(value: Any, role: str, where: str) -> str:
-    try:
-        value = value.decode("utf-8") if isinstance(value, bytes) else value
-        if isinstance(value, str):
-            value.encode("utf-8")  # JSON can spell half a surrogate pair
-            return value
-    except UnicodeError as error:
-        raise DataError(f"the {role} column must hold Unicode text: {where} holds {value[:40]!r}: {error}.") from None
-    raise DataError(
-        f"the {role} column must hold strings{' or integers' * (role == 'label')}: {where} holds {value!r}."
-    )
+    """Gives the records in order. A generator's own result (`count = yield from part.read()`) is the number of rows
+    that were left out as `skip_bad_rows` asks."""

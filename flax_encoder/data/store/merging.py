@@ -92,7 +92,7 @@ def merge_parts(
         with path.open("rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         files[path.relative_to(store).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    excluded = sum(a["excluded"] for a in about)
+    rare = {"also held out": sum(a["excluded"] for a in about), "bad rows": sum(a["bad"] for a in about)}
     manifest = {
         "format": FORMAT,
         "identity": identity,
@@ -102,7 +102,7 @@ def merge_parts(
         "dtype": token_dtype(tokenizer).name,
         "value": columns.value,
         "dropped": {"empty": sum(a["empty"] for a in about), "duplicate": int(len(keep) - keep.sum())}
-        | ({"also held out": excluded} if excluded else {}),
+        | {name: count for name, count in rare.items() if count},
         "contradictory": _contradictory(parts) if columns.value != "none" else 0,
         "label_names": names,
         "splits": {

@@ -146,10 +146,11 @@ def _tokenize_part(
     lengths, hashes, text_hashes, splits = array("I"), bytearray(), bytearray(), bytearray()
     text_lengths, answers, values, tag_ids = [], [], [], {}
     empty = excluded = num_tokens = 0
+    bad_rows: list[int] = []
     try:
         with contextlib.ExitStack() as stack:
             files = {kind: stack.enter_context((work / f"{kind}.bin").open("wb")) for kind in kinds}
-            for batch in _batched(part.read()):
+            for batch in _batched(_counted(part, bad_rows)):
                 encoded = encode_records(batch, tokenizer, columns, tag_ids, dtype)
                 keep = _is_document(encoded)
                 empty += int((~keep).sum())
@@ -187,7 +188,8 @@ def _tokenize_part(
         if columns.value == "answers":
             np.save(work / "answers.npy", np.concatenate(answers or [np.zeros((0, 2), np.int32)]))
         is_listed = columns.value in ("class", "classes", "number")
-        about = {"empty": empty, "excluded": excluded, "values": values if is_listed else [], "tags": list(tag_ids)}
+        about = {"empty": empty, "excluded": excluded, "bad": sum(bad_rows)}
+        about |= {"values": values if is_listed else [], "tags": list(tag_ids)}
         (work / "about.json").write_text(json.dumps(about))
         try:
             os.rename(work, folder)
@@ -196,6 +198,11 @@ def _tokenize_part(
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _counted(part: Part, bad_rows: list[int]) -> Iterator[Record]:
+    """A part's records; at their end `bad_rows` gets the number of rows that were left out."""
+    bad_rows.append((yield from part.read()) or 0)
 
 
 def _is_document(encoded: Encoded) -> np.ndarray:

@@ -1,0 +1,166 @@
+"""Tables of separated fields: .csv and .tsv. Every field is text, as it is written."""
+
+import csv
+import dataclasses
+import io
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from flax_encoder.config import DataConfig
+from flax_encoder.data.sources.columns import SAMPLED_ROWS, Columns, Row, Table
+from flax_encoder.data.sources.records import BadRow, BadRows, DataError
+from flax_encoder.data.sources.streams import Span, decode, name_without_packing, open_text, raw_lines
+
+_SAMPLED_BYTES, _SAMPLED_LINES = 2**20, 100
+_FIELD_CHARACTERS = 2**27  # Python's own limit is 2**17
+
+
+class Dialect(NamedTuple):
+    delimiter: str
+    quotes: bool
+    """Whether quotes enclose fields, and do not belong to them."""
+    columns: tuple[str, ...]
+    skipped_lines: int
+
+
+def _suffix(path: pathlib.Path) -> str:
+    return name_without_packing(path).suffix.lower()
+
+
+def _reader(text_lines: Iterator[str], delimiter: str, quotes: bool):
+    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))  # of the process: it has no other
+    quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    return csv.reader(text_lines, delimiter=delimiter, quoting=quoting, strict=True)
+
+
+def _text_lines(path: pathlib.Path) -> Iterator[str]:
+    return (decode(raw, path, offset) for offset, raw in raw_lines(path))
+
+
+def table(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Table | None:
+    """The columns, and how rows are split.
+
+    Raises:
+      DataError: the first row does not parse.
+    """
+    notes = []
+    delimiter = "\t" if _suffix(path) == ".tsv" else _delimiter(path, config.csv_quotes)
+    if delimiter != "," and _suffix(path) == ".csv":
+        notes.append(f"{path}: its columns are separated by {delimiter!r}, for its first row has no comma.")
+    quotes = config.csv_quotes and (_suffix(path) != ".tsv" or _quotes_enclose(path, delimiter))
+    if config.csv_quotes and not quotes:
+        notes.append(f"{path}: quotes are text, for more of its first rows have all their fields so.")
+    reader = _reader(_text_lines(path), delimiter, quotes)
+    try:
+        first = next((row for row in reader if row), None)
+    except csv.Error as error:
+        rule, found = _problem(error)
+        raise DataError(f"{rule}: the first row of {path} {found}.") from None
+    if first is None:
+        return None
+    names = [name.strip() for name in first] if config.has_header else [str(i) for i in range(1, len(first) + 1)]
+    dialect = Dialect(delimiter, quotes, tuple(names), reader.line_num if config.has_header else 0)
+    doubled = frozenset(name for name in names if names.count(name) > 1)
+    found = Table(dict.fromkeys(names, "str"), str(path), doubled=doubled, dialect=dialect, notes=tuple(notes))
+    sampled = rows(path, Span(), found, tuple(names), config, BadRows(config.skip_bad_rows))
+    sample = [row for _, row in itertools.islice(sampled, SAMPLED_ROWS)]
+    return dataclasses.replace(found, kinds=_kinds_of_strings(names, sample)) if sample else None
+
+
+def _problem(error: csv.Error) -> tuple[str, str]:
+    """(rule, what was found)."""
+    if "new-line" in str(error):
+        return (
+            "rows end in \\n or \\r\\n (`tr '\\r' '\\n' < OLD > NEW` mends a file whose rows end in \\r)",
+            "has a \\r alone, outside quotes",
+        )
+    return "quotes enclose whole fields (--data.no-csv-quotes takes them as text)", f"does not parse: {error}"
+
+
+def _delimiter(path: pathlib.Path, quotes: bool) -> str:
+    """The comma, unless the first two rows have none and agree in another sign that such files have."""
+    head = list(itertools.islice(_text_lines(path), _SAMPLED_LINES))
+    for delimiter in (",", ";", "\t", "|"):
+        try:
+            widths = {len(row) for row in itertools.islice(filter(None, _reader(iter(head), delimiter, quotes)), 2)}
+        except csv.Error:
+            continue
+        if widths and max(widths) > 1 and (delimiter == "," or len(widths) == 1):
+            return delimiter
+    return ","
+
+
+def _quotes_enclose(path: pathlib.Path, delimiter: str) -> bool:
+    """Whether the quotes at the start of a .tsv file enclose fields. Many such files were written without quoting:
+    read with it, a quote that begins a sentence swallows the rows up to the next."""
+    with open_text(path) as f:
+        start, is_all = f.read(_SAMPLED_BYTES), not f.read(1)
+    text = start.decode("utf-8-sig", "ignore")
+    whole, others = _count_rows(text, delimiter, True)
+    cut_off = 0 if is_all else 1  # the last row
+    return others <= cut_off or whole + cut_off >= _count_rows(text, delimiter, False)[0]
+
+
+def _count_rows(text: str, delimiter: str, quotes: bool) -> tuple[int, int]:
+    """How many rows have as many fields as the first, and how many have not or do not parse."""
+    reader, widths = _reader(io.StringIO(text, newline="\n"), delimiter, quotes), []
+    while True:
+        try:
+            widths.append(len(next(reader)))
+        except StopIteration:
+            whole = sum(width == widths[0] for width in widths)
+            return whole, len(widths) - whole
+        except csv.Error:
+            widths.append(-1)
+
+
+def rows(
+    path: pathlib.Path, span: Span, table: Table, columns: tuple[str, ...], config: DataConfig, bad: BadRows
+) -> Iterator[tuple[tuple[int, int], Row]]:
+    delimiter, quotes, names, skipped = table.dialect
+    reader = _reader(itertools.islice(_text_lines(path), skipped, None), delimiter, quotes)
+    places = [(name, names.index(name)) for name in columns]
+    for number in itertools.count(1):
+        place = number, skipped + reader.line_num + 1
+        try:
+            fields = next(reader)
+            while not fields:  # a blank line
+                place = number, skipped + reader.line_num + 1
+                fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            bad.add(where(path, place), BadRow(*_problem(error)))
+            continue
+        if len(fields) != len(names):
+            bad.add(
+                where(path, place),
+                BadRow(f"every row must have a field for each of the {len(names)} columns", f"has {len(fields)}"),
+            )
+            continue
+        yield place, {name: fields[i] for name, i in places}
+
+
+def where(path: pathlib.Path, place: tuple[int, int]) -> str:
+    return f"{path}, row {place[0]} (line {place[1]})"
+
+
+def _kinds_of_strings(names: list[str], rows: list[Row]) -> dict[str, str]:
+    """float for columns all of whose values spell numbers, which are hardly texts; a guess, and for guessing alone."""
+    kinds = {}
+    for name in names:
+        cells = [row[name].strip() for row in rows if row[name].strip()]
+        kinds[name] = "float" if cells and all(map(_spells_number, cells)) else "str" if cells else "null"
+    return kinds
+
+
+def _spells_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+

@@ -1,0 +1,70 @@
+"""Parquet files: a part a row group, and of each row the columns that are read."""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from flax_encoder.config import DataConfig
+from flax_encoder.data.sources.columns import Columns, Row, Table
+from flax_encoder.data.sources.records import BadRows, DataError
+
+
+def _open(path: pathlib.Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"not a Parquet file: {path}: {error}.") from None
+
+
+def spans(path: pathlib.Path, config: DataConfig, wanted: Columns) -> list[tuple[int, Any]]:
+    metadata, first, found = _open(path).metadata, 1, []
+    for i in range(metadata.num_row_groups):
+        found.append((metadata.row_group(i).total_byte_size, (i, first)))
+        first += metadata.row_group(i).num_rows
+    return found
+
+
+def table(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Table:
+    schema = _open(path).schema_arrow
+    kinds = {f.name: kind_of_type(f.type) for f in schema}
+    return Table(kinds, str(path), doubled=frozenset(n for n in schema.names if schema.names.count(n) > 1))
+
+
+def kind_of_type(type_: Any) -> str:
+    import pyarrow as pa
+
+    t = pa.types
+    if t.is_dictionary(type_):
+        return kind_of_type(type_.value_type)
+    if t.is_list(type_) or t.is_large_list(type_) or t.is_fixed_size_list(type_):
+        return f"list[{kind_of_type(type_.value_type).split('[')[0]}]"
+    checks = {
+        "str": (t.is_string, t.is_large_string, getattr(t, "is_string_view", t.is_string)),
+        "int": (t.is_integer,), "float": (t.is_floating,), "bool": (t.is_boolean,), "dict": (t.is_struct,),
+        "null": (t.is_null,),
+    }  # fmt: skip
+    return next((kind for kind, tests in checks.items() if any(test(type_) for test in tests)), "other")
+
+
+def rows(
+    path: pathlib.Path, span: tuple[int, int], table: Table, columns: tuple[str, ...], config: DataConfig, bad: BadRows
+) -> Iterator[tuple[int, Row]]:
+    import pyarrow as pa
+
+    row_group, number = span
+    try:
+        for batch in _open(path).iter_batches(row_groups=[row_group], columns=list(dict.fromkeys(columns))):
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1
+    except DataError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:  # a damaged page
+        raise DataError(f"a Parquet file cannot be read to its end: {path}: {error}.") from None
+
+
+def where(path: pathlib.Path, place: int) -> str:
+    return f"{path}, row {place}"
