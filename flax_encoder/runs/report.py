@@ -70,18 +70,21 @@ def show_report(
         ))  # fmt: skip
         if scratch is not None:
             rows["same model from scratch"] = _plain(scratch)
-    rows["fine-tuned" if run.config.init_from else "this model"] = _plain(metrics)
-    columns = [name.removeprefix("eval/") for name in metrics if name.startswith("eval/")]
+    model = "fine-tuned" if run.config.init_from else "this model"
+    rows[model] = _plain(metrics)
     table = Table(title="held-out documents", title_justify="left")
     table.add_column("")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    for name, values in rows.items():
-        table.add_row(name, *(f"{values[c]:,.4f}" if c in values else "" for c in columns))
+    for name in rows:
+        table.add_column(name, justify="right", overflow="fold")
+    tests = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
+    if tests:
+        rows["the test documents"] = tests
+        table.add_column("... on the test documents", justify="right", overflow="fold")
+    for metric in rows[model]:
+        values = (f"{row[metric]:,.4f}" if metric in row else "" for row in rows.values())
+        table.add_row(metric.replace("_", " "), *values)
     console.print()
     console.print(table)
-    if test := {name.removeprefix("test/"): v for name, v in metrics.items() if name.startswith("test/")}:
-        console.print("test documents: " + ", ".join(f"{name} {value:.4f}" for name, value in test.items()))
     for line in run.task.examples(run, data) if run.task.examples else []:
         console.print(line)
     console.print("\nnext:")
@@ -91,7 +94,7 @@ def show_report(
 
 
 def _plain(metrics: dict[str, float]) -> dict[str, float]:
-    return {name.removeprefix("eval/"): value for name, value in metrics.items()}
+    return {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
 
 
 def plot_runs(run_dirs: list[pathlib.Path], out: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ from flax_encoder.data.pipeline import settle_tokenizer
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.data.tokens.word_vectors import embedding_from_vectors, word_level_tokenizer
-from flax_encoder.nn.partition import round_up_vocab
+from flax_encoder.nn.partition import flatten, round_up_vocab
 from flax_encoder.runs.load import read_origin
 from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.tasks import is_setting_read
@@ -40,7 +40,7 @@ def settle(
     """
     if start:
         record = read_record(run_dir)
-        before, known = record.config, like_origin(config, record)
+        before, known = record.config, like_origin(config, record, has_head=True)
         if not before.data.held_out_by_class:  # a run from before there was the choice keeps its documents
             known, config = (dataclasses.replace(
                 c, data=dataclasses.replace(c.data, held_out_by_class=False)) for c in (known, config))  # fmt: skip
@@ -60,8 +60,8 @@ def settle(
         config = dataclasses.replace(known, init_from=before.init_from)
         return config, record, record.tokenizer, record.label_names
     if config.init_from:
-        record, _ = read_origin(config.init_from, config.objective)
-        settled = like_origin(config, record)
+        record, params = read_origin(config.init_from, config.objective)
+        settled = like_origin(config, record, has_head="head.out.kernel" in flatten(params))
         model = dataclasses.replace(config.model, vocab_size=settled.model.vocab_size)
         for name, (was, now) in differences(dataclasses.replace(config, model=model), settled).items():
             log.say(f"{name} is {now}, from {config.init_from} (the config has {was})")
@@ -86,7 +86,7 @@ def like_origin(config: RunConfig, record: RunRecord) -> RunConfig:
     origin = record.config
     theirs = {name: value for name, value in vars(origin.model).items() if name not in FREE_OF_PARAMETERS}
     head: dict[str, Any] = {"head": origin.head} if origin.objective == config.objective else {}
-    if head:
+    if head and has_head:
         head["pooling"] = origin.pooling
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **theirs), **head)
 
@@ -100,15 +100,17 @@ def with_vocab_size(config: RunConfig, tokenizer_size: int) -> RunConfig:
 
 
 def start_from(config: RunConfig, label_names: list[str] | None, params: Any, log: RunLog) -> Any:
-    """`params` with the encoder of init_from, and its head too if that was made for the same; what is new is named."""
+    """`params` with the encoder of init_from, and its head too if that is of the same objective, but for the outputs of
+    other labels; what is new is named."""
     origin, params_there = read_origin(config.init_from, config.objective)
+    is_same = origin.config.objective == config.objective
     is_of_these = origin.label_names is None or origin.label_names == label_names
-    keeps_head = origin.config.objective == config.objective and is_of_these
     found = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(params_there)}
     fresh = []
 
     def pick(path, own):
-        theirs = found.get(jax.tree_util.keystr(path)) if keeps_head or path[0].key == "encoder" else None
+        is_kept = path[0].key == "encoder" or (is_same and (is_of_these or path[1].key != "out"))
+        theirs = found.get(jax.tree_util.keystr(path)) if is_kept else None
         if theirs is None or theirs.shape != own.shape:
             fresh.append(".".join(key.key for key in path))
             return own

@@ -35,7 +35,7 @@ def merge_parts(
     values = [value for a in about for value in a["values"]]
     codes = _joined(parts, "splits.npy", np.zeros(0, np.uint8))
     if held_out.by_class:
-        codes = _held_out_by_class(_joined(parts, "text_hashes.npy"), values, held_out.rate)
+        codes = _held_out_by_class(codes, _joined(parts, "text_hashes.npy"), values, held_out.rate)
     if not (codes == 1).any():  # a source with one set for evaluation has it for every evaluation
         codes[codes == 2] = 1
     keep = _first_of_each(parts, counts, work / "keep.bin", progress)
@@ -123,21 +123,23 @@ def _joined(parts: list[pathlib.Path], name: str, empty: np.ndarray | None = Non
     return np.concatenate(found) if found else np.asarray(empty)
 
 
-def _held_out_by_class(hashes: np.ndarray, values: list[str], rate: float) -> np.ndarray:
-    """The split of each document, 0 or 1, uint8 [documents]: of every class the share `rate` with the least hashes, at
-    least one of two or more, and none with a hash past twice the rate, which may have trained the tokenizer."""
+def _held_out_by_class(codes: np.ndarray, hashes: np.ndarray, values: list[str], rate: float) -> np.ndarray:
+    """The split of each document, uint8 [documents], test documents left as they are: of every class the share `rate`
+    with the least hashes, at least one of two or more, and none with a hash past twice the rate, which may have trained
+    the tokenizer."""
     order = hashes[:, 0].byteswap() / 2.0**64  # as `is_held_out` reads a digest
-    codes = np.zeros(len(values), np.uint8)
+    is_test = codes == SPLITS.index("test")
+    codes = np.where(is_test, codes, 0).astype(np.uint8)
     _, class_of = np.unique(np.array([str(v) for v in values], object).astype(str), return_inverse=True)
     for k in range(int(class_of.max(initial=-1)) + 1):
-        own = np.flatnonzero(class_of == k)
+        own = np.flatnonzero((class_of == k) & ~is_test)
         wanted = max(1, round(rate * len(own))) if len(own) > 1 and rate else 0
         if wanted:
             last = np.sort(order[own])[wanted - 1]
             codes[own[(order[own] <= last) & (order[own] < MOST_HELD_OUT * rate)]] = 1
     # The same text goes to one side, whatever its labels.
     held = order[codes == 1]
-    codes[np.isin(order, held)] = 1
+    codes[np.isin(order, held) & ~is_test] = 1
     return codes
 
 
