@@ -8,6 +8,7 @@ from flax_encoder.config import DataConfig
 from flax_encoder.data.sources import named
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.labels import LabelCheck
+from flax_encoder.data.sources.opening import open_source
 from flax_encoder.data.sources.records import DataError
 from tests.data.reading import (
     ANSWERS,
@@ -295,6 +296,8 @@ def test_the_validation_split_is_one_that_can_be_evaluated_on(hub_set, tmp_path)
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataError, match=r"is of tfds: and hf: sources.*--data\.validation\."):
         read(tmp_path / "a.txt", tmp_path, validation_split="validation")
+    other = DataConfig(source="hf:toy", validation_split="validation", test=str(tmp_path / "a.txt"))
+    assert texts(open_source(other.test, other, TEXT, tmp_path).records("train")) == ["a"]
     with pytest.raises(DataError, match="must have a split named train: it has test"):
         hub_set({"test": [0]})
 
