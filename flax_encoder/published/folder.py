@@ -45,6 +45,8 @@ def read_published_config(folder: pathlib.Path) -> dict[str, Any]:
             f"{is_file}. Give a run folder, a checkpoint or a folder with config.json, weights and a tokenizer."
             f"{_fetch(folder)}"
         )
+    if (folder / "checkpoints").is_dir():
+        raise ConfigError(f"{folder} is a run folder, which load_run opens; `export` makes a published one of it.")
     if not (folder / "config.json").exists():
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise ConfigError(
@@ -52,8 +54,6 @@ def read_published_config(folder: pathlib.Path) -> dict[str, Any]:
             f"{there}. Fetch the whole folder, or give the one below it that has config.json."
         )
     config = read_json(folder / "config.json")
-    if (folder / "checkpoints").is_dir():
-        raise ConfigError(f"{folder} is a run folder, which load_run opens; `export` makes a published one of it.")
     if type(config.get("model_type")) is not str:
         raise ConfigError(
             f"{folder / 'config.json'} must name its model_type: got {config.get('model_type')!r}. Add what the "

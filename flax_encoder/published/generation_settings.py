@@ -152,7 +152,7 @@ class Settings:
         if own:
             listed = ", ".join(f"{name} {value!r}" for name, value in own.items())
             raise DataError(
-                f"{self.path} asks for what is not done here: {listed}. Tell generate otherwise, such as "
+                f"{self.path} asks for what is not done: {listed}. Tell generate otherwise, such as "
                 f"{next(iter(own))}=None, or remove it from the file."
             )
         wanted: dict[str, Any] = {}

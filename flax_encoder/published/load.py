@@ -10,7 +10,7 @@ import pathlib
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,16 +47,11 @@ from flax_encoder.published.folder import (  # noqa: F401 - who opens folders ha
     read_published_config,
 )
 from flax_encoder.published.generation_settings import Settings, read_settings
+from flax_encoder.published.tasks import NO_HEAD, Task
 from flax_encoder.published.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
-Task = Literal[
-    "masked_lm", "classification", "token_classification", "question_answering", "multiple_choice", "next_sentence",
-    "discriminator", "text_to_text",
-]  # fmt: skip
-TASKS: tuple[str, ...] = get_args(Task)
-NO_HEAD = "none"
 ALONE = 'task="none" (on the command line --task none)'
 # Buffers that older files carry: positions 0, 1, 2 ..., masks and rotations, which follow from the config.
 BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|freqs_cis|alibi)$")

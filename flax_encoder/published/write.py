@@ -74,7 +74,7 @@ def published_config(loaded: Pretrained) -> dict[str, Any]:
     if loaded.task is not None and loaded.decoder is None and loaded.family.heads[loaded.task].num_outputs is None:
         names = loaded.label_names
         if names is None and loaded.task != "masked_lm":
-            names = [f"LABEL_{i}" for i in range(loaded.model.head.out.kernel[...].shape[-1])]
+            names = [f"LABEL_{i}" for i in range(loaded.num_outputs)]
         if names is not None:
             config["id2label"] = {str(i): name for i, name in enumerate(names)}
             config["label2id"] = {name: i for i, name in enumerate(names)}

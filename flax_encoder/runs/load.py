@@ -2,7 +2,7 @@
 
 import logging
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -12,6 +12,7 @@ from flax_encoder.data.sources.records import DataError
 from flax_encoder.families import find_family
 from flax_encoder.nn.partition import abstract_model, flatten, unflatten
 from flax_encoder.published.load import TOKENIZER_FILES, Pretrained, is_published, load_pretrained, read_json
+from flax_encoder.published.tasks import Task
 from flax_encoder.runs.loaded import LoadedRun, model_factory
 from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.tasks import TASKS
@@ -20,12 +21,19 @@ from flax_encoder.training.checkpoint import read_params
 logger = logging.getLogger(__name__)
 
 
-def load(path: str | pathlib.Path, *, objective: str | None = None, allow_unused: bool = False) -> LoadedRun:
+def load(
+    path: str | pathlib.Path,
+    *,
+    objective: str | None = None,
+    head: Task | Literal["none"] | None = None,
+    allow_unused: bool = False,
+) -> LoadedRun:
     """Open a run folder (its newest checkpoint), one checkpoint, or a published folder, to ask it, export it, embed
     with it or train from it.
 
     Args:
       objective: the task to open a published folder for; None is what its config.json says. A run has its own.
+      head: the head to load of a published folder where no objective is given, "none" for the encoder alone.
       allow_unused: leave out tensors of a published folder that nothing here reads, rather than refuse them.
 
     Raises:
@@ -35,7 +43,7 @@ def load(path: str | pathlib.Path, *, objective: str | None = None, allow_unused
     path = pathlib.Path(path)
     if not is_published(path):
         return load_run(path)
-    head = None if objective is None else TASKS[objective].head
+    head = head if objective is None else TASKS[objective].head
     loaded = load_pretrained(path, task=head, allow_unused=allow_unused)
     return from_pretrained(loaded, objective or objective_of(loaded, path))
 
