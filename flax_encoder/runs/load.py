@@ -11,7 +11,14 @@ from flax_encoder.config import DataConfig, HeadConfig, RunConfig
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.families import find_family
 from flax_encoder.nn.partition import abstract_model, flatten, unflatten
-from flax_encoder.published.load import TOKENIZER_FILES, Pretrained, is_published, load_pretrained, read_json
+from flax_encoder.published.load import (
+    TOKENIZER_FILES,
+    Pretrained,
+    is_published,
+    load_pretrained,
+    read_json,
+    read_published_config,
+)
 from flax_encoder.published.tasks import Task
 from flax_encoder.runs.loaded import LoadedRun, model_factory
 from flax_encoder.runs.record import RunRecord, read_record
@@ -135,7 +142,7 @@ def read_origin(path: str | pathlib.Path, objective: str) -> tuple[RunRecord, An
     path = pathlib.Path(path)
     if not is_published(path):
         return read_record(path), read_params(path)
-    family = find_family(read_json(path / "config.json"))
+    family = find_family(read_published_config(path))
     head = TASKS[objective].head
     loaded = load_pretrained(path, task=head if head in family.heads else None)
     return as_record(loaded, objective if loaded.task == head else None)
