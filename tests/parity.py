@@ -8,7 +8,6 @@ must open with no missing or unexpected key and the same numbers.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 import tempfile
@@ -18,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_encoder.families.mapping import export_tensors, write_config
+from flax_encoder.families.mapping import POOLED, export_tensors
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.load import Pretrained, load_pretrained
-from flax_encoder.published.weights import write_weights
+from flax_encoder.published.write import write_pretrained
 
 B, T, V = 3, 11, 43
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4  # of the largest reference value
@@ -128,11 +127,12 @@ def _eurobert(r):
 TASKS = {
     None: "Model", "masked_lm": "ForMaskedLM", "classification": "ForSequenceClassification",
     "token_classification": "ForTokenClassification", "question_answering": "ForQuestionAnswering",
+    "multiple_choice": "ForMultipleChoice", "next_sentence": "ForNextSentencePrediction",
     "discriminator": "ForPreTraining",
 }  # fmt: skip
-ALL = (None, "masked_lm", "classification", "token_classification", "question_answering")
+ALL = (None, "masked_lm", "classification", "token_classification", "question_answering", "multiple_choice")
 FAMILIES = {
-    "bert": ("Bert", _bert, ALL),
+    "bert": ("Bert", _bert, (*ALL, "next_sentence")),
     "roberta": ("Roberta", lambda r: _bert(r, max_position_embeddings=T + 8), ALL),
     "xlm-roberta": ("XLMRoberta", lambda r: _bert(r, max_position_embeddings=T + 8), ALL),
     "albert": ("Albert", _albert, ALL),
@@ -168,7 +168,7 @@ def torch_model(family: str, task: str | None, seed: int):
 def draw_batch(model, task: str | None, r) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(inputs, labels): rows padded on the left, on the right or not at all; padding is no token of a document."""
     config = model.config
-    pools = task == "classification" and getattr(config, "classifier_pooling", "cls") in ("cls", "bos")
+    pools = task in POOLED and getattr(config, "classifier_pooling", "cls") in ("cls", "bos")
     side = r.choice(["none", "right", "left"])
     side = "right" if pools and side == "left" else side  # there torch reads a padding token
     side = "none" if task == "question_answering" else side  # torch's loss takes padding for an answer
@@ -178,8 +178,9 @@ def draw_batch(model, task: str | None, r) -> tuple[dict[str, np.ndarray], dict[
     inputs = {"input_ids": np.where(mask, ids, config.pad_token_id), "attention_mask": mask}
     if getattr(config, "type_vocab_size", 0) > 1 and r.integers(4):
         inputs["token_type_ids"] = r.integers(0, config.type_vocab_size, (B, T))
-    if task == "classification":
-        return inputs, {"labels": r.integers(0, 4, B)}
+    if task in POOLED:
+        count = {"classification": 4, "multiple_choice": B, "next_sentence": 2}[task]
+        return inputs, {"labels": r.integers(0, count, 1 if task == "multiple_choice" else B)}
     if task == "question_answering":
         first = mask.argmax(1)
         return inputs, {"start_positions": first, "end_positions": first + mask.sum(1) - 1}
@@ -195,10 +196,12 @@ def run_torch(model, inputs, labels):
     import torch
 
     tensors = {k: torch.tensor(v) for k, v in {**inputs, **labels}.items()}
-    out = model(**tensors, output_hidden_states=True)
+    is_choice = type(model).__name__.endswith("MultipleChoice")  # the rows are choices of one question
+    shaped = {k: v[None] if is_choice and k in inputs else v for k, v in tensors.items()}
+    out = model(**shaped, output_hidden_states=True)
     outputs = {f"hidden {i}": h for i, h in enumerate(out.hidden_states)}
     if "logits" in out:
-        outputs["logits"] = out.logits
+        outputs["logits"] = out.logits[0] if is_choice else out.logits
     if "start_logits" in out:
         outputs["logits"] = torch.stack([out.start_logits, out.end_logits], -1)
     if out.get("pooler_output") is not None:
@@ -245,6 +248,7 @@ def run_ours(loaded: Pretrained, inputs, labels):
         if loaded.task == "question_answering":
             ends = (labels["start_positions"], labels["end_positions"])
             return sum(cross_entropy(logits[..., i], jnp.asarray(e)) for i, e in enumerate(ends)) / 2
+        logits = logits[None] if loaded.task == "multiple_choice" else logits
         return cross_entropy(logits, jnp.asarray(labels["labels"]))
 
     @jax.jit
@@ -263,18 +267,6 @@ def run_ours(loaded: Pretrained, inputs, labels):
     return outputs, float(value), export_tensors(loaded.family, loaded.task, flat, loaded.config.num_heads)
 
 
-def write_folder(loaded: Pretrained, folder: pathlib.Path) -> None:
-    """A published folder of what was loaded."""
-    folder.mkdir()
-    config = write_config(loaded.family, loaded.config, loaded.task, loaded.head, loaded.pooling)
-    config.setdefault("pad_token_id", loaded.pad_id)
-    labels = loaded.label_names or [f"LABEL_{i}" for i in range(2 if loaded.task == "question_answering" else 4)]
-    config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    (folder / "config.json").write_text(json.dumps(config))
-    params = {k: np.asarray(v) for k, v in flatten(nnx.to_pure_dict(nnx.split(loaded.model)[1])).items()}
-    write_weights(folder, export_tensors(loaded.family, loaded.task, params, loaded.config.num_heads))
-
-
 def compare(family: str, task: str | None, seed: int) -> dict[str, float]:
     """Worst differences {output, loss, gradient}, each relative to the largest reference value; checks the way back."""
     model, r = torch_model(family, task, seed)
@@ -283,7 +275,7 @@ def compare(family: str, task: str | None, seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(f"{scratch}/theirs")
         loaded = load_pretrained(f"{scratch}/theirs", task=task)
-        write_folder(loaded, pathlib.Path(scratch) / "ours")
+        write_pretrained(loaded, f"{scratch}/ours")
         again, info = type(model).from_pretrained(
             f"{scratch}/ours", output_loading_info=True, attn_implementation="eager"
         )

@@ -302,7 +302,7 @@ def test_nothing_is_saved_that_has_diverged(corpus, tmp_path, one_device):
     [
         (["--config", "configs/nothing.py"], "recipes in configs/ are: configs/quickstart.py"),
         (["--data.source", "nothing/*.txt"], "no file matches data.source 'nothing/*.txt'"),
-        (["--init-from", "nothing"], "no checkpoint in nothing"),
+        (["--init-from", "nothing"], "no folder at nothing. Give a run folder, a checkpoint or"),
         (["--mesh.tensor", "3"], "is 3, and there are 1"),
         (["--batch-size", "10", "--num-microbatches", "4"], "got 4 for 10; 2 and 5 do"),
         (["--model.num-heads", "5"], "got 5 for 256; 4 and 8 do"),

@@ -20,6 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="texts at a time (default 32)")
     parser.add_argument("--max-tokens", type=int, help="cut longer texts (default: what the model takes)")
+    parser.add_argument("--allow-unused", action="store_true", help="of a published folder: leave out tensors that "
+                        "nothing reads")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: the model's)")
 
 
@@ -42,6 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         normalize=arguments.normalize,
         max_tokens=arguments.max_tokens,
         dtype=arguments.dtype,
+        allow_unused=arguments.allow_unused,
     )
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("embedding", total=len(texts))

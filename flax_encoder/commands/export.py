@@ -3,14 +3,16 @@
 import argparse
 import pathlib
 
+from flax_encoder.commands.screen import add_folder_options, folder_options
 from flax_encoder.config import ConfigError
 
 HELP = "write a run as a folder that transformers opens"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", help="a run folder, or one checkpoint in it")
+    parser.add_argument("run_dir", help="a run folder, one checkpoint in it, or a published folder")
     parser.add_argument("out", help="a folder that is empty or new")
+    add_folder_options(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     parser.add_argument("--model-type", help="the family to write it as (default: the first that can say it)")
     parser.add_argument("--pooling", choices=("cls", "mean"), help="make it a sentence-transformers folder; a run that "
@@ -26,7 +28,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.normalize is not None and not is_sentence:
         raise ConfigError("--normalize is of sentence-transformers folders: give --pooling too.")
     architecture = export_run(
-        arguments.run_dir, arguments.out, arguments.dtype, arguments.model_type, encoder_only=is_sentence
+        arguments.run_dir,
+        arguments.out,
+        arguments.dtype,
+        arguments.model_type,
+        encoder_only=is_sentence,
+        **folder_options(arguments),
     )
     if is_sentence:
         write_sentence_files(arguments.run_dir, arguments.out, arguments.pooling, arguments.normalize)

@@ -3,19 +3,22 @@
 import argparse
 import pathlib
 
+from flax_encoder.commands.screen import add_folder_options, folder_options
+
 HELP = "make a run folder of a published folder"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="config.json, weights and a tokenizer")
     parser.add_argument("out", help="a folder that is empty or new")
+    add_folder_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     from flax_encoder.runs.embed import write_sentence_files
     from flax_encoder.runs.exchange import import_folder
 
-    import_folder(arguments.folder, arguments.out)
+    import_folder(arguments.folder, arguments.out, **folder_options(arguments))
     if (pathlib.Path(arguments.folder) / "modules.json").exists():
         write_sentence_files(arguments.folder, arguments.out)
     print(f"wrote {arguments.out}; --init-from {arguments.out} starts from it")

@@ -45,6 +45,20 @@ def positive_count(text: str) -> int:
     return int(text)
 
 
+def add_folder_options(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that open published folders; `folder_options` reads them."""
+    from flax_encoder.published.tasks import NO_HEAD, TASKS
+
+    parser.add_argument("--task", choices=(*TASKS, NO_HEAD), help="of a published folder: the head to load, or none "
+                        "(default: the one that it is published with)")  # fmt: skip
+    parser.add_argument("--allow-unused", action="store_true", help="of a published folder: leave out tensors that "
+                        "nothing reads")  # fmt: skip
+
+
+def folder_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"head": arguments.task, "allow_unused": arguments.allow_unused}
+
+
 @contextmanager
 def saying() -> Iterator[Callable[[str], None]]:
     """What to call with news of the work: a line that renews itself on a terminal, else a line every ten seconds."""

@@ -5,7 +5,18 @@
 import dataclasses
 
 from flax_encoder.config import ConfigError, EncoderConfig
-from flax_encoder.families.mapping import Family, Field, Head, Row, activation, fused, linear, norm, table
+from flax_encoder.families.mapping import (
+    Family,
+    Field,
+    Head,
+    Row,
+    activation,
+    activation_name,
+    fused,
+    linear,
+    norm,
+    table,
+)
 
 SIZE = (
     Field("vocab_size", "vocab_size", 30_522),
@@ -78,6 +89,12 @@ def plain_heads(name: str) -> dict[str, Head]:
     }
 
 
+def multiple_choice(name: str, dense: str, out: str = "classifier", **more) -> dict[str, Head]:
+    """One number for each of the rows that are choices of a question."""
+    head = Head((f"{name}ForMultipleChoice",), classes(out, dense), num_outputs=1, **more)
+    return {"multiple_choice": head}
+
+
 def masked_lm_rows(transform: str, norm_name: str, out: str, *biases: str) -> tuple[Row, ...]:
     return (*linear(transform, "head.dense"), *norm(norm_name, "head.norm"), *decoder(out, *biases))
 
@@ -104,6 +121,10 @@ BERT = Family(
         "masked_lm": BERT_MASKED_LM,
         "classification": Head(("BertForSequenceClassification",), classes("classifier", "bert.pooler.dense")),
         **plain_heads("Bert"),
+        **multiple_choice("Bert", "bert.pooler.dense"),
+        "next_sentence": Head(
+            ("BertForNextSentencePrediction",), classes("cls.seq_relationship", "bert.pooler.dense"), num_outputs=2
+        ),
     },
     prefix="bert.",
     base="BertModel",
@@ -158,19 +179,16 @@ def _roberta_positions(length: int, offset: int) -> tuple[int, int]:
 roberta_base = dataclasses.replace(
     bert_base, vocab_size=50_265, num_token_types=1, position_offset=2, norm_epsilon=1e-5
 )
+# Positions begin after the padding's, so its id is the first one's offset, and shortens the table's reach.
+ROBERTA_POSITIONS = Field(
+    ("max_position_embeddings", "pad_token_id"), ("max_length", "position_offset"), (512, 1),
+    read=lambda rows, pad: (rows - pad - 1, pad + 1),
+    write=_roberta_positions,
+)  # fmt: skip
 ROBERTA = Family(
     model_type="roberta",
     fixed={},
-    fields=(
-        *COMMON,
-        TYPES,
-        # Positions begin after the padding's, so its id is the first one's offset, and shortens the table's reach.
-        Field(
-            ("max_position_embeddings", "pad_token_id"), ("max_length", "position_offset"), (512, 1),
-            read=lambda rows, pad: (rows - pad - 1, pad + 1),
-            write=_roberta_positions,
-        ),
-    ),
+    fields=(COMMON[0]._replace(default=50_265), *COMMON[1:], TYPES, ROBERTA_POSITIONS),
     rows=ROWS,
     heads={
         "masked_lm": Head(
@@ -184,6 +202,7 @@ ROBERTA = Family(
             ("RobertaForSequenceClassification",), classes("classifier.out_proj", "classifier.dense")
         ),
         **plain_heads("Roberta"),
+        **multiple_choice("Roberta", "roberta.pooler.dense"),
     },
     prefix="roberta.",
     base="RobertaModel",
@@ -194,6 +213,7 @@ ROBERTA = Family(
 XLM_ROBERTA = dataclasses.replace(
     ROBERTA,
     model_type="xlm-roberta",
+    fields=(*COMMON, TYPES, ROBERTA_POSITIONS),
     base="XLMRobertaModel",
     heads={
         task: dataclasses.replace(head, architectures=tuple(f"XLM{name}" for name in head.architectures))
@@ -202,12 +222,22 @@ XLM_ROBERTA = dataclasses.replace(
     presets={"xlm_roberta_base": dataclasses.replace(roberta_base, vocab_size=250_002)},
 )
 
+def _read_summary(name: str | None, kind: str, has_dense: bool) -> str:
+    if kind != "first" or not has_dense:
+        raise ConfigError(
+            f"multiple choice reads the first token through a dense map, summary_type first and summary_use_proj true: "
+            f"got {kind} and {has_dense}."
+        )
+    return activation("summary_activation").read(name or "linear")
+
+
 electra_small = dataclasses.replace(bert_base, embedding_dim=128, embed_dim=256, num_heads=4, mlp_dim=1024)
 ELECTRA = Family(
     model_type="electra",
     fixed={},
     fields=(
-        *(f for f in COMMON if f.theirs != "hidden_size"),
+        *(f._replace(default={"num_attention_heads": 4, "intermediate_size": 1024}.get(f.theirs, f.default))
+          for f in COMMON if f.theirs != "hidden_size"),
         MAX_LENGTH,
         TYPES,
         Field(
@@ -236,10 +266,14 @@ ELECTRA = Family(
             {"activation": "gelu"},
         ),
         **plain_heads("Electra"),
+        **multiple_choice("Electra", "sequence_summary.summary", fields=(
+            Field(("summary_activation", "summary_type", "summary_use_proj"), "activation", ("gelu", "first", True),
+                  _read_summary, lambda name: (activation_name(name), "first", True)),
+        )),
     },
     prefix="electra.",
     base="ElectraModel",
-    ignored=frozenset({"summary_type", "summary_use_proj", "summary_activation", "summary_last_dropout"}),
+    ignored=frozenset({"summary_last_dropout"}),
     presets={
         "electra_small": electra_small,
         "electra_base": bert_base,
@@ -285,6 +319,7 @@ ALBERT = Family(
         ),
         "classification": Head(("AlbertForSequenceClassification",), classes("classifier", "albert.pooler")),
         **plain_heads("Albert"),
+        **multiple_choice("Albert", "albert.pooler"),
     },
     prefix="albert.",
     base="AlbertModel",
@@ -330,9 +365,12 @@ DISTILBERT = Family(
             ("DistilBertForSequenceClassification",), classes("classifier", "pre_classifier"), {"activation": "relu"}
         ),
         **plain_heads("DistilBert"),
+        **multiple_choice("DistilBert", "pre_classifier", fixed={"activation": "relu"}),
     },
     prefix="distilbert.",
     base="DistilBertModel",
-    ignored=frozenset({"sinusoidal_pos_embds"}),  # how the table of positions began, not how it is read
+    # How the table of positions began, not how it is read; and what was never read.
+    ignored=frozenset({"sinusoidal_pos_embds", "position_embedding_type"}),
+    aliases={"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"},
     presets={"distilbert_base": dataclasses.replace(bert_base, num_layers=6, num_token_types=0)},
 )  # fmt: skip

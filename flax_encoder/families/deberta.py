@@ -12,6 +12,7 @@ from flax_encoder.families.bert import (
     TIED,
     bert_base,
     classes,
+    multiple_choice,
     plain_heads,
 )
 from flax_encoder.families.mapping import Family, Field, Head, Row, activation, linear, norm, table
@@ -92,11 +93,13 @@ DEBERTA = Family(
             fields=(activation("pooler_hidden_act"),),
         ),
         **plain_heads("DebertaV2"),
+        **multiple_choice("DebertaV2", "pooler.dense", fields=(activation("pooler_hidden_act"),)),
     },
     prefix="deberta.",
     base="DebertaV2Model",
     must={"conv_groups": (1,), "z_steps": (0, 1)},
-    ignored=frozenset({"legacy"}),  # which names the head's tensors have
+    # Which names the head's tensors have; and what was never read.
+    ignored=frozenset({"legacy", "position_embedding_type"}),
     # The last is made, and not used, where norm_rel_ebd asks for it and relative_attention is off.
     leftovers=(r"mask_predictions\.", r"embeddings\.position_embeddings\.", r"^(deberta\.)?encoder\.LayerNorm\."),
     presets={"deberta_v3_base": deberta_v3_base},

@@ -6,7 +6,7 @@ same rows. What a table says of a config is proven at every export by reading th
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from flax_encoder.config import (
     HeadConfig,
     from_dict,
 )
+from flax_encoder.families.fields import FIXED, IGNORED, is_aside
 
 # Names of activations in published configs, and ours. Of several with one meaning the first is written.
 ACTIVATIONS = {
@@ -30,35 +31,9 @@ ACTIVATIONS = {
     "mish": "mish", "tanh": "tanh", "sigmoid": "sigmoid", "linear": "identity",
 }  # fmt: skip
 
-# Fields that change no number of a forward pass in evaluation: bookkeeping, rates of dropout and noise of training,
-# generation, token ids that only tokenizers use, and what selects an implementation.
-IGNORED = frozenset(
-    """
-    _attn_implementation_autoset _name_or_path architectures attn_implementation auto_map bad_words_ids
-    begin_suppress_tokens bos_token bos_token_id chunk_size_feed_forward classifier_dropout classifier_dropout_prob
-    classifiers_size cls_token_id cross_attention_hidden_size decoder_start_token_id deterministic_flash_attn
-    directionality diversity_penalty do_sample down_scale_factor dtype early_stopping encoder_no_repeat_ngram_size
-    eos_token eos_token_id eos_token_ids experts_implementation exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id gap_size generator_hidden_size gradient_checkpointing id2label
-    initializer_cutoff_factor initializer_factor initializer_range label2id layers_to_keep length_penalty mask_token
-    mask_token_id max_length min_length model_type net_structure_type no_repeat_ngram_size num_beam_groups num_beams
-    num_labels num_memory_blocks num_return_sequences output_attentions output_hidden_states output_past
-    output_scores pad_token pad_token_id pooler_dropout pooler_fc_size pooler_hidden_size pooler_num_attention_heads
-    pooler_num_fc_layers pooler_size_per_head pooler_type prefix pretraining_tp problem_type qa_dropout
-    reference_compile remove_invalid_values repad_logits_with_grad repetition_penalty return_dict
-    return_dict_in_generate sep_token_id seq_classif_dropout sparse_pred_ignore_index sparse_prediction
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_last_hidden_states
-    tie_weights_ tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16
-    use_cache vocab_type
-    """.split()  # noqa: SIM905 - a list would be sixty lines
-)
 POOLINGS = ("cls", "mean", "late")
-# Fields that must be this where they are present.
-FIXED = {
-    "add_cross_attention": (False,), "is_decoder": (False,), "is_encoder_decoder": (False,),
-    "per_layer_config": (None,), "position_embedding_type": ("absolute", None), "pruned_heads": ({}, None),
-    "quantization_config": (None,),
-}  # fmt: skip
+# Tasks whose head reads one vector a document; those of the others read every token.
+POOLED = ("classification", "multiple_choice", "next_sentence")
 
 
 class Field(NamedTuple):
@@ -211,6 +186,10 @@ class Family:
     """Fields with one known meaning, and the values they may have."""
     modernize: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
     """Old spellings of a config to today's."""
+    arranged: Callable[[Mapping[str, np.ndarray], str | None], Mapping[str, np.ndarray]] = lambda tensors, task: tensors
+    """Tensors as a folder has them, and the task that is loaded, to tensors as `rows` name them."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names that transformers takes for those of `fields`."""
     leftovers: tuple[str, ...] = ()
     """Patterns of tensors that are published beside the model and that no head here reads."""
     marker: str | None = None
@@ -220,6 +199,8 @@ class Family:
     is_in_transformers: bool = True
     decoder: Callable[[Mapping[str, Any], Mapping[str, np.ndarray]], DecoderConfig] | None = None
     """Of its encoder-decoders, from the published config and tensors; their task is `text_to_text`."""
+    write_decoder: Callable[[EncoderConfig, DecoderConfig], dict[str, Any]] | None = None
+    """The fields of a published config that `decoder` reads."""
 
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -238,8 +219,16 @@ def understood(what: str) -> Iterator[None]:
 
 
 def modernized(family: "Family", config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config in today's spelling, each field under the name that tables know."""
+    own = dict(config)
+    for other, name in family.aliases.items():
+        if other in own and own.setdefault(name, own[other]) != (value := own.pop(other)):
+            raise ConfigError(
+                f"config fields {name} and {other} are one for {family.model_type}: got {own[name]!r} and {value!r}; "
+                f"remove one from config.json."
+            )
     with understood(f"a field of this {family.model_type} config"):
-        return family.modernize(dict(config))
+        return family.modernize(own)
 
 
 def _read_fields(fields: tuple[Field, ...], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,22 +259,34 @@ def read_config(family: Family, config: Mapping[str, Any]) -> EncoderConfig:
       ConfigError: a field that could change the computation and is not understood, or has a value that is not.
     """
     config = modernized(family, config)
-    read = {name for f in family.fields for name in _names(f.theirs)}
-    read |= {name for head in family.heads.values() for f in head.fields for name in _names(f.theirs)}
-    must = {name: allowed for name, allowed in (FIXED | family.must).items() if name not in read}
+    must = {name: allowed for name, allowed in (FIXED | family.must).items() if name not in _read_names(family)}
     for name, value in config.items():
-        if name in must:
-            if value not in must[name]:
-                allowed = " or ".join(map(repr, must[name]))
-                raise ConfigError(
-                    f"config field {name} must be {allowed}: got {value!r}; no other value is understood."
-                )
-        elif name not in read | family.ignored | IGNORED and name != family.marker:
+        if name in must and name not in family.ignored and value not in must[name]:
+            allowed = " or ".join(map(repr, must[name]))
+            raise ConfigError(f"config field {name} must be {allowed}: got {value!r}; no other value is understood.")
+    for name, value in _unnamed_fields(family, config).items():
+        if not (family.is_in_transformers and is_aside(name, config)):
+            own_code = ", which the folder's own code (auto_map) may read" if "auto_map" in config else ""
             raise ConfigError(
-                f"config field {name} (here {value!r}) is not understood for model_type {family.model_type}, and may "
-                f"change the computation. If you know it does not, remove it from config.json."
+                f"config field {name} (here {value!r}) is not understood for model_type {family.model_type}{own_code}, "
+                f"and may change the computation. If you know it does not, remove it from config.json."
             )
     return from_dict(EncoderConfig, {**family.fixed, **_read_fields(family.fields, config)})
+
+
+def fields_left_unread(family: Family, config: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that no table names, and that `read_config` takes all the same."""
+    return sorted(_unnamed_fields(family, modernized(family, config)))
+
+
+def _read_names(family: Family) -> set[str]:
+    fields = [*family.fields, *(f for head in family.heads.values() for f in head.fields)]
+    return {name for f in fields for name in _names(f.theirs)}
+
+
+def _unnamed_fields(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    named = {*_read_names(family), *family.ignored, *family.must, *IGNORED, *FIXED, family.marker}
+    return {name: value for name, value in config.items() if name not in named}
 
 
 def read_head(family: Family, task: str, config: Mapping[str, Any]) -> tuple[HeadConfig, str]:
@@ -299,9 +300,14 @@ def read_head(family: Family, task: str, config: Mapping[str, Any]) -> tuple[Hea
 
 
 def write_config(
-    family: Family, config: EncoderConfig, task: str | None = None, head: HeadConfig | None = None, pooling: str = "cls"
+    family: Family,
+    config: EncoderConfig,
+    task: str | None = None,
+    head: HeadConfig | None = None,
+    pooling: str = "cls",
+    decoder: DecoderConfig | None = None,
 ) -> dict[str, Any]:
-    """The published config of an encoder and, if a task is given, its head.
+    """The published config of an encoder and, if a task is given, its head or decoder.
 
     Raises:
       ConfigError: the family cannot say it; the settings that it would change are named.
@@ -325,8 +331,12 @@ def write_config(
         reads = [name for name in vars(head) if name != "tied" or task == "masked_lm"]
         wanted |= {f"head.{name}": getattr(head, name) for name in reads}
         got |= {f"head.{name}": getattr(own_head, name) for name in reads}
-        if task == "classification":
+        if task in POOLED:
             wanted, got = wanted | {"pooling": pooling}, got | {"pooling": own_pooling}
+    if decoder is not None:
+        if family.write_decoder is None:
+            raise ConfigError(f"{family.model_type} has no decoder.")
+        theirs |= family.write_decoder(config, decoder)
     if differing := [name for name in wanted if wanted[name] != got.get(name)]:
         listed = ", ".join(f"{name} {wanted[name]} (there {got.get(name)})" for name in differing)
         raise ConfigError(f"a {family.model_type} config cannot say this model: {listed}.")
@@ -434,6 +444,36 @@ def export_tensors(
     return out
 
 
+def wrapping(family: Family, names: Iterable[str]) -> str:
+    """What some program put before the names of a family's tensors, such as DataParallel's `module.`; "" is nothing.
+
+    It is told by the token embedding's name, which ends each such name.
+    """
+    token = family.rows[0].theirs
+    found = {name.removesuffix(end) for name in names for end in token if name.endswith(end)}
+    found = {before.removesuffix(family.prefix) for before in found}
+    return found.pop() if len(found) == 1 else ""
+
+
+def unwrapped(family: Family, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str]:
+    """(tensors without what all of their names begin with, that beginning)."""
+    before = wrapping(family, tensors)
+    if not before or not all(name.startswith(before) for name in tensors):
+        return dict(tensors), ""
+    return {name.removeprefix(before): value for name, value in tensors.items()}, before
+
+
+def _elsewhere(family: Family, tensors: Mapping[str, np.ndarray]) -> str:
+    """Where some names begin with what others lack, nobody but the user knows what the others are."""
+    if not (before := wrapping(family, tensors)):
+        return ""
+    others = sorted(name for name in tensors if not name.startswith(before))
+    return (
+        f" Names under {before!r} look like them, but {others[0]} is not there. Write the file again without it: "
+        f"{{name.removeprefix({before!r}): tensor for name, tensor in tensors.items()}}."
+    )
+
+
 class Imported(NamedTuple):
     params: dict[str, np.ndarray]
     """By path, float32: all of the encoder's, and those of heads that the tensors had."""
@@ -453,8 +493,8 @@ def import_tensors(
     """Parameters of these shapes from a folder's tensors. Names may have the family's prefix or not, and may be old.
 
     Raises:
-      ConfigError: a tensor of the encoder that is missing; one of another shape than the config says, with its name
-        and both; a copy that is none; two names of one tensor.
+      ConfigError: a tensor of the encoder that is missing, with the prefix under which it lies if it does; one of
+        another shape than the config says, with its name and both; a copy that is none; two names of one tensor.
     """
     by_name: dict[str, str] = {}
     for name in tensors:
@@ -472,6 +512,13 @@ def import_tensors(
             missing += [tensor.names[0]] if tensor.pieces[0][0].startswith(("encoder.", "decoder.")) else []
             continue
         value = np.asarray(tensors[by_name[found[0]]])
+        # Of a bias that is written twice the first is used; tables and kernels that differ are two meanings.
+        for other in found[1:] if tensor.row.num_written == 1 else ():
+            if not np.array_equal(value, tensors[by_name[other]]):
+                raise ConfigError(
+                    f"tensors {by_name[found[0]]} and {by_name[other]} are two of one meaning, and differ; leave one "
+                    f"out."
+                )
         piece_shapes = [shapes[path] if index is None else shapes[path][1:] for path, index, _ in tensor.pieces]
         layouts = [LAYOUTS[layout] for _, _, layout in tensor.pieces]
         blanks = [lay.write(np.broadcast_to(np.int8(0), s)) for lay, s in zip(layouts, piece_shapes, strict=True)]
@@ -490,7 +537,9 @@ def import_tensors(
                 stack = params.setdefault(path, np.empty(shapes[path], np.float32))
                 stack[index] = layout.read(part, shape)
     if missing:
-        raise ConfigError(f"the encoder needs tensors that are missing: {', '.join(missing[:8])}.")
+        raise ConfigError(
+            f"the encoder needs tensors that are missing: {', '.join(missing[:8])}.{_elsewhere(family, tensors)}"
+        )
     tied = family.heads[task].tied if task else None
     if tied in by_name and tied not in used:
         if not np.array_equal(tensors[by_name[tied]], tensors[by_name[family.rows[0].theirs[0]]]):

@@ -120,10 +120,14 @@ MODERNBERT = Family(
         "classification": _modern_head("SequenceClassification", Field("classifier_pooling", "pooling", "cls")),
         "token_classification": _modern_head("TokenClassification"),
         "question_answering": _modern_head("QuestionAnswering"),
+        "multiple_choice": dataclasses.replace(
+            _modern_head("MultipleChoice", Field("classifier_pooling", "pooling", "cls")), num_outputs=1
+        ),
     },
     prefix="model.",
     base="ModernBertModel",
-    ignored=frozenset({"embedding_dropout", "layer_norm_eps"}),  # the latter is published and never read
+    # The last two are published (position_embedding_type is sans_pos in mmBERT and granite) and never read.
+    ignored=frozenset({"embedding_dropout", "layer_norm_eps", "position_embedding_type"}),
     modernize=_modernize_modernbert,
     presets={
         "modernbert_base": modernbert_base,
@@ -191,7 +195,7 @@ EUROBERT = Family(
     },
     prefix="model.",
     base="EuroBertModel",
-    ignored=frozenset({"hidden_dropout"}),
+    ignored=frozenset({"hidden_dropout", "position_embedding_type"}),
     modernize=_modernize_eurobert,
     presets={"eurobert_210m": eurobert_210m},
 )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_encoder.config import DecoderConfig, EncoderConfig, from_dict
+from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig, from_dict
 from flax_encoder.families.bert import classes
 from flax_encoder.families.mapping import (
     Family,
@@ -57,7 +57,7 @@ def read_decoder(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
     """What tie_word_embeddings stands for besides: the first T5 scales what logits are made of, 1.1 does not."""
     is_scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True) is not False)
     own = tensors.get("lm_head.weight")
-    shared = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
+    shared = tensors.get("shared.weight")
     # A table of its own that is not there is made anew, but for a T5Model, which has no logits.
     is_lacking = config.get("tie_word_embeddings", True) is False and config.get("architectures") != ["T5Model"]
     with understood("a field of this t5 config"):
@@ -69,6 +69,57 @@ def read_decoder(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
                 "logit_scale": config.get("d_model", 512) ** -0.5 if is_scaled else 1.0,
             },
         )
+
+
+def write_decoder(config: EncoderConfig, decoder: DecoderConfig) -> dict[str, Any]:
+    """The fields that `read_decoder` reads, for transformers of version 4 and 5, which scale by either of the last two.
+
+    Raises:
+      ConfigError: logits are scaled as no T5 scales them.
+    """
+    scales = {config.embed_dim**-0.5: True, 1.0: False}
+    if decoder.logit_scale not in scales:
+        raise ConfigError(
+            f"T5 scales vectors before its logits by embed_dim ** -0.5 or not at all: got logit_scale "
+            f"{decoder.logit_scale} for {config.embed_dim}."
+        )
+    is_scaled = scales[decoder.logit_scale]
+    return {
+        "num_decoder_layers": decoder.num_layers or config.num_layers,
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": is_scaled,
+        "scale_decoder_outputs": is_scaled,
+    }
+
+
+TABLES = ("encoder.embed_tokens.weight", "shared.weight", "decoder.embed_tokens.weight")
+
+
+def _one_token_embedding(tensors: Mapping[str, np.ndarray], task: str | None) -> Mapping[str, np.ndarray]:
+    """One table of tokens, named `shared`, of the three names that it can have.
+
+    The encoder's own is the encoder's, and the decoder's the decoder's; `shared` stands for either where it is not
+    there, and they for it. Raises:
+      ConfigError: encoder and decoder are both loaded and theirs differ, which one embedding cannot be.
+    """
+    before = "transformer." if any(name.startswith("transformer.") for name in tensors) else ""
+    found = {name: tensors[before + name] for name in TABLES if before + name in tensors}
+    if not found:
+        return tensors
+    out = {name: value for name, value in tensors.items() if name.removeprefix(before) not in TABLES}
+    out[f"{before}shared.weight"] = of_encoder = next(iter(found.values()))
+    if task == "text_to_text":
+        of_decoder = next(found[name] for name in reversed(TABLES) if name in found)
+        if not np.array_equal(of_encoder, of_decoder):
+            names = [next(iter(found)), next(name for name in reversed(TABLES) if name in found)]
+            raise ConfigError(
+                f"{' and '.join(names)} must be equal, for encoder and decoder share one token embedding here: they "
+                f'differ. task="none", --task none on the command line, loads the encoder with its own.'
+            )
+        # Logits are tied to `shared`, whatever the encoder and the decoder read.
+        if "lm_head.weight" not in out and not np.array_equal(found.get("shared.weight", of_encoder), of_encoder):
+            out["lm_head.weight"] = found["shared.weight"]
+    return out
 
 
 def _read_feed_forward(name: str) -> tuple[str, bool]:
@@ -118,7 +169,7 @@ T5 = Family(
         Field("feed_forward_proj", ("activation", "gated"), "relu", _read_feed_forward, _write_feed_forward),
     ),
     rows=(
-        *table(("shared.weight", "encoder.embed_tokens.weight"), "embedding.token"),
+        *table("shared.weight", "embedding.token"),
         *table("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "relative.table"),
         *_attention_rows(f"{BLOCK}.0.SelfAttention", "layers.attention"),
         *norm(f"{BLOCK}.0.layer_norm", "layers.attention_norm"),
@@ -134,17 +185,20 @@ T5 = Family(
         ),
     },
     decoder=read_decoder,
+    write_decoder=write_decoder,
+    arranged=_one_token_embedding,
     prefix="transformer.",
     base="T5EncoderModel",
     must={"is_encoder_decoder": (True, False)},
     ignored=frozenset({
         # Derived from feed_forward_proj, or the decoder's.
         "dense_act_fn", "is_gated_act", "num_decoder_layers", "tie_word_embeddings", "scale_decoder_outputs",
-        "n_positions",
+        "n_positions", "position_embedding_type",
     }),
+    aliases={"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers",
+             "head_dim": "d_kv"},
     leftovers=(
         r"^decoder\.", r"^lm_head\.",  # the encoder alone, of a folder that has both
-        r"^(en|de)coder\.embed_tokens\.weight$",  # the shared table over again
         r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",  # never read, says T5
     ),
     presets={

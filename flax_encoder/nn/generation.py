@@ -5,6 +5,7 @@ Axes: B rows, W beams, T the longest target with the token that starts it, V voc
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_encoder.nn.decoder import Cache, EncoderDecoder
+from flax_encoder.nn.logit_rules import LogitRules, apply_rules
 
+_NO_RULES = LogitRules()
 _NEVER = -1e9  # a score no text has; finite, so that differences of two stay numbers
 
 
@@ -27,8 +30,8 @@ class Generation:
 
     max_new_tokens: int = 128
     start_id: int = 0
-    end_id: int | None = 1
-    """None never ends before max_new_tokens."""
+    end_id: int | tuple[int, ...] | None = 1
+    """One id, or several any of which ends a text; None never ends before max_new_tokens."""
     pad_id: int = 0
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -43,6 +46,8 @@ class Generation:
     """... and of those the fewest that have this probability together (Holtzman et al., arXiv 1904.09751)."""
     is_drawn: bool = False
     """Draw tokens, by the key that `generate` is given."""
+    rules: LogitRules = _NO_RULES
+    """What texts may not go on with."""
 
     def __post_init__(self):
         rules = (
@@ -51,7 +56,23 @@ class Generation:
             (self.temperature > 0, "temperature must be above 0", self.temperature),
             (self.top_k is None or self.top_k > 0, "top_k must be above 0 or None", self.top_k),
             (self.top_p is None or 0 < self.top_p <= 1, "top_p must be above 0 and at most 1, or None", self.top_p),
-            (not self.is_drawn or self.num_beams == 1, "beams are not drawn: leave num_beams at 1", self.num_beams),
+            (
+                not self.is_drawn or self.num_beams == 1,
+                "beams are not drawn: give num_beams=1, or do not draw (do_sample=False)",
+                self.num_beams,
+            ),
+            (self.rules.repetition_penalty > 0, "repetition_penalty must be above 0", self.rules.repetition_penalty),
+            (
+                all(self.rules.bad_words_ids),
+                "bad_words_ids must be words of at least one token",
+                self.rules.bad_words_ids,
+            ),
+            (
+                min(self.rules.min_new_tokens, self.rules.no_repeat_ngram_size, self.rules.encoder_no_repeat_ngram_size)
+                >= 0,
+                "min_new_tokens and sizes of n-grams must be at least 0",
+                self.rules,
+            ),
             (
                 self.is_drawn or (self.temperature, self.top_k, self.top_p) == (1.0, None, None),
                 "temperature, top_k and top_p are of drawn text: set is_drawn and give a key",
@@ -66,6 +87,11 @@ class Generation:
         for holds, rule, value in rules:
             if not holds:
                 raise ValueError(f"{rule}: got {value}.")
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        ids = () if self.end_id is None else self.end_id
+        return (ids,) if isinstance(ids, int) else ids
 
 
 def generate(
@@ -101,6 +127,8 @@ def _generate(graphdef: Any, generation: Generation, params, tokens, segment_ids
     B = tokens.shape[0]
     text = jnp.full((B, 1 + generation.max_new_tokens), generation.pad_id, jnp.int32).at[:, 0].set(generation.start_id)
 
+    allow = _allowing(generation, tokens, segment_ids)
+
     def unfinished(state):
         step, _, is_done, _ = state
         return (step < generation.max_new_tokens) & ~is_done.all()
@@ -108,16 +136,32 @@ def _generate(graphdef: Any, generation: Generation, params, tokens, segment_ids
     def write(state):
         step, text, is_done, cache = state
         logits, cache = model.step(text[:, step], cache)
+        logits = allow(logits.astype(jnp.float32), text, step + 1)
         own_keys = None if key is None else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
         chosen = logits.argmax(-1) if key is None else draw(logits, own_keys, step, generation)
         chosen = jnp.where(is_done, generation.pad_id, chosen).astype(jnp.int32)
-        return step + 1, text.at[:, step + 1].set(chosen), is_done | (chosen == _end(generation)), cache
+        return step + 1, text.at[:, step + 1].set(chosen), is_done | _ends(chosen, generation), cache
 
     return jax.lax.while_loop(unfinished, write, (jnp.zeros((), jnp.int32), text, jnp.zeros(B, bool), cache))[1]
 
 
-def _end(generation: Generation) -> int:
-    return -1 if generation.end_id is None else generation.end_id
+def _ends(tokens: Int[Array, "..."], generation: Generation) -> Bool[Array, "..."]:
+    return jnp.isin(tokens, jnp.asarray(generation.end_ids, jnp.int32))
+
+
+def _allowing(
+    generation: Generation, source: Int[Array, "B M"], segment_ids: Int[Array, "B M"]
+) -> Callable[..., Array]:
+    """The rules of `generation` as a function of scores, texts and their length; beams of a source stand together."""
+    if generation.rules == _NO_RULES:
+        return lambda scores, text, length: scores
+
+    def allow(scores, text, length):
+        beams = scores.shape[0] // source.shape[0]
+        own_source, is_source = (jnp.repeat(x, beams, axis=0) for x in (source, segment_ids > 0))
+        return apply_rules(generation.rules, scores, text, length, own_source, is_source, generation.end_ids)
+
+    return allow
 
 
 def draw(logits: Float[Array, "B V"], keys: Array, step: Int[Array, ""], generation: Generation) -> Int[Array, "B"]:
@@ -154,8 +198,9 @@ def beam_search(
 ) -> Int[Array, "B T"]:
     """The best finished text of each row, with transformers' rules for what counts as finished and when to stop.
 
-    Each step extends every beam by every token and keeps the best 2 W: of those, W that do not end go on, and among
-    the best W those that end are finished. (Graves, arXiv 1211.3711; Wu et al., arXiv 1609.08144, section 7.)
+    Each step extends every beam by every token and keeps the best K, 2 W where one token ends a text: of those, W that
+    do not end go on, and among the best W those that end are finished. (Graves, arXiv 1211.3711; Wu et al., arXiv
+    1609.08144, section 7.)
     """
     (B, _), W, limit = tokens.shape, generation.num_beams, generation.max_new_tokens
     cache = model.start(*(jnp.repeat(x, W, axis=0) for x in (tokens, segment_ids)), limit)
@@ -163,6 +208,7 @@ def beam_search(
     # All beams are alike at first: only one may be extended.
     scores = jnp.full((B, W), _NEVER).at[:, 0].set(0.0)
     never = jnp.full((B, W), _NEVER)
+    allow = _allowing(generation, tokens, segment_ids)
     start = _Beams(
         jnp.zeros((), jnp.int32), texts, scores, texts, never, jnp.zeros((B, W), bool), jnp.ones((B, 1), bool), cache
     )
@@ -174,19 +220,21 @@ def beam_search(
     def extend(beams: _Beams) -> _Beams:
         step = beams.step + 1
         logits, cache = model.step(beams.texts[..., beams.step].reshape(-1), beams.cache)
-        log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1).reshape(B, W, -1)
+        log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        log_probabilities = allow(log_probabilities, beams.texts.reshape(B * W, -1), step).reshape(B, W, -1)
         V = log_probabilities.shape[-1]
-        scores, chosen = jax.lax.top_k((log_probabilities + beams.scores[..., None]).reshape(B, -1), 2 * W)
+        K = min(max(2, 1 + len(generation.end_ids)) * W, W * V)  # enough for W that do not end
+        scores, chosen = jax.lax.top_k((log_probabilities + beams.scores[..., None]).reshape(B, -1), K)
         origin = chosen // V
         texts = _pick(beams.texts, origin).at[:, :, step].set((chosen % V).astype(jnp.int32))
-        ends = (texts[:, :, step] == _end(generation)) | (step == limit)
+        ends = _ends(texts[:, :, step], generation) | (step == limit)
 
         going = scores + jnp.where(ends, _NEVER, 0.0)
         best = jax.lax.top_k(going, W)[1]
         rows = (jnp.arange(B)[:, None] * W + _pick(origin, best)).reshape(-1)
         cache = cache._replace(own=jax.tree.map(lambda a: a[:, rows], cache.own))
 
-        just_done = ends & (jnp.arange(2 * W) < W)
+        just_done = ends & (jnp.arange(K) < W)
         is_full = beams.is_done.all(-1, keepdims=True) & (generation.early_stopping is True)
         counts = just_done & beams.can_improve & ~is_full
         finished = scores / step.astype(jnp.float32) ** generation.length_penalty + jnp.where(counts, 0.0, _NEVER)

@@ -5,7 +5,6 @@ understood is an error that names it, and what is left out or made up is named i
 """
 
 import dataclasses
-import json
 import logging
 import pathlib
 import re
@@ -22,22 +21,38 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig, HeadConfig
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
-from flax_encoder.data.tokens.tokenizer_files import SENTENCEPIECE_FILES, read_tokenizer
+from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
 from flax_encoder.families import find_family
-from flax_encoder.families.mapping import Family, Head, import_tensors, plain_name, read_config, read_head, understood
+from flax_encoder.families.mapping import (
+    POOLED,
+    Family,
+    Head,
+    fields_left_unread,
+    import_tensors,
+    plain_name,
+    read_config,
+    read_head,
+    understood,
+    unwrapped,
+)
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.generation import Generation, generate
 from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead, segment_mean
 from flax_encoder.nn.partition import abstract_model, flatten, unflatten
+from flax_encoder.published.folder import (  # noqa: F401 - who opens folders has all of it from here
+    TOKENIZER_FILES,
+    is_published,
+    read_json,
+    read_published_config,
+)
+from flax_encoder.published.generation_settings import Settings, read_settings
+from flax_encoder.published.tasks import NO_HEAD, Task
 from flax_encoder.published.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
-Task = Literal[
-    "masked_lm", "classification", "token_classification", "question_answering", "discriminator", "text_to_text"
-]
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", *SENTENCEPIECE_FILES)
+ALONE = 'task="none" (on the command line --task none)'
 # Buffers that older files carry: positions 0, 1, 2 ..., masks and rotations, which follow from the config.
 BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|freqs_cis|alibi)$")
 
@@ -51,8 +66,9 @@ class Output:
     """The embeddings and what each layer leaves; the last is last_hidden_state."""
     pooler_output: Float[np.ndarray, "B D"] | None
     logits: Float[np.ndarray, "..."] | None
-    """[B, T, V], [B, C] (classification), [B, T, C], [B, T, 2] (question answering: start, end) or [B, T]
-    (discriminator); of an encoder-decoder those of the target."""
+    """[B, T, V], [B, C] (classification, next_sentence: 0 is that the second follows), [B] (multiple choice: a row is
+    one choice of a question), [B, T, C], [B, T, 2] (question answering: start, end) or [B, T] (discriminator); of an
+    encoder-decoder those of the target, [B, S, V]."""
     decoder_hidden_states: tuple[Float[np.ndarray, "B S D"], ...] | None = None
     """Of an encoder-decoder's target, likewise."""
 
@@ -94,14 +110,15 @@ class PretrainedModel(nnx.Module):
         logits = None
         if self.task == "masked_lm":
             logits = self.head(hidden, self.encoder.embedding.token[...])
-        elif self.task == "classification" and self.pooling == "late":
+        elif self.task in POOLED and self.pooling == "late":
             logits = segment_mean(self.head(hidden), segment_ids, first)[:, 0]
-        elif self.task == "classification":
+        elif self.task in POOLED:
             mean = segment_mean(hidden, segment_ids, first)
             logits = self.head(mean if self.pooling == "mean" else pooled)[:, 0]
         elif self.task is not None:
             logits = self.head(hidden)
-            logits = logits[..., 0] if self.task == "discriminator" else logits
+        if self.task in ("discriminator", "multiple_choice"):
+            logits = logits[..., 0]
         pooler_output = None if self.pooler is None else self.pooler(pooled)[:, 0]
         return {"last_hidden_state": hidden, "hidden_states": states, "pooler_output": pooler_output, "logits": logits}
 
@@ -123,8 +140,19 @@ class Pretrained:
     num_outputs: int = 0
     """Of its head: classes, tags, or what the head's kind has."""
     decoder: DecoderConfig | None = None
-    generation: Generation | None = None
-    """The ids that its decoder starts with, ends with and pads with."""
+    settings: Settings | None = None
+    """How the folder says that its decoder writes."""
+    problem_type: str | None = None
+    """Of a classification head: one of several labels (None), multi_label_classification or regression."""
+
+    @property
+    def generation(self) -> Generation | None:
+        """How the decoder writes where `generate` is told nothing else.
+
+        Raises:
+          DataError: the folder asks for what is not done here.
+        """
+        return None if self.settings is None else self.settings.generation()
 
     @cached_property
     def _apply(self):
@@ -188,26 +216,31 @@ class Pretrained:
         input_ids: Int[np.ndarray, "B T"],
         attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
         *,
-        do_sample: bool = False,
+        do_sample: bool | None = None,
         seed: int = 0,
         **settings: Any,
     ) -> Int[np.ndarray, "B S"]:
-        """Write a target for each row: greedy, or as `settings` say; they are `Generation`'s, such as num_beams.
+        """Write a target for each row, as the folder's generation_config.json and `settings` say.
+
+        Args:
+          do_sample: draw tokens, by `seed`; None is what the folder says, or else the likeliest.
+          settings: `Generation`'s fields, such as num_beams. They win over the folder's.
 
         Returns ids with the one that starts them, padded to the longest.
 
         Raises:
-          DataError: no decoder. ValueError: settings that contradict each other.
+          DataError: no decoder, or a folder that asks for what is not done here. ValueError: settings that contradict
+            each other.
         """
         if self.decoder is None:
             raise DataError(f"only encoder-decoders generate: this model is a {self.task or 'bare encoder'}.")
+        generation = self.settings.generation(do_sample, **settings)
         ids, mask = self._ids_and_mask(input_ids, attention_mask)
-        generation = dataclasses.replace(self.generation, is_drawn=do_sample, **settings)
         # A multiple of 32, so that few shapes are compiled.
         ids, mask = (jnp.asarray(np.pad(x, [(0, 0), (0, -x.shape[1] % 32)])) for x in (ids, mask))
-        key = jax.random.key(seed) if do_sample else None
+        key = jax.random.key(seed) if generation.is_drawn else None
         text = np.asarray(generate(self.model, ids, mask, generation, key=key))
-        is_over = np.cumsum(text[:, 1:] == generation.end_id, axis=1) > 0
+        is_over = np.cumsum(np.isin(text[:, 1:], generation.end_ids), axis=1) > 0
         longest = 1 + min(int((~is_over).sum(1).max()) + 1, generation.max_new_tokens)
         return text[:, :longest]
 
@@ -251,18 +284,10 @@ def _encode_and_decode(model: EncoderDecoder, tokens, segment_ids, positions, ta
     return out | {"logits": model.logits(decoded), "decoder_hidden_states": decoder_states}
 
 
-def is_published(path: str | pathlib.Path) -> bool:
-    """Whether a folder is a published one, rather than a run's."""
-    try:
-        return "model_type" in read_json(pathlib.Path(path) / "config.json")
-    except ConfigError:
-        return False
-
-
 def load_pretrained(
     folder: str | pathlib.Path,
     *,
-    task: Task | None = None,
+    task: Task | Literal["none"] | None = None,
     num_labels: int | None = None,
     allow_unused: bool = False,
     seed: int = 0,
@@ -270,31 +295,39 @@ def load_pretrained(
     """Load a published folder: config.json, safetensors or pickled tensors, and whatever tokenizer it has.
 
     Args:
-      task: the head to load; None is that of config.json's architectures, or else the one that the weights hold.
+      task: the head to load, "none" for the encoder alone, whatever head is on it; None is that of config.json's
+        architectures, or else the one that the weights hold.
       num_labels: classes of a head that is not in the folder; None is config.json's.
       allow_unused: leave out tensors that nothing here reads, rather than refuse them.
       seed: for heads that the folder has not.
 
     Raises:
-      ConfigError: an unknown model_type or architecture, a config field or a tensor that is not understood, a tensor
-        of the wrong shape.
+      ConfigError: no published folder, an unknown model_type or architecture, a config field or a tensor that is not
+        understood, a tensor of the wrong shape.
       WeightsError: weights that are missing, truncated or corrupt.
       DataError: a tokenizer that cannot be read, or has more tokens than the embedding.
     """
     folder = pathlib.Path(folder)
-    published = read_json(folder / "config.json")
+    published = read_published_config(folder)
     family = find_family(published)
     config = read_config(family, published)
-    tensors = {name: w for name, w in read_weights(folder).items() if not BUFFERS.search(name)}
-    task = task or _task(family, published, tensors)
+    if aside := fields_left_unread(family, published):
+        logger.warning("%s: config.json has fields that nothing reads: %s", folder, ", ".join(aside))
+    tensors, wrapper = unwrapped(family, {n: w for n, w in read_weights(folder).items() if not BUFFERS.search(n)})
+    if wrapper:
+        logger.warning("%s: left out %s, which all names of its tensors begin with", folder, wrapper)
+    is_alone = task == NO_HEAD
+    task = None if is_alone else task or _task(family, published, tensors)
     if task is not None and task not in family.heads:
-        raise ConfigError(f"{family.model_type} has no {task} head; it has {', '.join(family.heads)}.")
+        raise ConfigError(
+            f"{family.model_type} has no {task} head; it has {', '.join(family.heads)}. {ALONE} loads the encoder "
+            f"without one."
+        )
+    tensors = family.arranged(tensors, task)
     head, pooling = read_head(family, task, published) if task else (HeadConfig(), "cls")
     decoder = family.decoder(published, tensors) if family.decoder and task == "text_to_text" else None
-    label_names = _label_names(published)
-    num_outputs = num_labels or len(label_names) or _whole(published, "num_labels", 0) or 2
-    if task and family.heads[task].num_outputs:
-        num_outputs = family.heads[task].num_outputs
+    names = _label_names(folder, published, num_labels)
+    num_outputs = (family.heads[task].num_outputs if task else None) or len(names)
     plain_names = {name.removeprefix(family.prefix) for name in tensors}
     head_names = {
         n.removeprefix(family.prefix) for row in (family.heads[task].rows if task else ()) for n in row.theirs
@@ -310,7 +343,7 @@ def load_pretrained(
     shapes = {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(abstract)).items()}
     imported = import_tensors(family, task, tensors, shapes, config.num_heads)
     fresh = tuple(sorted(set(shapes) - set(imported.params)))
-    _check_unused(folder, family, imported.unused, allow_unused)
+    _check_unused(folder, family, imported.unused, allow_unused, is_alone)
     if fresh:
         made = flatten(nnx.to_pure_dict(nnx.split(make_model())[1]))
         imported.params.update({path: np.asarray(made[path]) for path in fresh})
@@ -325,7 +358,6 @@ def load_pretrained(
                 f"embedding {config.vocab_size}."
             )
     pad_id = config.position_offset - 1 if family.counts_real_tokens else _whole(published, "pad_token_id", 0)
-    names = label_names if len(label_names) == num_outputs else [f"LABEL_{i}" for i in range(num_outputs)]
     return Pretrained(
         model,
         config,
@@ -339,14 +371,9 @@ def load_pretrained(
         fresh,
         num_outputs,
         decoder,
-        _generation(published) if decoder else None,
+        read_settings(folder, published) if decoder else None,
+        published.get("problem_type") if task == "classification" else None,
     )
-
-
-def _generation(published: Mapping[str, Any]) -> Generation:
-    pad = _whole(published, "pad_token_id", 0)
-    start, end = _whole(published, "decoder_start_token_id", pad), _whole(published, "eos_token_id", 1)
-    return Generation(start_id=start, end_id=end, pad_id=pad)
 
 
 def _whole(published: Mapping[str, Any], name: str, default: int) -> int:
@@ -357,22 +384,16 @@ def _whole(published: Mapping[str, Any], name: str, default: int) -> int:
     return default if value is None else value
 
 
-def _label_names(published: Mapping[str, Any]) -> list[str]:
-    names = published.get("id2label") or {}
-    with understood(f"config field id2label, {names!r},"):
-        return [str(name) for _, name in sorted(names.items(), key=lambda x: int(x[0]))]
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"no published model in {path.parent}: {path.name}: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must be a JSON object: got {type(value).__name__}.")
-    return value
+def _label_names(folder: pathlib.Path, published: Mapping[str, Any], num_labels: int | None) -> list[str]:
+    """A name for each label. As in transformers num_labels says how many, and then id2label, and else there are two."""
+    given = published.get("id2label") or {}
+    with understood(f"config field id2label, {given!r},"):
+        names = {int(key): str(name) for key, name in given.items()}
+    count = num_labels or _whole(published, "num_labels", 0) or len(names) or 2
+    if names and len(names) != count:
+        logger.warning("%s: id2label names %d labels, of %d: they are called LABEL_0 ...", folder, len(names), count)
+        names = {}
+    return [names.get(i, f"LABEL_{i}") for i in range(count)]
 
 
 def _task(family: Family, published: Mapping[str, Any], tensors: Mapping[str, Any]) -> Task | None:
@@ -382,7 +403,8 @@ def _task(family: Family, published: Mapping[str, Any], tensors: Mapping[str, An
     if architecture is not None and architecture not in (*known, family.base):
         raise ConfigError(
             f"architecture {architecture!r} of {family.model_type} is not known; known are "
-            f"{', '.join([family.base, *known])}. Give task= to load it as one of them."
+            f"{', '.join([family.base, *known])}. {ALONE} loads the encoder without its head, and task= (--task) loads "
+            f"it as one of {', '.join(family.heads)}."
         )
     if architecture is not None:
         return known.get(architecture)
@@ -397,17 +419,27 @@ def _task(family: Family, published: Mapping[str, Any], tensors: Mapping[str, An
     return next((task for task, head in family.heads.items() if is_whole(head)), None)
 
 
-def _check_unused(folder: pathlib.Path, family: Family, unused: list[str], allow_unused: bool) -> None:
+def _check_unused(
+    folder: pathlib.Path, family: Family, unused: list[str], allow_unused: bool, is_alone: bool
+) -> None:
     known = {name.removeprefix(family.prefix) for h in family.heads.values() for row in h.rows for name in row.theirs}
     known |= {h.tied for h in family.heads.values()} | {n for row in family.pooler for n in row.theirs}
-    expected = [
-        name for name in unused
-        if name.removeprefix(family.prefix) in known or any(re.search(p, name) for p in family.leftovers)
-    ]  # fmt: skip
+    # What the encoder's names begin with: the rest is of heads, which an encoder alone does without.
+    of_encoder = {name.partition(".")[0] for row in (*family.rows, *family.pooler) for name in row.theirs}
+
+    def is_expected(name: str) -> bool:
+        plain = name.removeprefix(family.prefix)
+        is_of_head = is_alone and plain == name and plain.partition(".")[0] not in of_encoder
+        return is_of_head or plain in known or any(re.search(p, name) for p in family.leftovers)
+
+    expected = [name for name in unused if is_expected(name)]
     if expected:
         logger.warning("%s: left out %s, which what is loaded does not read", folder, ", ".join(expected))
-    if (unknown := sorted(set(unused) - set(expected))) and not allow_unused:
-        raise ConfigError(
-            f"{folder} has tensors that nothing here reads: {', '.join(unknown[:8])}"
-            f"{' ...' if len(unknown) > 8 else ''}. allow_unused=True leaves them out."
-        )
+    if unknown := sorted(set(unused) - set(expected)):
+        listed = f"{', '.join(unknown[:8])}{' ...' if len(unknown) > 8 else ''}"
+        if not allow_unused:
+            raise ConfigError(
+                f"{folder} has tensors that nothing here reads: {listed}. allow_unused=True leaves them out; on the "
+                f"command line --allow-unused, of `import` for a run that --init-from then takes."
+            )
+        logger.warning("%s: left out %s, which nothing here reads", folder, listed)

@@ -144,6 +144,7 @@ def load_embedder(
     normalize: bool | None = None,
     max_tokens: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    allow_unused: bool = False,
 ) -> Embedder:
     """An Embedder of a run, a published folder or a sentence-transformers folder.
 
@@ -151,6 +152,7 @@ def load_embedder(
       pooling, normalize, max_tokens: None takes what a sentence-transformers folder says; else the mean, no, and
         what the model takes: its learned positions, or a run's rows.
       dtype: of matrix products; None is the model's.
+      allow_unused: leave out tensors of a published folder that nothing here reads. Heads always are.
 
     Raises:
       ConfigError: modules.json has something that is not done here. DataError: the folder has no tokenizer, or
@@ -159,7 +161,7 @@ def load_embedder(
     folder = pathlib.Path(folder)
     sentence = _read_modules(folder)
     if is_published(folder):
-        loaded = load_pretrained(folder)
+        loaded = load_pretrained(folder, task="none", allow_unused=allow_unused)
         encoder, tokenizer, limit = loaded.model.encoder, loaded.tokenizer, None
         if tokenizer is None:
             raise DataError(f"{folder} has no tokenizer, without which there are no tokens to embed.")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -16,15 +17,27 @@ from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.families import FAMILIES
 from flax_encoder.families.mapping import Family, export_tensors, write_config
 from flax_encoder.nn.partition import flatten
+from flax_encoder.published.load import TOKENIZER_FILES, is_published, load_pretrained
+from flax_encoder.published.tasks import Task
 from flax_encoder.published.weights import write_weights
+from flax_encoder.published.write import write_pretrained
 from flax_encoder.runs.load import load
 from flax_encoder.runs.record import RunRecord
 from flax_encoder.training.checkpoint import Checkpoints
 from flax_encoder.training.run_log import write_atomically
 from flax_encoder.training.step import TrainState
 
+# What transformers reads beside a tokenizer's own file.
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 
-def import_folder(folder: str | pathlib.Path, out: str | pathlib.Path) -> None:
+
+def import_folder(
+    folder: str | pathlib.Path,
+    out: str | pathlib.Path,
+    *,
+    head: Task | Literal["none"] | None = None,
+    allow_unused: bool = False,
+) -> None:
     """Make a run folder of a published one: what is trained from, asked or exported like any other.
 
     A folder without the head of a task gets a new masked_lm one, which is named in a log line.
@@ -34,7 +47,7 @@ def import_folder(folder: str | pathlib.Path, out: str | pathlib.Path) -> None:
     """
     out = pathlib.Path(out)
     _refuse_filled(out)
-    run = load(folder)
+    run = load(folder, head=head, allow_unused=allow_unused)
     record = RunRecord(dataclasses.replace(run.config, run_dir=str(out)), run.tokenizer, run.label_names)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "tokenizer.json", run.tokenizer.json)
@@ -50,6 +63,8 @@ def export_run(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     model_type: str | None = None,
     encoder_only: bool = False,
+    head: Task | Literal["none"] | None = None,
+    allow_unused: bool = False,
 ) -> str:
     """Write a run, a checkpoint or a published folder as one that transformers opens. Returns its architecture there.
 
@@ -57,14 +72,28 @@ def export_run(
       dtype: of the weights.
       model_type: the family to write it as; None takes the first that can say it.
       encoder_only: leave out the head.
+      head, allow_unused: of a published folder, as in `load`. All that is loaded of it is written.
 
     Raises:
       ConfigError: no published family can say this model, with what keeps the given, or the nearest, from it; `out`
-        has something in it already.
+        has something in it already; the folder has not the head that it is asked for.
     """
     out = pathlib.Path(out)
     _refuse_filled(out)
-    run = load(run_dir)
+    if is_published(run_dir):
+        loaded = load_pretrained(run_dir, task="none" if encoder_only else head, allow_unused=allow_unused)
+        if loaded.fresh:
+            raise ConfigError(
+                f"{run_dir} has no {', '.join(loaded.fresh)} of its {loaded.task} head: --task none exports the "
+                f"encoder without it."
+            )
+        if model_type in (None, loaded.family.model_type) and loaded.family.is_in_transformers:
+            architecture = write_pretrained(loaded, out, dtype)
+            for name in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS):
+                if (pathlib.Path(run_dir) / name).exists():
+                    shutil.copy(pathlib.Path(run_dir) / name, out)
+            return architecture
+    run = load(run_dir, head=head, allow_unused=allow_unused)
     config, task = run.config, None if encoder_only else run.task.head
     family, published = _published_config(config, model_type, task)
     pad = run.tokenizer.special("pad")

@@ -2,7 +2,7 @@
 
 import logging
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -11,7 +11,15 @@ from flax_encoder.config import DataConfig, HeadConfig, RunConfig
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.families import find_family
 from flax_encoder.nn.partition import abstract_model, flatten, unflatten
-from flax_encoder.published.load import TOKENIZER_FILES, Pretrained, is_published, load_pretrained, read_json
+from flax_encoder.published.load import (
+    TOKENIZER_FILES,
+    Pretrained,
+    is_published,
+    load_pretrained,
+    read_json,
+    read_published_config,
+)
+from flax_encoder.published.tasks import Task
 from flax_encoder.runs.loaded import LoadedRun, model_factory
 from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.tasks import TASKS
@@ -20,12 +28,19 @@ from flax_encoder.training.checkpoint import read_params
 logger = logging.getLogger(__name__)
 
 
-def load(path: str | pathlib.Path, *, objective: str | None = None, allow_unused: bool = False) -> LoadedRun:
+def load(
+    path: str | pathlib.Path,
+    *,
+    objective: str | None = None,
+    head: Task | Literal["none"] | None = None,
+    allow_unused: bool = False,
+) -> LoadedRun:
     """Open a run folder (its newest checkpoint), one checkpoint, or a published folder, to ask it, export it, embed
     with it or train from it.
 
     Args:
       objective: the task to open a published folder for; None is what its config.json says. A run has its own.
+      head: the head to load of a published folder where no objective is given, "none" for the encoder alone.
       allow_unused: leave out tensors of a published folder that nothing here reads, rather than refuse them.
 
     Raises:
@@ -35,7 +50,7 @@ def load(path: str | pathlib.Path, *, objective: str | None = None, allow_unused
     path = pathlib.Path(path)
     if not is_published(path):
         return load_run(path)
-    head = None if objective is None else TASKS[objective].head
+    head = head if objective is None else TASKS[objective].head
     loaded = load_pretrained(path, task=head, allow_unused=allow_unused)
     return from_pretrained(loaded, objective or objective_of(loaded, path))
 
@@ -127,7 +142,7 @@ def read_origin(path: str | pathlib.Path, objective: str) -> tuple[RunRecord, An
     path = pathlib.Path(path)
     if not is_published(path):
         return read_record(path), read_params(path)
-    family = find_family(read_json(path / "config.json"))
+    family = find_family(read_published_config(path))
     head = TASKS[objective].head
     loaded = load_pretrained(path, task=head if head in family.heads else None)
     return as_record(loaded, objective if loaded.task == head else None)

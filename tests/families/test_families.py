@@ -10,9 +10,13 @@ from flax import nnx
 
 from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig, HeadConfig
 from flax_encoder.families import FAMILIES, PRESETS, find_family, preset
+from flax_encoder.families.fields import is_aside
 from flax_encoder.families.mapping import (
     LAYOUTS,
+    _read_names,
+    _unnamed_fields,
     export_tensors,
+    fields_left_unread,
     import_tensors,
     read_config,
     read_head,
@@ -93,7 +97,10 @@ def test_an_unknown_model_type_lists_the_known():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "bert", "colour": 1}, r"config field colour \(here 1\) is not understood for model_type bert"),
+        ({"model_type": "bert", "rotary_value": 1}, r"config field rotary_value \(here 1\) is not understood for"),
+        ({"model_type": "bert", "colour": 1, "auto_map": {}}, r"which the folder's own code \(auto_map\) may read"),
+        ({"model_type": "neobert", "colour": 1}, r"config field colour \(here 1\) is not understood for model_type"),
+        ({"model_type": "t5", "d_model": 6, "hidden_size": 8}, "d_model and hidden_size are one for t5: got 6 and 8"),
         ({"model_type": "bert", "is_decoder": True}, "config field is_decoder must be False: got True"),
         ({"model_type": "bert", "position_embedding_type": "relative_key"}, "must be 'absolute' or None: got 'rel"),
         ({"model_type": "bert", "hidden_act": "xielu"}, "hidden_act 'xielu' is not understood; known are gelu, "),
@@ -120,6 +127,51 @@ def test_an_unknown_model_type_lists_the_known():
 def test_what_a_config_says_and_is_not_understood_is_named(config, message):
     with pytest.raises(ConfigError, match=message):
         read_config(find_family(config), config)
+
+
+ASIDE = (
+    "language", "name", "_num_labels", "unk_token_id", "sentence_transformers", "_attn_implementation", "colour",
+    "sbert_ce_default_activation_function", "transformers.js_config", "learning_rate", "num_train_epochs",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.is_in_transformers], ids=lambda f: f.model_type)
+def test_a_field_that_computes_nothing_is_taken_and_one_that_some_model_computes_with_is_not(family):
+    """By its name, for families that transformers has: no name that any table here reads is taken unread."""
+    plain = read_config(family, {})
+    for name in ASIDE:
+        assert read_config(family, {name: 3}) == plain
+        assert fields_left_unread(family, {name: 3}) == [name]
+    computing = {n for f in FAMILIES for field in f.fields for n in ([field.theirs] if isinstance(field.theirs, str)
+                 else field.theirs)}  # fmt: skip
+    computing |= {name for f in FAMILIES for name in (*f.must, *f.aliases, f.marker) if name}
+    assert not [name for name in computing - {"pad_token_id"} if is_aside(name, {})]
+
+
+def test_fields_that_a_class_never_read_may_have_any_value():
+    for model_type in ("modernbert", "distilbert", "t5", "deberta-v2", "eurobert"):
+        read_config(find_family({"model_type": model_type}), {"position_embedding_type": "sans_pos"})
+
+
+@pytest.mark.parametrize(("model_type", "config", "same"), [
+    ("distilbert", {"hidden_size": 24, "num_attention_heads": 3}, {"dim": 24, "n_heads": 3}),
+    ("t5", {"num_hidden_layers": 2, "d_model": 8, "hidden_size": 8}, {"num_layers": 2, "d_model": 8}),
+])  # fmt: skip
+def test_names_that_transformers_takes_for_others_are_those(model_type, config, same):
+    family = find_family({"model_type": model_type})
+    assert read_config(family, config) == read_config(family, same) != read_config(family, {})
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.is_in_transformers], ids=lambda f: f.model_type)
+def test_the_tables_know_every_field_that_transformers_class_has(family):
+    """What the class knows, and the tables did not, could be taken unread."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers: pip install -e '.[parity]'")
+    own = transformers.AutoConfig.for_model(family.model_type)
+    fields = {f.name for f in dataclasses.fields(own)} | set(own.attribute_map)
+    assert not {*_unnamed_fields(family, dict.fromkeys(fields))} - set(family.aliases)
+    assert set(family.aliases) == {n for n, other in own.attribute_map.items() if other in _read_names(family)}
+    assert settled(read_config(family, {})) == settled(read_config(family, own.to_dict()))
 
 
 @pytest.mark.parametrize("pooling", ["max", "MEAN", 7])

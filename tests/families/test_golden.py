@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, differences, run_ours, write_folder
+from parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, differences, run_ours
 from safetensors.numpy import load_file
 from toy import assert_trees_close
 
@@ -18,6 +18,7 @@ from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.published.load import load_pretrained
 from flax_encoder.published.weights import read_weights
+from flax_encoder.published.write import write_pretrained
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FOLDERS = sorted(p.name for p in GOLDEN.iterdir() if (p / "config.json").exists())
@@ -51,7 +52,7 @@ def test_a_published_folder_gives_torchs_numbers(name):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_what_was_read_is_written_as_it_was(name, tmp_path):
-    write_folder(load(name), tmp_path / "again")
+    write_pretrained(load(name), tmp_path / "again")
     got, want = read_weights(tmp_path / "again"), read_weights(GOLDEN / name)
     assert set(want) <= set(got)  # copies of tied biases may come on top
     for key, value in want.items():

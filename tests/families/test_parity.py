@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 from parity import cases, compare, is_exact
-from test_hub import TEXTS, make_run
 
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.runs.exchange import export_run
 from flax_encoder.runs.load import load_run
+from tests.published.test_load import TEXTS, make_run
 
 
 @pytest.mark.parity

@@ -95,15 +95,28 @@ def _edit_index(folder, edit):
     (lambda m: m.update(b="model-00009-of-00003.safetensors"), r"names model-00009.*, which is not there"),
     (lambda m: m.update(more=m["b"]), r"must hold more, says .*index.json: it does not"),
     (lambda m: m.pop("ids"), r"holds ids, which .* has nowhere"),
+    (lambda m: m.update(b="model-00009-of-00003.safetensors", ids="more.safetensors"),
+     r"names model-00009-of-00003.safetensors, more.safetensors, which are not there: .* Fetch all of it again"),
     (lambda m: m.update(b="../other.safetensors"), r"must name weight files beside it: got '\.\./other"),
     (lambda m: m.update(b="other.bin"), r"must name weight files beside it: got 'other.bin'"),
-    (lambda m: m.update(b=3), r"is no index of weights: TypeError"),
+    (lambda m: m.update(b=3), r"must name weight files beside it: got '3'"),
 ])  # fmt: skip
 def test_shards_must_fit_their_index(tmp_path, edit, message):
     write_weights(tmp_path, TENSORS, max_shard_bytes=100)
     _edit_index(tmp_path, edit)
     with pytest.raises(WeightsError, match=message):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["/home/someone/model/", "C:\\Users\\someone\\model\\", "file:///"])
+def test_an_index_may_name_where_its_shards_lay_on_another_machine(tmp_path, folder):
+    write_weights(tmp_path, TENSORS, max_shard_bytes=100)
+    _edit_index(tmp_path, lambda m: m.update({name: folder + file for name, file in m.items()}))
+    if folder.startswith("file"):
+        with pytest.raises(WeightsError, match="must name weight files beside it: got 'file:///model-0"):
+            read_weights(tmp_path)
+        return
+    assert_same(read_weights(tmp_path), TENSORS)
 
 
 def test_a_tensor_in_two_shards_is_named(tmp_path):
@@ -117,6 +130,81 @@ def test_a_tensor_in_two_shards_is_named(tmp_path):
 def test_what_is_no_index_is_named(tmp_path, content):
     (tmp_path / "pytorch_model.bin.index.json").write_text(content)
     with pytest.raises(WeightsError, match=r"pytorch_model.bin.index.json is no index of weights"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_name_that_the_metadata_calls_a_copy_is_there_as_the_tensor_itself(tmp_path, is_sharded):
+    """As safetensors.torch.save_model writes tensors that share memory; `format` and the like are no tensors."""
+    file = "model-00001-of-00001.safetensors" if is_sharded else "model.safetensors"
+    metadata = {"format": "pt", "copy": "b", "other": "absent", "scalar": "b"}
+    save_file({"b": TENSORS["b"], "scalar": np.asarray(TENSORS["scalar"])}, tmp_path / file, metadata)
+    if is_sharded:
+        weight_map = {"b": file, "scalar": file, "copy": file}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same(read_weights(tmp_path), {"b": TENSORS["b"], "copy": TENSORS["b"], "scalar": TENSORS["scalar"]})
+
+
+def test_files_that_safetensors_save_model_writes_are_read(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch writes the file")
+    from safetensors.torch import save_model
+
+    layers = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 5), "b": torch.nn.Linear(3, 5)})
+    layers["b"].weight = layers["a"].weight
+    save_model(layers, str(tmp_path / "model.safetensors"))
+    got = read_weights(tmp_path)
+    assert got.keys() == layers.state_dict().keys()
+    np.testing.assert_array_equal(got["a.weight"], got["b.weight"])
+
+
+def write_raw(folder, tensors):
+    """A safetensors file by hand: {name: (dtype, shape, bytes)}."""
+    header, data = {}, b""
+    for key, (dtype, shape, raw) in tensors.items():
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("F8_E4M3", ml_dtypes.float8_e4m3fn), ("F8_E5M2", ml_dtypes.float8_e5m2), ("F8_E8M0", ml_dtypes.float8_e8m0fnu),
+])  # fmt: skip
+def test_float8_is_read_as_the_numbers_it_stands_for(tmp_path, name, dtype):
+    numbers = np.array([[0.5, 1.0, 2.0], [4.0, 8.0, 16.0]], dtype)
+    write_raw(tmp_path, {"a": ("F32", [2], np.float32([1, 2]).tobytes()), "w": (name, [2, 3], numbers.tobytes())})
+    got = read_weights(tmp_path)
+    assert got["w"].dtype == dtype
+    np.testing.assert_array_equal(got["w"].astype(np.float32), numbers.astype(np.float32))
+    np.testing.assert_array_equal(got["a"], [1, 2])
+
+
+def test_a_dtype_that_is_not_read_is_named_with_its_tensor(tmp_path):
+    write_raw(tmp_path, {"w": ("F4", [4], b"ab")})
+    with pytest.raises(WeightsError, match=r"tensor w has dtype F4, which is not read. Convert it in PyTorch"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(("file", "message"), [
+    ("tf_model.h5", "tf_model.h5 is TensorFlow's; transformers below version 5 converts it: .*from_tf=True"),
+    ("flax_model.msgpack", "flax_model.msgpack is Flax's; transformers below version 5 .*from_flax=True"),
+    ("onnx/model.onnx", "onnx/model.onnx is a compiled graph"), ("bert.q8.gguf", "bert.q8.gguf is llama.cpp's"),
+    ("adapter_model.safetensors", "adapter_model.safetensors is an adapter without the model"),
+    ("weights.safetensors", "weights.safetensors is safetensors under another name; rename it to model.safetensors"),
+    ("best.ckpt", "best.ckpt is perhaps a trainer's pickled checkpoint; if so, rename it to pytorch_model.bin"),
+])  # fmt: skip
+def test_weights_of_another_kind_are_named_with_the_way_from_them(tmp_path, file, message):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(WeightsError, match=message) as error:
+        read_weights(tmp_path)
+    assert str(error.value).count(" is ") == 1
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_in_place_of_the_weights_is_named(tmp_path, file):
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(WeightsError, match=rf"{file} is Git LFS's pointer .* run `git lfs pull`"):
         read_weights(tmp_path)
 
 
@@ -317,6 +405,29 @@ def test_a_truncated_legacy_file_is_named(tmp_path, size):
     write_legacy(path, state_dict(tensors_as_torch_saves(TENSORS, is_legacy=True)), TENSORS)
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(WeightsError, match=r"pytorch_model.bin.* truncated"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("is_legacy", [False, True])
+def test_a_state_that_lies_under_a_key_is_read(tmp_path, is_legacy, caplog):
+    """As trainers save it, beside a step and an optimizer's tensors; of two states none is chosen."""
+    two = {key: TENSORS[key] for key in ("a.weight", "b")}
+    items = tensors_as_torch_saves(two, is_legacy)
+    state = b"}(" + b"".join(plain(key) + value for key, value in items.items()) + b"u"
+    moment = b"](" + items["b"] + b"e"
+    path = tmp_path / "pytorch_model.bin"
+
+    def write(parts):
+        data = state_dict({"epoch": plain(3), "optimizer": b"}(" + plain("m") + moment + b"u"} | parts)
+        if is_legacy:
+            return write_legacy(path, data, two)
+        return write_zip(path, data, {key: x.tobytes() for key, x in two.items()})
+
+    write({"model": state})
+    assert_same(read_weights(tmp_path), two)
+    assert "reads the tensors under the key model" in caplog.text
+    write({"model": state, "ema": state})
+    with pytest.raises(WeightsError, match=r"under each of model, ema. Choose one in PyTorch: torch.save\(.*'model'\]"):
         read_weights(tmp_path)
 
 
