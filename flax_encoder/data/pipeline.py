@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -34,8 +35,10 @@ from flax_encoder.data.store.store import (
     read_manifest,
 )
 from flax_encoder.data.store.tokenizing import MOST_HELD_OUT, HeldOut, is_held_out, text_digest
-from flax_encoder.data.tokens.tokenizer import TextTokenizer, load_tokenizer, train_wordpiece
+from flax_encoder.data.tokens.tokenizer import TextTokenizer, UnknownCount, load_tokenizer, train_wordpiece
 from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # A vocabulary of this size is settled by far less text; more would only take memory.
 _TRAINING_BYTES = 2**28
@@ -93,7 +96,7 @@ def open_data(
     tokenizer, stores, weights = open_stores(
         config.data, reading.columns, tokenizer=tokenizer, label_names=label_names, progress=progress
     )
-    frame, layout = Frame.of(tokenizer), reading.layout(config)
+    frame, layout = Frame.of(tokenizer, config.model.position_offset), reading.layout(config)
     make = functools.partial(_batches, config, reading, tokenizer, process)
     data, stages, plans, order, documents = config.data, [], [], None, []
     first_step, first_row, row_length = 0, 0, 0
@@ -191,6 +194,8 @@ def open_stores(
         prepared[name] = store
     if columns.value != "none" and len(names) > 1:
         raise DataError(f"documents with values come from one source, or one store: {config.source} is a mixture.")
+    for store in prepared.values():
+        _warn_of_unknown(store, tokenizer)
     if config.verify:
         for store in prepared.values():
             store.verify(unhurried(progress))
@@ -337,6 +342,8 @@ def prepare_stores(
         for source, folder in zip(sources, folders, strict=True)
     ]  # fmt: skip
     finished = [store for store in stores if store is not None]
+    for store in finished:
+        _warn_of_unknown(store, tokenizer)
     if len(finished) < len(stores):
         return None
     if is_mixture:
@@ -349,13 +356,19 @@ def prepare_stores(
     return finished
 
 
+def _warn_of_unknown(store: Store, tokenizer: TextTokenizer) -> None:
+    splits = store.manifest["splits"].values()
+    counts = (sum(split.get(what, 0) for split in splits) for what in ("unknown", "tokens"))  # older stores count none
+    if warning := UnknownCount(tokenizer, *counts).warning:
+        logger.warning("%s: %s", store.manifest["source"], warning)
+
+
 def settle_tokenizer(
     config: DataConfig, columns: Columns, stores: list[Store], sources: list[Source], progress: Say
 ) -> TextTokenizer:
     """data.tokenizer, else that of the first store, else a WordPiece trained on the sources' training text."""
     if config.tokenizer is not None:
-        path = pathlib.Path(config.tokenizer)
-        return read_tokenizer(path) if path.is_dir() else load_tokenizer(path)
+        return read_tokenizer(config.tokenizer)
     if stores:
         return load_tokenizer(stores[0].folder)
     progress(f"training a WordPiece tokenizer of {config.vocab_size:,} tokens")

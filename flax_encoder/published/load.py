@@ -198,7 +198,11 @@ class Pretrained:
         attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
         token_type_ids: Int[np.ndarray, "B T"] | None = None,
     ) -> tuple[Array | None, ...]:
-        """What `model` takes: tokens, segment_ids, positions as the family counts them, and types if it has any."""
+        """What `model` takes: tokens, segment_ids, positions as the family counts them, and types if it has any.
+
+        BERT counts columns. RoBERTa counts the tokens that are not its padding's id, with an attention_mask or
+        without one, as transformers 5 does: that id is skipped wherever it stands, also where a text spells `<pad>`.
+        """
         ids, mask = self._ids_and_mask(input_ids, attention_mask)
         if self.config.position == "learned" and ids.shape[1] > self.config.max_length:
             raise DataError(f"the model takes rows of {self.config.max_length} tokens: got {ids.shape[1]}.")
@@ -305,7 +309,7 @@ def load_pretrained(
       ConfigError: no published folder, an unknown model_type or architecture, a config field or a tensor that is not
         understood, a tensor of the wrong shape.
       WeightsError: weights that are missing, truncated or corrupt.
-      DataError: a tokenizer that cannot be read, or has more tokens than the embedding.
+      DataError: a tokenizer that cannot be read, or has an id beyond the embedding.
     """
     folder = pathlib.Path(folder)
     published = read_published_config(folder)
@@ -351,11 +355,12 @@ def load_pretrained(
     model = nnx.merge(graphdef, unflatten({path: jnp.asarray(value) for path, value in imported.params.items()}))
     tokenizer = None
     if any((folder / name).exists() for name in TOKENIZER_FILES):
-        tokenizer = read_tokenizer(folder)
-        if tokenizer.vocab_size > config.vocab_size:
+        tokenizer = read_tokenizer(folder, num_rows=config.vocab_size)
+        if (highest := tokenizer.vocab_size - 1) >= config.vocab_size:
             raise DataError(
-                f"the embedding must hold every token: the tokenizer in {folder} has {tokenizer.vocab_size} and the "
-                f"embedding {config.vocab_size}."
+                f"the embedding must hold every token: the tokenizer in {folder} gives {tokenizer.token(highest)!r} "
+                f"the id {highest}, and the embedding has {config.vocab_size} rows. Take such tokens out of its files, "
+                f"or train with weights that have rows for them."
             )
     pad_id = config.position_offset - 1 if family.counts_real_tokens else _whole(published, "pad_token_id", 0)
     return Pretrained(

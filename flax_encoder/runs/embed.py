@@ -7,6 +7,7 @@ A sentence-transformers folder is a published encoder with modules.json, which l
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -16,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from flax_encoder.config import ConfigError, EncoderConfig
+from flax_encoder.data.rows.documents import Frame
 from flax_encoder.data.sources.records import DataError
-from flax_encoder.data.tokens.tokenizer import TextTokenizer
+from flax_encoder.data.tokens.texts import check_texts
+from flax_encoder.data.tokens.tokenizer import TextTokenizer, UnknownCount
 from flax_encoder.families import find_family
 from flax_encoder.families.mapping import read_config
 from flax_encoder.nn.encoder import Encoder
@@ -30,6 +31,8 @@ from flax_encoder.ops.platform import precision
 from flax_encoder.published.load import is_published, load_pretrained
 from flax_encoder.runs.load import load_run
 from flax_encoder.training.checkpoint import read_run
+
+logger = logging.getLogger(__name__)
 
 Pooling = Literal["cls", "mean"]
 _MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
@@ -55,26 +58,11 @@ class Embedder:
         return self.encoder.config
 
     @functools.cached_property
-    def _tokenizer(self) -> Tokenizer:
-        """Puts special tokens around a text as its own template does, or else as runs do."""
-        tokenizer = Tokenizer.from_str(self.tokenizer.json)
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        if tokenizer.post_processor is None or not tokenizer.num_special_tokens_to_add(False):
-            special = [(self.tokenizer.token(i), i) for i in map(self.tokenizer.special, ("first", "last"))]
-            tokenizer.post_processor = TemplateProcessing(
-                single=f"{special[0][0]} $A {special[1][0]}", special_tokens=special
-            )
-        if self.max_tokens is not None:
-            tokenizer.enable_truncation(self.max_tokens)
-        return tokenizer
-
-    @functools.cached_property
     def _apply(self) -> Callable[..., Array]:
         graphdef, _ = nnx.split(self.encoder)
 
-        def apply(params, tokens, mask):
-            hidden = nnx.merge(graphdef, params)(tokens, mask)
+        def apply(params, tokens, mask, positions):
+            hidden = nnx.merge(graphdef, params)(tokens, mask, positions)
             return pool(hidden, mask, self.pooling, self.normalize)
 
         return jax.jit(apply)
@@ -86,14 +74,18 @@ class Embedder:
 
         Texts of like length share a batch; `progress` hears how many are done.
         """
+        texts = check_texts(texts)
         vectors = np.empty((len(texts), self.config.embed_dim), np.float32)
-        encoded, num_cut = [], 0
+        encoded, num_cut, unknown = [], 0, UnknownCount(self.tokenizer)
         for start in range(0, len(texts), 4096):
             some = [(self.prompt + text).strip() for text in texts[start : start + 4096]]
             some = [text.lower() for text in some] if self.do_lower_case else some
-            for encoding in self._tokenizer.encode_batch(some):
-                num_cut += bool(encoding.overflowing)
-                encoded.append(np.array(encoding.ids, np.int32))
+            rows, more = self.tokenizer.encode_rows(some, self.max_tokens)
+            unknown.add(rows)
+            encoded += rows
+            num_cut += more
+        if unknown.warning:
+            logger.warning("%s", unknown.warning)
         longest_first = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
         _, params = nnx.split(self.encoder)
         waiting = None  # the device works on one batch while the next is made
@@ -109,14 +101,17 @@ class Embedder:
         progress(len(texts))
         return vectors, num_cut
 
-    def _batch(self, rows: list[np.ndarray], batch_size: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    def _batch(self, rows: list[np.ndarray], batch_size: int) -> tuple[Int[Array, "B T"], ...]:
         length = max(1, -(-len(rows[0]) // _LENGTH_STEP)) * _LENGTH_STEP
         if self.config.position == "learned":
             length = min(length, self.config.max_length)
         tokens, mask = np.zeros((2, batch_size, length), np.int32)
         for i, ids in enumerate(rows):
             tokens[i, : len(ids)], mask[i, : len(ids)] = ids, 1
-        return jnp.asarray(tokens), jnp.asarray(mask)
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+        if self.config.position_offset and self.tokenizer.find("pad") is not None:
+            positions = Frame.of(self.tokenizer, self.config.position_offset).positions(tokens, mask, positions)
+        return *map(jnp.asarray, (tokens, mask, positions)),
 
 
 def _take(vectors: np.ndarray, rows: list[int], result: Array) -> None:
@@ -175,7 +170,8 @@ def load_embedder(
     most = encoder.config.max_length if encoder.config.position == "learned" else None
     if max_tokens is not None and (max_tokens < 3 or (most is not None and max_tokens > most)):
         raise DataError(f"max_tokens must be at least 3{f' and at most {most}' if most else ''}: got {max_tokens}.")
-    limits = [n for n in (max_tokens or sentence.pop("max_tokens", None) or limit, most) if n is not None]
+    own = max_tokens or sentence.pop("max_tokens", None) or tokenizer.max_tokens or limit
+    limits = [n for n in (own, most) if n is not None]
     given = {"pooling": pooling, "normalize": normalize}
     settings = sentence | {name: value for name, value in given.items() if value is not None}
     settings["max_tokens"] = min(limits, default=None)

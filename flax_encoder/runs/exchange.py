@@ -9,11 +9,10 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from flax_encoder.config import ConfigError, RunConfig, to_dict
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
+from flax_encoder.data.tokens.tokenizer_files import published_files
 from flax_encoder.families import FAMILIES
 from flax_encoder.families.mapping import Family, export_tensors, write_config
 from flax_encoder.nn.partition import flatten
@@ -144,29 +143,8 @@ def _published_config(config: RunConfig, model_type: str | None, task: str | Non
 
 def _tokenizer_files(tokenizer: TextTokenizer, config: RunConfig) -> dict[str, Any]:
     """tokenizer.json, which puts special tokens around texts as runs do, and what transformers asks beside it."""
-    roles = {"pad": "pad", "unk": "unknown", "cls": "first", "sep": "last", "mask": "mask"}
-    named = {f"{theirs}_token": tokenizer.token(tokenizer.special(ours)) for theirs, ours in roles.items()}
-    has_types = config.model.num_token_types >= 2
-    text = tokenizer.json
-    if json.loads(text).get("post_processor") is None:
-        first, last = named["cls_token"], named["sep_token"]
-        second = ":1" if has_types else ""
-        own = Tokenizer.from_str(text)
-        own.post_processor = TemplateProcessing(
-            single=f"{first} $A {last}",
-            pair=f"{first} $A {last} $B{second} {last}{second}",
-            special_tokens=[(first, tokenizer.special("first")), (last, tokenizer.special("last"))],
-        )
-        text = own.to_str(pretty=True)
-    limit = {"model_max_length": config.model.max_length} if config.model.position == "learned" else {}
-    # By default some versions make token types for models that take none, and others none for those that do.
-    inputs = ["input_ids", *["token_type_ids"] * has_types, "attention_mask"]
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
-    return {
-        "tokenizer.json": text,
-        "tokenizer_config.json": settings | named | limit,
-        "special_tokens_map.json": named,
-    }
+    limit = config.model.max_length if config.model.position == "learned" else None
+    return published_files(tokenizer, max_tokens=limit, has_types=config.model.num_token_types >= 2)
 
 
 def _refuse_filled(folder: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """A trained model with its config, tokenizer and labels, ready to be asked; `load` opens the folders that hold one."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,11 @@ from flax_encoder.data.sources.records import DataError, Record
 from flax_encoder.data.store.encoding import Encoded, encode_records
 from flax_encoder.data.store.store import Split
 from flax_encoder.data.store.tokenizing import token_dtype
-from flax_encoder.data.tokens.tokenizer import TextTokenizer
+from flax_encoder.data.tokens.tokenizer import TextTokenizer, UnknownCount
 from flax_encoder.tasks import Task, find_task
 from flax_encoder.tasks.task import Answer, Question
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 2048  # records that are packed together: what is held in memory at a time
 _TOKENS = 4096  # of a batch of rows
@@ -93,25 +96,28 @@ class LoadedRun:
         if self.task.answer is None:
             raise DataError(f"objective {self.config.objective} has no answers to give for a file of texts.")
         block: list[Record] = []
+        unknown = UnknownCount(self.tokenizer)
         for record in records:
             block.append(_as_record(record))
             if len(block) == _BLOCK:
-                yield from self._answers(block)
+                yield from self._answers(block, unknown)
                 block = []
         if block:
-            yield from self._answers(block)
+            yield from self._answers(block, unknown)
+        _warn_of(unknown)
 
-    def _answers(self, records: list[Record]) -> Iterator[Answer]:
+    def _answers(self, records: list[Record], unknown: UnknownCount) -> Iterator[Answer]:
         task = self.task
         columns = task.reading.columns
         dtype = token_dtype(self.tokenizer)
         encoded = encode_records(records, self.tokenizer, columns, {}, dtype, with_offsets=task.needs_offsets)
         if (empty := np.flatnonzero(encoded.lengths == 0)).size:
-            kept = iter(self._answers([r for r, n in zip(records, encoded.lengths, strict=True) if n])
+            kept = iter(self._answers([r for r, n in zip(records, encoded.lengths, strict=True) if n], unknown)
                         if len(empty) < len(records) else ())  # fmt: skip
             for n in encoded.lengths:
                 yield next(kept) if n else {"error": "the text has no token"}
             return
+        unknown.add([encoded.tokens])
         split = memory_split(encoded)
         documents, batches = self._rows_of(split)
         found: list[list[Any]] = [[] for _ in records]
@@ -134,7 +140,7 @@ class LoadedRun:
 
     def _rows_of(self, split: Split) -> tuple[Documents, Batches]:
         """The split's documents in rows of the least usual length that the longest fits, and the task's queries."""
-        reading, frame = self.task.reading, Frame.of(self.tokenizer)
+        reading, frame = self.task.reading, Frame.of(self.tokenizer, self.config.model.position_offset)
         layout = reading.layout(self.config)
         most = self.row_length
         longest = int(split.lengths.max()) + sum(frame.specials)
@@ -184,11 +190,14 @@ class LoadedRun:
         Raises:
           DataError: a text without a token, or longer than the model's learned positions reach.
         """
-        frame = Frame.of(self.tokenizer)
+        frame = Frame.of(self.tokenizer, self.config.model.position_offset)
         specials = sum(frame.specials)
         encoded = encode_records([Record((text,))], self.tokenizer, Columns(), {}, token_dtype(self.tokenizer))
         if not len(encoded.tokens):
             raise DataError("a text must have at least one token: got an empty one.")
+        unknown = UnknownCount(self.tokenizer)
+        unknown.add([encoded.tokens])
+        _warn_of(unknown)
         limit = self.config.model.max_length if self.config.model.position == "learned" else None
         length = len(encoded.tokens) + specials
         if limit is not None and length > limit:
@@ -215,6 +224,11 @@ class LoadedRun:
         if "error" in answer:
             raise DataError(f"a text must have at least one token: got {text!r}.")
         return [{"label": label, "probability": p} for label, p in answer["probabilities"].items()]
+
+
+def _warn_of(unknown: UnknownCount) -> None:
+    if unknown.warning:
+        logger.warning("%s", unknown.warning)
 
 
 def _as_record(record: Record | str | tuple[str, ...]) -> Record:

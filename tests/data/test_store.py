@@ -71,7 +71,7 @@ def test_a_store_holds_what_was_put_in_and_is_found_again(tokenizer, tmp_path, p
     store = put(source_of(train, test, parts=parts), tokenizer, tmp_path, 0.5)
     assert texts_of(store.train, tokenizer) == train and texts_of(store.validation, tokenizer) == test
     assert store.train.tokens[0].dtype == np.uint16 and store.train.values == {} and store.label_names is None
-    counts = {"documents": 53, "tokens": int(store.validation.lengths.sum()), "shards": 1}
+    counts = {"documents": 53, "tokens": int(store.validation.lengths.sum()), "unknown": 0, "shards": 1}
     assert store.manifest["splits"]["validation"] == counts
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store"]
 
@@ -475,3 +475,18 @@ def test_inspect_tells_what_is_in_a_store(tokenizer, corpus):
     shutil.rmtree(corpus / "out" / "validation")
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 1 and "prepared text is damaged" in failed.stderr
+
+
+def test_text_in_which_nothing_can_be_predicted_is_refused_and_unknown_tokens_are_counted(tokenizer, tmp_path, caplog):
+    foreign = [f"ж{'ж' * i} ш" for i in range(9)]
+    with pytest.raises(DataError, match=r"of the 18 in the train split of .* 18 are unknown and the others special"):
+        put(source_of(foreign), tokenizer, tmp_path)
+    with pytest.raises(DataError, match=r"in the validation split .* or hold out more, by --data.held-out-rate"):
+        put(source_of(random_texts(9), foreign), tokenizer, tmp_path / "held-out")
+    store = put(source_of([*random_texts(5), *foreign], random_texts(3, 1)), tokenizer, tmp_path / "mixed")
+    assert [store.manifest["splits"][split]["unknown"] for split in ("train", "validation")] == [18, 0]
+    (tmp_path / "t.txt").write_text("\n\n".join([*random_texts(5), *foreign]))
+    (tmp_path / "tokenizer.json").write_text(tokenizer.json)
+    config = DataConfig(source=str(tmp_path / "t.txt"), tokenizer=str(tmp_path / "tokenizer.json"), held_out_rate=0.0)
+    prepare_stores(config, tmp_path / "out", Columns(), workers=1, shard=(0, 1), progress=lambda message: None)
+    assert "tokens (" in caplog.text and "are [UNK], of which a model learns nothing" in caplog.text

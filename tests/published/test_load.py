@@ -242,9 +242,17 @@ def test_damaged_weights_and_configs_are_named(folder, tmp_path):
         load_pretrained(tmp_path / "nothing")
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused(folder, tokenizer):
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder):
     (folder / "tokenizer.json").write_text(train_wordpiece([" ".join("abcdefghijklmnopqrstuvwxyz")] * 2, 60).json)
-    with pytest.raises(DataError, match=r"has \d+ and the embedding 43"):
+    with pytest.raises(DataError, match=r"gives 'z' the id 56, and the embedding has 43 rows"):
+        load_pretrained(folder)
+
+
+def test_the_embedding_must_hold_the_highest_id_however_few_the_tokens(folder, tokenizer):
+    content = json.loads(tokenizer.json)
+    content["model"]["vocab"]["list"] = 43
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"gives 'list' the id 43, and the embedding has 43 rows"):
         load_pretrained(folder)
 
 

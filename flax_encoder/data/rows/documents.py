@@ -25,10 +25,17 @@ class Frame:
     first: int | None
     last: int | None
     between: tuple[int, ...] = ()
+    skips_pad: bool = False
+    """Positions do not count the padding's id, also where a text spells it, as RoBERTa's don't."""
+    truncation_side: str = "right"
+    """"right" or "left": where a text that is cut loses tokens."""
 
     @classmethod
-    def of(cls, tokenizer: TextTokenizer) -> "Frame":
-        return cls(tokenizer.special("pad"), *tokenizer.frame, tokenizer.between)
+    def of(cls, tokenizer: TextTokenizer, position_offset: int = 0) -> "Frame":
+        """Of a model whose positions begin at `position_offset`: if that is after the padding's id, they skip it."""
+        pad = tokenizer.special("pad")
+        skips_pad = position_offset > 0 and pad == position_offset - 1
+        return cls(pad, *tokenizer.frame, tokenizer.between, skips_pad, tokenizer.truncation_side)
 
     @property
     def specials(self) -> tuple[int, int]:
@@ -37,6 +44,20 @@ class Frame:
     def around(self, ids: np.ndarray) -> np.ndarray:
         """A document's ids with what stands before and after it."""
         return np.array([i for i in (self.first, *ids, self.last) if i is not None])
+
+    def positions(self, tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Each token's place in its segment as the model counts it, int32 [B, T]; -1 at a padding's id in a text.
+
+        Args:
+          positions: each token's column from its segment's first, int32 [B, T].
+        """
+        is_skipped = (tokens == self.pad) & (segment_ids > 0)
+        if not self.skips_pad or not is_skipped.any():
+            return positions
+        before = np.cumsum(is_skipped, axis=1, dtype=np.int32) - is_skipped
+        first = np.arange(tokens.shape[1], dtype=np.int32) - positions
+        own = before - np.take_along_axis(before, first, axis=1)
+        return np.where(is_skipped, -1, positions - np.where(segment_ids > 0, own, 0)).astype(np.int32)
 
     def empty(self, rows: int, row_length: int, *streams: str) -> Batch:
         """Rows of padding, for `assemble` to write to.
@@ -57,8 +78,9 @@ class Layout(NamedTuple):
     is_choices: bool = False
     """The texts after the first are choices, each a segment with the first; else all texts are one segment."""
     long: Literal["split", "cut", "windows"] = "cut"
-    """`split` makes pieces of a text that lose no token; `cut` takes tokens off the end of the longest text, as
-    transformers' `longest_first` does; `windows` repeats the first text before overlapping stretches of the last."""
+    """`split` makes pieces of a text that lose no token; `cut` takes tokens off the longest text, as transformers'
+    `longest_first` does, on the tokenizer's `truncation_side`; `windows` repeats the first text before overlapping
+    stretches of the last."""
     overlap: int = 0
     """With windows: tokens that two neighbouring ones share."""
 
@@ -113,6 +135,8 @@ class Documents:
             for segment in range(self.num_segments):
                 pair = [r for r, run in enumerate(self.runs) if run.segment == segment]
                 length[:, pair] = longest_first(length[:, pair], room)
+            if self.frame.truncation_side == "left":
+                begin = begin + lengths[:, texts] - length
             self.num_cut = int((length < lengths[:, texts]).any(1).sum())
             self._begin, self._length = begin, length
         self._offsets = np.concatenate([[0], np.cumsum(self._length.sum(1) + specials - sum(self.frame.specials))])
@@ -137,7 +161,8 @@ class Documents:
         if self.source is None:
             return PackingPlan(
                 self.split.offsets, row_length, self.frame.specials, packing=packing,
-                split_long=self.layout.long == "split", histogram=self.split.histogram,
+                split_long=self.layout.long == "split", truncation_side=self.frame.truncation_side,
+                histogram=self.split.histogram,
             )  # fmt: skip
         return PackingPlan(self._offsets, row_length, self.frame.specials, packing=packing, split_long=False,
                            histogram=length_histogram(self._offsets))  # fmt: skip
@@ -219,6 +244,9 @@ def assemble(documents: Documents, pieces: Pieces, batch: Batch, rows: np.ndarra
     for name, values in read.items():
         values[special_at] = blank[name]
         batch[name].reshape(-1)[at] = values
+    if documents.frame.skips_pad:
+        own = (batch[name][rows] for name in ("tokens", "segment_ids", "positions"))
+        batch["positions"][rows] = documents.frame.positions(*own)
 
 
 def _specials(runs, starts, ends, before, after) -> tuple[np.ndarray, np.ndarray]:

@@ -127,18 +127,18 @@ class PackingPlan:
       packing: `best-fit` fills rows with pieces; `one-per-row` gives each piece a row of its own; `concatenate` cuts
         the endless text of all documents, in random order, every T tokens.
       split_long: cut a document that no row holds into pieces, full rows and a remainder, with no token lost; or else
-        keep its first tokens only.
+        keep its first tokens only, or its last where `truncation_side` is "left".
       window: documents packed together, at most.
       histogram: `length_histogram(offsets)`, if it is known.
     """
 
     def __init__(
         self, offsets: np.ndarray, row_length: int, specials: tuple[int, int] = (1, 1), *,
-        packing: Packing = "best-fit", split_long: bool = True, window: int = WINDOW,
+        packing: Packing = "best-fit", split_long: bool = True, truncation_side: str = "right", window: int = WINDOW,
         histogram: np.ndarray | None = None,
     ):  # fmt: skip
         self._offsets, self._row_length, self._specials = offsets, row_length, specials
-        self._packing, self._split_long = packing, split_long
+        self._packing, self._split_long, self._keeps_last = packing, split_long, truncation_side == "left"
         if packing == "concatenate" and not split_long:
             raise ValueError("concatenate cuts documents anywhere: split_long must be True.")
         self._overhead = sum(specials)
@@ -218,7 +218,9 @@ class PackingPlan:
                 if self._packing == "concatenate":
                     made = _Concatenated(documents, lengths, self._row_length, self._specials, (seed, 4, *key[:2]))
                 else:
-                    made = _Packed(documents, *self._cut(lengths), self._recipes[key[0]], self._room)
+                    full, rest = self._cut(lengths)
+                    begin = (lengths - rest) * (self._split_long or self._keeps_last)
+                    made = _Packed(documents, full, rest, begin, self._recipes[key[0]], self._room)
                 self._cache[key] = made
                 while len(self._cache) > _CACHED_WINDOWS:
                     self._cache.popitem(last=False)
@@ -241,6 +243,8 @@ class PackingPlan:
                 key = (window, e, seed) if self._packing == "concatenate" else (window,)
                 pieces = self._open(key, seed).rows(inside, (seed, e, window))
                 address = random_bits(e, window, inside)
+                begins, ends_it = map(bool, self._specials)
+                pieces = replace(pieces, has_first=pieces.has_first & begins, has_last=pieces.has_last & ends_it)
                 found.append(replace(pieces, row=mine[pieces.row], address=address))
         if len(found) == 1:
             return found[0]
@@ -277,13 +281,19 @@ class Recipes:
 
 
 class _Packed:
-    """A window whose pieces stand sorted by length: the remainders by document, then the full rows' pieces."""
+    """A window whose pieces stand sorted by length: the remainders by document, then the full rows' pieces.
 
-    def __init__(self, documents: np.ndarray, full: np.ndarray, rest: np.ndarray, recipes: Recipes, room: int):
+    Args:
+      begin: where in its document each remainder begins.
+    """
+
+    def __init__(
+        self, documents: np.ndarray, full: np.ndarray, rest: np.ndarray, begin: np.ndarray, recipes: Recipes, room: int
+    ):
         self._recipes = recipes
         order = np.argsort(rest.astype(np.uint16 if room < 2**16 else np.uint32), kind="stable")
         order = order[int(np.count_nonzero(rest == 0)) :]
-        self._document, self._start = documents[order], full[order].astype(np.int64) * room
+        self._document, self._start = documents[order], begin[order].astype(np.int64)
         if full.any():
             owners = np.repeat(np.arange(len(documents)), full)
             first_piece = np.cumsum(full, dtype=np.int64) - full

@@ -57,7 +57,7 @@ def merge_parts(
                 columns_of_values[name] = column
 
     kinds = ("tokens", "words", *(("tags",) if columns.value == "tags" else ()))
-    writers = {s: _SplitWriter(store / s, n, token_dtype(tokenizer), kinds) for s, n in kept.items()}
+    writers = {s: _SplitWriter(store / s, n, tokenizer, kinds) for s, n in kept.items()}
     starts = np.cumsum([0, *counts])
     for number, part in enumerate(parts):
         progress(f"writing the store: part {number + 1:,} of {len(parts):,}")
@@ -84,6 +84,14 @@ def merge_parts(
     for split, writer in writers.items():
         for path, size, digest in writer.close():
             files[f"{split}/{path.name}"] = {"bytes": size, "sha256": digest}
+    for split, writer in writers.items():
+        if kept[split] and not writer.num_predictable:
+            raise DataError(
+                f"a text must have tokens that a model can predict: of the {writer.num_tokens:,} in the {split} split "
+                f"of {source.name} {writer.num_unknown:,} are unknown and the others special. Give the tokenizer of "
+                f"this text as --data.tokenizer, or none, and one is trained on it"
+                f"{'.' if split == 'train' else '; or hold out more, by --data.held-out-rate.'}"
+            )
     for split in kept:
         offsets = np.load(store / split / "offsets.npy", mmap_mode="r")
         np.save(store / split / "histogram.npy", length_histogram(offsets))
@@ -106,7 +114,9 @@ def merge_parts(
         "contradictory": _contradictory(parts) if columns.value != "none" else 0,
         "label_names": names,
         "splits": {
-            split: {"documents": kept[split], "tokens": w.num_tokens, "shards": w.num_shards}
+            split: {
+                "documents": kept[split], "tokens": w.num_tokens, "unknown": w.num_unknown, "shards": w.num_shards,
+            }
             for split, w in writers.items()
         },
         "files": files,
@@ -178,9 +188,13 @@ def _first_of_each(parts: list[pathlib.Path], counts: list[int], path: pathlib.P
 class _SplitWriter:
     """A split's files, written from their start to their end."""
 
-    def __init__(self, folder: pathlib.Path, documents: int, dtype: np.dtype, kinds: tuple[str, ...]):
+    def __init__(self, folder: pathlib.Path, documents: int, tokenizer: TextTokenizer, kinds: tuple[str, ...]):
         folder.mkdir(parents=True)
-        self._folder, self._dtype, self._kinds = folder, dtype, kinds
+        self._folder, self._dtype, self._kinds = folder, token_dtype(tokenizer), kinds
+        self._unknown = tokenizer.unknown_id
+        self._is_predictable = np.ones(tokenizer.vocab_size, bool)
+        self._is_predictable[tokenizer.special_ids] = False
+        self.num_unknown = self.num_predictable = 0
         self._offsets = np.lib.format.open_memmap(folder / "offsets.npy", "w+", np.int64, (documents + 1,))
         self._offsets[0] = 0
         self._documents = self.num_tokens = self.num_shards = self._in_shard = 0
@@ -195,7 +209,10 @@ class _SplitWriter:
         if not chosen.all():
             of_token = np.repeat(chosen, lengths)
             streams, lengths = {kind: stream[of_token] for kind, stream in streams.items()}, lengths[chosen]
-        num_tokens = len(streams["tokens"])
+        tokens = streams["tokens"]
+        self.num_unknown += 0 if self._unknown is None else int(np.count_nonzero(tokens == self._unknown))
+        self.num_predictable += int(np.count_nonzero(self._is_predictable[tokens]))
+        num_tokens = len(tokens)
         if not self._files or self._in_shard + num_tokens > SHARD_TOKENS:
             self._end_shard()
             for kind in self._kinds:

@@ -1,105 +1,402 @@
-"""A published folder's tokenizer, whatever files it is in, as a `TextTokenizer` whose tokenizer.json works elsewhere.
+"""A published folder's tokenizer, whatever files it is in, as a `TextTokenizer` that reads text as transformers does.
 
-Files, in the order in which they are looked for: tokenizer.json; a SentencePiece model (Kudo and Richardson, arXiv
-1808.06226), with the ids that its family gives to pieces; vocab.json and merges.txt (byte-level BPE, as GPT-2 and
-RoBERTa have); vocab.txt (BERT's WordPiece). Beside them tokenizer_config.json, special_tokens_map.json and
-added_tokens.json may change names and add tokens.
+Files, in the order in which they are looked for: tokenizer.json; a SentencePiece model; vocab.json and merges.txt
+(byte-level BPE, as GPT-2 and RoBERTa have); vocab.txt (BERT's WordPiece). What stands beside them counts:
+tokenizer_config.json (which class reads the files, with which settings and special tokens; `classes` has the classes),
+special_tokens_map.json, added_tokens.json, and the model_type of config.json.
 """
 
+import hashlib
 import json
+import logging
 import pathlib
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, processors
 
 from flax_encoder.data.sources.records import DataError
-from flax_encoder.data.tokens.tokenizer import TextTokenizer, load_tokenizer
+from flax_encoder.data.tokens.classes import (
+    AS_IT_IS,
+    BERT_NAMES,
+    CLASSES,
+    FAIRSEQ_NAMES,
+    ROLES,
+    Names,
+    Parts,
+    TokenizerClass,
+    byte_level,
+    class_name,
+    frame_of,
+    parts_of,
+    plain_name,
+    put_around,
+    word_piece,
+)
+from flax_encoder.data.tokens.sentencepiece import LAYOUTS, SENTENCEPIECE_FILES, sentencepiece_tokenizer
+from flax_encoder.data.tokens.tokenizer import SETTINGS, TextTokenizer, load_tokenizer
 
-SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "spm.model", "tokenizer.model")
-ROLES = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+logger = logging.getLogger(__name__)
+
 # Settings of tokenizer_config.json that have one value here; any other would change the ids.
-_FIXED = {
+_FIXED = {"split_special_tokens": (False,)}
+# Likewise, where there is no tokenizer.json; beside one, transformers reads them no more.
+_FIXED_OF_FILES = {
     "do_basic_tokenize": (True,), "never_split": (None, []), "do_subword_tokenize": (True,), "remove_space": (True,),
     "word_tokenizer_type": ("basic",), "subword_tokenizer_type": ("wordpiece",), "sp_model_kwargs": (None, {}),
     "wordpieces_prefix": ("##",), "split_by_punct": (False,),
 }  # fmt: skip
-_BERT_NAMES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-_FAIRSEQ_NAMES = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
-_TEMPLATES = {
-    "bert": ("{cls} $A {sep}", "{cls} $A {sep} $B:1 {sep}:1"),
-    "fairseq": ("{cls} $A {sep}", "{cls} $A {sep} {sep} $B {sep}"),
-    "t5": ("$A {eos}", "$A {eos} $B {eos}"),
-}
+# Our role -> theirs, in the order in which they are looked for.
+_THEIR_ROLES = {
+    "pad": ("pad",), "unknown": ("unk",), "first": ("cls", "bos"), "last": ("sep", "eos"), "mask": ("mask",),
+}  # fmt: skip
+_NO_LIMIT = 2**31  # tokens; what sets no limit is written as 10**30
+_OF_IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # members of a tokenizer.json that make the ids
 
 
-class Layout(NamedTuple):
-    """How a family numbers the pieces of its SentencePiece model, and what it does to text before."""
+def read_tokenizer(path: str | pathlib.Path, num_rows: int | None = None) -> TextTokenizer:
+    """The tokenizer of a published folder, or of a file.
 
-    names: dict[str, str]
-    template: str
-    head: tuple[str, ...] = ()
-    """Pieces with the first ids, in place of the model's own first ..."""
-    num_replaced: int = 0
-    """... so many."""
-    tail: tuple[str, ...] = ()
-    """Pieces after the model's own, where the model has them not."""
-    num_extra_ids: int = 0
-    """<extra_id_N-1> .. <extra_id_0> after those; tokenizer_config.json's `extra_ids` goes first."""
-    lower: bool = False
-    """Lower-case; `do_lower_case` goes first."""
-    is_albert: bool = False
-    """Quotes made plain, accents stripped (unless `keep_accents`), and no piece that ends in a digit and a comma."""
+    The tokenizer.json of a folder is read with what stands beside it, whether the folder is named or the file in it; a
+    file of another name stands alone. A tokenizer.json alone is taken as it is; where it has no template, runs put
+    [CLS] and [SEP], or <s> and </s>, around a text if the vocabulary has them.
 
-
-LAYOUTS = {
-    "albert": Layout(_BERT_NAMES | {"pad": "<pad>", "unk": "<unk>"}, "bert", lower=True, is_albert=True),
-    "t5": Layout({"pad": "<pad>", "unk": "<unk>", "eos": "</s>"}, "t5", num_extra_ids=100),
-    "xlmroberta": Layout(
-        _FAIRSEQ_NAMES, "fairseq", head=("<s>", "<pad>", "</s>", "<unk>"), num_replaced=3, tail=("<mask>",)
-    ),
-    "debertav2": Layout(_BERT_NAMES, "bert", tail=("[MASK]",)),
-}
-LAYOUTS["mt5"] = LAYOUTS["t5"]
-
-
-def read_tokenizer(folder: str | pathlib.Path) -> TextTokenizer:
-    """The tokenizer of a published folder.
+    Args:
+      num_rows: of the embedding that the ids are for. Special tokens that a folder names, and its vocabulary has not,
+        get the next ids; those for which there is no row are left out, and named in a log line.
 
     Raises:
-      DataError: no such files (it lists what was looked for), files that cannot be decoded, a vocabulary with holes, or
-        a setting that would change the ids and is not understood.
+      DataError: no such files (it lists what was looked for), files that cannot be decoded, tokens that share an id, an
+        added token whose id is not what the files say, a setting that would change the ids and is not understood, or
+        a template of more than one token on a side.
     """
-    folder = pathlib.Path(folder)
-    if (folder / "tokenizer.json").is_file():
-        return load_tokenizer(folder)
-    config = _json(folder / "special_tokens_map.json", {}) | _json(folder / "tokenizer_config.json", {})
-    for name, served in _FIXED.items():
-        if config.get(name, served[0]) not in served:
-            raise DataError(
-                f"{folder / 'tokenizer_config.json'}: {name} must be {served[0]!r}, the only way it is done here: got "
-                f"{config[name]!r}."
-            )
-    model = next((folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()), None)
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        if path.name != "tokenizer.json" or not path.exists():
+            return _settled(load_tokenizer(path).json, None, _Beside(path.parent, "", "", {}, {}, is_published=False))
+        path = path.parent
     try:
-        if model is not None:
-            tokenizer, names = _sentencepiece(model, config, _layout(folder, config))
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            tokenizer, names = _byte_level(folder, config)
-        elif (folder / "vocab.txt").is_file():
-            tokenizer, names = _word_piece(folder / "vocab.txt", config)
-        else:
-            raise DataError(
-                f"no tokenizer in {folder}: looked for tokenizer.json, {', '.join(SENTENCEPIECE_FILES)}, vocab.json "
-                f"with merges.txt, and vocab.txt."
-            )
-        _add_tokens(tokenizer, folder, config, names)
+        beside = _Beside.of(path)
+        _check_served(beside)
+        text = load_tokenizer(path).json if beside.file.is_file() else None
+        if text is not None and not beside.is_published:
+            return _settled(text, None, beside)
+        return _settled(text, _built(text, beside, num_rows), beside)
     except DataError:
         raise
     except Exception as error:  # the library raises bare Exception for anything malformed
-        raise DataError(f"no tokenizer can be made of the files in {folder}: {error}.") from None
-    return TextTokenizer(tokenizer.to_str(pretty=True))
+        raise DataError(f"no tokenizer can be made of the files in {path}: {error}.") from None
+
+
+def _check_served(beside: "_Beside") -> None:
+    for name, served in (_FIXED | ({} if beside.file.is_file() else _FIXED_OF_FILES)).items():
+        if beside.config.get(name, served[0]) not in served:
+            raise DataError(
+                f"{beside.folder / 'tokenizer_config.json'}: {name} must be {served[0]!r}, the only way it is done "
+                f"here: got {beside.config[name]!r}. Other values would give other ids."
+            )
+
+
+def published_files(
+    tokenizer: TextTokenizer, *, max_tokens: int | None = None, has_types: bool = False
+) -> dict[str, Any]:
+    """File name -> text or JSON content: what other tools need to read texts as `tokenizer` and runs do.
+
+    Args:
+      max_tokens: what the model takes, special tokens included; None is no limit. The tokenizer's own counts too.
+      has_types: the model tells the second text of a pair from the first.
+    """
+    named = {
+        f"{theirs[0]}_token": tokenizer.token(tokenizer.special(role))
+        for role, theirs in _THEIR_ROLES.items()
+        if tokenizer.find(role) is not None
+    }
+    text = tokenizer.plain_json
+    own = frame_of(json.loads(text).get("post_processor"))
+    if own is None or tuple(next(iter(ids), None) for ids in own) != tokenizer.frame:
+        made = Tokenizer.from_str(text)
+        made.post_processor = _template(tokenizer, ":1" if has_types else "")
+        text = made.to_str(pretty=True)
+    # By default some versions make token types for models that take none, and others none for those that do.
+    inputs = ["input_ids", *["token_type_ids"] * has_types, "attention_mask"]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
+    limits = [n for n in (max_tokens, tokenizer.max_tokens) if n is not None]
+    settings |= {"model_max_length": min(limits)} if limits else {}
+    settings |= {"truncation_side": "left"} if tokenizer.truncation_side == "left" else {}
+    return {
+        "tokenizer.json": text,
+        "tokenizer_config.json": settings | named,
+        "special_tokens_map.json": named,
+    }
+
+
+def _template(tokenizer: TextTokenizer, second: str) -> processors.TemplateProcessing:
+    """What runs put around a text; `second` marks the type of a pair's second text."""
+    special = {f"{i}": (tokenizer.token(i), i) for i in tokenizer.frame if i is not None}
+    first, last = ("" if i is None else tokenizer.token(i) for i in tokenizer.frame)
+    end = f" {last}{second}" if last else ""
+    return processors.TemplateProcessing(
+        single=f"{first} $A {last}".strip(),
+        pair=f"{first} $A {last} $B{second}{end}".strip(),
+        special_tokens=list(special.values()),
+    )
+
+
+class _Beside(NamedTuple):
+    """What a folder says of its tokenizer beside the vocabulary."""
+
+    folder: pathlib.Path
+    class_name: str
+    told: str
+    """The class as the folder names it, or else the model's type."""
+    config: dict[str, Any]
+    """tokenizer_config.json's, with what older folders say in special_tokens_map.json."""
+    added: dict[int, AddedToken]
+    is_published: bool
+    """Rather than a run, a store, or a tokenizer.json alone."""
+
+    @property
+    def file(self) -> pathlib.Path:
+        return self.folder / "tokenizer.json"
+
+    @classmethod
+    def of(cls, folder: pathlib.Path) -> "_Beside":
+        config = _json(folder / "tokenizer_config.json")
+        published = _json(folder / "config.json")
+        older = _json(folder / "special_tokens_map.json")
+        is_published = bool(config or older) or "model_type" in published or not (folder / "tokenizer.json").is_file()
+        if "added_tokens_decoder" in config:
+            added = {int(i): _added(token) for i, token in config["added_tokens_decoder"].items()}
+        else:
+            config |= older
+            special = {_text(config[key]) for key in _special_keys(config)}
+            special |= set(map(_text, _extra(config)))
+            listed = _json(folder / "added_tokens.json")
+            added = {
+                i: AddedToken(text, normalized=text not in special, special=text in special)
+                for text, i in listed.items()
+            }
+            added |= {token["id"]: _added(token) for token in _json(folder / "tokenizer.json").get("added_tokens", [])}
+        told = config.get("tokenizer_class") or published.get("tokenizer_class") or published.get("model_type", "")
+        return cls(folder, class_name(config, published), str(told), config, added, is_published)
+
+    @property
+    def tokenizer_class(self) -> TokenizerClass | None:
+        return CLASSES.get(self.class_name)
+
+    def names(self, default: Mapping[str, str]) -> Names:
+        """Role -> special token, the folder's or else the default."""
+        given = {role: self.config[f"{role}_token"] for role in ROLES if f"{role}_token" in self.config}
+        return {
+            role: _text(given.get(role, default.get(role)))
+            for role in ROLES
+            if given.get(role, default.get(role)) is not None
+        }
+
+
+def _special_keys(config: Mapping[str, Any]) -> list[str]:
+    """The settings that name a special token: those of the roles, then those that only this folder has."""
+    known = [f"{role}_token" for role in ROLES]
+    own = [key for key, value in config.items() if key.endswith("_token") and key not in known and _is_token(value)]
+    return [key for key in known if config.get(key) is not None] + own
+
+
+def _extra(config: Mapping[str, Any]) -> list[Any]:
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    return list(extra.values()) if isinstance(extra, dict) else list(extra)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and "content" in value)
+
+
+def _text(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _added(token: Any, **more: bool) -> AddedToken:
+    flags = ("special", "normalized", "lstrip", "rstrip", "single_word")
+    return AddedToken(_text(token), **{flag: bool(token[flag]) for flag in flags if flag in token} | more)
+
+
+def _built(text: str | None, beside: _Beside, num_rows: int | None) -> Tokenizer:
+    """The tokenizer as the folder's class makes it, with all its special and added tokens and its template."""
+    own = beside.tokenizer_class
+    processor = None
+    if text is None:
+        tokenizer, default, template = _of_files(beside)
+        if template is not None:
+            put_around(tokenizer, beside.names(default), template)
+    else:
+        tokenizer = Tokenizer.from_str(text)
+        _check_stated(tokenizer, {t["id"]: t["content"] for t in json.loads(text)["added_tokens"]}, beside.file)
+        if own is not None and not isinstance(tokenizer.model, own.model):
+            logger.warning(
+                "%s: the class %r is of a %s, the file has a %s: it is taken as it is",
+                beside.file, beside.class_name, own.model.__name__, type(tokenizer.model).__name__,
+            )  # fmt: skip
+            own = None
+        if own is None and beside.class_name not in (*AS_IT_IS, *CLASSES):
+            logger.warning("%s: nothing here knows the class %r: it is taken as it is", beside.file, beside.class_name)
+        default, template = ({}, None) if own is None else (own.names, own.template)
+        if own is not None:
+            processor = tokenizer.post_processor
+            tokenizer = own.build(parts_of(json.loads(text)), beside.config, beside.names(default))
+            if own.keeps_template and processor is not None:
+                template = None
+    # A name that only the class has and the vocabulary lacks would get an id that no model knows.
+    names = beside.names({role: name for role, name in default.items() if tokenizer.token_to_id(name) is not None})
+    _add_tokens(tokenizer, beside, names, 0 if own is None else own.num_extra_ids, num_rows)
+    if template is not None:
+        put_around(tokenizer, beside.names(default), template)
+    elif processor is not None:
+        tokenizer.post_processor = processor
+    return tokenizer
+
+
+def _of_files(beside: _Beside) -> tuple[Tokenizer, Names, str | None]:
+    """(tokenizer, names of special tokens, template) of the files that stand in for a tokenizer.json."""
+    folder, config = beside.folder, beside.config
+    model = next((folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()), None)
+    if model is not None:
+        family = plain_name(beside.told)
+        if family not in LAYOUTS:
+            raise DataError(
+                f"{folder}: a SentencePiece model's ids depend on the family in tokenizer_config.json "
+                f"(tokenizer_class) or config.json (model_type): got {beside.told!r}; known are {', '.join(LAYOUTS)}."
+            )
+        layout = LAYOUTS[family]
+        return sentencepiece_tokenizer(model, config, layout), layout.names, layout.template
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocab, names = _json(folder / "vocab.json"), beside.names(FAIRSEQ_NAMES)
+        template = "bert" if names["cls"] == "[CLS]" else "roberta"
+        has_frame = {names["cls"], names["sep"]} <= vocab.keys()
+        parts = Parts(vocab, _merges(folder / "merges.txt", vocab), None)
+        return byte_level(parts, config, names), FAIRSEQ_NAMES, template if has_frame else None
+    if (folder / "vocab.txt").is_file():
+        parts = Parts(_lines(folder / "vocab.txt"), [], None)
+        return word_piece(parts, config, beside.names(BERT_NAMES)), BERT_NAMES, "bert"
+    raise DataError(
+        f"no tokenizer in {folder}: looked for tokenizer.json, {', '.join(SENTENCEPIECE_FILES)}, vocab.json "
+        f"with merges.txt, and vocab.txt."
+    )
+
+
+def _add_tokens(
+    tokenizer: Tokenizer, beside: _Beside, names: Names, num_extra_ids: int, num_rows: int | None
+) -> None:
+    """Special and added tokens, in the order in which transformers adds them: ids go by it."""
+    config = beside.config
+    known = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    missing = [token for _, token in sorted(beside.added.items()) if repr(token) not in known]
+    there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    there |= {token.content for token in missing}
+    named = [config.get(f"{role}_token", name) for role, name in names.items()]
+    named += [config[key] for key in _special_keys(config) if key.removesuffix("_token") not in ROLES]
+    extra = _extra(config) or [f"<extra_id_{i}>" for i in range(config.get("extra_ids", num_extra_ids))]
+    size, left_out = tokenizer.get_vocab_size() + sum(tokenizer.token_to_id(t.content) is None for t in missing), []
+    for token in [*named, *extra]:
+        if (text := _text(token)) in there:
+            continue
+        there.add(text)
+        is_new = tokenizer.token_to_id(text) is None
+        if is_new and num_rows is not None and size >= num_rows:
+            left_out.append(text)
+            continue
+        size += is_new
+        missing.append(_added(token if isinstance(token, dict) else {"content": token}, special=True))
+    if left_out:
+        logger.warning(
+            "%s: left out the special tokens %s, which are not in the vocabulary and have no row in the embedding",
+            beside.folder, ", ".join(left_out),
+        )  # fmt: skip
+    special = {*map(_text, named)}
+    for token in missing:
+        token.special |= token.content in special
+    tokenizer.add_tokens(missing)
+    _check_stated(tokenizer, {i: token.content for i, token in beside.added.items()}, beside.folder)
+
+
+def _check_stated(tokenizer: Tokenizer, stated: Mapping[int, str], where: pathlib.Path) -> None:
+    """Each added token must have the id that the folder says, and each token an id of its own."""
+    vocab, before = tokenizer.get_vocab(with_added_tokens=True), tokenizer.get_vocab(with_added_tokens=False)
+    for token_id, text in sorted(stated.items()):
+        if (got := vocab.get(text)) != token_id:
+            raise DataError(
+                f"{where}: the added token {text!r} must have the id {token_id}: "
+                f"{'the vocabulary has it at' if text in before else 'the next free id is'} {got}, which every tool "
+                f"would give it. Write that there, or put the token into the vocabulary."
+            )
+    if len({*vocab.values()}) < len(vocab):
+        of_id: dict[int, str] = {}
+        first, second = next((of_id[i], t) for t, i in vocab.items() if of_id.setdefault(i, t) != t)
+        both = f"{first!r} and {second!r} have {vocab[first]}"
+        raise DataError(f"{where}: each token must have an id of its own: {both}.")
+
+
+def _settled(text: str | None, tokenizer: Tokenizer | None, beside: _Beside) -> TextTokenizer:
+    """The text as it is where nothing beside it changes anything; else what reads alike, with settings.
+
+    Args:
+      text: of tokenizer.json; None is no such file.
+      tokenizer: as the folder's class makes it; None is the text's own.
+    """
+    if tokenizer is None and TextTokenizer(text).settings:
+        return TextTokenizer(text)  # of a run or a store
+    raw = None if text is None else TextTokenizer(text).plain_json
+    own = None if raw is None else json.loads(Tokenizer.from_str(raw).to_str())
+    made = own if tokenizer is None else json.loads(tokenizer.to_str())
+    is_same = own is not None and all(own[member] == made[member] for member in _OF_IDS)
+    content = json.loads(raw) if is_same else made | {"truncation": None, "padding": None}
+    frame = frame_of(made["post_processor"])
+    if tokenizer is not None and frame is None:
+        frame = [], []  # a published tokenizer without a template adds nothing
+        moves_offsets = tokenizer.post_processor
+        nothing = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+        tokenizer.post_processor = nothing if moves_offsets is None else processors.Sequence([moves_offsets, nothing])
+        made["post_processor"] = json.loads(tokenizer.to_str())["post_processor"]
+    if own is not None and frame_of(own["post_processor"]) != frame:
+        content["post_processor"] = made["post_processor"]
+    if frame is not None and max(map(len, frame)) > 1:
+        raise DataError(
+            f"{beside.folder}: at most one special token stands on each side of a text here: the template has "
+            f"{len(frame[0])} before and {len(frame[1])} after it."
+        )
+    plain = TextTokenizer(raw if is_same and content == json.loads(raw) else json.dumps(content, ensure_ascii=False))
+    settings = _settings(plain, frame, _THEIR_ROLES if tokenizer is not None else {}, beside, (own or {}))
+    if not settings:
+        return plain
+    if is_same:
+        settings["text_hash"] = hashlib.sha256(raw.encode()).hexdigest()
+    content["model"][SETTINGS] = settings
+    return TextTokenizer(json.dumps(content, ensure_ascii=False))
+
+
+def _settings(
+    plain: TextTokenizer, frame: tuple[list[int], list[int]] | None, their_roles: Mapping[str, Iterable[str]],
+    beside: _Beside, own: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """What a folder says that `plain`, its text alone, does not."""
+    default = {} if beside.tokenizer_class is None else beside.tokenizer_class.names
+    names, settings = beside.names(default), {}
+    roles = {}
+    for role, theirs in their_roles.items():
+        name = next((names[their] for their in theirs if their in names), None)
+        if name is not None and (token_id := plain.id_of(name)) is not None and token_id != plain.find(role):
+            roles[role] = name
+    if roles:
+        settings["roles"] = roles
+    if frame is not None and tuple(next(iter(ids), None) for ids in frame) != plain.frame:
+        settings["frame"] = [next(iter(ids), None) for ids in frame]
+    side = beside.config.get("truncation_side") or ((own.get("truncation") or {}).get("direction") or "right").lower()
+    if side not in ("left", "right"):
+        raise DataError(f"{beside.folder}: truncation_side must be left or right: got {side!r}.")
+    if side != "right":
+        settings["truncation_side"] = side
+    limit = beside.config.get("model_max_length", beside.config.get("max_len"))
+    if isinstance(limit, (int, float)) and not isinstance(limit, bool) and 0 < limit < _NO_LIMIT:
+        settings["max_tokens"] = int(limit)
+    return settings
 
 
 def _read(path: pathlib.Path) -> str:
@@ -109,9 +406,9 @@ def _read(path: pathlib.Path) -> str:
         raise DataError(f"{path} must be UTF-8: {error.reason} at byte {error.start}.") from None
 
 
-def _json(path: pathlib.Path, default: Any) -> Any:
+def _json(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
-        return default
+        return {}
     try:
         content = json.loads(_read(path))
     except json.JSONDecodeError as error:
@@ -121,265 +418,22 @@ def _json(path: pathlib.Path, default: Any) -> Any:
     return content
 
 
-def _names(config: Mapping[str, Any], default: Mapping[str, str]) -> dict[str, str]:
-    """Role -> special token; the config has texts, or objects with their text as `content`."""
-    given = {role: config.get(f"{role}_token") for role in ROLES}
-    given = {role: x["content"] if isinstance(x, dict) else x for role, x in given.items() if x is not None}
-    return {role: str(given.get(role, default.get(role))) for role in ROLES if role in default}
-
-
-def _post_process(tokenizer: Tokenizer, names: dict[str, str], template: str) -> None:
-    single, pair = (text.format(**names) for text in _TEMPLATES[template])
-    used = {name for role, name in names.items() if f"{{{role}}}" in _TEMPLATES[template][0]}
-    missing = sorted(name for name in used if tokenizer.token_to_id(name) is None)
-    if missing:
-        raise DataError(f"the vocabulary must hold the special tokens {', '.join(sorted(used))}: {missing[0]} is not.")
-    special = [(name, tokenizer.token_to_id(name)) for name in sorted(used)]
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
-
-
-def _add_tokens(tokenizer: Tokenizer, folder: pathlib.Path, config: Mapping[str, Any], names: dict[str, str]) -> None:
-    """Mark the special tokens, and add those that the folder lists beyond the vocabulary, under the ids it gives."""
-    strips = names.get("cls") == "<s>" or names.get("pad") == "<pad>"  # RoBERTa's and ALBERT's mask eat a space before
-    for role, name in names.items():
-        if tokenizer.token_to_id(name) is not None:
-            token = AddedToken(name, special=True, normalized=False, lstrip=strips and role == "mask")
-            tokenizer.add_special_tokens([token])
-    listed = {int(i): t for i, t in config.get("added_tokens_decoder", {}).items()}
-    for text, i in _json(folder / "added_tokens.json", {}).items():
-        listed.setdefault(i, {"content": text, "special": text in names.values()})
-    flags = ("special", "normalized", "lstrip", "rstrip", "single_word")
-    for token_id, token in sorted(listed.items()):
-        options = {flag: bool(token[flag]) for flag in flags if flag in token}
-        before = tokenizer.token_to_id(token["content"])
-        tokenizer.add_tokens([AddedToken(token["content"], **({"normalized": False} | options))])
-        if (got := tokenizer.token_to_id(token["content"])) != token_id:
-            raise DataError(
-                f"{folder}: the added token {token['content']!r} must have the id {token_id}: "
-                f"{'the vocabulary has it at' if before is not None else 'the next free id is'} {got}."
-            )
-
-
-def _check_ids(vocab: Mapping[str, int], where: pathlib.Path) -> None:
-    ids = sorted(vocab.values())
-    if ids != list(range(len(ids))):
-        hole = next(i for i, got in enumerate([*ids, -1]) if i != got)
-        raise DataError(f"{where}: {len(ids)} tokens have the ids 0 to {len(ids) - 1}, each once: {hole} is amiss.")
-
-
-def _word_piece(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
-    lines = _read(path).removesuffix("\n").split("\n")
+def _lines(path: pathlib.Path) -> dict[str, int]:
+    """A vocabulary of a token a line."""
     vocab: dict[str, int] = {}
-    for i, line in enumerate(lines):
+    for i, line in enumerate(_read(path).removesuffix("\n").split("\n")):
         if (first := vocab.setdefault(line.rstrip("\r"), i)) != i:
             raise DataError(f"{path}: a vocabulary has each token once: {line!r} is on lines {first + 1} and {i + 1}.")
-    names = _names(config, _BERT_NAMES)
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=names["unk"], max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-        strip_accents=config.get("strip_accents"),
-        lowercase=config.get("do_lower_case", True),
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    _post_process(tokenizer, names, "bert")
-    return tokenizer, names
+    return vocab
 
 
-def _byte_level(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
-    vocab = _json(folder / "vocab.json", {})
-    _check_ids(vocab, folder / "vocab.json")
-    lines = _read(folder / "merges.txt").split("\n")
+def _merges(path: pathlib.Path, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     merges = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
         pair = tuple(line.rstrip("\r").split(" "))
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
-            raise DataError(f"{folder / 'merges.txt'}: line {number} must merge tokens of vocab.json: got {line!r}.")
+            raise DataError(f"{path}: line {number} must merge tokens of vocab.json: got {line!r}.")
         merges.append(pair)
-    names = {role: name for role, name in _names(config, _FAIRSEQ_NAMES).items() if name in vocab}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix=""))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
-    tokenizer.decoder = decoders.ByteLevel()
-    if {"cls", "sep"} <= names.keys():
-        _post_process(tokenizer, names, "bert" if names["cls"] == "[CLS]" else "fairseq")
-    return tokenizer, names
-
-
-# SentencePiece. Splits equal its own but where two are equally likely, as in a long run of one symbol. The model is a
-# protocol buffer, of which these fields count (sentencepiece_model.proto).
-_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
-_UNIGRAM, _BPE = 1, 2
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field of a protocol buffer; numbers as they come, everything else as bytes."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-            if shift > 63:
-                raise DataError("a number of more than 64 bits")
-
-    while at < len(data):
-        tag = varint()
-        kind = tag & 7
-        if kind == 0:
-            yield tag >> 3, varint()
-            continue
-        if kind not in (1, 2, 5):
-            raise DataError(f"a field of unknown kind {kind}")
-        size = {1: 8, 5: 4}.get(kind) or varint()
-        if size > len(data) - at:
-            raise DataError(f"a field of {size} bytes where {len(data) - at} are left")
-        yield tag >> 3, data[at : at + size]
-        at += size
-
-
-class Piece(NamedTuple):
-    text: str
-    score: float
-    kind: int
-
-
-class SentencePieceModel(NamedTuple):
-    pieces: list[Piece]
-    kind: int
-    byte_fallback: bool
-    charsmap: bytes
-    add_dummy_prefix: bool
-    remove_extra_whitespaces: bool
-
-
-def parse_sentencepiece(data: bytes) -> SentencePieceModel:
-    """A SentencePiece model from its file's bytes.
-
-    Raises:
-      DataError: it is damaged, or uses what is not done here.
-    """
-    pieces = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
-    try:
-        for number, value in _fields(data):
-            if number == _PIECES:
-                piece = dict(_fields(value))  # type: ignore[arg-type]
-                (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
-                pieces.append(Piece(piece[1].decode("utf-8"), score, piece.get(3, 1)))
-            elif number == _TRAINER:
-                trainer = dict(_fields(value))  # type: ignore[arg-type]
-            elif number == _NORMALIZER:
-                normalizer = dict(_fields(value))  # type: ignore[arg-type]
-    except (DataError, IndexError, KeyError, TypeError, AttributeError, ValueError, struct.error) as error:
-        raise DataError(f"truncated, corrupt or no SentencePiece model: {error}") from None
-    kind = trainer.get(3, _UNIGRAM)
-    if kind not in (_UNIGRAM, _BPE):
-        raise DataError(f"a SentencePiece model must be unigram (1) or BPE (2): its type is {kind}")
-    if trainer.get(24, 0) or not normalizer.get(5, 1):
-        raise DataError("SentencePiece models that mark spaces at the end of words, or not at all, are not understood")
-    if sum(p.kind == _UNKNOWN for p in pieces) != 1:
-        raise DataError("a SentencePiece model has one unknown piece")
-    return SentencePieceModel(
-        pieces, kind, bool(trainer.get(35, 0)), normalizer.get(2, b""), bool(normalizer.get(3, 1)),
-        bool(normalizer.get(4, 1)),
-    )  # fmt: skip
-
-
-def _layout(folder: pathlib.Path, config: Mapping[str, Any]) -> Layout:
-    """By the tokenizer's class if it is told, else the model's type: some models use another family's tokenizer."""
-    told = str(config.get("tokenizer_class") or _json(folder / "config.json", {}).get("model_type", ""))
-    name = told.removesuffix("Fast").removesuffix("Tokenizer").lower().replace("-", "").replace("_", "")
-    if name not in LAYOUTS:
-        raise DataError(
-            f"{folder}: a SentencePiece model's ids depend on the family in tokenizer_config.json (tokenizer_class) or"
-            f" config.json (model_type): got {told!r}; known are {', '.join(LAYOUTS)}."
-        )
-    return LAYOUTS[name]
-
-
-def _sentencepiece(
-    path: pathlib.Path, config: Mapping[str, Any], layout: Layout
-) -> tuple[Tokenizer, dict[str, str]]:
-    try:
-        model = parse_sentencepiece(path.read_bytes())
-    except DataError as error:
-        raise DataError(f"{path}: {error}.") from None
-    names = _names(config, layout.names)
-    own = model.pieces[layout.num_replaced :]
-    texts = {piece.text for piece in own}
-    if layout.is_albert:  # pieces such as "9," were split once more after the fact; a score no path takes does the same
-        own = [p._replace(score=p.score - 100) if p.text[-1:] == "," and p.text[-2:-1].isdigit() else p for p in own]
-    extra = [f"<extra_id_{i}>" for i in reversed(range(config.get("extra_ids", layout.num_extra_ids)))]
-    tail = [t for t in layout.tail if t not in texts] + extra
-    vocab = [*((t, 0.0) for t in layout.head), *((p.text, p.score) for p in own), *((t, 0.0) for t in tail)]
-    if layout.head:  # the family's own unknown piece stands for the model's
-        vocab = [v for i, v in enumerate(vocab) if i < len(layout.head) or v[0] not in layout.head]
-    ids = {text: i for i, (text, _) in enumerate(vocab)}
-    if len(ids) != len(vocab):
-        twice = next(text for i, (text, _) in enumerate(vocab) if ids[text] != i)
-        raise DataError(f"{path}: a vocabulary has each token once: {twice!r} is there twice.")
-    unknown = next(p.text for p in model.pieces if p.kind == _UNKNOWN)
-    if unknown not in ids:
-        raise DataError(f"{path}: the unknown token must be in the vocabulary: {unknown!r} is not.")
-    if model.kind == _UNIGRAM:
-        # Pieces that the user defined have the score 0, more than any other path's, so that they are taken always.
-        tokenizer = Tokenizer(models.Unigram(vocab, unk_id=ids[unknown], byte_fallback=model.byte_fallback))
-    else:
-        if long := [p.text for p in own if p.kind == _USER_DEFINED and len(p.text) > 1]:
-            raise DataError(f"{path}: symbols of several characters are not understood in BPE: got {long[0]!r}.")
-        mergeable = {p.text: p.score for p in own if p.kind == _NORMAL}
-        tokenizer = Tokenizer(
-            models.BPE(ids, _merges(mergeable), unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback)
-        )
-    has_prefix = model.add_dummy_prefix and config.get("add_prefix_space", True)
-    tokenizer.normalizer = _normalizer(model, config, layout, has_prefix)
-    # Words can be split before pieces are looked for, unless pieces hold several spaces.
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=model.remove_extra_whitespaces)
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always" if has_prefix else "never")
-    if model.byte_fallback:
-        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), tokenizer.decoder])
-    control = [p.text for p in model.pieces if p.kind == _CONTROL and p.text in ids] + tail
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in control])
-    _post_process(tokenizer, names, layout.template)
-    return tokenizer, names
-
-
-def _normalizer(
-    model: SentencePieceModel, config: Mapping[str, Any], layout: Layout, has_prefix: bool
-) -> normalizers.Normalizer:
-    steps: list[normalizers.Normalizer] = []
-    if layout.is_albert:
-        steps += [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
-        if not config.get("keep_accents", False):
-            steps += [normalizers.NFKD(), normalizers.StripAccents()]
-    if config.get("do_lower_case", layout.lower):
-        steps.append(normalizers.Lowercase())
-    if model.charsmap:
-        steps.append(normalizers.Precompiled(model.charsmap))
-    if model.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if has_prefix:
-        steps.append(normalizers.Prepend("▁"))
-    return normalizers.Sequence(steps)
-
-
-def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The pairs of pieces that make up a piece, best score first: what BPE tries, in SentencePiece's order."""
-    pairs = [
-        (-score, len(left), left, right)
-        for text, score in scores.items()
-        for left, right in ((text[:i], text[i:]) for i in range(1, len(text)))
-        if left in scores and right in scores
-    ]
-    return [(left, right) for _, _, left, right in sorted(pairs)]
+    return merges
