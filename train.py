@@ -5,6 +5,7 @@ A run, top to bottom: settings, data, model, loop, evaluation, report. The same 
 
 import collections
 import contextlib
+import functools
 import json
 import math
 import os
@@ -29,8 +30,8 @@ from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.runs.report import describe_data, describe_mesh, describe_stages, show_report
 from flax_encoder.runs.start import settle, start_from, with_vocab_size, with_word_vectors
 from flax_encoder.tasks import check_task, find_task
-from flax_encoder.training.checkpoint import Checkpoints
-from flax_encoder.training.host import run_lock
+from flax_encoder.training.checkpoint import Checkpoints, DamagedCheckpoint
+from flax_encoder.training.host import run_folder, run_lock
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.run_log import Clock, RunLog, read_metrics, write_atomically
 from flax_encoder.training.runtime import StopSignals, cache_hits, free_temporaries, join_processes, set_up_runtime
@@ -58,22 +59,30 @@ def train(config: RunConfig) -> dict[str, float] | None:
     for stage in config.stages:
         check_batch(stage.batch_size, config.num_microbatches, mesh)
     run_dir = pathlib.Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with run_lock(run_dir), Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
-        latest = checkpoints.latest_step()
-        if latest == 0:
-            raise ConfigError(
-                f"a run begins in a folder of its own: {run_dir} holds an imported model. Give another --run-dir; "
-                f"--init-from {run_dir} starts from that model."
-            )
-        start = latest or 0
-        is_finished = start > 0 and is_over(config, start, read_record(run_dir).spent_seconds)
-        is_main = jax.process_index() == 0
-        with (
-            RunLog(run_dir, steps=config.steps, resume_step=start, is_finished=is_finished, is_main=is_main) as log,
-            jax.set_mesh(mesh),
-        ):
-            return run(config, start, run_dir, checkpoints, log, mesh)
+    say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda message: None
+    with run_folder(run_dir), run_lock(run_dir), Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
+        while True:
+            try:
+                return go_on(config, checkpoints.resumable_step(say), run_dir, checkpoints, mesh)
+            except DamagedCheckpoint as damage:  # found as its largest files were read; there may be an older one
+                checkpoints.set_aside(damage, say)
+
+
+def go_on(config: RunConfig, latest: int | None, run_dir: pathlib.Path, checkpoints: Checkpoints, mesh):
+    """The run from its checkpoint at step `latest`, or from its beginning."""
+    if latest == 0:
+        raise ConfigError(
+            f"a run begins in a folder of its own: {run_dir} holds an imported model. Give another --run-dir; "
+            f"--init-from {run_dir} starts from that model."
+        )
+    start = latest or 0
+    is_finished = start > 0 and is_over(config, start, read_record(run_dir).spent_seconds)
+    is_main = jax.process_index() == 0
+    with (
+        RunLog(run_dir, steps=config.steps, resume_step=start, is_finished=is_finished, is_main=is_main) as log,
+        jax.set_mesh(mesh),
+    ):
+        return run(config, start, run_dir, checkpoints, log, mesh)
 
 
 def run(config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh):
