@@ -10,10 +10,13 @@ import json
 import math
 import os
 import pathlib
+import signal
 import sys
 import time
 from typing import Any
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends imports at once; failing_clearly answers it afterwards
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before JAX is imported; training/runtime.py says why
 
 import jax
@@ -33,9 +36,9 @@ from flax_encoder.tasks import check_task, find_task
 from flax_encoder.training.checkpoint import Checkpoints, DamagedCheckpoint
 from flax_encoder.training.host import run_folder, run_lock
 from flax_encoder.training.optimizer import make_optimizer
-from flax_encoder.training.run_log import Clock, RunLog, read_metrics, write_atomically
+from flax_encoder.training.run_log import Clock, NotFinite, RunLog, read_metrics, write_atomically
 from flax_encoder.training.runtime import StopSignals, cache_hits, free_temporaries, join_processes, set_up_runtime
-from flax_encoder.training.schedule import share_of_peak
+from flax_encoder.training.schedule import share_of_update
 from flax_encoder.training.sharding import check_batch, logical_axes, make_mesh, put_batch
 from flax_encoder.training.step import StepMetrics, init_train_state, make_answer_step, make_eval_step, make_train_step
 
@@ -166,8 +169,8 @@ def run(config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Check
             at, metrics = unlogged.popleft()
             throughput = throughput or clock.read()
             values = fetch(at, metrics)
-            progress = max((at - 1) / config.steps, float(metrics.progress or 0.0))
-            rate = config.optimizer.learning_rate * float(share_of_peak(config.optimizer, progress))
+            share = share_of_update(config.optimizer, at - 1, config.steps, float(metrics.progress or 0.0))
+            rate = config.optimizer.learning_rate * float(share)
             values |= {"learning_rate": rate} | throughput
             log.write(at, values)
             seconds_left = min(clock.seconds_per_step * (config.steps - at), budget - clock.spent_seconds)
@@ -270,7 +273,7 @@ def stop_if_diverged(values: dict[str, float], step: int, finite_step: int, run_
 
 
 def main() -> None:
-    with failing_clearly(Diverged):
+    with failing_clearly(Diverged, NotFinite):
         config = parse_run_config(sys.argv[1:], default="configs/quickstart.py")
         metrics = train(config)
         if metrics is not None and jax.process_count() == 1:

@@ -2,15 +2,16 @@
 
 import dataclasses
 import pathlib
+import shlex
 from collections.abc import Callable
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.runs.load import load_run
+from flax_encoder.training.console import make_console, print_table
 from flax_encoder.training.run_log import read_metrics
 
 
@@ -60,7 +61,7 @@ def show_report(
     """Print the report of a finished run; `train` is called for the run from scratch, if the config asks for it."""
     run = load_run(config.run_dir)
     data = open_data(run.config, run.task.reading, tokenizer=run.tokenizer, label_names=run.label_names)
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = make_console()
     rows = run.task.baselines(run, data) if run.task.baselines else {}
     if config.compare_with_scratch and run.config.init_from:
         run_dir = pathlib.Path(config.run_dir)
@@ -79,14 +80,14 @@ def show_report(
     for name, values in rows.items():
         table.add_row(name, *(f"{values[c]:,.4f}" if c in values else "" for c in columns))
     console.print()
-    console.print(table)
+    print_table(table)
     if test := {name.removeprefix("test/"): v for name, v in metrics.items() if name.startswith("test/")}:
         console.print("test documents: " + ", ".join(f"{name} {value:.4f}" for name, value in test.items()))
     for line in run.task.examples(run, data) if run.task.examples else []:
         console.print(line)
     console.print("\nnext:")
     commands = run.task.commands(run) if run.task.commands else []
-    for command in [*commands, f"python -m flax_encoder plot {run.config.run_dir} --out curve.png"]:
+    for command in [*commands, f"python -m flax_encoder plot {shlex.quote(run.config.run_dir)} --out curve.png"]:
         console.print(f"  {command}")
 
 
