@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.config import OptimizerConfig
-from flax_encoder.training.schedule import share_of_peak
+from flax_encoder.training.schedule import share_of_update
 from flax_encoder.training.transformations import (
     clip_by_global_norm,
     each_parameter,
@@ -56,7 +56,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.Grad
         return ScheduledState(jnp.zeros((), jnp.int32), at(1.0).init(params))
 
     def update(updates, state, params=None, *, progress: Float[Array, ""] | float = 0.0):
-        share = share_of_peak(config, jnp.maximum(state.count / steps, progress))
+        share = share_of_update(config, state.count, steps, progress)
         updates, inner = at(share).update(updates, state.inner, params)
         return updates, ScheduledState(optax.safe_increment(state.count), inner)
 
