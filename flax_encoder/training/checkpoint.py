@@ -13,6 +13,7 @@ manifest, and has none, is damaged. A damaged checkpoint is kept, as STEP.damage
 
 import contextlib
 import functools
+import gc
 import json
 import logging
 import os
@@ -336,20 +337,25 @@ def _read(folder: pathlib.Path, items: dict[str, Any], verification: Verificatio
     tasks = logging.getLogger("asyncio")  # it prints what Orbax's tasks raise, at length
     level = tasks.level
     tasks.setLevel(logging.CRITICAL)
+    found: dict[str, Any] = {}
+    failure: str | None = None
     try:
-        try:
-            with plain_path(folder) as plain, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found = ocp.load_checkpointables(plain, items)
-        except Exception as error:  # whatever Orbax, TensorStore or the disk raises, the user needs the same to go on
-            if verification is not None:
-                verification.finish()  # damage is the likeliest reason, and a better message
-            message = f"checkpoint {folder} could not be read: {_one_line(error)}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                with plain_path(folder) as plain:
+                    found = ocp.load_checkpointables(plain, items)
+            except Exception as error:  # whatever Orbax, TensorStore or the disk raises, the way out is the same
+                failure = _one_line(error)
+            if failure is not None:
+                gc.collect()  # Orbax leaves what it had begun, of which Python warns when it goes
+        if verification is not None:
+            verification.finish()  # damage is the likeliest reason of a failure, and a better message
+        if failure is not None:
+            message = f"checkpoint {folder} could not be read: {failure}"
             if verification is None:
                 message += f". It is of a version without checksums, and may be damaged. {_before(folder)}"
-            raise CheckpointError(message) from error
-        if verification is not None:
-            verification.finish()
+            raise CheckpointError(message)
         return found
     finally:
         tasks.setLevel(level)

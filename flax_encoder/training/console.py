@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -54,7 +54,7 @@ codecs.register_error(_ERRORS, _spell)
 class _Lasting:
     """A text stream whose writes never raise."""
 
-    def __init__(self, stream: TextIO, name: str):
+    def __init__(self, stream: Any, name: str):
         self._stream, self._name = stream, name
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_ERRORS)
@@ -89,10 +89,10 @@ class _Lasting:
         return getattr(self._stream, name)
 
 
-def make_console(file: TextIO | None = None, *, stderr: bool = False, soft_wrap: bool = True, **options) -> Console:
+def make_console(*, stderr: bool = False, soft_wrap: bool = True, **options) -> Console:
     """A console that shows texts, labels and paths as they are: `[red]` and `:fire:` are no markup in it."""
     console = Console(
-        file=file, stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=soft_wrap, **options
+        stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=soft_wrap, **options
     )
     if console.width < 1:  # COLUMNS=0, as some terminals say before they know
         console.width = 80
