@@ -116,7 +116,7 @@ def run(config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Check
 
     # Model, optimizer and state, born on the mesh.
     make_model = model_factory(config, data.label_names)
-    tx = make_optimizer(config.optimizer, config.steps, logical_axes(make_model))
+    tx = make_optimizer(config.optimizer, config.steps, logical_axes(make_model), config.schedule_began)
     graphdef, state, shardings = init_train_state(make_model, tx, mesh)
     if start:
         state = checkpoints.restore(start, state)
@@ -169,7 +169,9 @@ def run(config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Check
             at, metrics = unlogged.popleft()
             throughput = throughput or clock.read()
             values = fetch(at, metrics)
-            share = share_of_update(config.optimizer, at - 1, config.steps, float(metrics.progress or 0.0))
+            began = config.schedule_began
+            progress = float(metrics.progress or 0.0)
+            share = share_of_update(config.optimizer, at - 1 - began, config.steps - began, progress)
             rate = config.optimizer.learning_rate * float(share)
             values |= {"learning_rate": rate} | throughput
             log.write(at, values)

@@ -20,6 +20,7 @@ from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, Optimize
 from flax_encoder.data.pipeline import cache_folder, default_cache_dir
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import is_store
+from flax_encoder.runs.start import schedule_start
 from flax_encoder.training.console import lasting_streams, make_console
 from flax_encoder.training.run_log import NotFinite, RunLog, read_metrics
 from flax_encoder.training.runtime import StopSignals
@@ -98,6 +99,7 @@ def test_no_metric_is_written_that_is_not_finite(tmp_path, value):
 
 TALKS = """
 import sys, time
+from flax_encoder.runs.start import schedule_start
 from flax_encoder.training.console import lasting_streams, make_console
 with lasting_streams():
     for i in range(2000):
@@ -300,3 +302,58 @@ def test_an_error_that_a_user_can_mend_is_one_message(capsys):
     with pytest.raises(SystemExit) as ended, failing_clearly():
         raise DataError("the rule, the values, the way out")
     assert ended.value.code == 1 and capsys.readouterr().err == "DataError: the rule, the values, the way out\n"
+
+
+# A finished run that is made longer
+
+CONSTANT = OptimizerConfig(learning_rate=3e-3, schedule="wsd", decay_rate=0.0)
+FALLS_LATE = OptimizerConfig(learning_rate=3e-3, schedule="wsd", decay_rate=0.25)
+
+
+def short(corpus, run_dir, **fields):
+    return tiny(corpus, run_dir, log_every=1, checkpoint_every=4, keep_checkpoints=9, model__num_layers=1, **fields)
+
+
+def test_a_run_whose_rate_does_not_fall_is_made_longer_by_more_steps_alone(corpus, tmp_path, one_device):
+    train(short(corpus, tmp_path / "whole", steps=12, optimizer=CONSTANT))
+    train(short(corpus, tmp_path / "run", steps=8, optimizer=CONSTANT))
+    train(short(corpus, tmp_path / "run", steps=12, optimizer=CONSTANT))
+    got, want = losses(tmp_path / "run"), losses(tmp_path / "whole")
+    assert got.keys() == want.keys() and [got[s] for s in range(9, 13)] != [got[s] for s in range(1, 5)]
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert rates[1:] == pytest.approx([3e-3] * 11)
+    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {"4", "8", "12"}
+    assert train(short(corpus, tmp_path / "run", steps=12, optimizer=CONSTANT)) is not None, "and is finished again"
+
+
+def test_a_run_whose_rate_has_fallen_gets_a_new_schedule_if_that_is_asked_for(corpus, tmp_path, one_device):
+    before = short(corpus, tmp_path / "run", steps=8)
+    train(before)
+    longer = with_fields(before, steps=16)
+    with pytest.raises(ConfigError, match=r"would jump with 16 steps. --extend begins a new schedule at step 8"):
+        train(longer)
+    longer = with_fields(longer, extend=True)
+    train(longer)
+    lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    rates = [line["learning_rate"] for line in lines]
+    assert [line["step"] for line in lines] == [*range(1, 17)]
+    assert rates[8:] == rates[:8] and rates[7] < rates[9]  # the same schedule over as many steps
+    whole = losses(tmp_path / "run")
+    for step in ("12", "16"):
+        (tmp_path / "run/checkpoints" / step).rename(tmp_path / step)
+    (tmp_path / "12").rename(tmp_path / "run/checkpoints/12")
+    train(longer)  # resumed within its second schedule, to the bit
+    assert losses(tmp_path / "run") == whole
+    train(with_fields(longer, extend=False))  # finished: the same, whether it is said again or not
+
+
+def test_wsd_goes_on_until_it_has_begun_to_fall(corpus, tmp_path, one_device):
+    config = short(corpus, tmp_path / "run", steps=8, optimizer=FALLS_LATE)
+    assert schedule_start(config, with_fields(config, steps=16), 4) == 0
+    with pytest.raises(ConfigError, match="--extend begins a new schedule at step 8"):
+        schedule_start(config, with_fields(config, steps=16), 8)
+    with pytest.raises(ConfigError, match=r"with masking.last_rate.*--init-from"):
+        fixed = with_fields(config, masking__last_rate=0.1)
+        schedule_start(fixed, with_fields(fixed, steps=16), 4)
+    with pytest.raises(ConfigError, match="extend is of a run that has been trained"):
+        train(with_fields(config, extend=True))

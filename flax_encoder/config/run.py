@@ -292,6 +292,11 @@ class RunConfig:
     objective: str = "masked_lm"
     """What is learned: the name of a task."""
     steps: int = 1000
+    extend: bool = False
+    """With more steps than a run was begun with: begin a new schedule where it stands, its warm-up first, over the
+    steps that are left. Where the learning rate is still at its peak (wsd before it falls), more steps alone do."""
+    schedule_began: int = 0
+    """The step at which the schedule began; extend sets it."""
     budget_minutes: float | None = None
     """End after this much training, compiling and evaluations not counted, if the steps are not done before. The
     learning rate then goes by the share of steps or of time, whichever is larger; the rest of the settings by steps."""
@@ -330,6 +335,10 @@ class RunConfig:
     def __post_init__(self):
         require_positive(
             self, "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every", "keep_checkpoints"
+        )
+        require(
+            0 <= self.schedule_began < self.steps,
+            f"schedule_began is a step of the run, set by extend: got {self.schedule_began} of {self.steps} steps.",
         )
         require(
             0 <= self.seed < 2**32,
