@@ -67,7 +67,8 @@ def show_report(
         run_dir = pathlib.Path(config.run_dir)
         scratch = train(dataclasses.replace(
             run.config, init_from=None, compare_with_scratch=False, schedule_began=0,
-            run_dir=str(run_dir / "from_scratch"), data=dataclasses.replace(run.config.data, tokenizer=str(run_dir / "tokenizer.json")),
+            run_dir=str(run_dir / "from_scratch"),
+            data=dataclasses.replace(run.config.data, tokenizer=str(run_dir / "tokenizer.json")),
         ))  # fmt: skip
         if scratch is not None:
             rows["same model from scratch"] = _plain(scratch)

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
@@ -100,6 +100,8 @@ class RunLog:
         from tensorboardX import SummaryWriter  # slow to import, and only needed here
 
         self._tensorboard = SummaryWriter(str(self._run_dir), purge_step=self._resume_step + 1, write_to_disk=True)
+        for writer in self._tensorboard.all_writers.values():
+            _forgive_full_disk(writer.event_writer._ev_writer)
         return path.open("ab", buffering=0)
 
     def say(self, message: str) -> None:
@@ -161,11 +163,28 @@ class RunLog:
         self.end_progress()
         if self._file is not None:
             self._file.close()
+            self._tensorboard.close()
+
+
+def _forgive_full_disk(events: Any) -> None:
+    """Let TensorBoard's file go where it cannot be written. Its thread would end, and the run would wait for that for
+    ever, or end in its traceback; metrics.jsonl has the same numbers, and says what is wrong."""
+    is_told = False
+
+    def forgiving(act: Callable[..., Any]) -> Callable[..., Any]:
+        def maybe(*arguments: Any) -> Any:
+            nonlocal is_told
             try:
-                self._tensorboard.close()
-            except OSError:
-                if kind is None:  # or else the first error is the one to hear of
-                    raise
+                return act(*arguments)
+            except (OSError, ValueError) as error:
+                if not is_told:
+                    logger.warning("TensorBoard's events cannot be written (%s); metrics.jsonl has them.", error)
+                is_told = True
+
+        return maybe
+
+    for name in ("write_event", "flush", "close"):
+        setattr(events, name, forgiving(getattr(events, name)))
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
