@@ -5,14 +5,18 @@ A run, top to bottom: settings, data, model, loop, evaluation, report. The same 
 
 import collections
 import contextlib
+import functools
 import json
 import math
 import os
 import pathlib
+import signal
 import sys
 import time
 from typing import Any
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends imports at once; failing_clearly answers it afterwards
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before JAX is imported; training/runtime.py says why
 
 import jax
@@ -29,12 +33,12 @@ from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.runs.report import describe_data, describe_mesh, describe_stages, show_report
 from flax_encoder.runs.start import settle, start_from, with_vocab_size, with_word_vectors
 from flax_encoder.tasks import check_task, find_task
-from flax_encoder.training.checkpoint import Checkpoints
-from flax_encoder.training.host import run_lock
+from flax_encoder.training.checkpoint import Checkpoints, DamagedCheckpoint
+from flax_encoder.training.host import run_folder, run_lock
 from flax_encoder.training.optimizer import make_optimizer
-from flax_encoder.training.run_log import Clock, RunLog, read_metrics, write_atomically
+from flax_encoder.training.run_log import Clock, NotFinite, RunLog, read_metrics, write_atomically
 from flax_encoder.training.runtime import StopSignals, cache_hits, free_temporaries, join_processes, set_up_runtime
-from flax_encoder.training.schedule import share_of_peak
+from flax_encoder.training.schedule import share_of_update
 from flax_encoder.training.sharding import check_batch, logical_axes, make_mesh, put_batch
 from flax_encoder.training.step import StepMetrics, init_train_state, make_answer_step, make_eval_step, make_train_step
 
@@ -58,22 +62,30 @@ def train(config: RunConfig) -> dict[str, float] | None:
     for stage in config.stages:
         check_batch(stage.batch_size, config.num_microbatches, mesh)
     run_dir = pathlib.Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with run_lock(run_dir), Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
-        latest = checkpoints.latest_step()
-        if latest == 0:
-            raise ConfigError(
-                f"a run begins in a folder of its own: {run_dir} holds an imported model. Give another --run-dir; "
-                f"--init-from {run_dir} starts from that model."
-            )
-        start = latest or 0
-        is_finished = start > 0 and is_over(config, start, read_record(run_dir).spent_seconds)
-        is_main = jax.process_index() == 0
-        with (
-            RunLog(run_dir, steps=config.steps, resume_step=start, is_finished=is_finished, is_main=is_main) as log,
-            jax.set_mesh(mesh),
-        ):
-            return run(config, start, run_dir, checkpoints, log, mesh)
+    say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda message: None
+    with run_folder(run_dir), run_lock(run_dir), Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
+        while True:
+            try:
+                return go_on(config, checkpoints.resumable_step(say), run_dir, checkpoints, mesh)
+            except DamagedCheckpoint as damage:  # found as its largest files were read; there may be an older one
+                checkpoints.set_aside(damage, say)
+
+
+def go_on(config: RunConfig, latest: int | None, run_dir: pathlib.Path, checkpoints: Checkpoints, mesh):
+    """The run from its checkpoint at step `latest`, or from its beginning."""
+    if latest == 0:
+        raise ConfigError(
+            f"a run begins in a folder of its own: {run_dir} holds an imported model. Give another --run-dir; "
+            f"--init-from {run_dir} starts from that model."
+        )
+    start = latest or 0
+    is_finished = start > 0 and is_over(config, start, read_record(run_dir).spent_seconds)
+    is_main = jax.process_index() == 0
+    with (
+        RunLog(run_dir, steps=config.steps, resume_step=start, is_finished=is_finished, is_main=is_main) as log,
+        jax.set_mesh(mesh),
+    ):
+        return run(config, start, run_dir, checkpoints, log, mesh)
 
 
 def run(config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh):
@@ -104,7 +116,7 @@ def run(config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Check
 
     # Model, optimizer and state, born on the mesh.
     make_model = model_factory(config, data.label_names)
-    tx = make_optimizer(config.optimizer, config.steps, logical_axes(make_model))
+    tx = make_optimizer(config.optimizer, config.steps, logical_axes(make_model), config.schedule_began)
     graphdef, state, shardings = init_train_state(make_model, tx, mesh)
     if start:
         state = checkpoints.restore(start, state)
@@ -157,8 +169,10 @@ def run(config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Check
             at, metrics = unlogged.popleft()
             throughput = throughput or clock.read()
             values = fetch(at, metrics)
-            progress = max((at - 1) / config.steps, float(metrics.progress or 0.0))
-            rate = config.optimizer.learning_rate * float(share_of_peak(config.optimizer, progress))
+            began = config.schedule_began
+            progress = float(metrics.progress or 0.0)
+            share = share_of_update(config.optimizer, at - 1 - began, config.steps - began, progress)
+            rate = config.optimizer.learning_rate * float(share)
             values |= {"learning_rate": rate} | throughput
             log.write(at, values)
             seconds_left = min(clock.seconds_per_step * (config.steps - at), budget - clock.spent_seconds)
@@ -261,7 +275,7 @@ def stop_if_diverged(values: dict[str, float], step: int, finite_step: int, run_
 
 
 def main() -> None:
-    with failing_clearly(Diverged):
+    with failing_clearly(Diverged, NotFinite):
         config = parse_run_config(sys.argv[1:], default="configs/quickstart.py")
         metrics = train(config)
         if metrics is not None and jax.process_count() == 1:

@@ -24,6 +24,14 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
 
 
+def pytest_collection_modifyitems(config, items):
+    if "faults" not in (config.option.markexpr or ""):
+        skip = pytest.mark.skip(reason="takes minutes: pytest -m faults")
+        for item in items:
+            if "faults" in item.keywords:
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
     """One cache for the session, shared by its workers and by the programs that tests start; never the user's own."""

@@ -17,6 +17,7 @@ COMMANDS = {
     "plot": "plot",
     "prepare": "prepare",
     "inspect": "inspect",
+    "verify": "verify",
 }
 
 

@@ -3,9 +3,8 @@
 import argparse
 import pathlib
 
-from rich.console import Console
-
 from flax_encoder.data.sources.records import DataError
+from flax_encoder.training.console import make_console
 
 HELP = "a vector for each line of a file"
 
@@ -46,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         allow_unused=arguments.allow_unused,
     )
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=make_console(stderr=True)) as progress:
         task = progress.add_task("embedding", total=len(texts))
         vectors, num_cut = embedder.embed(
             texts, arguments.batch_size, lambda done: progress.update(task, completed=done)

@@ -4,11 +4,10 @@ import argparse
 import json
 import pathlib
 
-from rich.console import Console
-
 from flax_encoder.commands.screen import saying, show
 from flax_encoder.config import ConfigError
 from flax_encoder.data.sources.records import DataError
+from flax_encoder.training.console import make_console
 
 HELP = "what is in a store: counts, lengths, rows as a model sees them"
 
@@ -47,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(summary))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     splits = summary["splits"]
     train, test = splits["train"], splits.get("validation", splits.get("test"))
     dropped = ", ".join(f"{count:,} {kind}" for kind, count in summary["dropped"].items())
@@ -60,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"\ntokens in a document: mean {lengths['mean']:,.1f}, " + ", ".join(
         f"{name} {value:,}" for name, value in lengths.items() if name != "mean"))  # fmt: skip
     for line in inspect.histogram_lines(summary):
-        console.print(line, markup=False)
+        console.print(line)
     console.print()
     show(
         [{"row length": f"{r['row_length']:,}", "rows an epoch": f"{r['rows_per_epoch']:,}",

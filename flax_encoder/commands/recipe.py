@@ -10,17 +10,31 @@ import tyro
 
 from flax_encoder.config import ConfigError, RunConfig
 
+HOME = pathlib.Path(__file__).parents[2]  # where train.py and configs/ stand
 
-def load_recipe(path: str) -> RunConfig:
+
+def find_recipe(name: str, home: pathlib.Path = HOME) -> pathlib.Path:
+    """The file that --config names: a path from here, else from `home`, else the name of one in its configs/.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    candidates = [pathlib.Path(name), home / name, home / "configs" / f"{name}.py"]
+    for file in candidates:
+        if file.is_file():
+            return file
+    known = ", ".join(sorted(p.relative_to(home).as_posix() for p in home.glob("configs/*.py"))) or "none"
+    where = "" if home.resolve() == pathlib.Path.cwd() else f", in {home}"
+    raise ConfigError(f"no recipe at {name}; recipes in configs/ are: {known}{where}. A bare name is of one of them.")
+
+
+def load_recipe(path: str | pathlib.Path) -> RunConfig:
     """The `config` of a recipe, a Python file of the user's own.
 
     Raises:
       ConfigError: no such file, or no RunConfig named `config` in it.
     """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        known = ", ".join(sorted(map(str, pathlib.Path("configs").glob("*.py")))) or "none here"
-        raise ConfigError(f"no recipe at {path}; recipes in configs/ are: {known}.")
+    file = find_recipe(str(path))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     sys.path.insert(0, str(file.resolve().parent))  # a recipe may build on its neighbours
@@ -35,7 +49,7 @@ def load_recipe(path: str) -> RunConfig:
 
 
 def parse_run_config(argv: list[str], default: str) -> RunConfig:
-    """--config PATH, then every setting of that recipe as a typed option."""
+    """--config PATH or NAME, then every setting of that recipe as a typed option."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=default)
     known, rest = first.parse_known_args(argv)
@@ -47,6 +61,6 @@ def parse_run_config(argv: list[str], default: str) -> RunConfig:
         default=config,
         args=rest,
         prog="train.py",
-        description=f"Train a text encoder. Defaults are those of the recipe {known.config}; --config PATH picks "
-        "another. The same command again resumes a run.",
+        description=f"Train a text encoder. Defaults are those of the recipe {known.config}; --config PATH, or the "
+        "name of one in configs/, picks another. The same command again resumes a run.",
     )

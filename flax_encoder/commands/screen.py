@@ -1,42 +1,53 @@
 """What commands share: errors as one message, tables, news of long work, and types of options."""
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flax_encoder.config import ConfigError
 from flax_encoder.data.sources.records import DataError
+from flax_encoder.training.console import lasting_streams, make_console, print_table
 
 
 @contextmanager
 def failing_clearly(*more: type[Exception]) -> Iterator[None]:
-    """Turn the errors that a user can mend into one message and exit status 1; bugs keep their traceback."""
+    """Turn the errors that a user can mend into one message and exit status 1; bugs keep their traceback.
+
+    Ctrl-C ends with exit status 130. Standard output and error may be closed, lose their reader or lack letters.
+    """
     from flax_encoder.published.weights import WeightsError
     from flax_encoder.training.checkpoint import CheckpointError
 
-    try:
-        yield
-    except (ConfigError, DataError, CheckpointError, WeightsError, OSError, *more) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted.", file=sys.stderr)
-        sys.exit(130)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as programs set it while they import
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with lasting_streams():
+        try:
+            yield
+        except (ConfigError, DataError, CheckpointError, WeightsError, OSError, *more) as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted.", file=sys.stderr)
+            sys.exit(130)
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
-    table = Table(title=title, title_justify="left")
+    """Print a title, as it is, and a table under it: strings to the left, numbers with four digits to the right."""
+    make_console().print(Text(title, "italic"))
+    table = Table()
     for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+        is_text = isinstance(rows[0][name], str)
+        table.add_column(Text(name), justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
     for row in rows:
-        table.add_row(*(v if isinstance(v, str) else f"{v:.4f}" for v in row.values()))
-    Console(highlight=False).print(table)
+        table.add_row(*(Text(v if isinstance(v, str) else f"{v:.4f}") for v in row.values()))
+    print_table(table)
 
 
 def positive_count(text: str) -> int:
@@ -62,10 +73,10 @@ def folder_options(arguments: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def saying() -> Iterator[Callable[[str], None]]:
     """What to call with news of the work: a line that renews itself on a terminal, else a line every ten seconds."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = make_console(stderr=True)
     if console.is_terminal:
         with console.status("starting") as status:
-            yield lambda message: status.update(message)
+            yield lambda message: status.update(Text(message))
         return
     last = time.monotonic()
 
@@ -73,6 +84,6 @@ def saying() -> Iterator[Callable[[str], None]]:
         nonlocal last
         if time.monotonic() - last >= 10:
             last = time.monotonic()
-            console.print(message, markup=False)
+            console.print(message)
 
     yield say

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from flax_encoder.config.rules import nearest_divisors, require, require_positive, require_rates
+from flax_encoder.config.rules import nearest_divisors, require, require_finite, require_positive, require_rates
 
 Activation = Literal[
     "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2", "relu6", "leaky_relu", "mish", "tanh", "sigmoid",
@@ -223,6 +223,7 @@ class EncoderConfig:
             f"local_rope_theta is of rope in layers with a window: got {self.local_rope_theta} with position "
             f"{self.position} and window {self.window}.",
         )
+        require_finite(self)
 
     def _check_layer(self) -> None:
         if self.layer == "attention":
@@ -306,6 +307,7 @@ class HeadConfig:
             f"activation, norm and dense_bias are the transform's: got {self.activation}, {self.norm} and "
             f"{self.dense_bias} without it.",
         )
+        require_finite(self)
 
 
 @dataclass(frozen=True)
@@ -325,3 +327,4 @@ class DecoderConfig:
             f"num_layers must be above 0 or None: got {self.num_layers}.",
         )
         require_positive(self, "logit_scale")
+        require_finite(self)

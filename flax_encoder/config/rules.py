@@ -1,6 +1,7 @@
 """What settings have in common: the error of a broken rule, and the way to JSON and back."""
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, Literal, TypeVar, Union
@@ -15,6 +16,15 @@ class ConfigError(ValueError):
 def require(condition: bool, rule: str) -> None:
     if not condition:
         raise ConfigError(rule)
+
+
+def require_finite(config: Any) -> None:
+    """Every number of a section, in tuples too, is finite."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            is_odd = isinstance(number, float) and not math.isfinite(number)
+            require(not is_odd, f"{f.name} must be a finite number: got {number}.")
 
 
 def require_rates(config: Any, *names: str) -> None:

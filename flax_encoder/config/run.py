@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from flax_encoder.config.model import EncoderConfig, HeadConfig
-from flax_encoder.config.rules import nearest_divisors, require, require_positive, require_rates
+from flax_encoder.config.rules import nearest_divisors, require, require_finite, require_positive, require_rates
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class DataConfig:
             self.weights is None or (len(self.weights) == len(self.sources) and min(self.weights) > 0),
             f"weights are one number above 0 for each source: got {self.weights} for {len(self.sources)} sources.",
         )
+        require_finite(self)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -147,6 +148,7 @@ class MaskingConfig:
             f"a span has at least one word: got mean_span_words {self.mean_span_words}, max_span_words "
             f"{self.max_span_words}.",
         )
+        require_finite(self)
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -245,6 +247,7 @@ class OptimizerConfig:
             "schedule_free averages instead of decaying: give schedule wsd and decay_rate 0 with it; got "
             f"{self.schedule} and {self.decay_rate}.",
         )
+        require_finite(self)
 
 
 @dataclass(frozen=True)
@@ -289,6 +292,11 @@ class RunConfig:
     objective: str = "masked_lm"
     """What is learned: the name of a task."""
     steps: int = 1000
+    extend: bool = False
+    """With more steps than a run was begun with: begin a new schedule where it stands, its warm-up first, over the
+    steps that are left. Where the learning rate is still at its peak (wsd before it falls), more steps alone do."""
+    schedule_began: int = 0
+    """The step at which the schedule began; extend sets it."""
     budget_minutes: float | None = None
     """End after this much training, compiling and evaluations not counted, if the steps are not done before. The
     learning rate then goes by the share of steps or of time, whichever is larger; the rest of the settings by steps."""
@@ -327,6 +335,14 @@ class RunConfig:
     def __post_init__(self):
         require_positive(
             self, "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every", "keep_checkpoints"
+        )
+        require(
+            0 <= self.schedule_began < self.steps,
+            f"schedule_began is a step of the run, set by extend: got {self.schedule_began} of {self.steps} steps.",
+        )
+        require(
+            0 <= self.seed < 2**32,
+            f"seed is a whole number from 0 to 4294967295 (2**32 - 1), of which JAX keeps every bit: got {self.seed}.",
         )
         for name in ("eval_every", "eval_batches", "budget_minutes", "first_batch_size"):
             value = getattr(self, name)
@@ -371,6 +387,7 @@ class RunConfig:
             f"rows of {self.data.row_length} are {tokens} tokens, not a multiple of {self.num_microbatches} times "
             f"data.last_row_length {self.data.final_row_length}.",
         )
+        require_finite(self)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -45,8 +45,15 @@ _TRAINING_BYTES = 2**28
 
 
 def default_cache_dir() -> pathlib.Path:
-    """$FLAX_ENCODER_CACHE, else ~/.cache/flax_encoder."""
-    return pathlib.Path(os.environ.get("FLAX_ENCODER_CACHE") or "~/.cache/flax_encoder").expanduser()
+    """$FLAX_ENCODER_CACHE, else ~/.cache/flax_encoder.
+
+    Raises:
+      DataError: there is no such variable, and no home.
+    """
+    try:
+        return pathlib.Path(os.environ.get("FLAX_ENCODER_CACHE") or "~/.cache/flax_encoder").expanduser()
+    except RuntimeError as error:
+        raise DataError(f"prepared text needs a place: {error} Set FLAX_ENCODER_CACHE to a folder.") from None
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,6 @@ def open_stores(
     Raises:
       DataError: as `open_source`, `prepare` and `open_store`; or a store was made with another tokenizer.
     """
-    cache_dir = cache_folder(config)
     names, weights = _members(config)
     prepared = {name: open_store(pathlib.Path(name)) for name in names if is_store(pathlib.Path(name))}
     if prepared and (config.validation or config.test):
@@ -181,6 +187,7 @@ def open_stores(
     for name, store in prepared.items():
         _check_store(name, store, columns, tokenizer, label_names)
     held_out = _held_out(config, columns, sources, progress)
+    cache_dir = cache_folder(config) if sources else pathlib.Path()  # stores alone need none
     for name, source in sources.items():
         identity = store_identity(source, tokenizer, columns, held_out[name], label_names)
         folder = cache_dir / "stores" / identity[:24]
@@ -218,12 +225,25 @@ def _check_labels(source: Source, columns: Columns, progress: Say) -> None:
 
 
 def cache_folder(config: DataConfig) -> pathlib.Path:
-    return pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    """Where prepared text is kept, made if it is new.
+
+    Raises:
+      DataError: it cannot be made.
+    """
+    folder = pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"prepared text needs a place: {folder} cannot be made: {error.strerror}. Set FLAX_ENCODER_CACHE, or give "
+            f"--data.cache-dir, a folder that can be written."
+        ) from None
+    return folder
 
 
 def _open_sources(names: list[str], config: DataConfig, columns: Columns, progress: Say) -> dict[str, Source]:
     """The sources by their names; data.validation and data.test are parts of the first."""
-    cache_dir, sources = cache_folder(config), {}
+    cache_dir, sources = cache_folder(config) if names else pathlib.Path(), {}
     for name in names:
         progress(f"reading {name}")
         sources[name] = open_source(name, config, columns, cache_dir)

@@ -2,15 +2,16 @@
 
 import dataclasses
 import pathlib
+import shlex
 from collections.abc import Callable
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.runs.load import load_run
+from flax_encoder.training.console import make_console, print_table
 from flax_encoder.training.run_log import read_metrics
 
 
@@ -60,12 +61,13 @@ def show_report(
     """Print the report of a finished run; `train` is called for the run from scratch, if the config asks for it."""
     run = load_run(config.run_dir)
     data = open_data(run.config, run.task.reading, tokenizer=run.tokenizer, label_names=run.label_names)
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = make_console()
     rows = run.task.baselines(run, data) if run.task.baselines else {}
     if config.compare_with_scratch and run.config.init_from:
         run_dir = pathlib.Path(config.run_dir)
         scratch = train(dataclasses.replace(
-            run.config, init_from=None, compare_with_scratch=False, run_dir=str(run_dir / "from_scratch"),
+            run.config, init_from=None, compare_with_scratch=False, schedule_began=0,
+            run_dir=str(run_dir / "from_scratch"),
             data=dataclasses.replace(run.config.data, tokenizer=str(run_dir / "tokenizer.json")),
         ))  # fmt: skip
         if scratch is not None:
@@ -84,12 +86,12 @@ def show_report(
         values = (f"{row[metric]:,.4f}" if metric in row else "" for row in rows.values())
         table.add_row(metric.replace("_", " "), *values)
     console.print()
-    console.print(table)
+    print_table(table)
     for line in run.task.examples(run, data) if run.task.examples else []:
         console.print(line)
     console.print("\nnext:")
     commands = run.task.commands(run) if run.task.commands else []
-    for command in [*commands, f"python -m flax_encoder plot {run.config.run_dir} --out curve.png"]:
+    for command in [*commands, f"python -m flax_encoder plot {shlex.quote(run.config.run_dir)} --out curve.png"]:
         console.print(f"  {command}")
 
 

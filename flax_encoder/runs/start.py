@@ -44,6 +44,10 @@ def settle(
         if not before.data.held_out_by_class:  # a run from before there was the choice keeps its documents
             known, config = (dataclasses.replace(
                 c, data=dataclasses.replace(c.data, held_out_by_class=False)) for c in (known, config))  # fmt: skip
+        length = {"steps": config.steps, "schedule_began": schedule_start(before, config, start), "extend": False}
+        if config.steps > before.steps:
+            before = dataclasses.replace(before, **length)
+        config, known = (dataclasses.replace(c, **length) for c in (config, known))
         changed = {
             name: values
             for name, values in differences(before, config if config.init_from is None else known).items()
@@ -59,6 +63,8 @@ def settle(
             )
         config = dataclasses.replace(known, init_from=before.init_from)
         return config, record, record.tokenizer, record.label_names
+    if config.extend or config.schedule_began:
+        raise ConfigError(f"extend is of a run that has been trained: {run_dir} has no checkpoint. Leave it out.")
     if config.init_from:
         record, params = read_origin(config.init_from, config.objective)
         settled = like_origin(config, record, has_head="head.out.kernel" in flatten(params))
@@ -78,6 +84,39 @@ def settle(
     if config.data.word_vectors and config.data.tokenizer is None:
         tokenizer = word_level_tokenizer(config.data.word_vectors, config.data.vocab_size)
     return config, None, tokenizer, None
+
+
+def schedule_start(before: RunConfig, config: RunConfig, start: int) -> int:
+    """The step at which the schedule begins of a run that is resumed at step `start`, perhaps to be made longer.
+
+    Raises:
+      ConfigError: it is made longer, and its learning rate has begun to fall, or something else went by its steps.
+    """
+    if config.steps <= before.steps:
+        return before.schedule_began
+    by_steps = {
+        "masking.last_rate": before.masking.last_rate, "data.last_row_length": before.data.last_row_length,
+        "first_batch_size": before.first_batch_size, "budget_minutes": before.budget_minutes,
+    }  # fmt: skip
+    if fixed := [name for name, value in by_steps.items() if value is not None]:
+        raise ConfigError(
+            f"a run is made longer if nothing but its learning rate goes by its length: {before.run_dir} was begun for "
+            f"{before.steps} steps with {', '.join(fixed)}. --init-from {before.run_dir} starts another from its model."
+        )
+    if config.extend:
+        return start
+    began, optimizer = before.schedule_began, before.optimizer
+    gone = [(start - began) / (steps - began) for steps in (before.steps, config.steps)]
+    is_at_peak = optimizer.schedule == "wsd" and all(
+        optimizer.warmup_rate <= share <= 1 - optimizer.decay_rate for share in gone
+    )
+    if not is_at_peak:
+        raise ConfigError(
+            f"a run is made longer while its learning rate is at its peak: that of {before.run_dir}, schedule "
+            f"{optimizer.schedule}, has gone {gone[0]:.0%} of its way to step {before.steps}, and would jump with "
+            f"{config.steps} steps. --extend begins a new schedule at step {start}."
+        )
+    return began
 
 
 def like_origin(config: RunConfig, record: RunRecord) -> RunConfig:

@@ -1,6 +1,7 @@
 """One label a document, with documents packed into rows like any others."""
 
 import functools
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -184,7 +185,7 @@ def _examples(run: Any, data: Any) -> list[str]:
 
 def _commands(run: Any) -> list[str]:
     text = "Send a message to the server and wait for its reply."
-    return [f'python -m flax_encoder classify {run.config.run_dir} "{text}"', *ask_file_commands(run)]
+    return [f'python -m flax_encoder classify {shlex.quote(run.config.run_dir)} "{text}"', *ask_file_commands(run)]
 
 
 TASK = Task(

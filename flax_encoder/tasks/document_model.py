@@ -1,5 +1,6 @@
 """What tasks share whose documents have one value each: an encoder, pooled, and a head on it."""
 
+import shlex
 from typing import Any, Literal
 
 import jax
@@ -60,7 +61,8 @@ def check_whole_documents(config: RunConfig) -> None:
 
 def ask_file_commands(run: Any) -> list[str]:
     """The commands that use a trained run on a file."""
+    run_dir = shlex.quote(run.config.run_dir)
     return [
-        f"python -m flax_encoder predict {run.config.run_dir} --input texts.txt --output answers.jsonl",
-        f"python -m flax_encoder evaluate {run.config.run_dir} --data.source test.csv",
+        f"python -m flax_encoder predict {run_dir} --input texts.txt --output answers.jsonl",
+        f"python -m flax_encoder evaluate {run_dir} --data.source test.csv",
     ]

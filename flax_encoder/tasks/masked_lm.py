@@ -1,6 +1,7 @@
 """Masked language modelling (Devlin et al., arXiv 1810.04805)."""
 
 import math
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -119,9 +120,10 @@ def _examples(run: Any, data: Any) -> list[str]:
 
 def _commands(run: Any) -> list[str]:
     mask = run.tokenizer.token(run.tokenizer.special("mask"))
-    commands = [f'python -m flax_encoder fill-mask {run.config.run_dir} "Return the {mask} of the list."']
+    run_dir = shlex.quote(run.config.run_dir)
+    commands = [f'python -m flax_encoder fill-mask {run_dir} "Return the {mask} of the list."']
     if run.config.data.source == "tfds:python_docs":
-        commands.append(f"python train.py --config configs/quickstart_classify.py --init-from {run.config.run_dir}")
+        commands.append(f"python train.py --config configs/quickstart_classify.py --init-from {run_dir}")
     return commands
 
 

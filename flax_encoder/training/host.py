@@ -1,13 +1,31 @@
-"""What a run asks of the machine it is on: that nobody else trains in its folder."""
+"""What a run asks of the machine it is on: a folder, in which nobody else trains."""
 
 import pathlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import jax
 from filelock import FileLock, Timeout
 
 from flax_encoder.config import ConfigError
+
+
+@contextmanager
+def run_folder(run_dir: pathlib.Path) -> Iterator[None]:
+    """Make the run's folder; a new run that is refused, or ends otherwise before its log's first line, leaves none."""
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if made and jax.process_index() == 0 and not (run_dir / "metrics.jsonl").exists():
+            for name in ("lock", "config.json", "tokenizer.json"):
+                (run_dir / name).unlink(missing_ok=True)
+            with suppress(OSError):  # what others put there stays
+                for folder in [run_dir / "checkpoints", *made]:
+                    if folder.exists():
+                        folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.config import OptimizerConfig
-from flax_encoder.training.schedule import share_of_peak
+from flax_encoder.training.schedule import share_of_update
 from flax_encoder.training.transformations import (
     clip_by_global_norm,
     each_parameter,
@@ -27,7 +27,9 @@ class ScheduledState(NamedTuple):
     inner: Any
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, axes: Any, schedule_began: int = 0
+) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then config.name with its schedule and decoupled weight decay; what is frozen stays.
 
     The schedule goes by updates made, of `steps`, or by `progress`, which `update` takes as an extra argument (a share
@@ -35,6 +37,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.Grad
 
     Args:
       axes: the tree of logical axes (training/sharding.py).
+      schedule_began: updates that had been made when the schedule began, which ends with the last of `steps`.
     """
     is_decayed = jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key not in ("bias", "scale"), axes, is_leaf=_is_axes
@@ -56,7 +59,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.Grad
         return ScheduledState(jnp.zeros((), jnp.int32), at(1.0).init(params))
 
     def update(updates, state, params=None, *, progress: Float[Array, ""] | float = 0.0):
-        share = share_of_peak(config, jnp.maximum(state.count / steps, progress))
+        number = state.count - schedule_began if schedule_began else state.count
+        share = share_of_update(config, number, steps - schedule_began, progress)
         updates, inner = at(share).update(updates, state.inner, params)
         return updates, ScheduledState(optax.safe_increment(state.count), inner)
 

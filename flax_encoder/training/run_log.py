@@ -1,19 +1,27 @@
 """What a run tells: metrics.jsonl and TensorBoard for later, a progress line for whoever is watching."""
 
 import json
+import logging
+import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from flax_encoder.training.console import make_console
+
+logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+class NotFinite(ArithmeticError):
+    """A metric is no finite number. The message names it."""
 
 
 class Clock:
@@ -77,7 +85,7 @@ class RunLog:
         self, run_dir: pathlib.Path, *, steps: int, resume_step: int, is_finished: bool = False, is_main: bool = True
     ):
         self._steps, self._is_main = steps, is_main
-        self._console = Console(highlight=False, soft_wrap=True, quiet=not is_main)
+        self._console = make_console(quiet=not is_main)
         self._progress: Progress | None = None
         self._last_line = 0.0
         self._run_dir, self._resume_step, self._is_finished = run_dir, resume_step, is_finished
@@ -92,19 +100,24 @@ class RunLog:
         from tensorboardX import SummaryWriter  # slow to import, and only needed here
 
         self._tensorboard = SummaryWriter(str(self._run_dir), purge_step=self._resume_step + 1, write_to_disk=True)
+        for writer in self._tensorboard.all_writers.values():
+            _forgive_full_disk(writer.event_writer._ev_writer)
         return path.open("ab", buffering=0)
 
     def say(self, message: str) -> None:
-        self._console.print(message, markup=False)
+        self._console.print(message)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and a TensorBoard point for every number."""
         if not self._is_main:
             return
         path = self._run_dir / "metrics.jsonl"
+        if odd := {name: value for name, value in values.items() if not math.isfinite(value)}:
+            raise NotFinite(f"a metric is a finite number: at step {step}, {_listed(odd)}. Nothing of it is in {path}.")
+        line = json.dumps({"step": step, **values}, allow_nan=False) + "\n"
         try:
             self._file = self._file or self._open()
-            self._file.write(f"{json.dumps({'step': step, **values})}\n".encode())
+            self._file.write(line.encode())
         except OSError as error:
             why = f"{error.strerror}; once it can be written, the same command goes on"
             raise OSError(error.errno, why, str(path)) from None
@@ -140,7 +153,8 @@ class RunLog:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -149,11 +163,28 @@ class RunLog:
         self.end_progress()
         if self._file is not None:
             self._file.close()
+            self._tensorboard.close()
+
+
+def _forgive_full_disk(events: Any) -> None:
+    """Let TensorBoard's file go where it cannot be written. Its thread would end, and the run would wait for that for
+    ever, or end in its traceback; metrics.jsonl has the same numbers, and says what is wrong."""
+    is_told = False
+
+    def forgiving(act: Callable[..., Any]) -> Callable[..., Any]:
+        def maybe(*arguments: Any) -> Any:
+            nonlocal is_told
             try:
-                self._tensorboard.close()
-            except OSError:
-                if kind is None:  # or else the first error is the one to hear of
-                    raise
+                return act(*arguments)
+            except (OSError, ValueError) as error:
+                if not is_told:
+                    logger.warning("TensorBoard's events cannot be written (%s); metrics.jsonl has them.", error)
+                is_told = True
+
+        return maybe
+
+    for name in ("write_event", "flush", "close"):
+        setattr(events, name, forgiving(getattr(events, name)))
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -170,15 +201,35 @@ def _duration(seconds: float) -> str:
 
 
 def read_metrics(run_dir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; one that a kill cut short is left out."""
-    lines = []
+    """The lines of a run's metrics.jsonl, each with its `step`. A last line that a kill cut short is left out. So is,
+    with a warning, one that is damaged: no UTF-8, no JSON object, no step, or a number that is not finite."""
+    path = run_dir / "metrics.jsonl"
     try:
-        content = (run_dir / "metrics.jsonl").read_text()
+        content = path.read_bytes()
     except FileNotFoundError:
         return []
-    for line in content.splitlines():
+    lines = []
+    *whole, cut = content.split(b"\n")
+    for number, text in enumerate(whole, 1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            lines.append(_metrics_line(text))
+        except (ValueError, RecursionError) as error:
+            logger.warning("%s: line %d is damaged and left out: %s", path, number, error)
+    with suppress(ValueError, RecursionError):
+        lines.append(_metrics_line(cut))
     return lines
+
+
+def _metrics_line(text: bytes) -> dict[str, Any]:
+    line = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        raise ValueError(f"it must be an object with a step: {text[:40]!r}")
+    return line
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"numbers must be finite: {name}")
+
+
+def _listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} is {value}" for name, value in values.items())

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import logging
 import os
 import pathlib
 import platform
@@ -10,13 +11,14 @@ import sys
 import time
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
 
 from flax_encoder.config import ConfigError
 from flax_encoder.data.pipeline import default_cache_dir
+from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.tokenizing import num_cores
 
 # glibc's mallopt parameters, from malloc.h.
@@ -36,7 +38,11 @@ def set_up_runtime() -> None:
     if sys.platform == "linux" and not may_find_accelerator():
         keep_memory()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = default_cache_dir() / "xla"
+        try:
+            folder = default_cache_dir() / "xla"
+        except DataError as error:
+            logging.getLogger(__name__).warning("compiled programs are not kept: %s", error)
+            return
         # JAX's keys hold its version, the flags, the program and the kind of device, but of CPUs nothing that tells one
         # from another, and code made for one may be illegal on the next.
         folder = folder / host_cpu() if jax.default_backend() == "cpu" else folder
@@ -143,20 +149,25 @@ def cache_hits() -> Iterator[list[str]]:
 
 
 class StopSignals:
-    """Turns SIGINT and SIGTERM into a request to stop after the step at hand; a second one stops at once."""
+    """Turns SIGINT, SIGTERM and SIGHUP, of a terminal that closes, into a request to stop after the step at hand; a
+    second one stops at once. What was ignored from the start, as SIGHUP is under nohup, stays so."""
 
     def __init__(self):
         self.requested: str | None = None
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
-        print(f"\n{self.requested}: saving after this step. Once more stops at once.", file=sys.stderr, flush=True)
+        # Not by print: the program may be amidst one, and the terminal may be gone.
+        with suppress(OSError):
+            os.write(2, f"\n{self.requested}: saving after this step. Once more stops at once.\n".encode())
 
     def __exit__(self, *exc_info: object) -> None:
         for number, handler in self._previous.items():

@@ -1,9 +1,19 @@
 """Learning rates, as functions of how much of a run is behind it."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from flax_encoder.config import OptimizerConfig
+
+
+def share_of_update(
+    config: OptimizerConfig, number: Int[Array, ""] | int, updates: int, progress: Float[Array, ""] | float = 0.0
+) -> Float[Array, ""]:
+    """The learning rate of update `number`, from 0, of so many, as a share of its peak; by `progress`, from 0 to 1,
+    where that is further. A run of one update has no room to warm up: its rate is what comes after."""
+    if updates == 1:
+        return share_of_peak(config, jnp.maximum(config.warmup_rate, progress))
+    return share_of_peak(config, jnp.maximum(number / updates, progress))
 
 
 def share_of_peak(config: OptimizerConfig, progress: Float[Array, "..."] | float) -> Float[Array, "..."]:

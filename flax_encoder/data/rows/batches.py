@@ -3,7 +3,6 @@
 import functools
 import logging
 import math
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from flax_encoder.data.rows.packing import PackingPlan, Pieces
 from flax_encoder.data.rows.randomness import permute, random_bits
 from flax_encoder.data.rows.targets import Rows, Targets
 from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.workers import serve_parent
 
 _LEAST_BLOCK, _MOST_BLOCK = 2**12, 2**30  # rows in which a mixture keeps its weights
 _LEAST_SHARE = 64  # of these, rows of each source: a weight is kept to one part in twice as many
@@ -203,11 +203,11 @@ class Batches:
             flags.FLAGS.mark_as_parsed()
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        return iter(batches.to_iter_dataset(ahead).mp_prefetch(options, worker_init_fn=_leave_signals))
+        return iter(batches.to_iter_dataset(ahead).mp_prefetch(options, worker_init_fn=_start_worker))
 
 
-def _leave_signals(worker: int, workers: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
+def _start_worker(worker: int, workers: int) -> None:
+    serve_parent()
 
 
 @dataclass(frozen=True)

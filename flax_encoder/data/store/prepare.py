@@ -8,6 +8,7 @@ found by hash and left out, and the rest is copied into STORE. No step holds mor
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -56,6 +57,11 @@ def prepare(
     Raises:
       DataError: nothing to train on, the folder holds or is becoming another store, the disk is full, a worker died.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "a program that prepares its own parts of text does its work inside `if __name__ == '__main__':`: its "
+            "workers run the rest of it anew."
+        )
     say, progress = progress, unhurried(progress)
     identity = store_identity(source, tokenizer, columns, held_out, label_names)
     work = partial_folder(folder)

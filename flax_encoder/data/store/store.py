@@ -126,7 +126,7 @@ class Store:
 
 def is_store(folder: pathlib.Path) -> bool:
     """Whether it is a store or the beginnings of one, rather than a file or a data set's name."""
-    return (folder / MANIFEST).exists() or partial_folder(folder).exists()
+    return (folder / MANIFEST).exists() or (not folder.is_file() and partial_folder(folder).is_dir())
 
 
 def partial_folder(folder: pathlib.Path) -> pathlib.Path:
@@ -150,7 +150,7 @@ def read_manifest(folder: pathlib.Path) -> dict:
             )
         return manifest
     except FileNotFoundError:
-        if partial_folder(folder).exists():
+        if partial_folder(folder).is_dir():
             raise DataError(
                 f"a store must be whole: the one at {folder} was interrupted. The same prepare command finishes it."
             ) from None

@@ -14,10 +14,9 @@ import json
 import multiprocessing
 import os
 import pathlib
+import pickle
 import shutil
-import signal
 import socket
-import threading
 import time
 from array import array
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from flax_encoder.data.sources.opening import Source
 from flax_encoder.data.sources.records import DataError, Part, Record, Say
 from flax_encoder.data.store.encoding import Encoded, encode_records, exact_texts
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
+from flax_encoder.data.workers import serve_parent, without_main_module
 
 THIS_PROCESS = f"{socket.gethostname()}.{os.getpid()}"
 _BATCH_CHARACTERS = 2**18
@@ -84,8 +84,11 @@ def tokenize_parts(
     shared = context.Array("Q", 3)  # documents, tokens, and whether to stop
     settings = (tokenizer.json, held_out, shared, cores // workers)
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, settings)
+    # A part of the program's own making can only be read where its main module has run.
+    is_of_main = any(b"__main__" in pickle.dumps((part, columns)) for part in source.parts)
     try:
-        waiting = {pool.submit(_tokenize_in_worker, source.parts[i], work / f"{i:06}", columns): i for i in todo}
+        with contextlib.nullcontext() if is_of_main else without_main_module():
+            waiting = {pool.submit(_tokenize_in_worker, source.parts[i], work / f"{i:06}", columns): i for i in todo}
         while waiting:
             finished, _ = concurrent.futures.wait(waiting, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
             for future in finished:
@@ -94,9 +97,10 @@ def tokenize_parts(
             if shared[0]:
                 report(*shared[:2])
     except BrokenProcessPool:
+        unguarded = ", or because the program does its work outside `if __name__ == '__main__':`" if is_of_main else ""
         raise DataError(
-            f"a worker that tokenizes died, as for want of memory (there are {workers}; --workers sets it). The parts "
-            f"that are done are kept; the same command goes on from them."
+            f"a worker that tokenizes died, as for want of memory (there are {workers}; --workers sets it){unguarded}. "
+            f"The parts that are done are kept; the same command goes on from them."
         ) from None
     except BaseException:
         shared[2] = 1  # else every worker would end its part first, which can be a whole compressed file
@@ -112,14 +116,8 @@ def _start_worker(tokenizer_json: str, held_out: HeldOut, shared: Any, threads: 
     # What cores the other workers leave: with a few large files, several each.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(max(1, threads))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    serve_parent()
     _worker.update(tokenizer=TextTokenizer(tokenizer_json), held_out=held_out, shared=shared)
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # type: ignore[union-attr]
-    os._exit(1)
 
 
 def _tokenize_in_worker(part: Part, folder: pathlib.Path, columns: Columns) -> None:

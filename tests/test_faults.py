@@ -1,0 +1,120 @@
+"""Faults at random times and places, with printed seeds: pytest -m faults -n 0 -s. What was lost is counted.
+
+Each round starts the run, hurts it, and starts it again until it has ended; its losses must then be those of a run that
+nothing has happened to, to the bit, and no step may be lost but those since the last whole checkpoint.
+"""
+
+import dataclasses
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+
+from flax_encoder.training.checkpoint import verify_checkpoints
+from tests.runs import ROOT, command, environment, losses, run, start, tiny
+
+pytestmark = pytest.mark.faults
+STEPS, EVERY, ROUNDS = 120, 6, 6
+SEED = int(os.environ.get("FAULT_SEED") or random.SystemRandom().randrange(2**32))
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    options = {"steps": STEPS, "checkpoint_every": EVERY, "log_every": 1, "keep_checkpoints": 3}
+    config = tiny(corpus, tmp_path_factory.mktemp("whole") / "run", **options)
+    run(command(config))
+    return config, losses(pathlib.Path(config.run_dir))
+
+
+def kill(config, rng: random.Random) -> str:
+    """SIGKILL at any time after its first step; half of them while a checkpoint is being written."""
+    process, run_dir = start(config), pathlib.Path(config.run_dir)
+    begun = len(losses(run_dir))
+    while process.poll() is None and len(losses(run_dir)) <= begun:
+        time.sleep(0.01)
+    if rng.random() < 0.5:
+        while process.poll() is None and not list(run_dir.glob("checkpoints/*.saving*")):
+            time.sleep(0.0005)
+    else:
+        time.sleep(rng.uniform(0, 1.5))
+    process.kill()
+    process.communicate()
+    return f"killed with {sorted(p.name for p in run_dir.glob('checkpoints/*'))}"
+
+
+def corrupt(config, rng: random.Random) -> str:
+    """One file of the newest checkpoint gets another byte, another length, or goes."""
+    numbered = [p for p in pathlib.Path(config.run_dir).glob("checkpoints/*") if p.name.isdecimal()]
+    newest = max(numbered, key=lambda p: int(p.name), default=None)
+    if newest is None:
+        return "nothing to corrupt"
+    path = rng.choice([p for p in sorted(newest.rglob("*")) if p.is_file() and p.stat().st_size])
+    content, how = bytearray(path.read_bytes()), rng.choice(["byte", "cut", "gone", "longer"])
+    at = rng.randrange(len(content))
+    content[at] ^= rng.randrange(1, 256)
+    {"byte": lambda: path.write_bytes(content), "cut": lambda: path.write_bytes(content[:at]), "gone": path.unlink,
+     "longer": lambda: path.write_bytes(content + b"x")}[how]()  # fmt: skip
+    return f"{path.relative_to(newest.parent)}: {how} at {at} of {len(content)}"
+
+
+def fill(config, rng: random.Random) -> str:
+    """The disk is full for all files past some size, from the start of the run on."""
+    limit = rng.choice([1 << 12, 1 << 15, 1 << 17])
+    done = subprocess.run(
+        command(config), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return f"no file above {limit} bytes: exit {done.returncode}: {done.stderr.strip()[-200:]}"
+
+
+def cut_log(config, rng: random.Random) -> str:
+    path = pathlib.Path(config.run_dir, "metrics.jsonl")
+    if not path.exists():
+        return "no log to cut"
+    content = path.read_bytes()
+    size = len(content) - rng.randrange(min(len(content), 60))  # what a killed write may leave; the rest is on the disk
+    path.write_bytes(content[:size])
+    return f"metrics.jsonl cut to {size} of {len(content)} bytes"
+
+
+def stop(config, rng: random.Random) -> str:
+    process, run_dir = start(config), pathlib.Path(config.run_dir)
+    begun = len(losses(run_dir))
+    while process.poll() is None and len(losses(run_dir)) <= begun:
+        time.sleep(0.01)
+    number = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return f"stopped by {number.name}"
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_whatever_happens_the_run_ends_with_the_losses_of_one_that_nothing_happened_to(whole, tmp_path, number):
+    rng, config = random.Random(SEED + number), dataclasses.replace(whole[0], run_dir=str(tmp_path / "run"))
+    print(f"\nFAULT_SEED={SEED}, test {number}")
+    redone = 0
+    for fault in [kill, *(rng.choice([kill, corrupt, fill, cut_log, stop]) for _ in range(ROUNDS - 1))]:
+        before = max(losses(tmp_path / "run"), default=0)
+        what = fault(config, rng)
+        whole_steps = [int(p.name) for p, found in checkpoints(tmp_path / "run") if hasattr(found, "files")]
+        lost = max(0, max(before, *losses(tmp_path / "run"), 0) - max(whole_steps, default=0))
+        redone += lost
+        print(f"  {fault.__name__}: {what}; {lost} steps to do again")
+        if fault is kill:
+            # An uncommitted save at most is lost, of one interval, and the one before it, which is being written.
+            assert lost <= 2 * EVERY + 2
+    run(command(config))
+    assert losses(tmp_path / "run") == whole[1]
+    print(f"  ended whole; {redone} steps were done again in all")
+
+
+def checkpoints(run_dir: pathlib.Path):
+    is_there = any(p.name.isdecimal() for p in run_dir.glob("checkpoints/*"))
+    return list(verify_checkpoints(run_dir)) if is_there else []
