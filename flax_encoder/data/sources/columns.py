@@ -18,8 +18,8 @@ class Columns(NamedTuple):
     """What is wanted of every document of a source.
 
     A value is, by its kind: `class` the name of a label, `classes` a tuple of names, `number` a float, `tags` a tuple
-    of (start, end, tag) for every word of the text in characters, `answers` a tuple of (start, text) in the second of
-    two texts, empty where there is none.
+    of (start, end, tag) for every word of the text in characters, a tag being None where it is to be predicted,
+    `answers` a tuple of (start, text) in the second of two texts, empty where there is none.
     """
 
     value: Value = "none"
