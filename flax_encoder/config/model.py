@@ -288,10 +288,10 @@ class HeadConfig:
     """What an objective puts on the encoder: a transform (dense, activation, norm), then logits.
 
     None is what BERT has: masked_lm the encoder's activation and biases, and a norm; classification tanh, a bias and
-    no norm.
+    no norm; heads that read every token no transform at all.
     """
 
-    transform: bool = True
+    transform: bool | None = None
     activation: Activation | None = None
     norm: bool | None = None
     dense_bias: bool | None = None
@@ -303,7 +303,7 @@ class HeadConfig:
 
     def __post_init__(self):
         require(
-            self.transform or (self.activation, self.norm, self.dense_bias) == (None, None, None),
+            self.transform is not False or (self.activation, self.norm, self.dense_bias) == (None, None, None),
             f"activation, norm and dense_bias are the transform's: got {self.activation}, {self.norm} and "
             f"{self.dense_bias} without it.",
         )

@@ -164,6 +164,8 @@ class LabelsConfig:
     """Share of each target that is spread evenly over all classes."""
     class_weights: Literal["balanced"] | tuple[float, ...] | None = None
     """Weight of each class in the training loss, in the labels' order; balanced makes every class weigh the same."""
+    all_pieces: bool = False
+    """Learn a word's tag at each of its tokens, not at the first alone; answers read the first."""
 
     threshold: float = 0.5
     """multi_label: the probability from which a label is given."""

@@ -34,6 +34,8 @@ ACTIVATIONS = {
 POOLINGS = ("cls", "mean", "late")
 # Tasks whose head reads one vector a document; those of the others read every token.
 POOLED = ("classification", "multiple_choice", "next_sentence")
+# And those of them that have no transform before it.
+WITHOUT_TRANSFORM = ("token_classification", "question_answering")
 
 
 class Field(NamedTuple):
@@ -292,7 +294,7 @@ def _unnamed_fields(family: Family, config: Mapping[str, Any]) -> dict[str, Any]
 def read_head(family: Family, task: str, config: Mapping[str, Any]) -> tuple[HeadConfig, str]:
     """(a task's HeadConfig, how it pools)."""
     head = family.heads[task]
-    values = {**head.fixed, **_read_fields(head.fields, modernized(family, config))}
+    values = {"transform": True, **head.fixed, **_read_fields(head.fields, modernized(family, config))}
     pooling = values.pop("pooling", "cls")
     if pooling not in POOLINGS:
         raise ConfigError(f"a head pools by {', '.join(POOLINGS)}: config.json says {pooling!r}.")
@@ -375,6 +377,8 @@ def settled(config: EncoderConfig) -> dict[str, Any]:
 
 def settled_head(config: EncoderConfig, task: str, head: HeadConfig) -> HeadConfig:
     """A head with nothing left to its kind."""
+    if head.transform is None:
+        head = dataclasses.replace(head, transform=task not in WITHOUT_TRANSFORM)
     if not head.transform:
         return head
     kind = (config.activation, True, config.use_bias) if task == "masked_lm" else ("tanh", False, True)

@@ -39,6 +39,7 @@ class Head(nnx.Module):
         head: HeadConfig,
         width: int,
         *,
+        transform: bool = True,
         activation: Activation,
         norm: bool,
         dense_bias: bool,
@@ -49,8 +50,9 @@ class Head(nnx.Module):
         self.activation = head.activation or activation
         has_bias = dense_bias if head.dense_bias is None else head.dense_bias
         options = {"std": config.init_std, "use_bias": has_bias, "dtype": dtype, "rngs": rngs}
-        self.dense = Linear({"embed": config.embed_dim}, {"features": width}, **options) if head.transform else None
-        has_norm = head.transform and (norm if head.norm is None else head.norm)
+        has_dense = transform if head.transform is None else head.transform
+        self.dense = Linear({"embed": config.embed_dim}, {"features": width}, **options) if has_dense else None
+        has_norm = has_dense and (norm if head.norm is None else head.norm)
         self.norm = Norm(config, width, rngs=rngs) if has_norm else None
 
     def transform(self, x: Float[Array, "B M D"]) -> Float[Array, "B M E"]:
@@ -65,7 +67,7 @@ class MaskedLMHead(Head):
 
     def __init__(self, config: EncoderConfig, head: HeadConfig | None = None, *, rngs: nnx.Rngs):
         head = head or HeadConfig()
-        width = (config.embedding_dim if head.transform else None) or config.embed_dim
+        width = (None if head.transform is False else config.embedding_dim) or config.embed_dim
         if head.tied and width != (config.embedding_dim or config.embed_dim):
             raise ValueError(
                 f"tied logits need vectors as wide as the embedding: got {width} for {config.embedding_dim}; "
@@ -102,11 +104,23 @@ def _mesh_axes() -> MeshAxes | None:
 
 
 class ClassificationHead(Head):
-    """The transform (BERT's pooler: dense, tanh), dropout, projection to classes, in float32; 0 classes pool only."""
+    """The transform (BERT's pooler: dense, tanh), dropout, projection to classes, in float32; 0 classes pool only.
 
-    def __init__(self, config: EncoderConfig, num_classes: int, head: HeadConfig | None = None, *, rngs: nnx.Rngs):
+    Args:
+      transform: whether there is one if `head` leaves it open.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        num_classes: int,
+        head: HeadConfig | None = None,
+        *,
+        transform: bool = True,
+        rngs: nnx.Rngs,
+    ):
         head = head or HeadConfig()
-        kind = {"activation": "tanh", "norm": False, "dense_bias": True, "dtype": "float32"}
+        kind = {"transform": transform, "activation": "tanh", "norm": False, "dense_bias": True, "dtype": "float32"}
         super().__init__(config, head, config.embed_dim, **kind, rngs=rngs)
         options = {"std": config.init_std, "use_bias": head.out_bias, "dtype": "float32", "rngs": rngs}
         features, classes = {"features": config.embed_dim}, {"classes": num_classes}

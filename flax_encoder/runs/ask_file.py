@@ -35,7 +35,8 @@ def open_input(path: str, config: DataConfig, columns: Columns) -> Iterator[Reco
     """The records of a file without values: a line of a .txt file or of standard input (-) is a text each."""
     if path == "-":
         return (Record((line.rstrip("\r\n"),), where=f"line {n}") for n, line in enumerate(sys.stdin, 1))
-    source = open_source(path, config, columns._replace(value="none"), cache_folder(config))
+    wanted = columns._replace(value="none", keeps_words=columns.value == "tags")
+    source = open_source(path, config, wanted, cache_folder(config))
     return itertools.chain.from_iterable(part.read() for part in source.parts)
 
 

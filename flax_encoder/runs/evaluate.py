@@ -13,7 +13,7 @@ from flax_encoder.data.rows.batches import Batches
 from flax_encoder.data.sources.records import Say
 from flax_encoder.data.store.prepare import unhurried
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
-from flax_encoder.runs.loaded import by_owner
+from flax_encoder.runs.loaded import Piece, by_owner, in_order
 from flax_encoder.tasks import Task
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.task import Answer, Labels, Question
@@ -38,21 +38,21 @@ def evaluate(
       step: the model's loss and outputs of a batch.
     """
     say, totals, answers, golds = unhurried(say), [], [], []
-    found: dict[int, list[tuple[int, dict[str, np.ndarray]]]] = {}
-    waiting: list[tuple[np.ndarray | None, LossSum, dict[str, Any]]] = []
+    found: dict[int, list[Piece]] = {}
+    waiting: list[tuple[dict[str, np.ndarray], LossSum, dict[str, Any]]] = []
     documents = batches.documents[0]
 
-    def take(owners: np.ndarray | None, total: LossSum, outputs: dict[str, Any]) -> None:
+    def take(owners: dict[str, np.ndarray], total: LossSum, outputs: dict[str, Any]) -> None:
         totals.append(jax.block_until_ready(total))
-        if task.answer is None or owners is None:
+        if task.answer is None or not owners:
             return
-        for document, values in by_owner(owners, {name: np.asarray(x) for name, x in outputs.items()}):
-            source = document if documents.source is None else int(documents.source[document])
-            found.setdefault(source, []).append((document, values))
+        for piece in by_owner(owners, {name: np.asarray(x) for name, x in outputs.items()}):
+            source = piece.document if documents.source is None else int(documents.source[piece.document])
+            found.setdefault(source, []).append(piece)
 
     for i in range(len(batches)):
         batch = batches[i]
-        waiting.append((_all_owners(batch.get("owners")), *step(batch)))
+        waiting.append((_all_owners(batch), *step(batch)))
         if len(waiting) > _IN_FLIGHT:
             take(*waiting.pop(0))
             say(f"evaluating: {i - 1:,} of {len(batches):,} batches")
@@ -63,29 +63,30 @@ def evaluate(
     metrics = task.report(jax.device_get(functools.reduce(operator.add, totals)))
     if task.answer is None or task.score is None or task.gold is None:
         return metrics
+    if config.eval_batches is not None:  # which may end within a long document
+        found = {source: pieces for source, pieces in found.items() if len(pieces) == documents.num_pieces(source)}
     for source in sorted(found):
         answers.append(_stored_answer(task, documents, source, found[source], config, labels, tokenizer))
         golds.append(task.gold(documents.split, source, labels))
     return metrics | task.score(answers, golds, labels)
 
 
-def _all_owners(owners: np.ndarray | None) -> np.ndarray | None:
-    """Those of all processes' rows."""
-    if owners is None or jax.process_count() == 1:
+def _all_owners(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What says whose the targets are, of all processes' rows."""
+    owners = {name: batch[name] for name in ("owners", "starts") if name in batch}
+    if not owners or jax.process_count() == 1:
         return owners
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(owners, tiled=True))
+    return {name: np.asarray(multihost_utils.process_allgather(x, tiled=True)) for name, x in owners.items()}
 
 
-def _stored_answer(task: Task, documents, source: int, windows, config, labels, tokenizer) -> Answer:
+def _stored_answer(task: Task, documents, source: int, pieces, config, labels, tokenizer) -> Answer:
     """The answer of a stored document, of which only tokens are known."""
-    windows.sort(key=lambda window: window[0])
-    starts, split = documents.window_start, documents.split
+    outputs, starts = in_order(pieces, documents)
+    split = documents.split
     lengths = split.values["text_lengths"][source] if "text_lengths" in split.values else split.lengths[[source]]
     question = Question(
-        [values for _, values in windows], labels, config, None,
-        [0 if starts is None else int(starts[document]) for document, _ in windows],
-        None, lengths, split.document(source), tokenizer.decode,
+        outputs, labels, config, None, starts, None, lengths, split.document(source), tokenizer.decode,
     )  # fmt: skip
     return task.answer(question)  # type: ignore[misc]

@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -120,21 +120,19 @@ class LoadedRun:
         unknown.add([encoded.tokens])
         split = memory_split(encoded)
         documents, batches = self._rows_of(split)
-        found: list[list[Any]] = [[] for _ in records]
+        found: list[list[Piece]] = [[] for _ in records]
         for i in range(len(batches)):
             batch = batches[i]
             outputs = {name: np.asarray(x) for name, x in self.apply(batch).items()}
-            for document, values in by_owner(batch["owners"], outputs):
-                at = document if documents.source is None else int(documents.source[document])
-                found[at].append((document, values))
+            for piece in by_owner(batch, outputs):
+                at = piece.document if documents.source is None else int(documents.source[piece.document])
+                found[at].append(piece)
         ends = np.cumsum(encoded.lengths, dtype=np.int64)
-        for i, (record, windows) in enumerate(zip(records, found, strict=True)):
-            windows.sort(key=lambda window: window[0])
-            starts = documents.window_start
+        for i, (record, pieces) in enumerate(zip(records, found, strict=True)):
+            outputs, starts = in_order(pieces, documents)
             own = slice(int(ends[i]) - int(encoded.lengths[i]), int(ends[i]))
             yield task.answer(Question(  # type: ignore[misc]
-                [values for _, values in windows], self.label_names, self.config, record,
-                [0 if starts is None else int(starts[document]) for document, _ in windows],
+                outputs, self.label_names, self.config, record, starts,
                 None if encoded.offsets is None else encoded.offsets[own], encoded.text_lengths[i], encoded.tokens[own],
             ))  # fmt: skip
 
@@ -245,13 +243,35 @@ def memory_split(encoded: Encoded) -> Split:
     return Split([encoded.tokens], [np.packbits(encoded.words, bitorder="little")], offsets, values, tags=tags)
 
 
-def by_owner(owners: np.ndarray, outputs: dict[str, np.ndarray]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(document, its outputs [m, ...]) of each document that has targets in a batch.
+class Piece(NamedTuple):
+    """What a model puts out for a document, a window of one, or a piece of one."""
+
+    document: int
+    """Its number among the `Documents`, where each window is one."""
+    start: int
+    """Where the piece begins in the document, in tokens."""
+    outputs: dict[str, np.ndarray]
+    """[m, ...], an entry a target."""
+
+
+def by_owner(batch: Batch, outputs: dict[str, np.ndarray]) -> Iterator[Piece]:
+    """Each document or piece of one that has targets in a batch, with its outputs.
 
     Args:
-      owners: [B, M], the document of each target, or -1.
+      batch: has `owners` [B, M], the document of each target or -1, and `starts` if documents may be in pieces.
+      outputs: [B, M, ...].
     """
+    owners = batch["owners"]
+    starts = batch.get("starts", np.zeros_like(owners))
     for row, of_row in enumerate(owners):
-        for document in np.unique(of_row[of_row >= 0]).tolist():
-            mine = np.flatnonzero(of_row == document)
-            yield document, {name: x[row, mine] for name, x in outputs.items()}
+        whose = np.stack([of_row, starts[row]], 1)
+        for document, start in np.unique(whose[of_row >= 0], axis=0).tolist():
+            mine = np.flatnonzero((whose == (document, start)).all(1))
+            yield Piece(document, start, {name: x[row, mine] for name, x in outputs.items()})
+
+
+def in_order(pieces: list[Piece], documents: Documents) -> tuple[list[dict[str, np.ndarray]], list[int]]:
+    """(outputs, where each begins in the document's last text) of all pieces or windows of a document."""
+    pieces = sorted(pieces, key=lambda piece: piece[:2])
+    windows = documents.window_start
+    return [p.outputs for p in pieces], [p.start if windows is None else int(windows[p.document]) for p in pieces]

@@ -11,6 +11,7 @@ from flax_encoder.training.checkpoint import read_run
 
 # Settings that came later, at the value that runs from before had: their data stays the same.
 _BEFORE = {"held_out_by_class": False}
+_WITH_TRANSFORM = ("masked_lm", "classification")  # objectives whose head has a transform where none is said
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class RunRecord:
         if "label_names" not in data and data.get("label_column") == "label":
             del data["label_column"]  # the default of before there was a guess, which finds the same column
         config["data"] = data
+        if config.get("objective") in _WITH_TRANSFORM and config.get("head", {}).get("transform"):
+            config["head"] = config["head"] | {"transform": None}  # the same, and the default since heads differ in it
         return cls(
             from_dict(RunConfig, config),
             TextTokenizer(values["tokenizer"]),

@@ -1,7 +1,7 @@
 """What a model is trained for: a task a file, each a record of functions, in one table."""
 
 from flax_encoder.config import ConfigError, RunConfig
-from flax_encoder.tasks import classification, masked_lm, multi_label, regression
+from flax_encoder.tasks import classification, masked_lm, multi_label, regression, token_classification
 from flax_encoder.tasks.classification import Classifier
 from flax_encoder.tasks.masked_lm import MaskedLM
 from flax_encoder.tasks.task import Objective, Task, check_settings, reads_setting
@@ -13,6 +13,7 @@ TASKS: dict[str, Task] = {
     "classification": classification.TASK,
     "multi_label": multi_label.TASK,
     "regression": regression.TASK,
+    "token_classification": token_classification.TASK,
 }
 
 

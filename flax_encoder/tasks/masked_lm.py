@@ -63,7 +63,7 @@ def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], Maske
 def _check(config: RunConfig) -> None:
     width = config.model.embedding_dim or config.model.embed_dim
     require(
-        config.head.transform or not config.head.tied or width == config.model.embed_dim,
+        config.head.transform is not False or not config.head.tied or width == config.model.embed_dim,
         f"tied logits need vectors as wide as the embedding: got {config.model.embed_dim} for {width}; set "
         f"head.transform, or head.tied to False.",
     )

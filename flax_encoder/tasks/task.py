@@ -40,13 +40,13 @@ class Question(NamedTuple):
     """A document and what the model puts out for it, to be made an answer."""
 
     outputs: Sequence[Mapping[str, np.ndarray]]
-    """For each of its windows, one where nothing is cut in windows: arrays [m, ...], m the document's targets."""
+    """For each of its windows or pieces that has targets, in order: arrays [m, ...], m the targets."""
     labels: Labels
     config: RunConfig
     record: Record | None = None
     """The document's texts; None where only tokens are known, as in a run's evaluation."""
     window_starts: Sequence[int] = (0,)
-    """Where each window begins in the document's last text, in tokens."""
+    """Where each window or piece begins in the document's last text, in tokens."""
     offsets: np.ndarray | None = None
     """int32 [tokens, 2]: where each token's characters begin and end in its text; of all texts end to end."""
     text_lengths: np.ndarray | None = None

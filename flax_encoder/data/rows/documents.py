@@ -112,6 +112,7 @@ class Documents:
         self.num_segments = self.runs[-1].segment + 1
         self.has_types = self._num_texts > 1
         self.num_cut = 0
+        self._room = row_length - sum(frame.specials)
         self.source: np.ndarray | None = None  # document [V] of each; None: they are the split's own
         self.window_start: np.ndarray | None = None  # [V], where windows of the last text begin in it, in tokens
         if self._num_texts > 1:
@@ -172,6 +173,12 @@ class Documents:
         if self.source is None:
             return (self.split.offsets[pieces.document] + pieces.start)[:, None], pieces.length[:, None]
         return self._begin[pieces.document], self._length[pieces.document]
+
+    def num_pieces(self, document: int) -> int:
+        """In how many pieces or windows one of the split's documents stands in rows, if they are not concatenated."""
+        if self.source is not None:
+            return int((self.source == document).sum())
+        return -(-int(self.split.lengths[document]) // self._room) if self.layout.long == "split" else 1
 
     def documents(self, pieces: Pieces) -> np.ndarray:
         """The split's document that each piece is of, [pieces]."""

@@ -16,7 +16,7 @@ from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 
 # Fields of a batch that the host alone reads: they are not put on devices.
-HOST_FIELDS = ("overflow", "owners")
+HOST_FIELDS = ("overflow", "owners", "starts")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class TargetInputs(NamedTuple):
     """Documents in a row, at most."""
     is_training: bool
     with_owners: bool = False
-    """Add `owners` int32 [B, M], the document of each target, or -1: by it a prediction finds its way back."""
+    """Add `owners` int32 [B, M], the document of each target, or -1: by it a prediction finds its way back. Where a
+    document may be several pieces, `starts` int32 [B, M] says where the target's piece begins in it, in tokens."""
 
 
 def masked_lm(inputs: TargetInputs) -> Targets:
@@ -150,4 +151,33 @@ def _document_targets(
     if with_owners:
         batch["owners"] = np.full((B, max_pieces), -1, np.int32)
         batch["owners"][row, slot] = owners
+    return batch
+
+
+def word_targets(inputs: TargetInputs, *, all_pieces: bool = False) -> Targets:
+    """A target a word, at its first token: its tag. A row has as many slots as tokens, M = T.
+
+    Args:
+      all_pieces: a target at every token of a word.
+    """
+    return functools.partial(_word_targets, inputs.documents, all_pieces, inputs.with_owners)
+
+
+def _word_targets(documents: Documents, all_pieces: bool, with_owners: bool, rows: Rows) -> Batch:
+    assert rows.tags is not None
+    row, column = np.nonzero(rows.tags if all_pieces else rows.tags > 0)
+    counts = np.bincount(row, minlength=len(rows.tags))
+    slot = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    shape, tags = rows.tags.shape, np.abs(rows.tags[row, column]).astype(np.int32) - 1
+    batch = {}
+    for name, values in {"target_positions": column, "targets": tags, "target_weights": 1}.items():
+        batch[name] = np.zeros(shape, np.float32 if name == "target_weights" else np.int32)
+        batch[name][row, slot] = values
+    if with_owners:
+        first_of_row = np.searchsorted(rows.pieces.row, np.arange(len(rows.tags)))
+        piece = first_of_row[row] + rows.batch["segment_ids"][row, column] - 1
+        owners = {"owners": documents.documents(rows.pieces)[piece], "starts": rows.pieces.start[piece]}
+        for name, values in owners.items():
+            batch[name] = np.full(shape, -1, np.int32)
+            batch[name][row, slot] = values
     return batch

@@ -18,14 +18,16 @@ class Columns(NamedTuple):
     """What is wanted of every document of a source.
 
     A value is, by its kind: `class` the name of a label, `classes` a tuple of names, `number` a float, `tags` a tuple
-    of (start, end, tag) for every word of the text in characters, `answers` a tuple of (start, text) in the second of
-    two texts, empty where there is none.
+    of (start, end, tag) for every word of the text in characters, a tag being None where it is to be predicted,
+    `answers` a tuple of (start, text) in the second of two texts, empty where there is none.
     """
 
     value: Value = "none"
     min_texts: int = 1
     max_texts: int = 1
     """2 is a text or a pair; a question and its passage are (2, 2), a context and its choices (3, 27)."""
+    keeps_words: bool = False
+    """Without a value: where the source has words rather than a text, name them, as tags that are None."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,8 @@ def _texts_and_value(chooser: _Chooser) -> Layout:
     names = list(chooser.config.label_names) if chooser.config.label_names else None
     if wanted.value == "none":
         make, names = functools.partial(values.plain, read), None
+        if wanted.keeps_words and read.func is values.joined_tokens:
+            make = functools.partial(values.untagged, texts[0])
         if read.func is values.texts and len(texts) == 1:
             make = functools.partial(values.plain_text, texts[0])
     else:

@@ -3,15 +3,13 @@
 A function here raises BadRow for a row that does not hold what is wanted.
 """
 
-import functools
+import itertools
 import math
-import re
-import sys
-import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax_encoder.data.sources.records import BadRow, Record
+from flax_encoder.data.sources.words import word_pattern
 
 Row = dict[str, Any]
 """A source's row: what each of its columns holds, as JSON would have it."""
@@ -166,18 +164,19 @@ def tagged(words: str, tags: str, names: list[str] | None, row: Row) -> Record:
     if not isinstance(given, list) or len(given) != len(tokens):
         count = len(given) if isinstance(given, list) else "no"
         raise BadRow("every token has one tag", f"has {len(tokens)} in {words!r} and {count} in {tags!r}")
-    at, value = 0, []
-    for token, tag in zip(tokens, given, strict=True):
-        value.append((at, at + len(token), _class(tag, tags, names)))
-        at += len(token) + 1
-    return Record((" ".join(tokens),), tuple(value))
+    return _joined(tokens, [_class(tag, tags, names) for tag in given])
 
 
-@functools.cache
-def _word() -> re.Pattern[str]:
-    """A run of letters and digits with their combining marks, or any other single character that is no blank."""
-    marks = "".join(chr(c) for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)).startswith("M"))
-    return re.compile(rf"[^\W_][^\W_{re.escape(marks)}]*(?:[{re.escape(marks)}]+[^\W_]*)*|\S")
+def untagged(words: str, row: Row) -> Record:
+    """Tokens joined by one blank, and the place of each, to be tagged."""
+    tokens = _strings(row, words)
+    return _joined(tokens, [None] * len(tokens))
+
+
+def _joined(tokens: list[str], tags: Sequence[str | None]) -> Record:
+    ends = list(itertools.accumulate(len(token) + 1 for token in tokens))
+    places = ((end - 1 - len(token), end - 1, tag) for token, end, tag in zip(tokens, ends, tags, strict=True))
+    return Record((" ".join(tokens),), tuple(places))
 
 
 def tagged_spans(column: str, entities: str, row: Row) -> Record:
@@ -197,8 +196,8 @@ def tagged_spans(column: str, entities: str, row: Row) -> Record:
         end_before = end
     value, at = [], 0
     for begin, end, label in [*spans, (len(whole), len(whole), "")]:
-        value += [(m.start(), m.end(), "O") for m in _word().finditer(whole, at, begin)]
-        for i, match in enumerate(_word().finditer(whole, begin, end)):
+        value += [(m.start(), m.end(), "O") for m in word_pattern().finditer(whole, at, begin)]
+        for i, match in enumerate(word_pattern().finditer(whole, begin, end)):
             value.append((match.start(), match.end(), f"{'I' if i else 'B'}-{label}"))
         at = end
     return Record((whole,), tuple(value))

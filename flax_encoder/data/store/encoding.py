@@ -7,6 +7,7 @@ import numpy as np
 
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.records import DataError, Record
+from flax_encoder.data.sources.words import Word, words_of_text
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 
 NO_ANSWER = -1
@@ -78,6 +79,13 @@ def encode_records(
     return Encoded(tokens, words, text_lengths, tags, answers, offsets)
 
 
+def words_of_record(record: Record) -> list[Word]:
+    """Where the words of a text with tags are: those that its value names, or those that are found in the text."""
+    if record.value is None:
+        return words_of_text(record.texts[0])
+    return [(start, end) for start, end, _ in record.value]
+
+
 def words_of_tokens(offsets: np.ndarray, words: Sequence[tuple[int, int]]) -> np.ndarray:
     """The word that each token of one text lies in, int64 [tokens]; -1 is none.
 
@@ -101,9 +109,10 @@ def _token_tags(records, lengths: np.ndarray, offsets: np.ndarray, tag_ids: dict
     tags = np.zeros(len(offsets), np.int16)
     ends = np.cumsum(lengths, dtype=np.int64)
     for record, begin, end in zip(records, (ends - lengths).tolist(), ends.tolist(), strict=True):
-        spans = record.value or ()
-        word = words_of_tokens(offsets[begin:end], [(s, e) for s, e, _ in spans])
-        numbers = np.array([0 if t is None else tag_ids.setdefault(t, len(tag_ids)) for _, _, t in spans], np.int64)
+        words = words_of_record(record)
+        word = words_of_tokens(offsets[begin:end], words)
+        tags_of = [None] * len(words) if record.value is None else [tag for _, _, tag in record.value]
+        numbers = np.array([0 if t is None else tag_ids.setdefault(t, len(tag_ids)) for t in tags_of], np.int64)
         inside = np.flatnonzero(word >= 0)
         if not len(inside):
             continue

@@ -63,9 +63,18 @@ class Split:
         return len(self.offsets) - 1
 
     def document(self, index: int) -> np.ndarray:
+        """The document's tokens."""
+        return self._of_document(self.tokens, index)
+
+    def document_tags(self, index: int) -> np.ndarray:
+        """Its `tags`, an entry a token."""
+        assert self.tags is not None
+        return self._of_document(self.tags, index)
+
+    def _of_document(self, shards: Sequence[np.ndarray], index: int) -> np.ndarray:
         begin, end = self.offsets[index : index + 2]
         shard = int(np.searchsorted(self.shard_starts, begin, side="right")) - 1
-        return self.tokens[shard][begin - self.shard_starts[shard] : end - self.shard_starts[shard]]
+        return shards[shard][begin - self.shard_starts[shard] : end - self.shard_starts[shard]]
 
 
 @dataclass(frozen=True)
