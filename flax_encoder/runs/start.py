@@ -119,9 +119,9 @@ def schedule_start(before: RunConfig, config: RunConfig, start: int) -> int:
     return began
 
 
-def like_origin(config: RunConfig, record: RunRecord) -> RunConfig:
-    """`config` with the settings that another run's parameters depend on; and its head's and its pooling's if
-    it has the same objective."""
+def like_origin(config: RunConfig, record: RunRecord, *, has_head: bool) -> RunConfig:
+    """`config` with the settings that another run's parameters depend on; its head's too if it has the same objective,
+    and its pooling if that head was trained."""
     origin = record.config
     theirs = {name: value for name, value in vars(origin.model).items() if name not in FREE_OF_PARAMETERS}
     head: dict[str, Any] = {"head": origin.head} if origin.objective == config.objective else {}
