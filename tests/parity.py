@@ -4,7 +4,7 @@
 
 A case is (family, task, seed). torch's model is made with random weights and saved; we load the folder, compare every
 hidden state, what the head gives, the loss and the gradient of every parameter, and write a folder that transformers
-must open with no missing or unexpected key and the same numbers.
+must open with no missing or unexpected key and the same numbers. Tokenizers are compared too (tokenizer_parity.py).
 """
 
 import argparse
@@ -21,6 +21,7 @@ from flax_encoder.families.mapping import POOLED, export_tensors
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.load import Pretrained, load_pretrained
 from flax_encoder.published.write import write_pretrained
+from tests import tokenizer_parity
 
 B, T, V = 3, 11, 43
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4  # of the largest reference value
@@ -388,6 +389,13 @@ def main() -> None:
         ),
     ]
     print("\n".join(table))
+    with tempfile.TemporaryDirectory() as scratch:
+        for i, kind in enumerate(tokenizer_parity.FOLDERS):
+            folder = tokenizer_parity.make_folder(kind, pathlib.Path(scratch) / str(i))
+            if found := tokenizer_parity.differences(folder):
+                failed += 1
+                print(f"tokenizer, {kind}: {len(found)} texts differ, such as {found[0]}", file=sys.stderr)
+    print(f"tokenizers: {len(tokenizer_parity.FOLDERS)} kinds of folders, {len(tokenizer_parity.texts())} texts each")
     if arguments.write:
         path = pathlib.Path(arguments.write)
         text = path.read_text("utf-8")
