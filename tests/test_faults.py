@@ -48,11 +48,11 @@ def kill(config, rng: random.Random) -> str:
 
 
 def corrupt(config, rng: random.Random) -> str:
-    """One file of the newest checkpoint gets another byte, another length, or goes."""
-    numbered = [p for p in pathlib.Path(config.run_dir).glob("checkpoints/*") if p.name.isdecimal()]
-    newest = max(numbered, key=lambda p: int(p.name), default=None)
-    if newest is None:
-        return "nothing to corrupt"
+    """One file of the newest checkpoint gets another byte, another length, or goes; there is a whole one before it."""
+    found = checkpoints(pathlib.Path(config.run_dir))
+    if sum(hasattr(result, "files") for _, result in found) < 2:
+        return "nothing that would be left to go on from"
+    newest = found[-1][0]
     path = rng.choice([p for p in sorted(newest.rglob("*")) if p.is_file() and p.stat().st_size])
     content, how = bytearray(path.read_bytes()), rng.choice(["byte", "cut", "gone", "longer"])
     at = rng.randrange(len(content))
