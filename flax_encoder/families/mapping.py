@@ -34,7 +34,7 @@ ACTIVATIONS = {
 POOLINGS = ("cls", "mean", "late")
 # Tasks whose head reads one vector a document; those of the others read every token.
 POOLED = ("classification", "multiple_choice", "next_sentence")
-# And those of them that have no transform before it.
+# Tasks whose head has no transform, unless one is asked for.
 WITHOUT_TRANSFORM = ("token_classification", "question_answering")
 
 

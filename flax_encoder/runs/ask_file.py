@@ -22,6 +22,12 @@ from flax_encoder.tasks.task import Answer
 
 OUTPUT_KINDS = (".jsonl", ".csv")
 _KEPT_EVERY = 512  # answers between two writes
+# The labels in a value of each kind that has any.
+_LISTED: dict[str, Callable[[Any], tuple[str, ...]]] = {
+    "class": lambda value: (value,),
+    "classes": lambda value: value,
+    "tags": lambda value: tuple(tag for *_, tag in value),
+}
 
 
 def open_records(source: Source) -> tuple[str, Iterator[Record]]:
@@ -46,17 +52,18 @@ def check_golds(run: LoadedRun, records: list[Record]) -> list[Any]:
     Numbers from 0 that name no label are taken as indices of the model's labels, as published sets number them.
 
     Raises:
-      LabelError: a label that the model does not have; names the record.
+      LabelError: a label that the model does not have, or of tags, none that it has; names the record.
     """
     kind, names = run.task.reading.columns.value, run.label_names
-    if kind not in ("class", "classes") or names is None:
+    if kind not in _LISTED or names is None:
         return [record.value for record in records]
-    listed = [(r.value,) if kind == "class" else r.value for r in records]
+    listed = [_LISTED[kind](record.value) for record in records]
     found = {name for some in listed for name in some}
     if found.isdisjoint(names) and all(name.isdecimal() and int(name) < len(names) for name in found):
         listed = [tuple(names[int(name)] for name in some) for some in listed]
+    is_wrong = kind != "tags" or {name for some in listed for name in some}.isdisjoint(names)
     for record, some in zip(records, listed, strict=True):
-        if unknown := [name for name in some if name not in names]:
+        if is_wrong and (unknown := [name for name in some if name not in names]):
             raise LabelError(
                 f"the data's labels must be the model's: {record.where or 'a record'} has {unknown[0]!r}, the model "
                 f"{', '.join(map(repr, names[:12]))}{' ...' if len(names) > 12 else ''}."

@@ -33,6 +33,7 @@ def describe_data(data: RunData) -> str:
     notes = [
         (data.num_cut, "longer than a row and cut: --data.row-length takes more of them"),
         (contradictory, "texts occur with more than one value"),
+        (sum(m.get("unread_words", 0) for m in manifests), "words have no token, and so no tag that is learnt"),
     ]
     return (
         f"data: {train['documents']:,} documents, {train['tokens']:,} tokens; held out {held_out['documents']:,} and "

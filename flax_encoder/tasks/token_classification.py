@@ -170,15 +170,14 @@ def _gold(split: Split, document: int, labels: Labels) -> list[str]:
     return [(labels or [])[tag - 1] for tag in tags[tags > 0].tolist()]
 
 
-def score(answers: Sequence[Answer], golds: Sequence[Sequence[Any]], labels: Labels) -> dict[str, float]:
+def score(answers: Sequence[Answer], golds: Sequence[Sequence[str]], labels: Labels) -> dict[str, float]:
     """Accuracy of words; and precision, recall and F1, of entities by seqeval, or where tags mark none, the means over
     tags by scikit-learn.
 
     Args:
-      golds: the tags of each document's words, or (start, end, tag) of each, as a record has them.
+      golds: the tags of each document's words.
     """
-    actual = [[tag if isinstance(tag, str) else tag[2] for tag in gold] for gold in golds]
-    predicted = [answer["tags"] for answer in answers]
+    actual, predicted = [list(gold) for gold in golds], [answer["tags"] for answer in answers]
     flat = [[tag for tags in documents for tag in tags] for documents in (actual, predicted)]
     accuracy = np.mean([a == p for a, p in zip(*flat, strict=True)]) if flat[0] else 0.0
     if marks_entities(labels):

@@ -148,8 +148,6 @@ def test_scores_are_of_entities_or_where_there_are_none_of_tags():
     labels = ["O", "B-X", "I-X", "B-Y"]
     want = {"accuracy": 4 / 5, "precision": 2 / 3, "recall": 1.0, "f1": 0.8}
     assert score(answers, golds, labels) == pytest.approx(want)
-    with_places = [tuple((0, 1, tag) for tag in gold) for gold in golds]
-    assert score(answers, with_places, labels) == pytest.approx(want)
     spoken = score([{"tags": ["nn", "vb", "nn"]}], [["nn", "vb", "in"]], ["nn", "vb", "in"])
     assert spoken == pytest.approx({"accuracy": 2 / 3, "precision": 0.5, "recall": 2 / 3, "f1": (2 / 3 + 1) / 3})
     nothing = score([{"tags": ["O", "O"]}], [["O", "B-X"]], labels)
@@ -366,6 +364,40 @@ def test_a_run_exported_and_loaded_gives_the_same_answers(trained, tmp_path):
         assert mine["tags"] == other["tags"] and len(mine["entities"]) == len(other["entities"])
         for a, b in zip(mine["entities"], other["entities"], strict=True):
             assert {**a, "score": 0} == {**b, "score": 0} and a["score"] == pytest.approx(b["score"], rel=1e-5)
+
+
+def test_files_are_tagged_and_scored_by_the_words_that_they_name(trained, store, tmp_path, capsys):
+    """Tokens of .jsonl and .conll are the words, one that no token begins too; a text's own words are found."""
+    config, held_out = trained[0], store[1][:20]
+    rows = [{"tokens": [r.texts[0][s:e] for s, e, _ in r.value], "tags": tags_of(r)} for r in held_out]
+    rows.append({"tokens": ["bob", "\u0301", "U.S."], "tags": ["B-PER", "O", "O"]})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = ("".join(f"{w} {t}\n" for w, t in zip(row["tokens"], row["tags"], strict=True)) for row in rows)
+    (tmp_path / "a.conll").write_text("\n".join(lines))
+    (tmp_path / "a.txt").write_text("".join(r.texts[0] + "\n" for r in held_out))
+    answers = {}
+    for name in ("a.jsonl", "a.conll", "a.txt"):
+        main(["predict", config.run_dir, "--input", str(tmp_path / name), "--output", str(tmp_path / f"{name}.jsonl")])
+        answers[name] = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    assert [a["words"] for a in answers["a.jsonl"]] == [row["tokens"] for row in rows]
+    assert answers["a.jsonl"] == answers["a.conll"]
+    for with_words, without in zip(answers["a.jsonl"], answers["a.txt"], strict=False):
+        assert "".join(with_words["words"]) == "".join(without["words"]) and "U.S." not in without["words"]
+    want = score(answers["a.jsonl"], [row["tags"] for row in rows], NAMES)
+    capsys.readouterr()
+    main(["evaluate", config.run_dir, "--data.source", str(tmp_path / "a.jsonl"), "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == pytest.approx(want)
+    (tmp_path / "b.jsonl").write_text('{"tokens": ["bob"], "tags": ["PERSON"]}\n')
+    with pytest.raises(SystemExit):
+        main(["evaluate", config.run_dir, "--data.source", str(tmp_path / "b.jsonl")])
+    assert "b.jsonl, row 1 has 'PERSON', the model 'O', 'B-LOC'" in capsys.readouterr().err.replace("line", "row")
+
+
+def test_words_that_no_token_begins_are_counted(tokenizer):
+    records = [record_of(["bob", "\u0301", "U.S."], ["B-PER", "O", "O"]), record_of(["\u0301"], ["O"])]
+    records.append(Record(("bob",), ()))
+    encoded = encode_records(records, tokenizer, Columns("tags"), {}, np.dtype(np.uint16))
+    assert encoded.unread_words == 2 and (encoded.tags > 0).sum() == 2
 
 
 @pytest.mark.parity

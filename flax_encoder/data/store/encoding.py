@@ -26,6 +26,9 @@ class Encoded:
     tags: np.ndarray | None = None
     """int16 [tokens], of documents with tags: tag + 1 at a word's first token, -(tag + 1) at its other tokens, and 0 at
     tokens of no word."""
+    unread_words: int = 0
+    """Words with a tag that no token begins, as where a tokenizer leaves out what they consist of: their tags are
+    not learnt."""
     answers: np.ndarray | None = None
     """int32 [N, 2], of documents with answers: the first and the last token of the first answer, counted in the last
     text; NO_ANSWER twice where there is none."""
@@ -71,12 +74,12 @@ def encode_records(
     else:
         tokens, counts, words = tokenizer.encode_flat(texts, dtype)
     text_lengths = counts.reshape(len(records), num_texts)
-    tags = answers = None
+    tags, unread, answers = None, 0, None
     if columns.value == "tags":
-        tags = _token_tags(records, text_lengths[:, 0], offsets, tag_ids)
+        tags, unread = _token_tags(records, text_lengths[:, 0], offsets, tag_ids)
     elif columns.value == "answers":
         answers = _token_answers(records, text_lengths, offsets)
-    return Encoded(tokens, words, text_lengths, tags, answers, offsets)
+    return Encoded(tokens, words, text_lengths, tags, unread, answers, offsets)
 
 
 def words_of_record(record: Record) -> list[Word]:
@@ -105,8 +108,11 @@ def words_of_tokens(offsets: np.ndarray, words: Sequence[tuple[int, int]]) -> np
     return np.where(is_in, inside, -1)
 
 
-def _token_tags(records, lengths: np.ndarray, offsets: np.ndarray, tag_ids: dict[str, int]) -> np.ndarray:
-    tags = np.zeros(len(offsets), np.int16)
+def _token_tags(
+    records, lengths: np.ndarray, offsets: np.ndarray, tag_ids: dict[str, int]
+) -> tuple[np.ndarray, int]:
+    """(`Encoded.tags`, `Encoded.unread_words`)."""
+    tags, unread = np.zeros(len(offsets), np.int16), 0
     ends = np.cumsum(lengths, dtype=np.int64)
     for record, begin, end in zip(records, (ends - lengths).tolist(), ends.tolist(), strict=True):
         words = words_of_record(record)
@@ -114,13 +120,13 @@ def _token_tags(records, lengths: np.ndarray, offsets: np.ndarray, tag_ids: dict
         tags_of = [None] * len(words) if record.value is None else [tag for _, _, tag in record.value]
         numbers = np.array([0 if t is None else tag_ids.setdefault(t, len(tag_ids)) for t in tags_of], np.int64)
         inside = np.flatnonzero(word >= 0)
+        word = word[inside]
+        is_first = np.diff(word, prepend=-1) != 0
+        unread += len(words) - int(is_first.sum())
         if not len(inside):
             continue
-        word = word[inside]
-        is_first = np.ones(len(word), bool)
-        is_first[1:] = word[1:] != word[:-1]
         tags[begin + inside] = np.where(is_first, numbers[word] + 1, -(numbers[word] + 1))
-    return tags
+    return tags, unread
 
 
 def _token_answers(records, text_lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:

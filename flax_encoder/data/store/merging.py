@@ -112,6 +112,7 @@ def merge_parts(
         "dropped": {"empty": sum(a["empty"] for a in about), "duplicate": int(len(keep) - keep.sum())}
         | {name: count for name, count in rare.items() if count},
         "contradictory": _contradictory(parts) if columns.value != "none" else 0,
+        "unread_words": sum(a["unread_words"] for a in about),
         "label_names": names,
         "splits": {
             split: {

@@ -143,7 +143,7 @@ def _tokenize_part(
     kinds = ("tokens", "words", *(("tags",) if columns.value == "tags" else ()))
     lengths, hashes, text_hashes, splits = array("I"), bytearray(), bytearray(), bytearray()
     text_lengths, answers, values, tag_ids = [], [], [], {}
-    empty = excluded = num_tokens = 0
+    empty = excluded = unread = num_tokens = 0
     bad_rows: list[int] = []
     try:
         with contextlib.ExitStack() as stack:
@@ -151,6 +151,7 @@ def _tokenize_part(
             for batch in _batched(_counted(part, bad_rows)):
                 encoded = encode_records(batch, tokenizer, columns, tag_ids, dtype)
                 keep = _is_document(encoded)
+                unread += encoded.unread_words
                 empty += int((~keep).sum())
                 texts = ["\x1e".join(exact_texts(record, columns)) for record in batch]
                 digests = [text_digest(text) for text in texts]
@@ -186,7 +187,7 @@ def _tokenize_part(
         if columns.value == "answers":
             np.save(work / "answers.npy", np.concatenate(answers or [np.zeros((0, 2), np.int32)]))
         is_listed = columns.value in ("class", "classes", "number")
-        about = {"empty": empty, "excluded": excluded, "bad": sum(bad_rows)}
+        about = {"empty": empty, "excluded": excluded, "bad": sum(bad_rows), "unread_words": unread}
         about |= {"values": values if is_listed else [], "tags": list(tag_ids)}
         (work / "about.json").write_text(json.dumps(about))
         try:
