@@ -100,7 +100,7 @@ def run(config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Check
             raise
         data = open_data(config, task.reading, **open_options)  # init_from was made for other labels
     task.check_labels(data.label_names)
-    config = with_vocab_size(config, data.tokenizer.vocab_size)
+    config = task.settle(with_vocab_size(config, data.tokenizer.vocab_size), data)
     log.say(describe_data(data))
     if len(config.stages) > 1:
         log.say(describe_stages(config))

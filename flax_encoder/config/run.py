@@ -63,6 +63,9 @@ class DataConfig:
     """With last_row_length: the share of steps that have it."""
     packing: Literal["best-fit", "one-per-row", "concatenate"] = "best-fit"
     """best-fit fills rows with whole documents; concatenate cuts their endless text every row_length tokens."""
+    window_overlap: int | None = None
+    """Tokens that neighbouring windows of a passage longer than a row share; None is 128, or a third of a row where
+    that is less."""
     buckets: tuple[int, ...] = ()
     """With one-per-row: shorter lengths for batches of short documents, such as 32 64; each is compiled once."""
     workers: int = 0
@@ -86,6 +89,13 @@ class DataConfig:
             not self.buckets or (self.packing == "one-per-row" and all(3 <= b < self.row_length for b in self.buckets)),
             f"buckets are lengths from 3 to below row_length, with packing one-per-row: got {self.buckets} with "
             f"row_length {self.row_length} and packing {self.packing}.",
+        )
+        shortest = min(self.row_length, self.final_row_length)
+        require(
+            self.window_overlap is None or 0 <= self.window_overlap <= shortest // 2,
+            f"data.window_overlap is at most half of a row, so that a question and new text fit beside it: got "
+            f"{self.window_overlap} with rows of {shortest} tokens. Give at most {shortest // 2}, or a longer "
+            f"data.row_length.",
         )
         require(self.workers >= 0, f"workers must be at least 0: got {self.workers}.")
         require(len(self.sources) > 0, "data.source must name at least one source.")
@@ -166,12 +176,23 @@ class LabelsConfig:
     """Weight of each class in the training loss, in the labels' order; balanced makes every class weigh the same."""
     all_pieces: bool = False
     """Learn a word's tag at each of its tokens, not at the first alone; answers read the first."""
-
+    longest_answer: int = 30
+    """Tokens of the longest answer that is looked for in a passage."""
+    null_threshold: float | None = None
+    """Nats by which "no answer" must be likelier than the best answer to be given. None never gives it; a run on data
+    with questions that have no answer takes 0 instead."""
+    num_candidates: int = 0
+    """How many of the likeliest answers to list beside the best, up to 20."""
     threshold: float = 0.5
     """multi_label: the probability from which a label is given."""
 
     def __post_init__(self):
         require_rates(self, "smoothing", "threshold")
+        require_positive(self, "longest_answer")
+        require(
+            0 <= self.num_candidates <= 20,
+            f"labels.num_candidates is from 0 to 20: got {self.num_candidates}.",
+        )
         weights = self.class_weights
         require(
             not isinstance(weights, tuple) or min(weights) > 0, f"class_weights must be above 0: got {weights}."

@@ -67,8 +67,15 @@ def evaluate(
         found = {source: pieces for source, pieces in found.items() if len(pieces) == documents.num_pieces(source)}
     for source in sorted(found):
         answers.append(_stored_answer(task, documents, source, found[source], config, labels, tokenizer))
-        golds.append(task.gold(documents.split, source, labels))
+        golds.append(_decoded(task.gold(documents.split, source, labels), tokenizer))
     return metrics | task.score(answers, golds, labels)
+
+
+def _decoded(gold: Any, tokenizer: TextTokenizer) -> Any:
+    """A right value with texts where it has token ids."""
+    if isinstance(gold, np.ndarray):
+        return tokenizer.decode(gold)
+    return tuple(_decoded(part, tokenizer) for part in gold) if isinstance(gold, tuple) else gold
 
 
 def _all_owners(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

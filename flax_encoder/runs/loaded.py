@@ -109,6 +109,12 @@ class LoadedRun:
     def _answers(self, records: list[Record], unknown: UnknownCount) -> Iterator[Answer]:
         task = self.task
         columns = task.reading.columns
+        wanted = range(columns.min_texts, columns.max_texts + 1)
+        if other := next((r for r in records if len(r.texts) not in wanted), None):
+            count = f"{wanted[0]}{f' to {wanted[-1]}' * (len(wanted) > 1)}"
+            raise DataError(
+                f"{self.config.objective} reads {count} texts a record: {other.where or 'one'} has {len(other.texts)}."
+            )
         dtype = token_dtype(self.tokenizer)
         encoded = encode_records(records, self.tokenizer, columns, {}, dtype, with_offsets=task.needs_offsets)
         if (empty := np.flatnonzero(encoded.lengths == 0)).size:

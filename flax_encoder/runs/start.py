@@ -27,6 +27,8 @@ FREE_ON_RESUME = (
     "data.workers", "data.verify", "model.scan_layers", "model.remat",
     "model.attention_implementation",
 )  # fmt: skip
+# Settings that a run fills in itself, and the value that leaves them to it.
+LEFT_OPEN = {"model.vocab_size": 0, "labels.null_threshold": None}
 
 
 def settle(
@@ -53,7 +55,7 @@ def settle(
             for name, values in differences(before, config if config.init_from is None else known).items()
             if not name.startswith(FREE_ON_RESUME)
             and is_setting_read(config.objective, name)
-            and not (name == "model.vocab_size" and values[1] == 0)
+            and not (name in LEFT_OPEN and values[1] == LEFT_OPEN[name])
         }
         if changed:
             lines = "".join(f"\n  {name}: {was} before, {now} now" for name, (was, now) in changed.items())

@@ -1,7 +1,15 @@
 """What a model is trained for: a task a file, each a record of functions, in one table."""
 
 from flax_encoder.config import ConfigError, RunConfig
-from flax_encoder.tasks import classification, masked_lm, multi_label, regression, token_classification
+from flax_encoder.tasks import (
+    classification,
+    masked_lm,
+    multi_label,
+    multiple_choice,
+    question_answering,
+    regression,
+    token_classification,
+)
 from flax_encoder.tasks.classification import Classifier
 from flax_encoder.tasks.masked_lm import MaskedLM
 from flax_encoder.tasks.task import Objective, Task, check_settings, reads_setting
@@ -14,6 +22,8 @@ TASKS: dict[str, Task] = {
     "multi_label": multi_label.TASK,
     "regression": regression.TASK,
     "token_classification": token_classification.TASK,
+    "question_answering": question_answering.TASK,
+    "multiple_choice": multiple_choice.TASK,
 }
 
 

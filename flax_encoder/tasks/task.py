@@ -67,6 +67,10 @@ def _without_value(record: Record) -> Record:
     return record._replace(value=None)
 
 
+def _settled(config: RunConfig, data: Any) -> RunConfig:
+    return config
+
+
 @dataclass(frozen=True)
 class Task:
     """One way to learn: what it reads, its model, and what is said of the model afterwards."""
@@ -84,12 +88,14 @@ class Task:
     """Raises ConfigError for settings that the task cannot have."""
     check_labels: Callable[[Labels], None] = _no_labels_to_check
     """Raises DataError for labels that the task cannot learn."""
+    settle: Callable[[RunConfig, Any], RunConfig] = _settled
+    """The config with what its data (`RunData`) decides filled in, where it was left open."""
     answer: Callable[[Question], Answer] | None = None
     """None: the task has no answers, and its loss is all that an evaluation gives."""
     asked: Callable[[Record], Record] = _without_value
     """A record as it is put to the model, without what is to be found."""
     gold: Callable[[Split, int, Labels], Any] | None = None
-    """The right value of a stored document, as a `Record` has it."""
+    """The right value of a stored document, as a `Record` has it, with token ids in place of a text."""
     score: Callable[[Sequence[Answer], Sequence[Any], Labels], dict[str, float]] | None = None
     """Answers held against the right values, by the library that defines each metric."""
     details: Callable[[Sequence[Answer], Sequence[Any], Labels], dict[str, Any]] | None = None

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from flax_encoder.data.rows.packing import Packing, PackingPlan, Pieces, length_histogram
+from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import Split
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 
@@ -126,7 +127,10 @@ class Documents:
         specials = sum(len(run.before) + len(run.after) for run in self.runs)
         room = (row_length - specials) // self.num_segments
         if room < 2:
-            raise ValueError(f"a row must hold a document: {row_length} tokens are too few for {len(self.runs)} texts.")
+            raise DataError(
+                f"a row must hold a document: {row_length} tokens do not hold {len(self.runs)} texts with {specials} "
+                f"special tokens. Give a longer --data.row-length."
+            )
         texts = [run.text for run in self.runs]
         self.source = np.arange(len(lengths))
         if self.layout.long == "windows":
@@ -143,11 +147,15 @@ class Documents:
         self._offsets = np.concatenate([[0], np.cumsum(self._length.sum(1) + specials - sum(self.frame.specials))])
 
     def _windows(self, begins: np.ndarray, lengths: np.ndarray, room: int) -> None:
-        """The first text, cut to half of a row, and of the last text as much as there is room for, step by step."""
-        prefix = np.minimum(lengths[:, 0], room // 2)
+        """The first text, and of the last text as much as there is room for, step by step.
+
+        Where the last text needs several windows the first keeps at most half of what their overlap leaves, so that
+        every window has as many new tokens at least.
+        """
+        overlap, last = self.layout.overlap, lengths[:, -1]
+        prefix = np.minimum(lengths[:, 0], np.maximum(max(1, (room - overlap) // 2), room - last))
         width = room - prefix
-        step = np.maximum(1, width - self.layout.overlap)
-        last = lengths[:, -1]
+        step = np.maximum(1, width - overlap)
         count = 1 + np.maximum(0, -(-(last - width) // step))
         self.source = np.repeat(np.arange(len(lengths)), count)
         start = (np.arange(len(self.source)) - np.repeat(np.cumsum(count) - count, count)) * step[self.source]

@@ -54,8 +54,9 @@ class TargetInputs(NamedTuple):
     """Documents in a row, at most."""
     is_training: bool
     with_owners: bool = False
-    """Add `owners` int32 [B, M], the document of each target, or -1: by it a prediction finds its way back. Where a
-    document may be several pieces, `starts` int32 [B, M] says where the target's piece begins in it, in tokens."""
+    """Add `owners` int32 [B, M], each target's document among `documents`, where every window is one, or -1: by it a
+    prediction finds its way back. Where a document may be several pieces, `starts` int32 [B, M] says where the
+    target's piece begins in it, in tokens."""
 
 
 def masked_lm(inputs: TargetInputs) -> Targets:
@@ -143,14 +144,13 @@ def _document_targets(
     slot, choice = np.divmod(rows.batch["segment_ids"][row, column] - 1, n)
     batch["target_positions"][row, slot, choice] = column
     row, slot = row[::n], slot[::n]
-    owners = documents.documents(rows.pieces)
-    batch["targets"][row, slot] = values[owners]
+    batch["targets"][row, slot] = values[documents.documents(rows.pieces)]
     batch["target_weights"][row, slot] = 1.0
     if n == 1:
         batch["target_positions"] = batch["target_positions"][..., 0]
     if with_owners:
         batch["owners"] = np.full((B, max_pieces), -1, np.int32)
-        batch["owners"][row, slot] = owners
+        batch["owners"][row, slot] = rows.pieces.document
     return batch
 
 

@@ -29,6 +29,11 @@ class Columns(NamedTuple):
     keeps_words: bool = False
     """Without a value: where the source has words rather than a text, name them, as tags that are None."""
 
+    @property
+    def is_choice(self) -> bool:
+        """Whether a class is the number of one of the document's texts, counted from 0 after the first."""
+        return self.value == "class" and self.min_texts > 2
+
 
 @dataclass(frozen=True)
 class Table:
@@ -327,8 +332,10 @@ def _choices(chooser: _Chooser) -> Layout:
             chooser.one("second text", chooser.pair, ("choices", "endings", "options"), _is_list),
         )
         texts = functools.partial(values.choices, *columns)
-    label = chooser.one("label", chooser.label, _LABELS["choices"], _SCALARS.__contains__)
     wanted = chooser.wanted
+    if wanted.value == "none":
+        return Layout(columns, functools.partial(values.plain, texts), notes=chooser.notes)
+    label = chooser.one("label", chooser.label, _LABELS["choices"], _SCALARS.__contains__)
     make = functools.partial(values.with_choice, texts, label, wanted.min_texts, wanted.max_texts)
     return Layout((*columns, label), make, label, notes=chooser.notes)
 

@@ -62,10 +62,7 @@ def encode_records(
     """
     num_texts = len(records[0].texts)
     if other := next((r for r in records if len(r.texts) != num_texts), None):
-        raise DataError(
-            f"every record must have as many texts as the others: {other.where or 'one'} has {len(other.texts)}, those "
-            f"before it {num_texts}."
-        )
+        raise other_number_of_texts(other, num_texts)
     texts = [text for record in records for text in exact_texts(record, columns)]
     needs_offsets = with_offsets or columns.value in ("tags", "answers")
     offsets = None
@@ -87,6 +84,13 @@ def words_of_record(record: Record) -> list[Word]:
     if record.value is None:
         return words_of_text(record.texts[0])
     return [(start, end) for start, end, _ in record.value]
+
+
+def other_number_of_texts(record: Record, num_texts: int) -> DataError:
+    return DataError(
+        f"every record must have as many texts as the others: {record.where or 'one'} has {len(record.texts)}, those "
+        f"before it {num_texts}."
+    )
 
 
 def words_of_tokens(offsets: np.ndarray, words: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -13,6 +13,7 @@ from flax_encoder.data.rows.packing import length_histogram
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source
 from flax_encoder.data.sources.records import DataError, LabelError, Say
+from flax_encoder.data.store.encoding import other_number_of_texts
 from flax_encoder.data.store.store import FORMAT, MANIFEST
 from flax_encoder.data.store.tokenizing import MOST_HELD_OUT, SPLITS, HeldOut, token_dtype
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
@@ -48,10 +49,13 @@ def merge_parts(
         del kept["test"]
     names = label_names or _names(columns, source, values, [a["tags"] for a in about])
     columns_of_values = _values(source, columns, values, names)
-    if columns.value == "class" and label_names is None and (source.has_held_out or held_out.by_class):
+    has_names = columns.value == "class" and not columns.is_choice
+    if has_names and label_names is None and (source.has_held_out or held_out.by_class):
         _check_seen_in_training(source, columns_of_values["labels"], keep & (codes == 0), names)
     for name in ("answers", "text_lengths"):
         if any((part / f"{name}.npy").exists() for part in parts):
+            if name == "text_lengths":
+                _check_as_many_texts(source, parts)
             column = _joined(parts, f"{name}.npy")
             if column.shape[1] > 1:
                 columns_of_values[name] = column
@@ -132,6 +136,15 @@ def _joined(parts: list[pathlib.Path], name: str, empty: np.ndarray | None = Non
     """A column of all parts, [documents, ...]."""
     found = [np.load(part / name) for part in parts if (part / name).exists()]
     return np.concatenate(found) if found else np.asarray(empty)
+
+
+def _check_as_many_texts(source: Source, parts: list[pathlib.Path]) -> None:
+    """Of documents in different parts; those of one are checked where they are tokenized."""
+    widths = [np.load(part / "text_lengths.npy", mmap_mode="r").shape for part in parts]
+    filled = {i: width for i, (count, width) in enumerate(widths) if count}
+    usual = next(iter(filled.values()), 0)
+    if other := next((i for i, width in filled.items() if width != usual), None):
+        raise other_number_of_texts(next(iter(source.parts[other].read())), usual)
 
 
 def _held_out_by_class(codes: np.ndarray, hashes: np.ndarray, values: list[str], rate: float) -> np.ndarray:
@@ -261,7 +274,7 @@ def _names(columns: Columns, source: Source, values: list, tags: list[list[str]]
     if columns.value == "tags":
         found = {name for names in tags for name in names}
         return source.label_names or sorted(found, key=lambda name: (name != "O", name))
-    if columns.value not in ("class", "classes"):
+    if columns.value not in ("class", "classes") or columns.is_choice:
         return None
     if source.label_names is not None:
         return source.label_names
@@ -290,6 +303,8 @@ def _values(source: Source, columns: Columns, values: list, names: list[str] | N
         return {"number": np.array(values, np.float32)}
     if columns.value not in ("class", "classes"):
         return {}
+    if columns.is_choice:
+        names = [str(i) for i in range(columns.max_texts - 1)]
     ids = {name: i for i, name in enumerate(names or [])}
     listed = [[value] for value in values] if columns.value == "class" else values
     if unknown := next((name for some in listed for name in some if name not in ids), None):

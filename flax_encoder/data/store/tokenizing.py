@@ -28,7 +28,7 @@ import numpy as np
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source
 from flax_encoder.data.sources.records import DataError, Part, Record, Say
-from flax_encoder.data.store.encoding import Encoded, encode_records, exact_texts
+from flax_encoder.data.store.encoding import Encoded, encode_records, exact_texts, other_number_of_texts
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.data.workers import serve_parent, without_main_module
 
@@ -165,6 +165,8 @@ def _tokenize_part(
                 num_tokens += int(encoded.lengths[keep].sum())
                 lengths.extend(encoded.lengths[keep].tolist())
                 if has_texts:
+                    if text_lengths and encoded.text_lengths.shape[1] != text_lengths[0].shape[1]:
+                        raise other_number_of_texts(batch[0], text_lengths[0].shape[1])
                     text_lengths.append(encoded.text_lengths[keep])
                 if encoded.answers is not None:
                     answers.append(encoded.answers[keep])

@@ -1,0 +1,20 @@
+"""Tell which of several choices goes with a context: SWAG, COPA, or rows with context, choices and label.
+
+python train.py --config configs/multiple_choice.py --init-from FOLDER
+python train.py --config configs/multiple_choice.py --init-from FOLDER --data.source train.jsonl --data.test test.jsonl
+
+FOLDER is a published encoder or a run. All choices of a document stand in one row, each with the context before it.
+"""
+
+from flax_encoder.config import DataConfig, OptimizerConfig, RunConfig
+
+config = RunConfig(
+    run_dir="runs/multiple_choice",
+    objective="multiple_choice",
+    pooling="mean",
+    steps=300,
+    batch_size=8,
+    checkpoint_every=100,
+    data=DataConfig(source="hf:allenai/swag:regular", row_length=256, held_out_rate=0.05),
+    optimizer=OptimizerConfig(learning_rate=5e-5, b2=0.999, warmup_rate=0.1),
+)
