@@ -126,6 +126,12 @@ def from_pretrained(loaded: Pretrained, objective: str | None) -> LoadedRun:
     make_model = model_factory(record.config, record.label_names)
     graphdef, abstract = abstract_model(make_model)
     own = flatten(params)
+    for path, leaf in flatten(nnx.to_pure_dict(abstract)).items():
+        if path in own and own[path].shape != leaf.shape:
+            raise DataError(
+                f"a {record.config.objective} model has {path} of shape {list(leaf.shape)}: the folder's is "
+                f"{list(own[path].shape)}."
+            )
     if fresh := [path for path in flatten(nnx.to_pure_dict(abstract)) if path not in own]:
         made = flatten(nnx.to_pure_dict(nnx.split(make_model())[1]))
         params = unflatten(own | {path: np.asarray(made[path]) for path in fresh})

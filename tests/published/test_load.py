@@ -352,14 +352,14 @@ def test_a_model_that_no_family_can_say_is_not_exported(tmp_path, tokenizer):
 
 
 def test_a_folder_without_a_head_is_no_run_to_ask_but_one_to_start_from(tmp_path, tokenizer, caplog):
-    folder = pathlib.Path(shutil.copytree(GOLDEN / "xlm-roberta-token_classification", tmp_path / "plain"))
+    folder = pathlib.Path(shutil.copytree(GOLDEN / "electra-discriminator", tmp_path / "plain"))
     (folder / "tokenizer.json").write_text(tokenizer.json)
     with pytest.raises(DataError, match=r"the folder has no head\.bias, head\.dense\.bias"):
         load(folder).fill_mask("a [MASK]")
     with caplog.at_level(logging.WARNING):
         import_folder(folder, tmp_path / "run")
     assert "needs head.bias, head.dense.bias" in caplog.text
-    assert load_run(tmp_path / "run").config.model.position_offset > 0
+    assert load_run(tmp_path / "run").config.model.embedding_dim == load_pretrained(folder).config.embedding_dim
 
 
 def classifier_folder(tmp_path, tokenizer):
@@ -380,12 +380,18 @@ def test_a_classifier_that_is_not_there_is_left_out(tmp_path, tokenizer):
     np.testing.assert_array_equal(read_weights(tmp_path / "out")[name], tensors[f"bert.{name}"])
 
 
-@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
-def test_a_classifier_of_another_problem_is_not_asked(tmp_path, tokenizer, problem):
+def test_a_classifier_is_asked_by_its_problem_type(tmp_path, tokenizer):
     folder = classifier_folder(tmp_path, tokenizer)
-    load(folder)
-    edit(folder, problem_type=problem)
-    with pytest.raises(DataError, match=f"classification head of problem_type {problem!r}: known are"):
+    assert load(folder).config.objective == "classification"
+    edit(folder, problem_type="multi_label_classification")
+    run = load(folder)
+    assert run.config.objective == "multi_label" and set(next(run.predict(["the value"]))["probabilities"]) == {
+        "no", "yes"}  # fmt: skip
+    edit(folder, problem_type="regression")
+    with pytest.raises(DataError, match=r"head\.out\.bias of shape \[1\]: the folder's is \[2\]"):
+        load(folder)
+    edit(folder, problem_type="ranking")
+    with pytest.raises(DataError, match="classification head of problem_type 'ranking': known are multi_label"):
         load(folder)
 
 
