@@ -121,7 +121,7 @@ def test_a_run_learns_resumes_evaluates_predicts_and_beats_its_baselines(
     metrics = train(config)
     cut = with_fields(config, run_dir=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
-        patch.setattr("train.StopSignals", lambda: Stops(5))
+        patch.setattr("train.StopSignals", lambda **options: Stops(5))
         assert train(cut) is None
     assert train(cut) == metrics
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
