@@ -11,6 +11,9 @@ Activation = Literal[
     "identity",
 ]  # fmt: skip
 
+PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+"""How the vectors of a document's tokens become one: `nn.pooling` does it."""
+
 # Settings that recurrent layers, and what stands around them, read.
 _OF_RECURRENT = (
     "vocab_size", "layer", "bidirectional", "num_layers", "num_layer_groups", "embed_dim", "embedding_dim",
