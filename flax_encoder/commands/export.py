@@ -1,10 +1,11 @@
 """A run as a folder that other libraries open."""
 
 import argparse
-import pathlib
+from typing import get_args
 
 from flax_encoder.commands.screen import add_folder_options, folder_options
 from flax_encoder.config import ConfigError
+from flax_encoder.config.model import PoolingMode
 
 HELP = "write a run as a folder that transformers opens"
 
@@ -15,20 +16,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_folder_options(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     parser.add_argument("--model-type", help="the family to write it as (default: the first that can say it)")
-    parser.add_argument("--pooling", choices=("cls", "mean"), help="make it a sentence-transformers folder; a run that "
-                        "was imported from one has its own")  # fmt: skip
+    parser.add_argument("--pooling", nargs="+", choices=get_args(PoolingMode), help="make it a sentence-transformers "
+                        "folder whose texts' vectors become one like this, several concatenated; what was imported "
+                        "from one has its own")  # fmt: skip
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None, help="with --pooling")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from flax_encoder.published.sentence_transformers import encoder_folder, is_sentence_folder
     from flax_encoder.runs.embed import write_sentence_files
     from flax_encoder.runs.exchange import export_run
 
-    is_sentence = arguments.pooling is not None or (pathlib.Path(arguments.run_dir) / "modules.json").exists()
+    is_sentence = arguments.pooling is not None or is_sentence_folder(arguments.run_dir)
     if arguments.normalize is not None and not is_sentence:
         raise ConfigError("--normalize is of sentence-transformers folders: give --pooling too.")
     architecture = export_run(
-        arguments.run_dir,
+        encoder_folder(arguments.run_dir),
         arguments.out,
         arguments.dtype,
         arguments.model_type,

@@ -1,7 +1,6 @@
 """A published folder as a run."""
 
 import argparse
-import pathlib
 
 from flax_encoder.commands.screen import add_folder_options, folder_options
 
@@ -15,10 +14,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from flax_encoder.published.sentence_transformers import encoder_folder, is_sentence_folder
     from flax_encoder.runs.embed import write_sentence_files
     from flax_encoder.runs.exchange import import_folder
 
-    import_folder(arguments.folder, arguments.out, **folder_options(arguments))
-    if (pathlib.Path(arguments.folder) / "modules.json").exists():
+    import_folder(encoder_folder(arguments.folder), arguments.out, **folder_options(arguments))
+    if is_sentence_folder(arguments.folder):
         write_sentence_files(arguments.folder, arguments.out)
     print(f"wrote {arguments.out}; --init-from {arguments.out} starts from it")

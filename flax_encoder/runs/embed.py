@@ -1,16 +1,18 @@
-"""Texts to vectors, one each: a run, a published encoder, or a sentence-transformers folder, pooled and normalised.
+"""Texts to vectors, one each: of a run, a published encoder, or a sentence-transformers folder.
 
-A sentence-transformers folder is a published encoder with modules.json, which lists what follows it: `1_Pooling`, and
-`2_Normalize` or not. (Reimers and Gurevych, arXiv 1908.10084.)
+A stream of texts is tokenized and packed into rows by a thread of its own, while the device works on the rows before;
+so a file of any size takes the same memory.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,221 +21,340 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.config import ConfigError, EncoderConfig
+from flax_encoder.config.model import PoolingMode
+from flax_encoder.data.rows.ahead import read_ahead
 from flax_encoder.data.rows.documents import Frame
+from flax_encoder.data.rows.texts import EncodedText, PackedTexts, RowShape, pack_texts
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.texts import check_texts
-from flax_encoder.data.tokens.tokenizer import TextTokenizer, UnknownCount
+from flax_encoder.data.tokens.tokenizer import SETTINGS, TextTokenizer, UnknownCount
+from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
 from flax_encoder.families import find_family
 from flax_encoder.families.mapping import read_config
 from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.feed_forward import ACTIVATIONS
 from flax_encoder.nn.partition import abstract_model
-from flax_encoder.ops.platform import precision
-from flax_encoder.published.load import is_published, load_pretrained
+from flax_encoder.nn.pooling import pool_segments
+from flax_encoder.ops.platform import platform, precision
+from flax_encoder.published.load import is_published, load_pretrained, read_json
+from flax_encoder.published.sentence_transformers import (
+    NORMALIZE,
+    POOLING_MODES,
+    Layer,
+    SentenceSettings,
+    is_sentence_folder,
+    read_sentence_settings,
+    write_sentence_settings,
+)
 from flax_encoder.runs.load import load_run
-from flax_encoder.training.checkpoint import read_run
+from flax_encoder.runs.record import read_record
 
 logger = logging.getLogger(__name__)
 
-Pooling = Literal["cls", "mean"]
-_MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-_LENGTH_STEP = 32  # rows are padded to a multiple, so that few shapes are compiled
+# Each row length is a compiled program, and a text goes to the shortest that it fits: padding and attention are least
+# in short rows (LOG.md).
+_SHORTEST_ROW, _ROW_STEP, _LONGEST_ROW = 64, 4, 2**20
+# Columns. With it a text has the same bits wherever it lies; without, sums over a row begin with other tokens (LOG.md).
+_ALIGNMENT = 8
+# Rows of the shortest kind in a batch, or their tokens in longer rows: on a CPU more are no faster (LOG.md).
+_BATCH_ROWS = {"cpu": 16, "gpu": 256, "tpu": 256}
+_TOKENIZED_AT_ONCE = 1024
+_BATCHES_AHEAD = 4
+
+
+class Vectors(NamedTuple):
+    """Of some texts of a stream."""
+
+    numbers: Int[np.ndarray, "N"]
+    """The texts' places in the stream, from 0."""
+    vectors: Float[np.ndarray, "N E"]
+    num_cut: int
+    """Texts that were cut so far, of all that were read; the last of a stream's says it of all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Embedder:
+    """Makes vectors of texts: `load_embedder` opens one."""
+
     encoder: Encoder
     tokenizer: TextTokenizer
-    pooling: Pooling = "mean"
-    """The first token's vector, or the mean of all, special tokens too."""
-    normalize: bool = False
-    """Scale vectors to length 1."""
-    max_tokens: int | None = None
-    """Longer texts are cut to so many tokens, special ones included; None has no limit."""
-    prompt: str = ""
-    """What is put before every text. Both together are stripped of blanks at either end, and then lower-cased."""
-    do_lower_case: bool = False
+    settings: SentenceSettings = dataclasses.field(default_factory=SentenceSettings)
+    """max_tokens None has no limit."""
+    normalize_last: bool = False
+    """Scale vectors to length 1 after everything that the settings say."""
 
     @property
     def config(self) -> EncoderConfig:
         return self.encoder.config
 
+    @property
+    def pooling(self) -> PoolingMode | tuple[PoolingMode, ...]:
+        """How a text's vectors become one; several ways, concatenated, are a tuple."""
+        pooling = self.settings.pooling
+        return pooling[0] if len(pooling) == 1 else pooling
+
+    @property
+    def normalize(self) -> bool:
+        """Whether vectors have length 1."""
+        return self.normalize_last or (self.settings.layers[-1:] == (NORMALIZE,) and not self.settings.truncate_dim)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Longer texts are cut to so many tokens, special ones and the prompt's included; None has no limit."""
+        return self.settings.max_tokens
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """What can be put before texts, by name."""
+        return dict(self.settings.prompts)
+
+    @property
+    def prompt(self) -> str:
+        """What is put before every text where no prompt is named."""
+        return self.settings.prompts.get(self.settings.default_prompt_name, "")
+
+    @functools.cached_property
+    def embed_dim(self) -> int:
+        """E, features of a vector."""
+        dims = [layer.arrays["kernel"].shape[1] for layer in self.settings.layers if layer.kind == "Dense"]
+        dim = dims[-1] if dims else self.config.embed_dim * len(self.settings.pooling)
+        return min(dim, self.settings.truncate_dim or dim)
+
+    @functools.cached_property
+    def _tokenizer(self) -> TextTokenizer:
+        """The tokenizer as the settings have it."""
+        content = json.loads(self.tokenizer.json)
+        if self.settings.do_lower_case:  # after special tokens are found in a text, which keep their case
+            own = content.get("normalizer")
+            steps = own["normalizers"] if own and own["type"] == "Sequence" else [own] if own else []
+            content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *steps]}
+        if self.settings.truncation_side:
+            content["model"].setdefault(SETTINGS, {})["truncation_side"] = self.settings.truncation_side
+        return TextTokenizer(json.dumps(content))
+
     @functools.cached_property
     def _apply(self) -> Callable[..., Array]:
         graphdef, _ = nnx.split(self.encoder)
+        settings, has_types = self.settings, bool(self.config.num_token_types)
 
-        def apply(params, tokens, mask, positions):
-            hidden = nnx.merge(graphdef, params)(tokens, mask, positions)
-            return pool(hidden, mask, self.pooling, self.normalize)
+        def apply(params, batch, skipped):
+            rows = (batch["tokens"], batch["segment_ids"], batch["positions"])
+            hidden = nnx.merge(graphdef, params)(*rows, batch["token_types"] if has_types else None)
+            num_segments = batch["target_positions"].shape[1]
+            vectors = pool_segments(
+                hidden, batch["segment_ids"], batch["places"], num_segments, settings.pooling, skipped
+            )
+            for layer in settings.layers:
+                vectors = apply_layer(layer, vectors)
+            vectors = vectors[..., : settings.truncate_dim]
+            return apply_layer(NORMALIZE, vectors) if self.normalize_last else vectors
 
         return jax.jit(apply)
 
     def embed(
-        self, texts: Sequence[str], batch_size: int = 32, progress: Callable[[int], None] = lambda done: None
-    ) -> tuple[Float[np.ndarray, "N D"], int]:
+        self,
+        texts: Iterable[str] | Any,
+        batch_size: int | None = None,
+        progress: Callable[[int], None] = lambda done: None,
+        *,
+        prompt_name: str | None = None,
+    ) -> tuple[Float[np.ndarray, "N E"], int]:
         """(a vector a text, in the texts' order, float32; how many texts were cut).
 
-        Texts of like length share a batch; `progress` hears how many are done.
+        Args:
+          texts: a text without a token has a vector of zeros.
+          batch_size: rows of 64 tokens a batch, or their tokens in longer rows; None suits the device.
+          progress: hears how many texts are done.
+          prompt_name: which of `prompts` to put before every text; None is `prompt`.
+
+        Raises:
+          DataError: what is no list of texts, a batch_size below 1, or a prompt that is not there.
         """
         texts = check_texts(texts)
-        vectors = np.empty((len(texts), self.config.embed_dim), np.float32)
-        encoded, num_cut, unknown = [], 0, UnknownCount(self.tokenizer)
-        for start in range(0, len(texts), 4096):
-            some = [(self.prompt + text).strip() for text in texts[start : start + 4096]]
-            some = [text.lower() for text in some] if self.do_lower_case else some
-            rows, more = self.tokenizer.encode_rows(some, self.max_tokens)
-            unknown.add(rows)
-            encoded += rows
-            num_cut += more
+        out, num_cut, done = np.zeros((len(texts), self.embed_dim), np.float32), 0, 0
+        for numbers, vectors, num_cut in self.stream(texts, batch_size, prompt_name=prompt_name):  # noqa: B007
+            out[numbers] = vectors
+            done += len(numbers)
+            progress(done)
+        return out, num_cut
+
+    def stream(
+        self, texts: Iterable[Any], batch_size: int | None = None, *, prompt_name: str | None = None
+    ) -> Iterator[Vectors]:
+        """The vectors of any number of texts as they are made, in another order, in bounded memory.
+
+        A text's vector does not depend on the others; on a CPU it has the same bits whatever they are. Takes and raises
+        what `embed` does.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise DataError(f"batch_size must be above 0: got {batch_size}.")
+        if prompt_name is not None and prompt_name not in self.prompts:
+            known = ", ".join(self.prompts) or "no prompts"
+            raise DataError(f"prompt_name must be one of {known}: got {prompt_name!r}.")
+        prompt = self.prompt if prompt_name is None else self.prompts[prompt_name]
+        return self._stream(texts, prompt, batch_size or _BATCH_ROWS[platform()])
+
+    def _stream(self, texts: Iterable[Any], prompt: str, batch_rows: int) -> Iterator[Vectors]:
+        skipped = 0 if self.settings.include_prompt or not prompt else self._prompt_length(prompt)
+        _, params = nnx.split(self.encoder)
+        waiting = None  # the device works on one batch while the one before is given away
+        with contextlib.closing(read_ahead(self._packed(texts, prompt, batch_rows), _BATCHES_AHEAD)) as batches:
+            for packed, num_cut in batches:
+                result = self._apply(params, packed.batch, skipped)
+                if waiting is not None:
+                    yield _taken(*waiting)
+                waiting = packed, num_cut, result
+        if waiting is not None:
+            yield _taken(*waiting)
+
+    def _packed(self, texts: Iterable[Any], prompt: str, batch_rows: int) -> Iterator[tuple[PackedTexts, int]]:
+        """Batches of rows, each with how many texts were cut until it was packed."""
+        num_cut, unknown = 0, UnknownCount(self.tokenizer)
+        frame = None  # of a model whose positions skip a padding token that a text spells
+        if self.config.position_offset and self.tokenizer.find("pad") is not None:
+            frame = Frame.of(self.tokenizer, self.config.position_offset)
+
+        def encoded() -> Iterator[EncodedText]:
+            nonlocal num_cut
+            for some in _in_groups(texts, _TOKENIZED_AT_ONCE):
+                rows, num_more = self._tokenizer.encode_rows([prompt + text for text in some], self.max_tokens)
+                num_cut += num_more
+                unknown.add(rows)
+                yield from map(EncodedText, rows)
+
+        longest = _LONGEST_ROW if self.max_tokens is None else -(-self.max_tokens // _ALIGNMENT) * _ALIGNMENT
+        lengths = [n for k in range(8) if (n := _SHORTEST_ROW * _ROW_STEP**k) < longest] + [longest]
+        shapes = [RowShape(max(1, batch_rows * _SHORTEST_ROW // n), n) for n in lengths]
+        # Padding is seen by nothing, so any token may stand for it; some tokenizers have none of their own.
+        for packed in pack_texts(encoded(), shapes, pad_id=0, alignment=_ALIGNMENT):
+            places = packed.batch["positions"]
+            packed.batch["places"] = places
+            if frame is not None:
+                packed.batch["positions"] = frame.positions(packed.batch["tokens"], packed.batch["segment_ids"], places)
+            yield packed, num_cut
         if unknown.warning:
             logger.warning("%s", unknown.warning)
-        longest_first = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
-        _, params = nnx.split(self.encoder)
-        waiting = None  # the device works on one batch while the next is made
-        for start in range(0, len(texts), batch_size):
-            rows = longest_first[start : start + batch_size]
-            result = self._apply(params, *self._batch([encoded[i] for i in rows], batch_size))
-            if waiting is not None:
-                _take(vectors, *waiting)
-                progress(start)
-            waiting = rows, result
-        if waiting is not None:
-            _take(vectors, *waiting)
-        progress(len(texts))
-        return vectors, num_cut
 
-    def _batch(self, rows: list[np.ndarray], batch_size: int) -> tuple[Int[Array, "B T"], ...]:
-        length = max(1, -(-len(rows[0]) // _LENGTH_STEP)) * _LENGTH_STEP
-        if self.config.position == "learned":
-            length = min(length, self.config.max_length)
-        tokens, mask = np.zeros((2, batch_size, length), np.int32)
-        for i, ids in enumerate(rows):
-            tokens[i, : len(ids)], mask[i, : len(ids)] = ids, 1
-        positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-        if self.config.position_offset and self.tokenizer.find("pad") is not None:
-            positions = Frame.of(self.tokenizer, self.config.position_offset).positions(tokens, mask, positions)
-        return *map(jnp.asarray, (tokens, mask, positions)),
+    def _prompt_length(self, prompt: str) -> int:
+        """Tokens that the prompt has of a text, the special ones before it included."""
+        (ids,), _ = self._tokenizer.encode_rows([prompt], self.max_tokens)
+        return len(ids) - (len(ids) > 0 and ids[-1] in self.tokenizer.special_ids)
 
 
-def _take(vectors: np.ndarray, rows: list[int], result: Array) -> None:
-    vectors[rows] = np.asarray(result)[: len(rows)]
+def _taken(packed: PackedTexts, num_cut: int, result: Array) -> Vectors:
+    vectors = np.asarray(result)[packed.row, packed.segment - 1]
+    vectors[packed.length == 0] = 0.0
+    return Vectors(packed.text, vectors, num_cut)
 
 
-def pool(
-    hidden: Float[Array, "B T D"], mask: Int[Array, "B T"], pooling: Pooling, normalize: bool
-) -> Float[Array, "B D"]:
-    """One vector a row of its tokens, float32; padding, mask 0, does not count. A row of padding alone is zeros."""
-    weights = mask.astype(jnp.float32)
-    if pooling == "cls":
-        weights = weights * (jnp.cumsum(mask, axis=1) == 1)
-    sums = jnp.einsum("BT,BTD->BD", weights, hidden, precision=precision(hidden))
-    vectors = sums / jnp.maximum(weights.sum(1, keepdims=True), 1.0)
-    if normalize:
-        vectors = vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return vectors
+def _in_groups(texts: Iterable[Any], size: int) -> Iterator[list[str]]:
+    texts, done = iter(texts), 0
+    while group := check_texts(itertools.islice(texts, size), done):
+        done += len(group)
+        yield group
+
+
+def apply_layer(layer: Layer, x: Float[Array, "*N D"]) -> Float[Array, "*N E"]:
+    """What a sentence-transformers folder does to pooled vectors, float32."""
+    if layer.kind == "Normalize":
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    arrays = layer.arrays
+    if layer.kind == "LayerNorm":
+        centred = x - x.mean(-1, keepdims=True)
+        rate = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + 1e-5)
+        return centred * rate * arrays["scale"] + arrays["bias"]
+    y = ACTIVATIONS[layer.activation](_product(x, arrays["kernel"]) + arrays.get("bias", 0.0))
+    if layer.adds_input:
+        y = y + (_product(x, arrays["residual"]) if "residual" in arrays else x)
+    return y
+
+
+def _product(x, kernel):
+    return jnp.matmul(x, kernel, precision=precision(x))
 
 
 def load_embedder(
     folder: str | pathlib.Path,
     *,
-    pooling: Pooling | None = None,
+    pooling: PoolingMode | Sequence[PoolingMode] | Any = None,
     normalize: bool | None = None,
     max_tokens: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     allow_unused: bool = False,
 ) -> Embedder:
-    """An Embedder of a run, a published folder or a sentence-transformers folder.
+    """An Embedder of a run, a published folder, whatever head it has, or a sentence-transformers folder.
 
     Args:
-      pooling, normalize, max_tokens: None takes what a sentence-transformers folder says; else the mean, no, and
-        what the model takes: its learned positions, or a run's rows.
+      pooling, normalize, max_tokens: None takes what a sentence-transformers folder says. Else it is the mean, no, and
+        what the model takes: what its tokenizer and its config say, or the length of a run's rows.
       dtype: of matrix products; None is the model's.
       allow_unused: leave out tensors of a published folder that nothing here reads. Heads always are.
 
     Raises:
-      ConfigError: modules.json has something that is not done here. DataError: the folder has no tokenizer, or
-        max_tokens is more than the model takes. And whatever `load_pretrained` and `load_run` raise.
+      ConfigError: a sentence-transformers folder has something that is not done here, or layers that do not fit its
+        encoder or the pooling; a pooling that is not known.
+      DataError: the folder has no tokenizer, or max_tokens is more than the model takes or leaves no room for text.
+      And whatever `load_pretrained` and `load_run` raise.
     """
     folder = pathlib.Path(folder)
-    sentence = _read_modules(folder)
-    if is_published(folder):
-        loaded = load_pretrained(folder, task="none", allow_unused=allow_unused)
-        encoder, tokenizer, limit = loaded.model.encoder, loaded.tokenizer, None
+    settings = read_sentence_settings(folder) if is_sentence_folder(folder) else SentenceSettings()
+    if is_published(inner := folder / settings.encoder_path):
+        loaded = load_pretrained(inner, task="none", allow_unused=allow_unused)
+        encoder, tokenizer = loaded.model.encoder, loaded.tokenizer
         if tokenizer is None:
-            raise DataError(f"{folder} has no tokenizer, without which there are no tokens to embed.")
+            raise DataError(f"{inner} has no tokenizer, without which there are no tokens to embed.")
+        limits = [tokenizer.max_tokens, _most_positions(inner)]
     else:
         run = load_run(folder)
-        encoder, tokenizer, limit = run.model.encoder, run.tokenizer, run.config.data.row_length
+        encoder, tokenizer, limits = run.model.encoder, run.tokenizer, [run.tokenizer.max_tokens or run.row_length]
     if dtype is not None and dtype != encoder.config.dtype:
         config = dataclasses.replace(encoder.config, dtype=dtype)
         graphdef, _ = abstract_model(lambda: Encoder(config, rngs=nnx.Rngs(0)))
         encoder = nnx.merge(graphdef, nnx.split(encoder)[1])
+    _check_layers(folder, settings, encoder.config.embed_dim)
     most = encoder.config.max_length if encoder.config.position == "learned" else None
     if max_tokens is not None and (max_tokens < 3 or (most is not None and max_tokens > most)):
         raise DataError(f"max_tokens must be at least 3{f' and at most {most}' if most else ''}: got {max_tokens}.")
-    own = max_tokens or sentence.pop("max_tokens", None) or tokenizer.max_tokens or limit
-    limits = [n for n in (own, most) if n is not None]
-    given = {"pooling": pooling, "normalize": normalize}
-    settings = sentence | {name: value for name, value in given.items() if value is not None}
-    settings["max_tokens"] = min(limits, default=None)
-    return Embedder(encoder, tokenizer, **settings)
+    wanted = max_tokens or settings.max_tokens
+    limit = min([n for n in ([wanted] if wanted else limits) + [most] if n is not None], default=None)
+    settings = _with_given(dataclasses.replace(settings, max_tokens=limit), pooling, normalize)
+    return Embedder(encoder, tokenizer, settings, bool(normalize and settings.truncate_dim))
 
 
-def _read_modules(folder: pathlib.Path) -> dict[str, Any]:
-    """What a sentence-transformers folder says of pooling and what follows; nothing of another."""
-    if not (folder / "modules.json").is_file():
-        return {}
-    settings: dict[str, Any] = {"normalize": False}
-    modules = _json(folder / "modules.json", list)
-    if not all(isinstance(m, dict) and {"type", "path"} <= m.keys() for m in modules):
-        raise ConfigError(f"{folder / 'modules.json'} must be a list of modules, each with a type and a path.")
-    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]) or modules[0]["path"]:
-        raise ConfigError(
-            f"{folder / 'modules.json'} must list Transformer (at the top), Pooling and Normalize or not: got "
-            f"{', '.join(kinds)}."
-        )
-    settings["normalize"] = len(kinds) == 3
-    own = _json(folder / modules[1]["path"] / "config.json")
-    modes = [mode for mode in [own.get("pooling_mode")] if mode]
-    modes = modes or [_MODES.get(name, name) for name in own if name.startswith("pooling_mode_") and own[name]]
-    if modes not in (["cls"], ["mean"]):
-        raise ConfigError(f"{folder}: pooling must be cls or mean: got {', '.join(map(str, modes)) or 'none'}.")
-    normalizes = _json(folder / modules[2]["path"] / "config.json") if len(kinds) == 3 else {}
-    if any(value != "sentence_embedding" for value in normalizes.values()):
-        raise ConfigError(f"{folder}: Normalize must be of the pooled vectors: got {normalizes}.")
-    settings["pooling"] = modes[0]
-    of_text = _json(folder / "sentence_bert_config.json")
-    length = of_text.get("max_seq_length")
-    if length is not None and not (type(length) is int and length >= 3):
-        raise ConfigError(f"{folder}: max_seq_length must be a number of at least 3 tokens: got {length!r}.")
-    settings |= {"max_tokens": length, "do_lower_case": bool(of_text.get("do_lower_case"))}
-    about = _json(folder / "config_sentence_transformers.json")
-    prompts, name = about.get("prompts") or {}, about.get("default_prompt_name")
-    if name is not None:
-        if not isinstance(prompts, dict) or not isinstance(prompts.get(name), str):
-            raise ConfigError(f"{folder}: default_prompt_name must be one of prompts: got {name!r} of {prompts!r}.")
-        settings["prompt"] = prompts[name]
-    if settings.get("prompt") and own.get("include_prompt", True) is not True:
-        raise ConfigError(
-            f"{folder}: pooling without the prompt (include_prompt {own['include_prompt']!r}) is not done here."
-        )
+def _with_given(settings: SentenceSettings, pooling: Any, normalize: bool | None) -> SentenceSettings:
+    """The settings with what is given instead of what they say, as far as anything is."""
+    if pooling is not None:
+        modes = (pooling,) if isinstance(pooling, str) else tuple(pooling)
+        if not modes or not {*modes} <= {*POOLING_MODES}:
+            raise ConfigError(f"pooling must be of {', '.join(POOLING_MODES)}: got {', '.join(modes) or 'none'}.")
+        settings = dataclasses.replace(settings, pooling=modes)
+    if normalize is not None:
+        layers = list(settings.layers)
+        while layers and layers[-1] == NORMALIZE:
+            layers.pop()
+        settings = dataclasses.replace(settings, layers=(*layers, NORMALIZE) if normalize else tuple(layers))
     return settings
 
 
-def _json(path: pathlib.Path, kind: type = dict) -> Any:
-    try:
-        value = json.loads(path.read_text("utf-8")) if path.is_file() else kind()
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no JSON: {error}.") from None
-    if not isinstance(value, kind):
-        raise ConfigError(f"{path} must hold a JSON {kind.__name__}: got {type(value).__name__}.")
-    return value
+def _check_layers(folder: pathlib.Path, settings: SentenceSettings, embed_dim: int) -> None:
+    width = embed_dim * len(settings.pooling)
+    for layer in settings.layers:
+        axes = {name: array.shape[0] for name, array in layer.arrays.items() if name != "bias" or layer.kind != "Dense"}
+        if {*axes.values()} - {width}:
+            raise ConfigError(f"{folder}: {layer.kind} must take vectors of {width}, which come before it: got {axes}.")
+        width = layer.arrays["kernel"].shape[1] if layer.kind == "Dense" else width
+
+
+def _most_positions(folder: pathlib.Path) -> int | None:
+    """How long a published folder's config says that texts may be, of any kind of positions."""
+    count = read_json(folder / "config.json").get("max_position_embeddings")
+    return count if type(count) is int and count > 0 else None
 
 
 def write_sentence_files(
     source: str | pathlib.Path,
     out: str | pathlib.Path,
-    pooling: Pooling | None = None,
+    pooling: PoolingMode | Sequence[PoolingMode] | None = None,
     normalize: bool | None = None,
     max_tokens: int | None = None,
 ) -> None:
@@ -244,52 +365,19 @@ def write_sentence_files(
       ConfigError: no pooling is given and `source` is no such folder.
     """
     source = pathlib.Path(source)
-    if is_published(source):
-        published = _json(source / "config.json")
-        config = read_config(find_family(published), published)
-        embed_dim, limit = config.embed_dim, config.max_length if config.position == "learned" else None
-    else:
-        run = read_run(source)["config"]
-        embed_dim, limit = run["model"]["embed_dim"], run["data"]["row_length"]
-    given = {"pooling": pooling, "normalize": normalize, "max_tokens": max_tokens}
-    settings = {"max_tokens": limit} | _read_modules(source) | {k: v for k, v in given.items() if v is not None}
-    if "pooling" not in settings:
+    if not is_sentence_folder(source) and pooling is None:
         raise ConfigError(f"{source} does not say how to pool: give cls or mean.")
-    kinds = ("Transformer", "Pooling", "Normalize")[: 2 + bool(settings.get("normalize"))]
-    paths = ("", "1_Pooling", "2_Normalize")
-    modes = {name: mode == settings["pooling"] for name, mode in _MODES.items()}
-    files: dict[str, Any] = {
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{kind}"}
-            for i, kind in enumerate(kinds)
-        ],
-        "1_Pooling/config.json": {"word_embedding_dimension": embed_dim, **modes},
-        "sentence_bert_config.json": {
-            "max_seq_length": settings["max_tokens"], "do_lower_case": settings.get("do_lower_case", False),
-        },
-    }  # fmt: skip
-    if prompt := settings.get("prompt"):
-        files["config_sentence_transformers.json"] = {
-            "prompts": {"default": prompt}, "default_prompt_name": "default",
-        }  # fmt: skip
-    for name, value in files.items():
-        path = pathlib.Path(out) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-
-
-def read_texts(path: pathlib.Path) -> Iterator[str]:
-    """One text a line, empty ones too, so that row i of the vectors is line i of the file.
-
-    Raises:
-      DataError: no such file, or a line that is not UTF-8.
-    """
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield line.decode("utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{path}: line {number} must be UTF-8: {error.reason}.") from None
-    except OSError as error:
-        raise DataError(f"no texts at {path}: {error.strerror}.") from None
+    settings = read_sentence_settings(source) if is_sentence_folder(source) else SentenceSettings()
+    if is_published(inner := source / settings.encoder_path):
+        published = read_json(inner / "config.json")
+        config = read_config(find_family(published), published)
+        embed_dim, limits = config.embed_dim, [read_tokenizer(inner).max_tokens, _most_positions(inner)]
+        limits += [config.max_length] if config.position == "learned" else []
+    else:
+        record = read_record(source)
+        embed_dim = record.config.model.embed_dim
+        limits = [record.tokenizer.max_tokens or record.config.data.final_row_length]
+    limit = max_tokens or settings.max_tokens or min([n for n in limits if n is not None], default=None)
+    settings = _with_given(dataclasses.replace(settings, max_tokens=limit), pooling, normalize)
+    _check_layers(source, settings, embed_dim)
+    write_sentence_settings(out, settings, embed_dim)
