@@ -179,13 +179,15 @@ class Embedder:
         return out, num_cut
 
     def stream(
-        self, texts: Iterable[Any], batch_size: int | None = None, *, prompt_name: str | None = None
+        self, texts: Iterable[str] | Any, batch_size: int | None = None, *, prompt_name: str | None = None
     ) -> Iterator[Vectors]:
         """The vectors of any number of texts as they are made, in another order, in bounded memory.
 
         A text's vector does not depend on the others; on a CPU it has the same bits whatever they are. Takes and raises
         what `embed` does.
         """
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            check_texts(texts)  # which says what is wrong
         if batch_size is not None and batch_size < 1:
             raise DataError(f"batch_size must be above 0: got {batch_size}.")
         if prompt_name is not None and prompt_name not in self.prompts:
