@@ -72,7 +72,7 @@ def main() -> None:
             "most": len(texts) / timing.least, "most 1 - cosine with the first": float((1 - cosine).max()),
         })  # fmt: skip
     embedder = next(iter(embedders.values()))
-    lengths = [len(embedder._tokenizer.encode(text).ids) for text in texts]
+    lengths = [len(ids) for ids in embedder.tokenizer.encode_rows(texts, embedder.max_tokens)[0]]
     about = {"folder": pathlib.Path(asked.folder).name, "texts": len(texts), "mean_tokens": round(np.mean(lengths), 1)}
     show({"header": header(**about, **versions), "rows": rows}, rows, asked.json)
 

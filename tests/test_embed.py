@@ -41,6 +41,14 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("architecture", ["BertForNextSentencePrediction", "BertForSequenceClassification", "MyBert"])
+def test_an_encoder_is_embedded_with_whatever_head_is_on_it(folder, embedder, tmp_path, architecture):
+    shutil.copytree(folder, tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "bert/config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    np.testing.assert_array_equal(load_embedder(tmp_path / "bert").embed(TEXTS)[0], embedder.embed(TEXTS)[0])
+
+
 @pytest.fixture(scope="module")
 def embedder(folder):
     return load_embedder(folder)
@@ -84,6 +92,13 @@ def test_order_and_batches_do_not_change_vectors(embedder):
 def test_what_is_no_list_of_texts_is_named(embedder, texts, message):
     with pytest.raises(DataError, match=message):
         embedder.embed(texts)
+    with pytest.raises(DataError, match=message):
+        list(embedder.stream(texts))
+
+
+def test_a_text_of_a_stream_is_named_by_its_number_in_it(embedder):
+    with pytest.raises(DataError, match="text 1500 is a int"):
+        list(embedder.stream(7 if i == 1500 else "a" for i in range(2000)))
 
 
 def test_any_iterable_of_texts_is_taken(embedder):

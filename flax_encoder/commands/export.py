@@ -30,9 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
     is_sentence = arguments.pooling is not None or is_sentence_folder(arguments.run_dir)
     if arguments.normalize is not None and not is_sentence:
         raise ConfigError("--normalize is of sentence-transformers folders: give --pooling too.")
-    source = encoder_folder(arguments.run_dir)
     architecture = export_run(
-        source,
+        encoder_folder(arguments.run_dir),
         arguments.out,
         arguments.dtype,
         arguments.model_type,

@@ -27,7 +27,8 @@ from flax_encoder.data.rows.documents import Frame
 from flax_encoder.data.rows.texts import EncodedText, PackedTexts, RowShape, pack_texts
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.texts import check_texts
-from flax_encoder.data.tokens.tokenizer import TextTokenizer, UnknownCount
+from flax_encoder.data.tokens.tokenizer import SETTINGS, TextTokenizer, UnknownCount
+from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
 from flax_encoder.families import find_family
 from flax_encoder.families.mapping import read_config
 from flax_encoder.nn.encoder import Encoder
@@ -48,6 +49,8 @@ from flax_encoder.published.sentence_transformers import (
 from flax_encoder.runs.load import load_run
 from flax_encoder.runs.record import read_record
 
+logger = logging.getLogger(__name__)
+
 # Each row length is a compiled program, and a text goes to the shortest that it fits: padding and attention are least
 # in short rows (LOG.md).
 _SHORTEST_ROW, _ROW_STEP, _LONGEST_ROW = 64, 4, 2**20
@@ -57,8 +60,6 @@ _ALIGNMENT = 8
 _BATCH_ROWS = {"cpu": 16, "gpu": 256, "tpu": 256}
 _TOKENIZED_AT_ONCE = 1024
 _BATCHES_AHEAD = 4
-
-logger = logging.getLogger(__name__)
 
 
 class Vectors(NamedTuple):
@@ -121,14 +122,15 @@ class Embedder:
 
     @functools.cached_property
     def _tokenizer(self) -> TextTokenizer:
-        """The folder's; where its settings lower-case texts, special tokens are found before and keep their case."""
-        if not self.settings.do_lower_case:
-            return self.tokenizer
+        """The tokenizer as the settings have it."""
         content = json.loads(self.tokenizer.json)
-        own = content.get("normalizer")
-        steps = own["normalizers"] if own and own["type"] == "Sequence" else [own] if own else []
-        content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *steps]}
-        return dataclasses.replace(self.tokenizer, json=json.dumps(content))
+        if self.settings.do_lower_case:  # after special tokens are found in a text, which keep their case
+            own = content.get("normalizer")
+            steps = own["normalizers"] if own and own["type"] == "Sequence" else [own] if own else []
+            content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *steps]}
+        if self.settings.truncation_side:
+            content["model"].setdefault(SETTINGS, {})["truncation_side"] = self.settings.truncation_side
+        return TextTokenizer(json.dumps(content))
 
     @functools.cached_property
     def _apply(self) -> Callable[..., Array]:
@@ -139,7 +141,9 @@ class Embedder:
             rows = (batch["tokens"], batch["segment_ids"], batch["positions"])
             hidden = nnx.merge(graphdef, params)(*rows, batch["token_types"] if has_types else None)
             num_segments = batch["target_positions"].shape[1]
-            vectors = pool_segments(hidden, *rows[1:], num_segments, settings.pooling, skipped)
+            vectors = pool_segments(
+                hidden, batch["segment_ids"], batch["places"], num_segments, settings.pooling, skipped
+            )
             for layer in settings.layers:
                 vectors = apply_layer(layer, vectors)
             vectors = vectors[..., : settings.truncate_dim]
@@ -175,13 +179,15 @@ class Embedder:
         return out, num_cut
 
     def stream(
-        self, texts: Iterable[Any], batch_size: int | None = None, *, prompt_name: str | None = None
+        self, texts: Iterable[str] | Any, batch_size: int | None = None, *, prompt_name: str | None = None
     ) -> Iterator[Vectors]:
         """The vectors of any number of texts as they are made, in another order, in bounded memory.
 
         A text's vector does not depend on the others; on a CPU it has the same bits whatever they are. Takes and raises
         what `embed` does.
         """
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            check_texts(texts)  # which says what is wrong
         if batch_size is not None and batch_size < 1:
             raise DataError(f"batch_size must be above 0: got {batch_size}.")
         if prompt_name is not None and prompt_name not in self.prompts:
@@ -206,33 +212,35 @@ class Embedder:
     def _packed(self, texts: Iterable[Any], prompt: str, batch_rows: int) -> Iterator[tuple[PackedTexts, int]]:
         """Batches of rows, each with how many texts were cut until it was packed."""
         num_cut, unknown = 0, UnknownCount(self.tokenizer)
+        frame = None  # of a model whose positions skip a padding token that a text spells
+        if self.config.position_offset and self.tokenizer.find("pad") is not None:
+            frame = Frame.of(self.tokenizer, self.config.position_offset)
 
         def encoded() -> Iterator[EncodedText]:
             nonlocal num_cut
             for some in _in_groups(texts, _TOKENIZED_AT_ONCE):
-                rows, more = self._tokenizer.encode_rows([prompt + text for text in some], self.max_tokens)
+                rows, num_more = self._tokenizer.encode_rows([prompt + text for text in some], self.max_tokens)
+                num_cut += num_more
                 unknown.add(rows)
-                num_cut += more
                 yield from map(EncodedText, rows)
-            if unknown.warning:
-                logger.warning("%s", unknown.warning)
 
         longest = _LONGEST_ROW if self.max_tokens is None else -(-self.max_tokens // _ALIGNMENT) * _ALIGNMENT
         lengths = [n for k in range(8) if (n := _SHORTEST_ROW * _ROW_STEP**k) < longest] + [longest]
         shapes = [RowShape(max(1, batch_rows * _SHORTEST_ROW // n), n) for n in lengths]
         # Padding is seen by nothing, so any token may stand for it; some tokenizers have none of their own.
-        has_pad = self.config.position_offset and self.tokenizer.find("pad") is not None
-        frame = Frame.of(self.tokenizer, self.config.position_offset) if has_pad else None
         for packed in pack_texts(encoded(), shapes, pad_id=0, alignment=_ALIGNMENT):
-            if frame is not None:  # a padding token that a text spells is counted as the family counts it
-                rows = (packed.batch[name] for name in ("tokens", "segment_ids", "positions"))
-                packed.batch["positions"] = frame.positions(*rows)
+            places = packed.batch["positions"]
+            packed.batch["places"] = places
+            if frame is not None:
+                packed.batch["positions"] = frame.positions(packed.batch["tokens"], packed.batch["segment_ids"], places)
             yield packed, num_cut
+        if unknown.warning:
+            logger.warning("%s", unknown.warning)
 
     def _prompt_length(self, prompt: str) -> int:
         """Tokens that the prompt has of a text, the special ones before it included."""
-        ids = self._tokenizer.encode_rows([prompt])[0][0].tolist()
-        return len(ids) - bool(ids and ids[-1] in self.tokenizer.special_ids)
+        (ids,), _ = self._tokenizer.encode_rows([prompt], self.max_tokens)
+        return len(ids) - (len(ids) > 0 and ids[-1] in self.tokenizer.special_ids)
 
 
 def _taken(packed: PackedTexts, num_cut: int, result: Array) -> Vectors:
@@ -242,10 +250,10 @@ def _taken(packed: PackedTexts, num_cut: int, result: Array) -> Vectors:
 
 
 def _in_groups(texts: Iterable[Any], size: int) -> Iterator[list[str]]:
-    texts, first = iter(texts), 0
-    while group := list(itertools.islice(texts, size)):
-        yield check_texts(group, first)
-        first += len(group)
+    texts, done = iter(texts), 0
+    while group := check_texts(itertools.islice(texts, size), done):
+        done += len(group)
+        yield group
 
 
 def apply_layer(layer: Layer, x: Float[Array, "*N D"]) -> Float[Array, "*N E"]:
@@ -294,12 +302,13 @@ def load_embedder(
     settings = read_sentence_settings(folder) if is_sentence_folder(folder) else SentenceSettings()
     if is_published(inner := folder / settings.encoder_path):
         loaded = load_pretrained(inner, task="none", allow_unused=allow_unused)
-        encoder, tokenizer, limits = loaded.model.encoder, loaded.tokenizer, _declared_lengths(inner)
+        encoder, tokenizer = loaded.model.encoder, loaded.tokenizer
         if tokenizer is None:
             raise DataError(f"{inner} has no tokenizer, without which there are no tokens to embed.")
+        limits = [tokenizer.max_tokens, _most_positions(inner)]
     else:
         run = load_run(folder)
-        encoder, tokenizer, limits = run.model.encoder, run.tokenizer, [run.row_length]
+        encoder, tokenizer, limits = run.model.encoder, run.tokenizer, [run.tokenizer.max_tokens or run.row_length]
     if dtype is not None and dtype != encoder.config.dtype:
         config = dataclasses.replace(encoder.config, dtype=dtype)
         graphdef, _ = abstract_model(lambda: Encoder(config, rngs=nnx.Rngs(0)))
@@ -338,11 +347,10 @@ def _check_layers(folder: pathlib.Path, settings: SentenceSettings, embed_dim: i
         width = layer.arrays["kernel"].shape[1] if layer.kind == "Dense" else width
 
 
-def _declared_lengths(folder: pathlib.Path) -> list[int]:
-    """How long a published folder says that texts may be; the least counts."""
-    files = (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings"))
-    found = [read_json(folder / file).get(name) for file, name in files if (folder / file).is_file()]
-    return [int(n) for n in found if isinstance(n, int | float) and 0 < n < _LONGEST_ROW]
+def _most_positions(folder: pathlib.Path) -> int | None:
+    """How long a published folder's config says that texts may be, of any kind of positions."""
+    count = read_json(folder / "config.json").get("max_position_embeddings")
+    return count if type(count) is int and count > 0 else None
 
 
 def write_sentence_files(
@@ -365,12 +373,13 @@ def write_sentence_files(
     if is_published(inner := source / settings.encoder_path):
         published = read_json(inner / "config.json")
         config = read_config(find_family(published), published)
-        embed_dim, limits = config.embed_dim, _declared_lengths(inner)
+        embed_dim, limits = config.embed_dim, [read_tokenizer(inner).max_tokens, _most_positions(inner)]
         limits += [config.max_length] if config.position == "learned" else []
     else:
-        config = read_record(source).config
-        embed_dim, limits = config.model.embed_dim, [config.data.final_row_length]
-    limit = max_tokens or settings.max_tokens or min(limits, default=None)
+        record = read_record(source)
+        embed_dim = record.config.model.embed_dim
+        limits = [record.tokenizer.max_tokens or record.config.data.final_row_length]
+    limit = max_tokens or settings.max_tokens or min([n for n in limits if n is not None], default=None)
     settings = _with_given(dataclasses.replace(settings, max_tokens=limit), pooling, normalize)
     _check_layers(source, settings, embed_dim)
     write_sentence_settings(out, settings, embed_dim)

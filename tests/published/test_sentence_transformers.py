@@ -160,6 +160,13 @@ def test_a_text_is_as_long_as_the_folder_says_and_no_longer_than_positions_reach
     assert num_cut == 1
 
 
+def test_a_long_text_is_cut_on_the_side_that_the_folder_says(folder):
+    dump(folder, TEXT_FILES[0], {"max_seq_length": 4, "tokenizer_args": {"truncation_side": "left"}})
+    vectors, num_cut = load_embedder(folder).embed(["a b c d", "c d", "a b"])
+    np.testing.assert_array_equal(vectors[0], vectors[1])
+    assert num_cut == 1 and np.abs(vectors[0] - vectors[2]).max() > 1e-3
+
+
 def test_prompts_are_put_before_texts_by_name(folder):
     prompts = {"query": "A b ", "none": ""}
     dump(folder, "config_sentence_transformers.json", {"prompts": prompts, "default_prompt_name": "query"})

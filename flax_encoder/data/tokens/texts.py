@@ -11,9 +11,12 @@ def check_texts(texts: Any, first: int = 0) -> list[str]:
     A byte order mark inside a str is a character like any other, as it is to other tools; the readers of files take
     off the one that a file begins with.
 
+    Args:
+      first: the number of the first text, where these are some of a stream.
+
     Raises:
       DataError: one text where many are asked for, something that is no str, or a lone surrogate, which no encoding
-        of Unicode can hold; it names the text's number, counted from `first`, and a way out.
+        of Unicode can hold; it names the text's number, from `first`, and a way out.
     """
     if isinstance(texts, (str, bytes)):
         raise DataError(f"texts must come in a list: got one {type(texts).__name__}, {texts!r:.60}. Put it in [ ].")
