@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_encoder.data.rows.batches import span_corruption_targets
 from flax_encoder.data.rows.span_corruption import Sentinels, corrupt_spans
+from flax_encoder.data.rows.targets import span_corruption_targets
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 
