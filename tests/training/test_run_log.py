@@ -55,7 +55,7 @@ def test_a_run_without_a_log_has_no_metrics(tmp_path):
 def test_other_processes_write_nothing(tmp_path):
     with RunLog(tmp_path, steps=7, resume_step=0, is_main=False) as log:
         log.write(1, {"loss": 1.0})
-        log.progress(1, {"loss": 1.0}, 0.0)
+        log.progress(1, {"loss": 1.0}, "loss", 0.0)
     assert list(tmp_path.iterdir()) == []
 
 
