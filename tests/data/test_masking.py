@@ -66,10 +66,9 @@ def plain_choice(row, segments, starts, kind, address, rate, slots, seed):
     chosen = []
     for unit in sorted(units, key=lambda u: int(random_bits(seed, 3, address, u[0])[0])):
         if len(chosen) + len(unit) > share:  # the unit that crosses: whole or not, so that the mean is the share
-            room = min(len(unit), slots - len(chosen))
-            if uniform(random_bits(seed, 7, address))[0] * room < share - len(chosen):
-                if len(chosen) + len(unit) > slots:
-                    return sorted(chosen), share - len(chosen)
+            if len(chosen) + len(unit) > slots:
+                return sorted(chosen), share - len(chosen)
+            if uniform(random_bits(seed, 7, address))[0] * len(unit) < share - len(chosen):
                 chosen += unit
             return sorted(chosen), 0
         chosen += unit
@@ -230,3 +229,20 @@ def test_masking_leaves_its_input_alone():
     before = tokens.copy()
     mask(tokens, np.arange(5), rate=1.0)
     np.testing.assert_array_equal(tokens, before)
+
+
+@pytest.mark.parametrize("kind", ["whole_word", "span"])
+def test_overflow_is_what_is_missing_and_long_words_have_their_room(kind):
+    """Words of six tokens, as of digits: what is masked and what is said to be short make the share."""
+    B, T, rate = 4000, 128, 0.15
+    tokens, segments, starts = np.full((B, T), 9), np.ones((B, T), int), np.zeros((B, T), bool)
+    starts[:, ::6] = True
+    asked, masked = B * round(rate * T), {}
+    for slots in (budget(kind, rate, T), budget(kind, rate, T, 6.0)):
+        batch = mask_rows(
+            tokens, segments, starts, np.arange(B, dtype=np.uint64), Vocabulary(VOCAB, MASK, SPECIAL_IDS), kind=kind,
+            rate=rate, mask_rate=0.8, random_rate=0.1, slots=slots, seed=0,
+        )  # fmt: skip
+        masked[slots] = int(batch["target_weights"].sum())
+        assert abs(asked - masked[slots] - int(batch["overflow"].sum())) < 0.01 * asked
+    assert max(masked.values()) > 0.98 * asked  # a span of ten words of six tokens has no room even so

@@ -18,9 +18,11 @@ _ROOM = {"token": 0, "whole_word": 4, "span": 8}
 _COLUMN_BITS = 20  # rows have fewer tokens than 2**20; the rest of a key is the draw
 
 
-def budget(kind: Kind, rate: float, row_length: int) -> int:
-    """M, the target slots of a row: enough for `rate` of a row without padding and the rest of its last unit."""
-    return max(1, min(row_length, int(np.ceil(rate * row_length)) + _ROOM[kind]))
+def budget(kind: Kind, rate: float, row_length: int, tokens_per_word: float = 1.0) -> int:
+    """M, the target slots of a row: enough for `rate` of a row without padding and the rest of its last unit, which is
+    longer where words have more tokens."""
+    room = _ROOM[kind] * max(1, round(tokens_per_word))
+    return max(1, min(row_length, int(np.ceil(rate * row_length)) + room))
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,6 @@ def _whole_units(first, beyond, share, row, seed) -> tuple[np.ndarray, np.ndarra
     none = slots + 1
     above = np.where(ends_here & (after >= share[:, None]), after, none).min(axis=1)
     draw = uniform(random_bits(seed, 7, row[:, 0]))
-    is_taken = (below < share) & (draw * (np.where(above == none, slots, above) - below) < share - below)
-    is_left_out = is_taken & (above == none)
-    return np.where(is_taken & ~is_left_out, above, below), np.where(is_left_out, share - below, 0)
+    is_left_out = (below < share) & (above == none)  # else above and below make the share on average
+    is_taken = (below < share) & ~is_left_out & (draw * (above - below) < share - below)
+    return np.where(is_taken, above, below), np.where(is_left_out, share - below, 0)

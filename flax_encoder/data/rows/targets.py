@@ -13,8 +13,10 @@ from flax_encoder.data.rows.masking import Vocabulary, budget, mask_rows
 from flax_encoder.data.rows.packing import Pieces
 from flax_encoder.data.rows.span_corruption import Sentinels, corrupt_spans
 from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.store.store import Split
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 
+_COUNTED_TOKENS = 2**20  # whose words tell how many tokens a word has
 # Fields of a batch that the host alone reads: they are not put on devices.
 HOST_FIELDS = ("overflow", "owners", "starts")
 
@@ -59,11 +61,19 @@ class TargetInputs(NamedTuple):
     target's piece begins in it, in tokens."""
 
 
+def tokens_per_word(split: Split) -> float:
+    """The mean number of tokens in a word, of the first million tokens of a split."""
+    tokens = min(len(split.tokens[0]), _COUNTED_TOKENS)
+    starts = int(np.unpackbits(split.words[0][: -(-tokens // 8)], bitorder="little", count=tokens).sum())
+    return tokens / max(starts, 1)
+
+
 def masked_lm(inputs: TargetInputs) -> Targets:
     """Targets of masked language modelling, as `config.masking` says."""
     masking = inputs.config.masking
     rates = masking.rates if inputs.is_training else (masking.eval_rate,) * 2
-    slots = masking.budget or budget(masking.kind, max(rates), inputs.row_length)
+    per_word = 1.0 if masking.kind == "token" else tokens_per_word(inputs.documents.split)
+    slots = masking.budget or budget(masking.kind, max(rates), inputs.row_length, per_word)
     return masked_lm_targets(inputs.tokenizer, masking, rates, slots, inputs.config.steps, inputs.config.seed)
 
 
