@@ -19,6 +19,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pooling", nargs="+", choices=get_args(PoolingMode), help="make it a sentence-transformers "
                         "folder whose texts' vectors become one like this, several concatenated; what was imported "
                         "from one has its own")  # fmt: skip
+    parser.add_argument("--adapter", action="store_true", help="write the run's adapters (lora) alone, as a folder "
+                        "that PEFT opens beside the model that they were trained on")  # fmt: skip
+    parser.add_argument("--base", help="with --adapter: that model's published folder (default: the run's init_from)")
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None, help="with --pooling")
 
 
@@ -27,6 +30,14 @@ def run(arguments: argparse.Namespace) -> None:
     from flax_encoder.runs.embed import write_sentence_files
     from flax_encoder.runs.exchange import export_run
 
+    if arguments.base is not None and not arguments.adapter:
+        raise ConfigError("--base is of adapters: give --adapter too.")
+    if arguments.adapter:
+        from flax_encoder.runs.adapter import export_adapter
+
+        count = export_adapter(arguments.run_dir, arguments.out, arguments.base)
+        print(f"wrote {arguments.out}, adapters of {count} linear maps, for PEFT")
+        return
     is_sentence = arguments.pooling is not None or is_sentence_folder(arguments.run_dir)
     if arguments.normalize is not None and not is_sentence:
         raise ConfigError("--normalize is of sentence-transformers folders: give --pooling too.")

@@ -6,10 +6,18 @@ checkpoint stores it as JSON. The first lines of a field's comment are its `--he
 
 from flax_encoder.config.model import FREE_OF_PARAMETERS, Activation, DecoderConfig, EncoderConfig, HeadConfig
 from flax_encoder.config.rules import ConfigError, differences, from_dict, to_dict
-from flax_encoder.config.run import DataConfig, LabelsConfig, MaskingConfig, MeshConfig, OptimizerConfig, RunConfig
+from flax_encoder.config.run import (
+    DataConfig,
+    LabelsConfig,
+    LoraConfig,
+    MaskingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 
 __all__ = [
     "FREE_OF_PARAMETERS", "Activation", "ConfigError", "DataConfig", "DecoderConfig", "EncoderConfig", "HeadConfig",
-    "LabelsConfig", "MaskingConfig", "MeshConfig", "OptimizerConfig", "RunConfig", "differences", "from_dict",
-    "to_dict",
+    "LabelsConfig", "LoraConfig", "MaskingConfig", "MeshConfig", "OptimizerConfig", "RunConfig", "differences",
+    "from_dict", "to_dict",
 ]  # fmt: skip

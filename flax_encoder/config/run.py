@@ -1,6 +1,6 @@
 """The settings of a run: its data, masking, optimizer and mesh, and the model's."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from flax_encoder.config.model import EncoderConfig, HeadConfig
@@ -223,8 +223,20 @@ class OptimizerConfig:
     """Steps between SOAP's QR decompositions."""
     weight_decay: float = 0.01
     """Decoupled and times the learning rate, on matrices and embeddings; never on biases and norms."""
+    layer_decay: float = 1.0
+    """The learning rate of layer l of L, counted from 1, is multiplied by layer_decay ** (L - l); the embeddings are
+    layer 0, and what follows the layers has the whole rate (Clark et al., arXiv 2003.10555)."""
+    head_learning_rate: float | None = None
+    """Peak rate of what stands on the encoder; None is learning_rate."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they start: names, beginnings of names up to a dot, or patterns with * and ?, such as
+    encoder.embedding encoder.layers.0 '*.bias'. A name that fits none lists those that there are."""
     freeze_embedding: bool = False
-    """Leave the token embedding as it starts, such as from data.word_vectors or init_from."""
+    """Freeze the token embedding, such as from data.word_vectors or init_from."""
+    average: float | None = None
+    """Decay of an exponential average of the parameters, such as 0.999. The average is what is evaluated, saved and
+    loaded; gradients are taken at the parameters themselves, which are kept beside it. Of update t the decay is at most
+    (1 + t) / (10 + t)."""
     clip_norm: float | None = 1.0
     """Gradients with a larger global norm are scaled down to it; None never clips."""
     schedule: Literal["linear", "cosine", "wsd"] = "linear"
@@ -251,8 +263,15 @@ class OptimizerConfig:
             f"weight_decay and epsilon are at least 0: got {self.weight_decay} and {self.epsilon}.",
         )
         require(
-            self.learning_rate >= 0 and self.muon_learning_rate >= 0,
-            f"learning rates are at least 0: got {self.learning_rate} and {self.muon_learning_rate}.",
+            min(self.learning_rate, self.muon_learning_rate, self.head_learning_rate or 0.0) >= 0,
+            f"learning rates are at least 0: got {self.learning_rate}, {self.muon_learning_rate} and "
+            f"{self.head_learning_rate}.",
+        )
+        require(0 < self.layer_decay <= 1, f"layer_decay is above 0 and at most 1: got {self.layer_decay}.")
+        require(
+            self.average is None or (0 < self.average < 1 and self.name != "schedule_free"),
+            f"average is a decay between 0 and 1, or None, and None with schedule_free, which has an average of its "
+            f"own: got {self.average} with {self.name}.",
         )
         require(
             self.clip_norm is None or self.clip_norm > 0, f"clip_norm must be above 0 or None: got {self.clip_norm}."
@@ -271,6 +290,28 @@ class OptimizerConfig:
             f"{self.schedule} and {self.decay_rate}.",
         )
         require_finite(self)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside the encoder's products (Hu et al., arXiv 2106.09685): W + alpha / rank * A B, where A
+    and B are trained. The encoder is frozen besides; the head is trained whole."""
+
+    rank: int = 0
+    """Columns of A and rows of B; 0 has no adapters."""
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("query", "value")
+    """Products of each layer that have adapters, by name: query, key, value, out, up, gate or down; '*' is all."""
+
+    def __post_init__(self):
+        require(self.rank >= 0, f"lora.rank is at least 0: got {self.rank}.")
+        require(self.alpha > 0, f"lora.alpha must be above 0: got {self.alpha}.")
+        require(len(self.targets) > 0, "lora.targets must name at least one product.")
+        require(
+            self.rank > 0 or (self.alpha, self.targets) == (16.0, ("query", "value")),
+            f"lora.alpha and lora.targets are of adapters, which lora.rank makes: got {self.alpha} and {self.targets} "
+            f"with rank 0.",
+        )
 
 
 @dataclass(frozen=True)
@@ -315,16 +356,21 @@ class RunConfig:
     objective: str = "masked_lm"
     """What is learned: the name of a task."""
     steps: int = 1000
+    """Updates; with epochs they follow from that."""
     extend: bool = False
     """With more steps than a run was begun with: begin a new schedule where it stands, its warm-up first, over the
     steps that are left. Where the learning rate is still at its peak (wsd before it falls), more steps alone do."""
     schedule_began: int = 0
     """The step at which the schedule began; extend sets it."""
+    epochs: float | None = None
+    """Times that all rows of the training text are read: the steps follow from the rows, once they are packed."""
     budget_minutes: float | None = None
     """End after this much training, compiling and evaluations not counted, if the steps are not done before. The
     learning rate then goes by the share of steps or of time, whichever is larger; the rest of the settings by steps."""
     batch_size: int = 32
-    """Rows in a step, over all devices."""
+    """Rows in a step, over all devices; with batch_texts it follows from that."""
+    batch_texts: int | None = None
+    """Documents in a step, on average: batch_size is as many rows as hold them, once they are packed."""
     first_batch_size: int | None = None
     """Rows in the first step; batches then double in size until they have batch_size. Each size is compiled once."""
     batch_warmup_rate: float = 0.1
@@ -333,6 +379,9 @@ class RunConfig:
     """Gradients are accumulated over this many equal parts of a batch; the update is the same. CPUs are fastest with
     2,000 to 4,000 tokens in each (LOG.md)."""
     seed: int = 0
+    seeds: int = 1
+    """Train so many runs, with seeds from seed on, in RUN_DIR/seed-0, seed-1 ..., and report their median and spread.
+    The same command again goes on where it was."""
     pooling: Literal["cls", "mean", "late"] = "cls"
     """What classification reads of a document: its first token, the mean of its tokens, or late, the mean of the
     logits of its tokens."""
@@ -340,8 +389,13 @@ class RunConfig:
     """After a run with init_from, train the same model without it, and report both."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-    eval_every: int | None = None
-    """Steps between evaluations on held-out text; None evaluates once, at the end."""
+    eval_every: int | Literal["epoch"] | None = None
+    """Steps between evaluations on held-out text; epoch evaluates after each; None once, at the end."""
+    keep_best: str | None = None
+    """A metric of the evaluations, such as eval/f1: the checkpoint where it was best is kept beside the newest, and is
+    what the run ends with: what is reported, tested, loaded and exported. More is better, but of losses and errors."""
+    patience: int | None = None
+    """With keep_best: end after so many evaluations on end without a better one."""
     eval_batches: int | None = None
     """Batches of each evaluation; None reads all held-out text."""
     checkpoint_every: int = 500
@@ -353,12 +407,14 @@ class RunConfig:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
         require_positive(
-            self, "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every", "keep_checkpoints"
-        )
+            self, "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every", "keep_checkpoints",
+            "seeds",
+        )  # fmt: skip
         require(
             0 <= self.schedule_began < self.steps,
             f"schedule_began is a step of the run, set by extend: got {self.schedule_began} of {self.steps} steps.",
@@ -367,13 +423,38 @@ class RunConfig:
             0 <= self.seed < 2**32,
             f"seed is a whole number from 0 to 4294967295 (2**32 - 1), of which JAX keeps every bit: got {self.seed}.",
         )
-        for name in ("eval_every", "eval_batches", "budget_minutes", "first_batch_size"):
+        for name in (
+            "eval_every", "eval_batches", "budget_minutes", "first_batch_size", "epochs", "batch_texts", "patience"
+        ):  # fmt: skip
             value = getattr(self, name)
-            require(value is None or value > 0, f"{name} must be above 0 or None: got {value}.")
+            require(value in (None, "epoch") or value > 0, f"{name} must be above 0 or None: got {value}.")
         require(
-            self.mesh.num_processes == 1 or not self.compare_with_scratch,
-            f"compare_with_scratch trains a second run, in one process: got mesh.num_processes "
-            f"{self.mesh.num_processes}. Train that run by a command of its own.",
+            self.mesh.num_processes == 1 or not (self.compare_with_scratch or self.seeds > 1),
+            f"compare_with_scratch and seeds train more runs, in one process: got mesh.num_processes "
+            f"{self.mesh.num_processes}. Train each run by a command of its own.",
+        )
+        require(
+            self.seeds == 1 or not self.compare_with_scratch,
+            f"compare_with_scratch is of one run: got seeds {self.seeds}. Leave it out with --no-compare-with-scratch.",
+        )
+        require(
+            (self.epochs is None and self.batch_texts is None)
+            or (self.first_batch_size is None and self.data.last_row_length is None),
+            "epochs and batch_texts count rows of one length in batches of one size: give steps and batch_size with "
+            "first_batch_size or data.last_row_length.",
+        )
+        require(
+            self.keep_best is None or self.keep_best.startswith("eval/"),
+            f"keep_best names a metric of the evaluations, such as eval/loss: got {self.keep_best!r}.",
+        )
+        require(
+            self.keep_best is None or self.eval_every is not None,
+            "keep_best chooses among evaluations: give eval_every, such as --eval-every epoch.",
+        )
+        require(
+            self.patience is None or self.keep_best is not None,
+            f"patience counts evaluations without a better keep_best: got {self.patience} without one. Give it too, "
+            f"such as --keep-best eval/loss.",
         )
         require(
             self.batch_size % self.num_microbatches == 0,
@@ -411,6 +492,13 @@ class RunConfig:
             f"data.last_row_length {self.data.final_row_length}.",
         )
         require_finite(self)
+
+    @property
+    def trained_by(self) -> OptimizerConfig:
+        """The optimizer's settings; beside adapters the encoder is frozen."""
+        if not self.lora.rank:
+            return self.optimizer
+        return replace(self.optimizer, freeze=("encoder", *self.optimizer.freeze))
 
     @property
     def stages(self) -> tuple[Stage, ...]:

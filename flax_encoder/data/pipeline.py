@@ -9,13 +9,13 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from flax_encoder.config import DataConfig, RunConfig
 from flax_encoder.data.reading import Reading
 from flax_encoder.data.rows.batches import Batches, Mixture, OneByOne, Stages
-from flax_encoder.data.rows.documents import Documents, Frame
+from flax_encoder.data.rows.documents import Documents, Frame, Layout
 from flax_encoder.data.rows.packing import PackingPlan
 from flax_encoder.data.rows.targets import TargetInputs
 from flax_encoder.data.sources.columns import Columns
@@ -70,6 +70,13 @@ class RunData:
     """Training documents that are cut to fit a row."""
     weights: list[float] | None
     """Of several stores, if they are mixed otherwise than evenly."""
+    config: RunConfig
+    """The settings, with what follows from the data."""
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of all training text, of the run's last length."""
+        return sum(plan.rows_per_epoch for plan in self.train_plans)
 
     @property
     def label_names(self) -> list[str] | None:
@@ -90,6 +97,7 @@ def open_data(
     label_names: list[str] | None = None,
     progress: Say = lambda message: None,
     process: tuple[int, int] = (0, 1),
+    settle: Callable[[RunConfig, int, int], RunConfig] = lambda config, rows, texts: config,
 ) -> RunData:
     """Everything a run reads.
 
@@ -99,19 +107,22 @@ def open_data(
         the training text.
       label_names: settled already, likewise.
       process: (index, count); each process makes its own rows of every batch.
+      settle: gives the config once the rows and the texts of an epoch are known; `RunData.config` has it.
     """
     tokenizer, stores, weights = open_stores(
         config.data, reading.columns, tokenizer=tokenizer, label_names=label_names, progress=progress
     )
     frame, layout = Frame.of(tokenizer, config.model.position_offset), reading.layout(config)
+    data, stages, order = config.data, [], None
+    documents, plans = _lay_out(stores, layout, frame, data, data.row_length)
+    config = settle(config, sum(p.rows_per_epoch for p in plans), sum(len(store.train) for store in stores))
     make = functools.partial(_batches, config, reading, tokenizer, process)
-    data, stages, plans, order, documents = config.data, [], [], None, []
     first_step, first_row, row_length = 0, 0, 0
     for stage in config.stages:
         if stage.row_length != row_length:
             first_row, row_length = first_row * row_length // stage.row_length, stage.row_length
-            documents = [Documents(s.train, layout, frame, row_length) for s in stores]
-            plans = [d.plan(row_length, data.packing) for d in documents]
+            if row_length != data.row_length:
+                documents, plans = _lay_out(stores, layout, frame, data, row_length)
             order = Mixture(plans, weights or [float(plan.rows_per_epoch) for plan in plans])
         stages.append(make(
             documents, order, row_length, stage.batch_size, is_training=True, num_batches=stage.end_step,
@@ -141,8 +152,15 @@ def open_data(
     test = held_out(tests) if tests else None
     num_cut = sum(d.num_cut for d in documents)
     return RunData(
-        tokenizer, stores, Stages(stages), held_out([s.validation for s in stores]), test, plans, num_cut, weights
-    )
+        tokenizer, stores, Stages(stages), held_out([s.validation for s in stores]), test, plans, num_cut, weights,
+        config,
+    )  # fmt: skip
+
+
+def _lay_out(stores: list[Store], layout: Layout, frame: Frame, data: DataConfig, row_length: int):
+    """(training documents, their plans) of each store, for rows of this length."""
+    documents = [Documents(store.train, layout, frame, row_length) for store in stores]
+    return documents, [d.plan(row_length, data.packing) for d in documents]
 
 
 def _batches(

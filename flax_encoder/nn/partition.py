@@ -26,6 +26,7 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "directions": None,
     "gates": None,
     "cells": None,
+    "rank": None,  # of adapters
     "features": None,  # vectors as long as the residual stream: too small to be worth splitting
 }
 

@@ -31,11 +31,13 @@ def evaluate(
     *,
     say: Say = lambda message: None,
     is_stopped: Callable[[], bool] = lambda: False,
+    most: int | None = None,
 ) -> dict[str, float] | None:
     """The mean loss of the batches and, of a task with answers, its scores; None if it was stopped.
 
     Args:
       step: the model's loss and outputs of a batch.
+      most: of the batches; None is all.
     """
     say, totals, answers, golds = unhurried(say), [], [], []
     found: dict[int, list[Piece]] = {}
@@ -50,12 +52,13 @@ def evaluate(
             source = piece.document if documents.source is None else int(documents.source[piece.document])
             found.setdefault(source, []).append(piece)
 
-    for i in range(len(batches)):
+    count = len(batches) if most is None else min(most, len(batches))
+    for i in range(count):
         batch = batches[i]
         waiting.append((_all_owners(batch), *step(batch)))
         if len(waiting) > _IN_FLIGHT:
             take(*waiting.pop(0))
-            say(f"evaluating: {i - 1:,} of {len(batches):,} batches")
+            say(f"evaluating: {i - 1:,} of {count:,} batches")
         if is_stopped():
             return None
     for rest in waiting:

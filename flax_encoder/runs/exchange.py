@@ -45,7 +45,7 @@ def import_folder(
       ConfigError: `out` has something in it already. And whatever `load_pretrained` raises.
     """
     out = pathlib.Path(out)
-    _refuse_filled(out)
+    refuse_filled(out)
     run = load(folder, head=head, allow_unused=allow_unused)
     record = RunRecord(dataclasses.replace(run.config, run_dir=str(out)), run.tokenizer, run.label_names)
     out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def export_run(
         has something in it already; the folder has not the head that it is asked for.
     """
     out = pathlib.Path(out)
-    _refuse_filled(out)
+    refuse_filled(out)
     if is_published(run_dir):
         loaded = load_pretrained(run_dir, task="none" if encoder_only else head, allow_unused=allow_unused)
         if loaded.fresh:
@@ -147,6 +147,7 @@ def _tokenizer_files(tokenizer: TextTokenizer, config: RunConfig) -> dict[str, A
     return published_files(tokenizer, max_tokens=limit, has_types=config.model.num_token_types >= 2)
 
 
-def _refuse_filled(folder: pathlib.Path) -> None:
+def refuse_filled(folder: pathlib.Path) -> None:
+    """Raise ConfigError if a folder has something in it."""
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} must be empty or new: it has {sorted(folder.iterdir())[0].name}.")

@@ -10,6 +10,7 @@ from flax import nnx
 from flax_encoder.config import DataConfig, HeadConfig, RunConfig
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.families import find_family
+from flax_encoder.nn.lora import assembled
 from flax_encoder.nn.partition import abstract_model, flatten, unflatten
 from flax_encoder.published.load import (
     TOKENIZER_FILES,
@@ -20,6 +21,7 @@ from flax_encoder.published.load import (
     read_published_config,
 )
 from flax_encoder.published.tasks import Task
+from flax_encoder.runs.best import best_checkpoint
 from flax_encoder.runs.loaded import LoadedRun, model_factory
 from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.tasks import TASKS
@@ -35,8 +37,8 @@ def load(
     head: Task | Literal["none"] | None = None,
     allow_unused: bool = False,
 ) -> LoadedRun:
-    """Open a run folder (its newest checkpoint), one checkpoint, or a published folder, to ask it, export it, embed
-    with it or train from it.
+    """Open a run folder (its newest checkpoint, or its best with keep_best), one checkpoint, or a published folder, to
+    ask it, export it, embed with it or train from it.
 
     Args:
       objective: the task to open a published folder for; None is what its config.json says. A run has its own.
@@ -56,15 +58,16 @@ def load(
 
 
 def load_run(path: str | pathlib.Path) -> LoadedRun:
-    """Load a run folder's newest checkpoint, or one checkpoint, by itself: no other file is needed.
+    """Load a run folder's newest checkpoint, or of a run with keep_best the best; or one checkpoint, by itself: no
+    other file is needed. Adapters (lora) are in the model's kernels then.
 
     Raises:
       CheckpointError: there is none, or it cannot be read.
     """
-    path = pathlib.Path(path)
+    path = best_checkpoint(path)
     record = read_record(path)
     graphdef, _ = abstract_model(model_factory(record.config, record.label_names))
-    model = nnx.merge(graphdef, read_params(path))
+    model = assembled(graphdef, read_params(path))
     return LoadedRun(model, record.config, record.tokenizer, record.label_names, record.step)
 
 
@@ -147,7 +150,8 @@ def read_origin(path: str | pathlib.Path, objective: str) -> tuple[RunRecord, An
     """
     path = pathlib.Path(path)
     if not is_published(path):
-        return read_record(path), read_params(path)
+        run = load_run(path)
+        return read_record(best_checkpoint(path)), nnx.to_pure_dict(nnx.split(run.model)[1])
     family = find_family(read_published_config(path))
     head = TASKS[objective].head
     loaded = load_pretrained(path, task=head if head in family.heads else None)

@@ -20,6 +20,7 @@ from flax_encoder.data.store.encoding import Encoded, encode_records
 from flax_encoder.data.store.store import Split
 from flax_encoder.data.store.tokenizing import token_dtype
 from flax_encoder.data.tokens.tokenizer import TextTokenizer, UnknownCount
+from flax_encoder.nn.lora import with_adapters
 from flax_encoder.tasks import Task, find_task
 from flax_encoder.tasks.task import Answer, Question
 
@@ -31,9 +32,9 @@ _LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # of rows, so that f
 
 
 def model_factory(config: RunConfig, label_names: list[str] | None) -> Callable[[], nnx.Module]:
-    """Makes the run's model, its parameters drawn from the run's seed."""
+    """Makes the run's model, its parameters drawn from the run's seed; with its adapters, if it has any."""
     make = find_task(config.objective).make_model(config, label_names)
-    return lambda: make(nnx.Rngs(config.seed))
+    return with_adapters(lambda: make(nnx.Rngs(config.seed)), config.lora, config.seed)
 
 
 @dataclass(frozen=True)

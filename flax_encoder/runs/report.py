@@ -56,6 +56,10 @@ def describe_mesh(mesh) -> str:
     return f"{mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}{': ' + axes if axes else ''}"
 
 
+def describe_parameters(count: int, trained: int) -> str:
+    return f"{count:,} parameters{'' if count == trained else f', {trained:,} of them trained'}"
+
+
 def show_report(
     config: RunConfig, metrics: dict[str, float], train: Callable[[RunConfig], dict[str, float] | None]
 ) -> None:

@@ -13,6 +13,7 @@ from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.data.tokens.word_vectors import embedding_from_vectors, word_level_tokenizer
 from flax_encoder.nn.partition import flatten, round_up_vocab
+from flax_encoder.runs.length import with_lengths_of
 from flax_encoder.runs.load import read_origin
 from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.tasks import is_setting_read
@@ -22,9 +23,9 @@ from flax_encoder.training.run_log import RunLog
 # have other names: the prepared text's hash says whether it is the same.)
 FREE_ON_RESUME = (
     "run_dir", "init_from", "compare_with_scratch", "log_every", "eval_every", "eval_batches", "checkpoint_every",
-    "keep_checkpoints", "mesh.", "data.cache_dir", "data.source", "data.validation", "data.test", "data.tokenizer",
-    "data.text_column", "data.text_pair_column", "data.label_column", "data.skip_bad_rows", "data.word_vectors",
-    "data.workers", "data.verify", "model.scan_layers", "model.remat",
+    "patience", "seeds", "keep_checkpoints", "mesh.", "data.cache_dir", "data.source", "data.validation", "data.test",
+    "data.tokenizer", "data.text_column", "data.text_pair_column", "data.label_column", "data.skip_bad_rows",
+    "data.word_vectors", "data.workers", "data.verify", "model.scan_layers", "model.remat",
     "model.attention_implementation",
 )  # fmt: skip
 # Settings that a run fills in itself, and the value that leaves them to it.
@@ -42,7 +43,9 @@ def settle(
     """
     if start:
         record = read_record(run_dir)
-        before, known = record.config, like_origin(config, record, has_head=True)
+        before = record.config
+        config = with_lengths_of(config, before)
+        known = like_origin(config, record, has_head=True)
         if not before.data.held_out_by_class:  # a run from before there was the choice keeps its documents
             known, config = (dataclasses.replace(
                 c, data=dataclasses.replace(c.data, held_out_by_class=False)) for c in (known, config))  # fmt: skip

@@ -54,7 +54,7 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, the last `keep` of them. A save is atomic: killed half-way, it never was.
+    """A run's checkpoints, the last `keep` of them and the best. A save is atomic: killed half-way, it never was.
 
     A checkpoint that is not wanted any more is deleted only after a newer one is whole.
 
@@ -71,6 +71,7 @@ class Checkpoints:
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
         )
         self._saving: int | None = None
+        self._best: int | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._has_read_back = False
@@ -136,14 +137,19 @@ class Checkpoints:
         aside = _set_aside(damage.folder)
         say(f"checkpoint {damage.folder} is damaged: {damage.reason}. It is kept as {aside.name}.")
 
-    def save(self, state: TrainState, step: int, run: dict[str, Any]) -> None:
-        """Write in the background, once the previous save is whole; its error is raised here."""
+    def save(self, state: TrainState, step: int, run: dict[str, Any], best: int | None = None) -> None:
+        """Write in the background, once the previous save is whole; its error is raised here.
+
+        Args:
+          best: a step whose checkpoint is kept, however old it is.
+        """
         items = {
             "params": state.params,
             "optimizer": {"step": state.step, "opt_state": state.opt_state},
             "run": {"json": json.dumps(run | {"step": step})},
         }
         self.wait()
+        self._best = best  # not before, or the one that was best would go while the new one is still to be written
         if step == self.latest_step():
             return
         self._saving = step
@@ -177,7 +183,8 @@ class Checkpoints:
         if not self._has_read_back:
             self._read_back(final, step)
             self._has_read_back = True
-        for old in _numbered(self._folder)[self._keep :]:
+        doomed_folders = [p for p in _numbered(self._folder)[self._keep :] if int(p.name) != self._best]
+        for old in doomed_folders:
             doomed = old.with_name(f"{old.name}.deleting")
             os.rename(old, doomed)  # killed half-way, it is no checkpoint any more
             _remove(doomed)
@@ -291,6 +298,11 @@ def _set_aside(folder: pathlib.Path) -> pathlib.Path:
     aside = next(path for name in names if not (path := folder.with_name(name)).exists())
     os.rename(folder, aside)
     return aside
+
+
+def checkpoint_steps(run_dir: pathlib.Path) -> set[int]:
+    """The steps of a run folder's whole checkpoints."""
+    return {int(p.name) for p in _numbered(run_dir / "checkpoints")}
 
 
 def _checkpoint_folder(path: pathlib.Path) -> pathlib.Path:

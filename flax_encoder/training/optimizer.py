@@ -1,15 +1,20 @@
 """Optimizers by name: Optax's where it has them, with what decays, what is stacked and what is frozen settled."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.config import OptimizerConfig
+from flax_encoder.training.parameters import is_head, rates, trained
 from flax_encoder.training.schedule import share_of_update
 from flax_encoder.training.transformations import (
+    averaged,
     clip_by_global_norm,
     each_parameter,
     like,
@@ -30,7 +35,8 @@ class ScheduledState(NamedTuple):
 def make_optimizer(
     config: OptimizerConfig, steps: int, axes: Any, schedule_began: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, then config.name with its schedule and decoupled weight decay; what is frozen stays.
+    """Clipping by global norm, then config.name with its schedule and decoupled weight decay; what is frozen stays,
+    and has no state. With config.average the parameters are the average (`averaged`).
 
     The schedule goes by updates made, of `steps`, or by `progress`, which `update` takes as an extra argument (a share
     of the run from 0 to 1, such as of its time), whichever is further. Optimizer state is float32.
@@ -38,40 +44,69 @@ def make_optimizer(
     Args:
       axes: the tree of logical axes (training/sharding.py).
       schedule_began: updates that had been made when the schedule began, which ends with the last of `steps`.
+
+    Raises (`init`):
+      ConfigError: config.freeze names what is no parameter, or all parameters.
     """
     is_decayed = jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key not in ("bias", "scale"), axes, is_leaf=_is_axes
     )
 
-    def at(share: Float[Array, ""] | float) -> optax.GradientTransformation:
+    def at(share: Float[Array, ""] | float, params: Any) -> optax.GradientTransformation:
         """The optimizer with its rates at this share of their peaks."""
-        update = _by_name(config, share, axes, lambda params: like(params, is_decayed))
+        mask = trained(config, params)
+        descend = functools.partial(_descend, config, share, rates(config, params, mask))
+        update = _by_name(config, share, axes, lambda params: like(params, is_decayed), descend)
         clip = [clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
         update = optax.chain(*clip, update)
-        if config.freeze_embedding:
-            kinds = jax.tree_util.tree_map_with_path(
-                lambda path, _: "frozen" if _is_token_embedding(path) else "trained", axes, is_leaf=_is_axes
-            )
+        if config.average is not None:
+            update = averaged(update, config.average)
+        if not all(np.any(m) for m in jax.tree.leaves(mask)):
+            kinds = jax.tree.map(lambda m: "trained" if np.any(m) else "frozen", mask)
             update = optax.partition({"trained": update, "frozen": optax.set_to_zero()}, kinds)
         return update
 
     def init(params):
-        return ScheduledState(jnp.zeros((), jnp.int32), at(1.0).init(params))
+        return ScheduledState(jnp.zeros((), jnp.int32), at(1.0, params).init(params))
 
     def update(updates, state, params=None, *, progress: Float[Array, ""] | float = 0.0):
         number = state.count - schedule_began if schedule_began else state.count
         share = share_of_update(config, number, steps - schedule_began, progress)
-        updates, inner = at(share).update(updates, state.inner, params)
+        updates, inner = at(share, params).update(updates, state.inner, params)
         return updates, ScheduledState(optax.safe_increment(state.count), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _by_name(config: OptimizerConfig, share: Any, axes: Any, is_decayed: Any) -> optax.GradientTransformation:
-    """The optimizer that config.name names, of the paper that its comment there names."""
+def _descend(config: OptimizerConfig, share: Any, multiples: Any, peak: float) -> optax.GradientTransformation:
+    """Updates times the learning rate, each parameter's own, and -1.
+
+    Args:
+      multiples: of all parameters (training/parameters.py).
+    """
+    head_peak = peak if config.head_learning_rate is None else config.head_learning_rate
+
+    def one(path, u, multiple):
+        rate = share * (head_peak if is_head(path) else peak)
+        return u * -(rate if isinstance(multiple, float) and multiple == 1.0 else rate * multiple)
+
+    def update(updates, state, params=None):
+        return jax.tree_util.tree_map_with_path(one, updates, like(updates, multiples)), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def _by_name(
+    config: OptimizerConfig, share: Any, axes: Any, is_decayed: Any, descend_from: Callable[[float], Any]
+) -> optax.GradientTransformation:
+    """The optimizer that config.name names, of the paper that its comment there names.
+
+    Args:
+      descend_from: makes the last step, of a peak rate.
+    """
     rate = share * config.learning_rate
     decay = optax.add_decayed_weights(config.weight_decay, is_decayed)
-    descend = optax.scale_by_learning_rate(rate)
+    descend = descend_from(config.learning_rate)
     adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     adamw = optax.chain(adam, decay, descend)
     if config.name == "adamw":
@@ -96,16 +131,12 @@ def _by_name(config: OptimizerConfig, share: Any, axes: Any, is_decayed: Any) ->
         return schedule_free(without_momentum, rate, config.b1)
     if config.name == "muon":
         muon = scale_by_muon(config.muon_momentum, config.epsilon, config.muon_dtype, axes)
-        matrices = optax.chain(muon, decay, optax.scale_by_learning_rate(share * config.muon_learning_rate))
+        matrices = optax.chain(muon, decay, descend_from(config.muon_learning_rate))
     else:
         soap = scale_by_soap(config.b1, config.b2, config.epsilon, config.soap_every, axes)
         matrices = optax.chain(soap, decay, descend)
     kinds = jax.tree.map(lambda names: "matrix" if matrix_axes(names) else "other", axes, is_leaf=_is_axes)
     return optax.partition({"matrix": matrices, "other": adamw}, kinds)
-
-
-def _is_token_embedding(path: tuple[Any, ...]) -> bool:
-    return [key.key for key in path[-2:]] == ["embedding", "token"]
 
 
 def _is_axes(x: Any) -> bool:

@@ -77,25 +77,26 @@ class RunLog:
     """Metrics and messages of one run.
 
     Opened at a step that a run resumes from, its first line drops what was logged after that step, so that the file is
-    the same as an uninterrupted run's; a run that is refused before has changed nothing. On a terminal the progress
+    the same as an uninterrupted run's; a run that is refused before has changed nothing. Until then `steps` and
+    `is_finished` may be set to what the run has settled. On a terminal the progress
     line is live; elsewhere a line is printed every ten seconds or so.
     """
 
     def __init__(
         self, run_dir: pathlib.Path, *, steps: int, resume_step: int, is_finished: bool = False, is_main: bool = True
     ):
-        self._steps, self._is_main = steps, is_main
+        self.steps, self.is_finished, self._is_main = steps, is_finished, is_main
         self._console = make_console(quiet=not is_main)
         self._progress: Progress | None = None
         self._last_line = 0.0
-        self._run_dir, self._resume_step, self._is_finished = run_dir, resume_step, is_finished
+        self._run_dir, self._resume_step = run_dir, resume_step
         self._file: BinaryIO | None = None
 
     def _open(self) -> BinaryIO:
         path = self._run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(self._run_dir) if line["step"] <= self._resume_step]
-        if self._is_finished:  # the last evaluation is made, and written, again
-            kept = [line for line in kept if line["step"] < self._resume_step or "eval/loss" not in line]
+        if self.is_finished:  # the last evaluation and the test are made, and written, again
+            kept = [line for line in kept if line["step"] < self._resume_step or not _is_of_held_out(line)]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         from tensorboardX import SummaryWriter  # slow to import, and only needed here
 
@@ -129,7 +130,8 @@ class RunLog:
         if not self._is_main:
             return
         metric = f"{headline.replace('_', ' ')} {values[headline]:.3f}  " if headline in values else ""
-        text = (
+        text = f"epoch {values['epoch']:.2f}  " if "epoch" in values else ""
+        text += (
             f"loss {values['loss']:.3f}  {metric}"
             f"{values['tokens_per_second']:,.0f} tokens/s  data wait {values['data_wait_fraction']:.1%}  "
             f"{_duration(seconds_left)} left"
@@ -143,11 +145,11 @@ class RunLog:
                 )
                 self._progress = Progress(*columns, console=self._console)
                 self._progress.start()
-                self._task = self._progress.add_task("", total=self._steps)
+                self._task = self._progress.add_task("", total=self.steps)
             self._progress.update(self._task, completed=step, description=text)
-        elif (now := time.monotonic()) - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._steps:
+        elif (now := time.monotonic()) - self._last_line >= _SECONDS_BETWEEN_LINES or step == self.steps:
             self._last_line = now
-            self.say(f"step {step}/{self._steps}  {text}")
+            self.say(f"step {step}/{self.steps}  {text}")
 
     def end_progress(self) -> None:
         if self._progress is not None:
@@ -185,6 +187,10 @@ def _forgive_full_disk(events: Any) -> None:
 
     for name in ("write_event", "flush", "close"):
         setattr(events, name, forgiving(getattr(events, name)))
+
+
+def _is_of_held_out(line: dict[str, Any]) -> bool:
+    return any(name.startswith(("eval/", "test/")) for name in line)
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

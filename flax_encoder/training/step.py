@@ -6,14 +6,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from flax_encoder.nn.lora import assembled
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.tasks.loss import LossSum
+from flax_encoder.training.parameters import filled, join, split
 from flax_encoder.training.sharding import BATCH_SPEC, logical_axes, sharding_tree, spread
 from flax_encoder.training.transformations import global_norm, gradient_point
 
@@ -54,6 +57,15 @@ def init_train_state(
     return graphdef, jax.jit(init, out_shardings=shardings)(), shardings
 
 
+def with_params(
+    state: TrainState, params: Any, tx: optax.GradientTransformation, shardings: TrainState | None = None
+) -> TrainState:
+    """A state at its beginning with other parameters: what the optimizer keeps, which may be a copy of them, begins
+    anew."""
+    out = None if shardings is None else shardings.opt_state
+    return state._replace(params=params, opt_state=jax.jit(tx.init, out_shardings=out)(params))
+
+
 def state_shardings(make_model, tx: optax.GradientTransformation, mesh: Mesh, abstract: TrainState) -> TrainState:
     """What the optimizer keeps for a parameter lies where the parameter lies, or if its shape is another, such as
     Adafactor's rows and columns and SOAP's bases, it is spread; what is of no parameter is copied."""
@@ -81,6 +93,7 @@ def make_train_step(
     seed: int = 0,
     num_microbatches: int = 1,
     shardings: TrainState | None = None,
+    trained: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """A jitted `step(state, batch) -> (state, metrics)`. The state passed in is donated: use the one returned.
 
@@ -92,10 +105,12 @@ def make_train_step(
     Args:
       graphdef, shardings: from `init_train_state`.
       num_microbatches: must divide the batch's rows; gradients are summed over them in float32.
+      trained: which parameters are (training/parameters.py); of the others there are no gradients. None: all.
     """
 
-    def loss_fn(params, batch, key):
-        loss = nnx.merge(graphdef, params).loss(batch, key=key)
+    def loss_fn(own, rest, batch, key):
+        params = own if trained is None else join(own, rest, trained)
+        loss = assembled(graphdef, params).loss(batch, key=key)
         return loss.sum, loss
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -105,23 +120,28 @@ def make_train_step(
         told = {name: batch[name].max() for name in ("progress", "stop") if name in batch}
         batch = {name: rows for name, rows in batch.items() if name not in told}
         params = gradient_point(state.opt_state, state.params)
+        own, rest = (params, None) if trained is None else split(params, trained)
         if num_microbatches == 1:
-            grads, loss = grad_fn(params, batch, key)
+            grads, loss = grad_fn(own, rest, batch, key)
         else:
             # Rows are dealt out, not cut into runs, so that each microbatch still lies evenly on all devices.
             parts = jax.tree.map(lambda x: rearrange(x, "(B parts) ... -> parts B ...", parts=num_microbatches), batch)
             part_keys = jax.random.split(key, num_microbatches)
 
             def accumulate(total, xs):
-                return jax.tree.map(jnp.add, total, grad_fn(params, *xs)), None
+                return jax.tree.map(jnp.add, total, grad_fn(own, rest, *xs)), None
 
-            shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts), key)
+            shapes = jax.eval_shape(grad_fn, own, rest, jax.tree.map(lambda x: x[0], parts), key)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, loss), _ = jax.lax.scan(accumulate, zeros, (parts, part_keys))
         grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), grads)
         measured = {name: most for name, most in told.items() if name == "progress"}
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, **measured)
-        new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        whole = grads if trained is None else filled(grads, params)
+        updates, opt_state = tx.update(whole, state.opt_state, state.params, **measured)
+        params = optax.apply_updates(state.params, updates)
+        if trained is not None:  # not even 0 is added to what is frozen
+            params = jax.tree.map(lambda new, old, m: new if np.any(m) else old, params, state.params, trained)
+        new_state = TrainState(state.step + 1, params, opt_state)
         return new_state, StepMetrics(loss, global_norm(grads), **told)
 
     jit = partial(jax.jit, donate_argnums=0)
@@ -146,7 +166,7 @@ def make_answer_step(
 
 def _without_dropout(evaluate: Callable[[Any, Batch], Any], graphdef: Any, shardings: TrainState | None):
     def step(params, batch):
-        return evaluate(nnx.merge(graphdef, params), batch)
+        return evaluate(assembled(graphdef, params), batch)
 
     if shardings is None:
         return jax.jit(step)

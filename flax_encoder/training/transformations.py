@@ -1,4 +1,5 @@
-"""What Optax lacks: parameters that lie in one array updated each by itself, StableAdamW, Muon, SOAP, schedule-free.
+"""What Optax lacks: parameters that lie in one array updated each by itself, StableAdamW, Muon, SOAP, schedule-free,
+averages.
 
 `axes` is always the tree of logical axes of all parameters (training/sharding.py); a transformation may be given some
 of them only, as within `optax.partition`.
@@ -309,14 +310,50 @@ def schedule_free(tx: optax.GradientTransformation, learning_rate: Any, b1: floa
     return optax.GradientTransformation(init, update)
 
 
+class AverageState(NamedTuple):
+    count: Int[Array, ""]
+    z: Any
+    """What the updates move, and where gradients are taken; the parameters are its average."""
+    inner: Any
+
+
+def averaged(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """An exponential average of what `tx` moves: the parameters are the average, what is evaluated and saved.
+
+    Gradients must be taken at `gradient_point`. After update t, from 0, the average is d x + (1 - d) z with
+    d = min(decay, (1 + t) / (10 + t)), so that where it started weighs little after a few updates.
+    """
+
+    def init(params):
+        # Copies, or the step would donate the same arrays twice.
+        z = jax.tree.map(jnp.copy, params)
+        return AverageState(jnp.zeros((), jnp.int32), z, tx.init(params))
+
+    def update(grads, state, params=None):
+        updates, inner = tx.update(grads, state.inner, state.z)
+        z = optax.apply_updates(state.z, updates)
+        share = 1.0 - jnp.minimum(decay, (1.0 + state.count) / (10.0 + state.count))
+        moves = jax.tree.map(lambda x, z: share * (z - x), params, z)
+        return moves, AverageState(optax.safe_increment(state.count), z, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_left_out(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
 def _between(state: ScheduleFreeState, params: Any) -> Any:
-    is_left_out = lambda z: isinstance(z, optax.MaskedNode)  # noqa: E731
-    between = lambda z, x: x if is_left_out(z) else state.b1 * x + (1 - state.b1) * z  # noqa: E731
-    return jax.tree.map(between, state.z, params, is_leaf=is_left_out)
+    between = lambda z, x: x if _is_left_out(z) else state.b1 * x + (1 - state.b1) * z  # noqa: E731
+    return jax.tree.map(between, state.z, params, is_leaf=_is_left_out)
 
 
 def gradient_point(opt_state: Any, params: Any) -> Any:
-    """Where the next gradient is taken: at the parameters, but for schedule-free learning."""
-    is_free = lambda s: isinstance(s, ScheduleFreeState)  # noqa: E731
-    states = [s for s in jax.tree.leaves(opt_state, is_leaf=is_free) if is_free(s)]
-    return _between(states[0], params) if states else params
+    """Where the next gradient is taken: at the parameters, but for schedule-free learning and averages."""
+    is_own = lambda s: isinstance(s, (ScheduleFreeState, AverageState))  # noqa: E731
+    states = [s for s in jax.tree.leaves(opt_state, is_leaf=is_own) if is_own(s)]
+    if not states:
+        return params
+    if isinstance(states[0], ScheduleFreeState):
+        return _between(states[0], params)
+    return jax.tree.map(lambda z, x: x if _is_left_out(z) else z, states[0].z, params, is_leaf=_is_left_out)

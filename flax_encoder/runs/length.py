@@ -1,0 +1,57 @@
+"""How long a run is where that follows from its text: steps of epochs, rows of texts, evaluations of epochs."""
+
+import dataclasses
+import math
+
+from flax_encoder.config import RunConfig
+from flax_encoder.data.sources.records import Say
+
+
+def settle_length(config: RunConfig, rows: int, texts: int, *, unit: int = 1, say: Say = lambda message: None):
+    """`config` with the steps that its epochs come to, and the rows that hold its batch_texts.
+
+    Args:
+      rows, texts: of one epoch.
+      unit: batch_size stays a multiple of it, and is at least that: devices that split rows, times microbatches.
+    """
+    if config.batch_texts is not None:
+        wanted = config.batch_texts * rows / texts
+        batch_size = max(1, round(wanted / unit)) * unit
+        config = dataclasses.replace(config, batch_size=batch_size)
+        say(f"batch_size is {batch_size}: {batch_size * texts / rows:.1f} texts an update, {texts / rows:.1f} a row")
+    if config.epochs is not None:
+        steps = max(1, math.ceil(config.epochs * rows / config.batch_size - 1e-6))
+        config = dataclasses.replace(config, steps=steps)
+        say(f"steps are {steps:,}: {config.epochs:g} epochs of {rows:,} rows, {config.batch_size} a step")
+    return config
+
+
+def with_lengths_of(config: RunConfig, before: RunConfig) -> RunConfig:
+    """`config` with the steps and the batch size that a run settled when it began, if they follow from the same."""
+    if config.epochs is not None and config.epochs == before.epochs:
+        config = dataclasses.replace(config, steps=before.steps)
+    if config.batch_texts is not None and config.batch_texts == before.batch_texts:
+        config = dataclasses.replace(config, batch_size=before.batch_size)
+    return config
+
+
+def epochs_after(config: RunConfig, rows: int, step: int) -> float:
+    """How often all text has been read after so many steps.
+
+    Args:
+      rows: of an epoch, of data.final_row_length.
+    """
+    tokens, start = 0, 0
+    for stage in config.stages:
+        tokens += max(0, min(step, stage.end_step) - start) * stage.batch_size * stage.row_length
+        start = stage.end_step
+    return tokens / (rows * config.data.final_row_length)
+
+
+def is_evaluation_due(config: RunConfig, rows: int, step: int) -> bool:
+    """Whether held-out text is evaluated after a step: each eval_every-th, or the one that ends an epoch."""
+    if config.eval_every is None or step == 0:
+        return False
+    if config.eval_every == "epoch":
+        return math.floor(epochs_after(config, rows, step)) > math.floor(epochs_after(config, rows, step - 1))
+    return step % config.eval_every == 0
