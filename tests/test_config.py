@@ -55,14 +55,14 @@ def test_whole_numbers_serve_as_floats():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stepz": 1}, "unknown field stepz; known are batch_size, batch_warmup_rate, "),
+        ({"stepz": 1}, "unknown field stepz; known are batch_size, batch_texts, "),
         ({"model": {"depth": 1}}, r"unknown field model\.depth; known are activation, "),
         ({"steps": "many"}, "steps must be .*int.*: got 'many'"),
         ({"steps": 1.5}, r"steps must be .*int.*: got 1\.5"),
         ({"steps": True}, "steps must be .*int.*: got True"),
         ({"steps": None}, "steps must be .*int.*: got None"),
         ({"compare_with_scratch": 1}, "compare_with_scratch must be .*bool.*: got 1"),
-        ({"eval_every": "2"}, "eval_every must be int | None: got '2'"),
+        ({"eval_every": "2"}, r"eval_every must be int \| 'epoch' \| None: got '2'"),
         ({"optimizer": {"learning_rate": "1e-3"}}, r"optimizer\.learning_rate must be .*float.*: got '1e-3'"),
         ({"optimizer": {"learning_rate": True}}, r"optimizer\.learning_rate must be .*float.*: got True"),
         ({"model": {"norm": "batch_norm"}}, r"model\.norm must be .*layer_norm.*: got 'batch_norm'"),

@@ -80,7 +80,14 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
             return tuple(_checked(v, typing.get_args(option)[0], name) for v in value)
         elif type(value) is option:
             return value
-    raise ConfigError(f"{name} must be {hint}: got {value!r}.")
+    shown = hint if len(options) == 1 else " | ".join(_shown(option) for option in options)
+    raise ConfigError(f"{name} must be {shown}: got {value!r}.")
+
+
+def _shown(option: Any) -> str:
+    if typing.get_origin(option) is Literal:
+        return " | ".join(map(repr, typing.get_args(option)))
+    return "None" if option is types.NoneType else option.__name__ if isinstance(option, type) else str(option)
 
 
 def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:

@@ -263,9 +263,12 @@ class OptimizerConfig:
             f"weight_decay and epsilon are at least 0: got {self.weight_decay} and {self.epsilon}.",
         )
         require(
-            min(self.learning_rate, self.muon_learning_rate, self.head_learning_rate or 0.0) >= 0,
-            f"learning rates are at least 0: got {self.learning_rate}, {self.muon_learning_rate} and "
-            f"{self.head_learning_rate}.",
+            self.learning_rate >= 0 and self.muon_learning_rate >= 0,
+            f"learning rates are at least 0: got {self.learning_rate} and {self.muon_learning_rate}.",
+        )
+        require(
+            self.head_learning_rate is None or self.head_learning_rate >= 0,
+            f"head_learning_rate is at least 0, or None: got {self.head_learning_rate}.",
         )
         require(0 < self.layer_decay <= 1, f"layer_decay is above 0 and at most 1: got {self.layer_decay}.")
         require(
@@ -304,6 +307,7 @@ class LoraConfig:
     """Products of each layer that have adapters, by name: query, key, value, out, up, gate or down; '*' is all."""
 
     def __post_init__(self):
+        require_finite(self)
         require(self.rank >= 0, f"lora.rank is at least 0: got {self.rank}.")
         require(self.alpha > 0, f"lora.alpha must be above 0: got {self.alpha}.")
         require(len(self.targets) > 0, "lora.targets must name at least one product.")

@@ -73,9 +73,10 @@ def test_a_hundred_updates_end_where_torchs_do(tmp_path):
             "target_weights": jnp.ones((B, 1), jnp.float32),
         }
 
+    apply = jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch))
+
     def all_logits(params):
-        model = nnx.merge(graphdef, params)
-        return np.stack([np.asarray(model(rows(number)))[:, 0] for number in range(STEPS)])
+        return np.stack([np.asarray(apply(params, rows(number)))[:, 0] for number in range(STEPS)])
 
     before = all_logits(state.params)
     for number in range(STEPS):
