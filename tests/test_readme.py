@@ -18,7 +18,7 @@ def test_python_examples_run(monkeypatch):
 
     jax.config.update("jax_disable_most_optimizations", True)  # conftest.py undoes it
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     tokens = jnp.arange(28).reshape(4, 7)
     segment_ids = jnp.array([[1, 1, 1, 2, 2, 2, 0]] * 4)
     q = k = v = jax.random.normal(jax.random.key(0), (4, 7, 3, 5))
@@ -29,6 +29,8 @@ def test_python_examples_run(monkeypatch):
     monkeypatch.setattr(flax_encoder, "load_run", lambda path: type("Run", (), {"model": untrained}))
     folder, load = README.parent / "tests/golden/text_to_text/t5", flax_encoder.load_pretrained
     monkeypatch.setattr(flax_encoder, "load_pretrained", lambda path: load(folder))
+    classifier = flax_encoder.load(README.parent / "tests/golden/runs/classification")
+    monkeypatch.setattr(flax_encoder, "load", lambda path: classifier)
     ids = np.array([[3, 4, 5], [6, 7, 0]])
     names = {"tokens": tokens, "segment_ids": segment_ids, "q": q, "k": k, "v": v, "config": config, "batch": batch}
     names |= {"ids": ids, "mask": ids > 0, "target": ids[:, :2]}
@@ -36,4 +38,5 @@ def test_python_examples_run(monkeypatch):
         exec(block, names)
     assert names["vectors"].shape == (4, 7, 12) and names["mixed"].shape == q.shape
     assert int(names["state"].step) == 1
+    assert [set(answer) for answer in names["answers"]] == [{"label", "probability", "probabilities"}] * 2
     assert names["logits"].shape[:2] == (2, 2) and names["text"].shape[0] == 2

@@ -6,7 +6,7 @@ from flax_encoder.config import ConfigError
 
 
 def _needed(name: str) -> ConfigError:
-    return ConfigError(f"scores need {name}: pip install 'flax-encoder[eval]'")
+    return ConfigError(f"scores need {name}: pip install {name}")
 
 
 def sklearn_metrics() -> Any:
