@@ -26,13 +26,16 @@ def settle_length(config: RunConfig, rows: int, texts: int, *, unit: int = 1, sa
     return config
 
 
-def with_lengths_of(config: RunConfig, before: RunConfig) -> RunConfig:
-    """`config` with the steps and the batch size that a run settled when it began, if they follow from the same."""
-    if config.epochs is not None and config.epochs == before.epochs:
-        config = dataclasses.replace(config, steps=before.steps)
+def with_lengths_of(config: RunConfig, before: RunConfig) -> tuple[RunConfig, RunConfig]:
+    """(config, before) where the steps and the batch size that follow from the text are those that the run settled
+    when it began. Of other epochs than before they are in proportion, to a step: the run is to be made longer."""
+    if config.epochs is not None and before.epochs is not None:
+        steps = math.ceil(before.steps * (config.epochs / before.epochs) - 1e-6)
+        config = dataclasses.replace(config, steps=steps)
+        before = dataclasses.replace(before, epochs=config.epochs)
     if config.batch_texts is not None and config.batch_texts == before.batch_texts:
         config = dataclasses.replace(config, batch_size=before.batch_size)
-    return config
+    return config, before
 
 
 def epochs_after(config: RunConfig, rows: int, step: int) -> float:

@@ -43,8 +43,7 @@ def settle(
     """
     if start:
         record = read_record(run_dir)
-        before = record.config
-        config = with_lengths_of(config, before)
+        config, before = with_lengths_of(config, record.config)
         known = like_origin(config, record, has_head=True)
         if not before.data.held_out_by_class:  # a run from before there was the choice keeps its documents
             known, config = (dataclasses.replace(

@@ -84,8 +84,12 @@ def test_epochs_are_steps_that_read_all_rows_so_often(corpus, tmp_path, one_devi
     lines = [line for line in read_metrics(tmp_path / "run") if "epoch" in line]
     assert lines[-1]["epoch"] == run.step * run.config.batch_size / rows >= 1.5
     assert sorted(evaluations(tmp_path / "run")) == [int(np.ceil(rows / run.config.batch_size)), run.step]
-    with pytest.raises(ConfigError, match=r"epochs: 1.5 before, 2.0 now"):
-        train(dataclasses.replace(config, epochs=2.0))
+    with pytest.raises(ConfigError, match=rf"has gone 100% of its way to step {run.step}, .* --extend begins a new"):
+        train(dataclasses.replace(config, epochs=3.0))
+    with pytest.raises(ConfigError, match=r"epochs: 1.5 before, None now"):
+        train(dataclasses.replace(config, epochs=None, steps=run.step))
+    train(dataclasses.replace(config, epochs=3.0, extend=True))
+    assert load_run(tmp_path / "run").step == 2 * run.step
 
 
 @pytest.mark.parametrize(
