@@ -7,7 +7,6 @@ from flax_encoder.config import DataConfig, EncoderConfig, OptimizerConfig, RunC
 
 config = RunConfig(
     objective="classification",
-    pooling="mean",
     steps=300,
     batch_size=16,
     checkpoint_every=100,

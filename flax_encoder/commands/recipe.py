@@ -8,7 +8,8 @@ import sys
 
 import tyro
 
-from flax_encoder.config import ConfigError, RunConfig
+from flax_encoder.config import ConfigError, RunConfig, differences, from_dict, to_dict
+from flax_encoder.tasks import TASKS, is_setting_read
 
 HOME = pathlib.Path(__file__).parents[2]  # where train.py and configs/ stand
 
@@ -56,7 +57,7 @@ def parse_run_config(argv: list[str], default: str) -> RunConfig:
     config = load_recipe(known.config)
     if config.run_dir == RunConfig.run_dir:
         config = dataclasses.replace(config, run_dir=f"runs/{pathlib.Path(known.config).stem}")
-    return tyro.cli(
+    asked = tyro.cli(
         RunConfig,
         default=config,
         args=rest,
@@ -64,3 +65,17 @@ def parse_run_config(argv: list[str], default: str) -> RunConfig:
         description=f"Train a text encoder. Defaults are those of the recipe {known.config}; --config PATH, or the "
         "name of one in configs/, picks another. The same command again resumes a run.",
     )
+    return without_unread(asked, config)
+
+
+def without_unread(asked: RunConfig, recipe: RunConfig) -> RunConfig:
+    """`asked` where the objective is another than its recipe's: what the recipe sets for its own task alone, such as
+    how words are masked, is as if it had not."""
+    if asked.objective == recipe.objective or asked.objective not in TASKS:
+        return asked
+    values, of_recipe = to_dict(asked), differences(asked, recipe)
+    for setting, (default, _) in differences(RunConfig(objective=asked.objective), asked).items():
+        if setting not in of_recipe and not is_setting_read(asked.objective, setting):
+            section, _, name = setting.rpartition(".")
+            (values[section] if section else values)[name] = default
+    return from_dict(RunConfig, values)
