@@ -1,6 +1,7 @@
 """Choices: each read with the context by itself, one softmax over a document's choices, and a run of them."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,6 @@ from flax_encoder.data.sources.records import DataError, LabelError, Part, Recor
 from flax_encoder.data.store.prepare import prepare
 from flax_encoder.data.store.tokenizing import HeldOut
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
-from flax_encoder.families.bert import BERT
 from flax_encoder.runs.exchange import export_run
 from flax_encoder.runs.load import load
 from flax_encoder.tasks import TASKS
@@ -109,23 +109,31 @@ def test_accuracy_is_the_share_of_right_choices():
     assert score([{"choice": 2}, {"choice": 0}, {"choice": 1}], ["2", "1", "1"]) == {"accuracy": pytest.approx(2 / 3)}
 
 
-def test_a_run_learns_resumes_evaluates_predicts_and_beats_its_baselines(
-    tokenizer, tmp_path, one_device, monkeypatch, capsys
-):
-    store = put([pick(i) for i in range(300)], tokenizer, tmp_path / "store")
+@pytest.fixture(scope="module")
+def trained(tokenizer, tmp_path_factory):
+    """(store, config, metrics) of a run of a few steps on one device."""
+    folder, devices = tmp_path_factory.mktemp("choices"), jax.devices()
+    store = put([pick(i) for i in range(300)], tokenizer, folder / "store")
     config = with_fields(
-        TINY, objective="multiple_choice", run_dir=str(tmp_path / "whole"), data__source=str(store.folder),
+        TINY, objective="multiple_choice", run_dir=str(folder / "whole"), data__source=str(store.folder),
         data__text_unit="paragraph", data__vocab_size=8192, data__row_length=48, steps=12, log_every=1,
-        model__num_token_types=2, model__position="learned", model__norm_placement="post", pooling="mean",
+        model__num_token_types=2, model__position="learned", model__norm_placement="post",
     )  # fmt: skip
-    metrics = train(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *args: devices[:1])
+        jax.config.update("jax_disable_most_optimizations", True)  # as in the tests, whose losses are compared
+        return store, config, train(config)
+
+
+def test_a_run_resumes_evaluates_predicts_and_is_exported(trained, tmp_path, one_device, monkeypatch):
+    store, config, metrics = trained
     cut = with_fields(config, run_dir=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
         patch.setattr("train.StopSignals", lambda **options: Stops(5))
         assert train(cut) is None
     assert train(cut) == metrics
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    run = load(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(pathlib.Path(config.run_dir))
+    run = load(config.run_dir)
     rows = TASK.baselines(run, FakeData(store))
     assert rows["most tokens of the context"]["accuracy"] == 1.0 > rows["most frequent place"]["accuracy"] > 0
 
@@ -143,12 +151,29 @@ def test_a_run_learns_resumes_evaluates_predicts_and_beats_its_baselines(
     with pytest.raises(DataError, match="multiple_choice reads 3 to 27 texts a record: one has 2"):
         next(run.predict([texts[:2]]))
 
-    if "multiple_choice" in BERT.heads:
-        assert export_run(tmp_path / "whole", tmp_path / "out") == "BertForMultipleChoice"
-        again = load(tmp_path / "out")
-        assert again.config.objective == "multiple_choice" and not again.fresh
-        for ours, theirs in zip(answers, again.predict(records), strict=True):
-            np.testing.assert_allclose(ours["probabilities"], theirs["probabilities"], rtol=1e-4)
+    assert export_run(config.run_dir, tmp_path / "out") == "BertForMultipleChoice"
+    again = load(tmp_path / "out")
+    assert again.config.objective == "multiple_choice" and not again.fresh
+    for ours, theirs in zip(answers, again.predict(records), strict=True):
+        np.testing.assert_allclose(ours["probabilities"], theirs["probabilities"], rtol=1e-4)
+
+
+@pytest.mark.parity
+def test_transformers_opens_an_exported_run_and_chooses_the_same(trained, tmp_path):
+    torch = pytest.importorskip("torch", reason="compares with torch: pip install -e '.[parity]'")
+    transformers = pytest.importorskip("transformers", reason="compares with transformers: pip install -e '.[parity]'")
+    export_run(trained[1].run_dir, tmp_path / "out")
+    opened = transformers.AutoModelForMultipleChoice.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, info = opened[0].eval(), opened[1]
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    records = [pick(i) for i in range(6)]
+    for record, answer in zip(records, load(trained[1].run_dir).predict(records), strict=True):
+        context, *choices = record.texts
+        rows = tokenizer([context] * len(choices), choices, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            want = torch.softmax(model(**{name: x[None] for name, x in rows.items()}).logits[0], -1)
+        np.testing.assert_allclose(answer["probabilities"], want.numpy(), rtol=1e-4)
 
 
 class FakeData:
