@@ -43,18 +43,19 @@ from train import train
 
 TASK = find_task("token_classification")
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
-PLAIN = ["the", "list", "of", "returns", "called", "an", "unremarkable", "item", ",", "went", "to", "saw", "U.S."]
-ENTITIES = {"PER": ["anna", "bob", "anna lee", "bob van lee"], "LOC": ["york", "new york", "oslo"]}
+PLAIN = ["the", "list", "of", "returns", "called", "an", "unremarkable", "item", ",", "went", "U.S."]
+ENTITIES = ["anna", "bob", "anna lee", "bob van lee", "york", "new york", "oslo"]
+CUES = {"PER": "saw", "LOC": "to"}  # by the word before it one knows what an entity is
 
 
 def sentence(rng) -> Record:
-    """Words with tags that the word and its neighbour decide."""
+    """Words with tags that the words themselves do not decide."""
     tokens, tags = [], []
-    for _ in range(rng.randint(2, 7)):
+    for _ in range(rng.randint(2, 5)):
         if rng.random() < 0.4:
-            label = rng.choice(sorted(ENTITIES))
-            words = rng.choice(ENTITIES[label]).split()
-            tags += [f"{'I' if i else 'B'}-{label}" for i in range(len(words))]
+            label = rng.choice(sorted(CUES))
+            words = [CUES[label], *rng.choice(ENTITIES).split()]
+            tags += ["O", *(f"{'I' if i else 'B'}-{label}" for i in range(len(words) - 1))]
         else:
             words = [rng.choice(PLAIN)]
             tags.append("O")
@@ -80,8 +81,8 @@ def tags_of(record):
 @pytest.fixture(scope="module")
 def tokenizer():
     """One that has whole words, pieces of words, and no token at all for a lone accent."""
-    text = " ".join([*PLAIN, *itertools.chain(*ENTITIES.values())])
-    made = train_wordpiece([text.replace("unremarkable", "un able mark")] * 3, 87)
+    text = " ".join([*PLAIN, *ENTITIES, *CUES.values()])
+    made = train_wordpiece([text.replace("unremarkable", "un able mark")] * 3, 120)
     again = Tokenizer.from_str(made.json)
     again.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.NFD(), normalizers.StripAccents()])
     return TextTokenizer(again.to_str())
@@ -94,7 +95,7 @@ SMALL = EncoderConfig(num_layers=2, embed_dim=32, num_heads=4, mlp_dim=48, max_l
 def config(tokenizer):
     model = dataclasses.replace(SMALL, vocab_size=round_up_vocab(tokenizer.vocab_size))
     return with_fields(
-        TINY, objective="token_classification", model=model, steps=90, checkpoint_every=45, data__row_length=24,
+        TINY, objective="token_classification", model=model, steps=150, checkpoint_every=75, data__row_length=24,
         optimizer__learning_rate=1e-2,
     )  # fmt: skip
 
@@ -294,7 +295,8 @@ def test_a_text_of_no_words_has_no_tags(asked):
 
 @pytest.fixture(scope="module")
 def store(tokenizer, tmp_path_factory):
-    train_set, held_out = sentences(300, 7), sentences(60, 8)
+    train_set = sentences(300, 7)
+    held_out = [record for record in sentences(60, 8) if record not in train_set]
     held_out += [record_of(r.texts[0].split() * 9, tags_of(r) * 9) for r in held_out[:2]]  # longer than rows
     parts = [Part(split, 1, functools.partial(iter, some))
              for split, some in (("train", train_set), ("validation", held_out))]  # fmt: skip
@@ -321,10 +323,9 @@ def test_a_run_learns_tags_and_is_scored_on_every_held_out_word(trained, store):
     run = load_run(config.run_dir)
     data = open_data(run.config, TASK.reading, tokenizer=run.tokenizer, label_names=run.label_names)
     assert run.label_names[0] == "O" and {*run.label_names} == {*NAMES}
-    assert metrics["eval/f1"] > 0.8
     baselines = TASK.baselines(run, data)
     assert baselines["all O"]["f1"] == 0.0 and 0 < baselines["most frequent tag of each word"]["f1"] < 1
-    assert baselines["most frequent tag of each word"]["f1"] < metrics["eval/f1"]
+    assert baselines["most frequent tag of each word"]["f1"] < metrics["eval/f1"] - 0.1
     # The same scores from the texts as from the store, whose long ones stand in pieces.
     answers = list(run.predict(r._replace(value=tuple((s, e, None) for s, e, _ in r.value)) for r in held_out))
     again = score(answers, [tags_of(r) for r in held_out], run.label_names)
@@ -346,7 +347,7 @@ def test_a_run_resumes_bitwise(trained, tmp_path, one_device):
     config, metrics = trained
     run_dir = tmp_path / "run"
     shutil.copytree(config.run_dir, run_dir)
-    shutil.rmtree(run_dir / "checkpoints" / "90")
+    shutil.rmtree(run_dir / "checkpoints" / "150")
     assert train(dataclasses.replace(config, run_dir=str(run_dir))) == metrics
     params = [nnx.to_pure_dict(nnx.split(load_run(path).model)[1]) for path in (config.run_dir, run_dir)]
     jax.tree.map(np.testing.assert_array_equal, *params)
@@ -410,8 +411,10 @@ def test_the_pipeline_of_transformers_finds_the_same_entities_in_an_export(train
     texts = [r.texts[0] for r in sentences(60, 10)] + ["Anna van Lee, saw unremarkable NEW york", "bob unremarkably"]
     answers = [answer["entities"] for answer in run.predict(texts)]
     assert sum(map(len, answers)) > 30
-    whole = {i for i, text in enumerate(texts) if "unremarkabl" not in text}  # each word one token
-    for strategy, some in (("first", range(len(texts))), ("simple", sorted(whole))):
+    counts = [len(run.tokenizer.encode_batch([text])[0]) for text in texts]
+    whole = [i for i, text in enumerate(texts) if counts[i] == len(words_of_record(Record((text,))))]  # a token a word
+    assert len(whole) > 20
+    for strategy, some in (("first", range(len(texts))), ("simple", whole)):
         ask = transformers.pipeline("token-classification", str(tmp_path / "out"), aggregation_strategy=strategy)
         for i in some:
             theirs = [(e["entity_group"], e["start"], e["end"]) for e in ask(texts[i])]
