@@ -236,10 +236,9 @@ def _examples(run: Any, data: Any) -> list[str]:
         golds.append(gold)
     lines: dict[bool, list[str]] = {True: [], False: []}
     for answer, gold in zip(run.predict(records), golds, strict=True):
-        is_right = answer["tags"] == gold
         said, truth = (_spelled(answer["words"], tags, run.label_names) for tags in (answer["tags"], gold))
-        ending = ", which is right" if is_right else f"; right is {truth}"
-        lines[is_right].append(f"\n{' '.join(answer['words'])}\n  it says {said}{ending}")
+        ending = ", which is right" if said == truth else f"; right is {truth}"
+        lines[said == truth].append(f"\n{' '.join(answer['words'])}\n  it says {said}{ending}")
     return [*lines[True][:_EXAMPLES], *lines[False][:_EXAMPLES]]
 
 
@@ -247,6 +246,10 @@ def _spelled(words: Sequence[str], tags: Sequence[str], labels: Labels) -> str:
     if not marks_entities(labels):
         return " ".join(f"{word}/{tag}" for word, tag in zip(words, tags, strict=True))
     return ", ".join(f"{' '.join(words[i : j + 1])} ({label})" for label, i, j in entities_of_tags(tags)) or "nothing"
+
+
+def _commands(run: Any) -> list[str]:
+    return [command.replace("test.csv", "test.jsonl") for command in ask_file_commands(run)]  # a table has no lists
 
 
 TASK = Task(
@@ -262,7 +265,7 @@ TASK = Task(
     score=score,
     baselines=_baselines,
     examples=_examples,
-    commands=ask_file_commands,
+    commands=_commands,
     head="token_classification",
     needs_offsets=True,
 )
