@@ -251,7 +251,7 @@ def test_a_recipe_is_found_by_name_or_path_from_any_folder(tmp_path, monkeypatch
     assert find_recipe(name).samefile(HOME / "configs/quickstart.py")
     (tmp_path / "quickstart").write_text("a file of the user's own comes first")
     assert find_recipe("quickstart") == pathlib.Path("quickstart")
-    with pytest.raises(ConfigError, match=r"configs/ are: configs/quickstart\.py.*, in /"):
+    with pytest.raises(ConfigError, match=r"configs/ are: .*configs/quickstart\.py.*, in /"):
         find_recipe("nothing")
 
 
