@@ -7,6 +7,7 @@ from flax_encoder.commands.screen import failing_clearly
 
 # The module of each command. Those that are not asked for are imported for their options alone.
 COMMANDS = {
+    "train": "train",
     "fill-mask": "fill_mask",
     "classify": "classify",
     "predict": "predict",
@@ -22,8 +23,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m flax_encoder", description="Ask a trained encoder. To train one: "
-                                     "python train.py --help")  # fmt: skip
+    parser = argparse.ArgumentParser(prog="python -m flax_encoder", description="Train a text encoder, and ask it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module_name in COMMANDS.items():
         module = importlib.import_module(f"flax_encoder.commands.{module_name}")

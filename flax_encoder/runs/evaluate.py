@@ -2,23 +2,71 @@
 
 import functools
 import operator
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from flax_encoder.config import RunConfig
+from flax_encoder.data.pipeline import RunData
 from flax_encoder.data.rows.batches import Batches
 from flax_encoder.data.sources.records import Say
 from flax_encoder.data.store.prepare import unhurried
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
+from flax_encoder.runs.best import read_evaluations
 from flax_encoder.runs.loaded import Piece, by_owner, in_order
 from flax_encoder.tasks import Task
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.task import Answer, Labels, Question
+from flax_encoder.training.run_log import RunLog
+from flax_encoder.training.runtime import StopSignals
+from flax_encoder.training.sharding import put_batch
+from flax_encoder.training.step import make_answer_step, make_eval_step
 
 _IN_FLIGHT = 2  # batches that the host runs ahead of the device
+
+
+class Evaluations:
+    """A run's evaluations on its held-out documents, with those that its log holds from before.
+
+    `by_step` has every evaluation's metrics, `eval/loss` and the like; `made_at` is the last step of which this start
+    of the run made one.
+    """
+
+    def __init__(
+        self, task: Task, data: RunData, config: RunConfig, graphdef: Any, shardings: Any, log: RunLog, mesh: Mesh,
+        start: int,
+    ):  # fmt: skip
+        self._task, self._data, self._config, self._log, self._mesh = task, data, config, log, mesh
+        self.by_step = read_evaluations(pathlib.Path(config.run_dir), start)
+        self.made_at: int | None = None
+        if task.answer is None:
+            loss_step = make_eval_step(graphdef, shardings)
+            self._step = lambda params, batch: (loss_step(params, batch), {})
+        else:
+            self._step = make_answer_step(graphdef, shardings)
+
+    def evaluate(
+        self, params: Any, step: int, *, stop: StopSignals | None = None, name: str = "eval", most: int | None = None
+    ) -> dict[str, float] | None:
+        """Metrics of the held-out documents, or of the test's if `name` is "test", written to the log; None if a
+        signal asked to stop meanwhile. Those of the first `most` batches alone are not written."""
+        metrics = evaluate(
+            self._task, self._data.evaluation if name == "eval" else self._data.test,
+            lambda batch: self._step(params, put_batch(batch, self._mesh)), self._config,
+            self._data.label_names, self._data.tokenizer, say=self._log.say, most=most,
+            is_stopped=lambda: stop is not None and stop.requested is not None and jax.process_count() == 1,
+        )  # fmt: skip
+        if metrics is not None:
+            metrics = {f"{name}/{key}": value for key, value in metrics.items()}
+        if metrics is not None and most is None:
+            self._log.write(step, metrics)
+            if name == "eval":
+                self.by_step[step], self.made_at = metrics, step
+        return metrics
 
 
 def evaluate(

@@ -5,6 +5,7 @@ import math
 
 from flax_encoder.config import RunConfig
 from flax_encoder.data.sources.records import Say
+from flax_encoder.runs.best import Best
 
 
 def settle_length(config: RunConfig, rows: int, texts: int, *, unit: int = 1, say: Say = lambda message: None):
@@ -36,6 +37,17 @@ def with_lengths_of(config: RunConfig, before: RunConfig) -> tuple[RunConfig, Ru
     if config.batch_texts is not None and config.batch_texts == before.batch_texts:
         config = dataclasses.replace(config, batch_size=before.batch_size)
     return config, before
+
+
+def budget_seconds(config: RunConfig) -> float:
+    """The time that a run may spend on steps; infinite without budget_minutes."""
+    return math.inf if config.budget_minutes is None else 60 * config.budget_minutes
+
+
+def is_over(config: RunConfig, step: int, spent_seconds: float, best: Best | None) -> bool:
+    """Whether a run ends at a step: by its steps, its time or its patience."""
+    is_out_of_patience = best is not None and config.patience is not None and best.since >= config.patience
+    return step == config.steps or spent_seconds >= budget_seconds(config) or is_out_of_patience
 
 
 def epochs_after(config: RunConfig, rows: int, step: int) -> float:

@@ -1,0 +1,40 @@
+"""train: teach an encoder by a recipe; `python train.py` is the same command."""
+
+import argparse
+import sys
+
+from flax_encoder.commands.recipe import parse_run_config
+from flax_encoder.commands.screen import failing_clearly
+
+HELP = "train by a recipe: --config configs/NAME.py, then any setting; --help shows all"
+HAS_OWN_PARSER = True
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train as the command line says, and show what came of it."""
+    from flax_encoder.runs.step_log import Diverged
+    from flax_encoder.training.run_log import NotFinite
+
+    with failing_clearly(Diverged, NotFinite):
+        _train(parse_run_config(sys.argv[1:] if argv is None else argv, default="configs/quickstart.py"))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    main(arguments.rest)
+
+
+def _train(config) -> None:
+    import jax
+
+    from flax_encoder.runs.report import show_report
+    from flax_encoder.runs.seeds import train_seeds
+    from flax_encoder.runs.train import train
+
+    if config.seeds > 1:
+        train_seeds(config, train)
+        return
+    metrics = train(config)
+    if metrics is not None and jax.process_count() == 1:
+        show_report(config, metrics, train)
+    elif metrics is not None and jax.process_index() == 0:
+        print("held-out text:", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

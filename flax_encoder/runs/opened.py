@@ -1,0 +1,111 @@
+"""A run opened for its next step: settings settled, data ready, model and optimizer born on the mesh."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from flax_encoder.config import ConfigError, RunConfig, to_dict
+from flax_encoder.data.pipeline import RunData, open_data
+from flax_encoder.data.sources.records import LabelError
+from flax_encoder.runs.length import settle_length
+from flax_encoder.runs.loaded import model_factory
+from flax_encoder.runs.record import RunRecord
+from flax_encoder.runs.report import describe_data, describe_mesh, describe_parameters, describe_stages
+from flax_encoder.runs.start import settle, start_from, with_vocab_size, with_word_vectors
+from flax_encoder.tasks import Task, find_task
+from flax_encoder.training.checkpoint import Checkpoints
+from flax_encoder.training.optimizer import make_optimizer
+from flax_encoder.training.parameters import count_trained, trained
+from flax_encoder.training.run_log import RunLog, write_atomically
+from flax_encoder.training.sharding import check_batch, logical_axes
+from flax_encoder.training.step import TrainState, init_train_state, make_train_step, with_params
+
+
+@dataclasses.dataclass
+class OpenedRun:
+    """All that the training loop needs of a run."""
+
+    config: RunConfig
+    """As settled: what the run's data, its checkpoint or the run it begins from decided is filled in."""
+    task: Task
+    data: RunData
+    record: RunRecord
+    """What a checkpoint holds beside the state, as of the start."""
+    state: TrainState
+    graphdef: Any
+    shardings: Any
+    step_fn: Any
+    """`step_fn(state, batch) -> (state, StepMetrics)`, jitted; the state given is donated."""
+
+
+def open_run(
+    config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh: Mesh
+) -> OpenedRun:
+    """Open a run at step `start`: at 0 from nothing or its origin, else from its checkpoint of that step.
+
+    Raises:
+      ConfigError: settings that cannot be, or that differ from those of the checkpoint.
+      DataError: the data cannot be read, or is not what the task learns from.
+      DamagedCheckpoint: the checkpoint cannot be restored.
+    """
+    config, resumed, tokenizer, labels = settle(config, run_dir, start, log)
+    task, process = find_task(config.objective), (jax.process_index(), jax.process_count())
+    options: dict[str, Any] = {"tokenizer": tokenizer, "progress": log.say, "process": process}
+    if not start:
+        unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.num_microbatches
+        options["settle"] = functools.partial(settle_length, unit=unit, say=log.say)
+    try:
+        data = open_data(config, task.reading, label_names=labels, **options)
+    except LabelError:
+        if start or labels is None:
+            raise
+        data = open_data(config, task.reading, **options)  # init_from was made for other labels
+    task.check_labels(data.label_names)
+    config = task.settle(with_vocab_size(data.config, data.tokenizer.vocab_size), data)
+    check_batches(config, mesh)
+    log.say(describe_data(data))
+    if len(config.stages) > 1:
+        log.say(describe_stages(config))
+    if resumed is not None and resumed.data_hash not in (None, data.hash):
+        raise ConfigError(
+            f"a run resumes on the text it began with: {config.data.source} has prepared contents {data.hash}, and "
+            f"{run_dir} began with {resumed.data_hash}. Bring that text back, or give another --run-dir."
+        )
+    spent_seconds = resumed.spent_seconds if resumed else 0.0
+    record = RunRecord(
+        config, data.tokenizer, data.label_names, step=start, spent_seconds=spent_seconds, data_hash=data.hash
+    )
+    if jax.process_index() == 0:
+        write_atomically(run_dir / "tokenizer.json", data.tokenizer.json)
+        write_atomically(run_dir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
+
+    make_model = model_factory(config, data.label_names)
+    tx = make_optimizer(config.trained_by, config.steps, logical_axes(make_model), config.schedule_began)
+    graphdef, state, shardings = init_train_state(make_model, tx, mesh)
+    if start:
+        state = checkpoints.restore(start, state)
+        log.say(f"resuming {run_dir} from step {start}")
+    elif config.init_from:
+        params = start_from(config, data.label_names, state.params, log)
+        state = with_params(state, params, tx, shardings)
+    elif config.data.word_vectors:
+        params = with_word_vectors(config.data.word_vectors, data.tokenizer, state.params, log)
+        state = with_params(state, params, tx, shardings)
+    mask = trained(config.trained_by, state.params)
+    log.say(f"model: {describe_parameters(*count_trained(mask, state.params))} on {describe_mesh(mesh)}")
+    step_fn = make_train_step(
+        graphdef, tx, seed=config.seed, num_microbatches=config.num_microbatches, shardings=shardings,
+        trained=None if all(m is True for m in jax.tree.leaves(mask)) else mask,
+    )  # fmt: skip
+    return OpenedRun(config, task, data, record, state, graphdef, shardings, step_fn)
+
+
+def check_batches(config: RunConfig, mesh: Mesh) -> None:
+    """Raise ConfigError for a batch that the mesh or the microbatches cannot split."""
+    for stage in config.stages:
+        check_batch(stage.batch_size, config.num_microbatches, mesh)

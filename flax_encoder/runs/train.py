@@ -1,0 +1,191 @@
+"""A training run, top to bottom: open it, step, log, evaluate, save, end.
+
+The data's way: `OpenedRun.data` gives packed rows, `put_batch` lays them on the mesh, `step_fn` makes one update of the
+state, and its metrics are fetched one log interval late (`StepLog`). The same config again resumes the run.
+"""
+
+import collections
+import contextlib
+import functools
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_encoder.config import ConfigError, RunConfig
+from flax_encoder.runs.best import best_evaluation, check_metric
+from flax_encoder.runs.evaluate import Evaluations
+from flax_encoder.runs.length import budget_seconds, is_evaluation_due, is_over
+from flax_encoder.runs.opened import check_batches, open_run
+from flax_encoder.runs.step_log import StepLog
+from flax_encoder.tasks import check_task
+from flax_encoder.training.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_steps, read_params
+from flax_encoder.training.host import run_folder, run_lock
+from flax_encoder.training.run_log import Clock, RunLog
+from flax_encoder.training.runtime import StopSignals, cache_hits, free_temporaries, join_processes, set_up_runtime
+from flax_encoder.training.sharding import make_mesh, put_batch
+from flax_encoder.training.step import StepMetrics
+
+STEPS_IN_FLIGHT = 2  # how far the host runs ahead of the device: enough to keep it busy, little enough to stop soon
+
+
+def train(config: RunConfig) -> dict[str, float] | None:
+    """Train, or go on training, to the last step or the end of the budget.
+
+    Returns:
+      the final held-out metrics, `eval/...`, and those of a test, `test/...`; None if a signal stopped it.
+
+    Raises:
+      ConfigError: settings that cannot be, or not on this run's folder or mesh.
+      DataError: data that cannot be read or learnt from.
+      Diverged: a loss or gradient that is not finite; the checkpoints from before it are whole.
+    """
+    check_task(config)
+    join_processes(config.mesh.num_processes)
+    set_up_runtime()
+    mesh = make_mesh(config.mesh)
+    if config.batch_texts is None:  # or else it is made to fit
+        check_batches(config, mesh)
+    run_dir = pathlib.Path(config.run_dir)
+    say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda message: None
+    with run_folder(run_dir), run_lock(run_dir), Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
+        while True:
+            try:
+                return _train_from(config, checkpoints.resumable_step(say), run_dir, checkpoints, mesh)
+            except DamagedCheckpoint as damage:  # found as its largest files were read; there may be an older one
+                checkpoints.set_aside(damage, say)
+
+
+def _train_from(
+    config: RunConfig, latest: int | None, run_dir: pathlib.Path, checkpoints: Checkpoints, mesh: Mesh
+) -> dict[str, float] | None:
+    """The run from its checkpoint at step `latest`, or from its beginning."""
+    if latest == 0:
+        raise ConfigError(
+            f"a run begins in a folder of its own: {run_dir} holds an imported model. Give another --run-dir; "
+            f"--init-from {run_dir} starts from that model."
+        )
+    start, is_main = latest or 0, jax.process_index() == 0
+    with RunLog(run_dir, steps=config.steps, resume_step=start, is_main=is_main) as log, jax.set_mesh(mesh):
+        return _steps(config, start, run_dir, checkpoints, log, mesh)
+
+
+def _steps(
+    config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh: Mesh
+) -> dict[str, float] | None:
+    """The steps after `start`, with the folder, the log and the mesh open."""
+    run = open_run(config, start, run_dir, checkpoints, log, mesh)
+    config, task, data, state = run.config, run.task, run.data, run.state
+    rows_per_epoch = data.rows_per_epoch
+    held_out = Evaluations(task, data, config, run.graphdef, run.shardings, log, mesh, start)
+    if config.keep_best is not None and not held_out.by_step:  # a wrong name is heard of now, not after an epoch
+        check_metric(config.keep_best, held_out.evaluate(state.params, start, most=1))
+
+    def best():
+        return best_evaluation(held_out.by_step, config.keep_best)
+
+    clock, budget = Clock(run.record.spent_seconds), budget_seconds(config)
+    is_finished = start > 0 and is_over(config, start, clock.spent_seconds, best())
+    log.steps, log.is_finished = config.steps, is_finished
+    logged = StepLog(task, config, rows_per_epoch, log, clock, checkpoints, start)
+    in_flight: collections.deque[StepMetrics] = collections.deque()
+    compiled: dict[Any, Any] = {}
+    step = start
+
+    def say_stopped(step: int) -> None:
+        why = stop.requested or "another process's signal"
+        log.say(f"stopped by {why} after step {step}, which is saved. The same command resumes.")
+
+    with StopSignals() as stop, contextlib.closing(data.train.iterate(start, config.data.workers)) as batches:
+        if not is_finished and is_evaluation_due(config, rows_per_epoch, start) and start not in held_out.by_step:
+            with clock.paused():  # what the signal that ended the run left out
+                if held_out.evaluate(state.params, start, stop=stop) is None:
+                    return say_stopped(start)
+        last_step = start if is_over(config, start, clock.spent_seconds, best()) else config.steps
+        for step in range(start + 1, last_step + 1):
+            with clock.waiting():
+                rows = next(batches)
+            progress = None if budget == math.inf else clock.spent_seconds / budget
+            batch = put_batch(rows | _marks(rows, progress, stop), mesh)  # while the device has the last steps to do
+            clock.count(rows, jax.process_count())
+            shape = tuple(sorted((name, x.shape) for name, x in rows.items()))
+            if shape not in compiled:  # a few times in a run at most
+                with clock.paused():
+                    compiled[shape] = _compile(run.step_fn, state, batch, rows["tokens"].shape, log)
+            if in_flight:
+                free_temporaries(in_flight[-1])
+            state, step_metrics = compiled[shape](state, batch)
+            clock.steps += 1
+            in_flight.append(step_metrics)
+            is_spent, is_asked = False, jax.process_count() == 1 and stop.requested is not None
+            if len(in_flight) > STEPS_IN_FLIGHT:
+                done = jax.block_until_ready(in_flight.popleft())
+                is_spent = done.progress is not None and float(done.progress) >= 1
+                is_asked |= done.stop is not None and float(done.stop) > 0
+
+            is_end = is_spent or step == config.steps
+            if step % config.log_every == 0 or is_end:
+                logged.add(step, step_metrics)
+            is_last = is_asked or is_end
+            is_saved = is_last or step % config.checkpoint_every == 0
+            logged.write(keep=0 if is_saved else 1)  # all before a save, so that a resumed run's log is whole
+            if is_evaluation_due(config, rows_per_epoch, step) and not is_last:
+                with clock.paused():
+                    metrics = held_out.evaluate(state.params, step, stop=stop)
+                if metrics is None:
+                    is_last = is_saved = True
+                else:
+                    log.say("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+                    now_best = best()
+                    is_end = now_best is not None and now_best.since == config.patience
+                    is_saved |= is_end or (now_best is not None and now_best.step == step)
+                logged.write(keep=0 if is_saved else 1)
+            if is_saved:
+                logged.check(step, step_metrics)
+                spent_seconds = max(clock.spent_seconds, budget if is_spent else 0.0)
+                record, now_best = run.record.replace(step=step, spent_seconds=spent_seconds), best()
+                checkpoints.save(state, step, record.to_json(), best=now_best and now_best.step)
+            if is_end:
+                break
+            if is_last:
+                checkpoints.wait()
+                return say_stopped(step)
+    checkpoints.wait()
+    log.end_progress()
+
+    # What the run ends with: its last parameters, or the best by what it was to keep. The test chose neither.
+    params = state.params
+    metrics = held_out.by_step[step] if held_out.made_at == step else held_out.evaluate(params, step)
+    kept = {at: found for at, found in held_out.by_step.items() if at in checkpoint_steps(run_dir)}
+    chosen = best_evaluation(kept, config.keep_best)
+    if chosen is not None:
+        of_all = f"of {len(held_out.by_step)} evaluations"
+        log.say(f"{config.keep_best} was best after step {chosen.step}, {of_all}: {chosen.value:.4f}")
+        if chosen.step != step:
+            params = read_params(run_dir / "checkpoints" / str(chosen.step), params)
+            metrics = held_out.by_step[chosen.step]
+    return (metrics or {}) | (held_out.evaluate(params, step, name="test") or {} if data.test else {})
+
+
+def _marks(rows: dict[str, np.ndarray], progress: float | None, stop: StopSignals) -> dict[str, np.ndarray]:
+    """What a batch tells the step of this process: the share of the budget that is spent, whether a signal came.
+
+    Processes' clocks differ, and so does when a signal comes: the step takes the largest, and all end by what it says.
+    """
+    marks = {} if progress is None else {"progress": progress}
+    if jax.process_count() > 1:
+        marks["stop"] = float(stop.requested is not None)
+    return {name: np.full((len(rows["tokens"]), 1), value, np.float32) for name, value in marks.items()}
+
+
+def _compile(step_fn: Any, state: Any, batch: Any, shape: tuple[int, ...], log: RunLog) -> Any:
+    with cache_hits() as hits:
+        began = time.monotonic()
+        compiled = step_fn.lower(state, batch).compile()
+        how, seconds = "loaded" if hits else "compiled", time.monotonic() - began
+    log.say(f"{how} the step for {shape[0]} rows of {shape[1]} tokens in {seconds:.1f} s")
+    return compiled
