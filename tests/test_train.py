@@ -159,7 +159,7 @@ def test_rows_grow_in_a_run_that_is_stopped_and_resumed(corpus, tmp_path, one_de
     cut = with_fields(whole, run_dir=str(tmp_path / "cut"))
     for steps in (5, 12):  # before and after the rows have grown
         with monkeypatch.context() as patch:
-            patch.setattr("train.StopSignals", lambda steps=steps: Stops(steps))
+            patch.setattr("flax_encoder.runs.train.StopSignals", lambda steps=steps: Stops(steps))
             assert train(cut) is None
     train(cut)
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
@@ -178,7 +178,7 @@ def test_batches_grow_in_a_run_that_is_stopped_and_resumed(corpus, tmp_path, one
     cut = with_fields(whole, run_dir=str(tmp_path / "cut"))
     for steps in (3, 6):  # before the first growth, and between the two
         with monkeypatch.context() as patch:
-            patch.setattr("train.StopSignals", lambda steps=steps: Stops(steps))
+            patch.setattr("flax_encoder.runs.train.StopSignals", lambda steps=steps: Stops(steps))
             assert train(cut) is None
     train(cut)
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
@@ -200,7 +200,7 @@ def test_a_budget_of_time_ends_a_run_that_resumes_with_what_it_spent(corpus, tmp
     config = with_fields(config, optimizer__warmup_rate=0.0, model__num_layers=1)
     monkeypatch.setattr("flax_encoder.training.run_log.time.monotonic", Ticks())
     with monkeypatch.context() as patch:
-        patch.setattr("train.StopSignals", lambda: Stops(5))
+        patch.setattr("flax_encoder.runs.train.StopSignals", lambda: Stops(5))
         assert train(config) is None
     metrics = train(config)
     lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
@@ -222,7 +222,7 @@ def test_each_optimizers_state_is_saved_and_resumed_to_the_bit(corpus, tmp_path,
     whole, cut = (dataclasses.replace(config, run_dir=str(tmp_path / part)) for part in ("whole", "cut"))
     metrics = train(whole)
     with monkeypatch.context() as patch:
-        patch.setattr("train.StopSignals", lambda: Stops(5))
+        patch.setattr("flax_encoder.runs.train.StopSignals", lambda: Stops(5))
         assert train(cut) is None
     assert train(cut) == metrics
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
@@ -263,7 +263,7 @@ def test_evaluations_that_a_signal_stops_are_made_by_the_next_start(corpus, tmp_
     cut = with_fields(whole, run_dir=str(tmp_path / "cut"))
     for asked in (3, 4, 2):  # in the evaluation of step 2, in the one that makes up for it, in step 4
         with monkeypatch.context() as patch:
-            patch.setattr("train.StopSignals", lambda asked=asked: Stops(asked))
+            patch.setattr("flax_encoder.runs.train.StopSignals", lambda asked=asked: Stops(asked))
             assert train(cut) is None
     train(cut)
 

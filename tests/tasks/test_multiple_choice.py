@@ -129,7 +129,7 @@ def test_a_run_resumes_evaluates_predicts_and_is_exported(trained, tmp_path, one
     store, config, metrics = trained
     cut = with_fields(config, run_dir=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
-        patch.setattr("train.StopSignals", lambda **options: Stops(5))
+        patch.setattr("flax_encoder.runs.train.StopSignals", lambda **options: Stops(5))
         assert train(cut) is None
     assert train(cut) == metrics
     assert losses(tmp_path / "cut") == losses(pathlib.Path(config.run_dir))

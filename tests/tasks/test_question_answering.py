@@ -302,7 +302,7 @@ def test_a_run_learns_resumes_and_says_how_well_it_answers(store, run, tmp_path,
     config = config_of(store, tmp_path / "cut", steps=12, log_every=1, model__num_token_types=2,
                        model__position="learned", model__norm_placement="post")  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr("train.StopSignals", lambda **options: Stops(5))
+        patch.setattr("flax_encoder.runs.train.StopSignals", lambda **options: Stops(5))
         assert train(config) is None
     assert train(config) == metrics  # though a setting that was left open has been settled since
     assert losses(tmp_path / "cut") == losses(folder)

@@ -81,7 +81,7 @@ def test_a_toy_task_trains_resumes_evaluates_and_predicts(corpus, tmp_path, one_
     metrics = train(whole)
     cut = dataclasses.replace(whole, run_dir=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
-        patch.setattr("train.StopSignals", lambda: Stops(11))
+        patch.setattr("flax_encoder.runs.train.StopSignals", lambda: Stops(11))
         assert train(cut) is None
     assert train(cut) == metrics
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

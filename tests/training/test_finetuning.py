@@ -61,7 +61,7 @@ def test_a_stopped_run_goes_on_to_the_bit(corpus, tmp_path, one_device, monkeypa
     whole, cut = (classifier(corpus, tmp_path / name, **WAYS[way]) for name in ("whole", "cut"))
     metrics = train(whole)
     with monkeypatch.context() as patch:
-        patch.setattr("train.StopSignals", lambda: Stops(5))
+        patch.setattr("flax_encoder.runs.train.StopSignals", lambda: Stops(5))
         assert train(cut) is None
     assert train(cut) == metrics
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -138,7 +138,7 @@ def scripted(monkeypatch, values):
         step(batches[0])
         return {"f1": next(given), "loss": 1.0}
 
-    monkeypatch.setattr("train.evaluate", evaluate)
+    monkeypatch.setattr("flax_encoder.runs.evaluate.evaluate", evaluate)
     return asked
 
 
@@ -270,7 +270,7 @@ def test_seeds_are_runs_of_their_own_and_one_table(corpus, tmp_path, one_device,
     config = classifier(corpus, tmp_path / "run", steps=3, seeds=3, model__num_layers=1)
     with monkeypatch.context() as patch:  # stopped in the second
         stops = iter([Stops(1000), Stops(2)])
-        patch.setattr("train.StopSignals", lambda: next(stops))
+        patch.setattr("flax_encoder.runs.train.StopSignals", lambda: next(stops))
         assert train_seeds(config, train) is None
     assert not (tmp_path / "run/seeds.json").exists()
     summary = train_seeds(config, train)
