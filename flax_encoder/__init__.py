@@ -6,4 +6,8 @@ or tokenizes text starts without JAX.
 
 import lazy_loader
 
+from flax_encoder.moved import find_moved
+
+find_moved()
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

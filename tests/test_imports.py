@@ -1,19 +1,21 @@
 """Imports point one way, so that each part can be read, and used, without what stands on it."""
 
 import ast
+import importlib
 import pathlib
 import sys
 
 import pytest
 
 import flax_encoder
+from flax_encoder.moved import MOVED
 
 PACKAGE = pathlib.Path(flax_encoder.__file__).parent
 # Each part may import itself and those before it; data stands beside them and sees config alone.
 ORDER = [
     "config", "ops", "nn", "families", "tasks", "training", "published", "runs", "commands",
 ]  # fmt: skip
-TOP = ("__init__", "__main__")
+TOP = ("__init__", "__main__", "moved")
 FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
 
 
@@ -65,3 +67,10 @@ def test_nothing_imports_the_trainer_or_the_tests(module):
 def test_the_table_of_contents_is_complete():
     assert sorted(flax_encoder.__all__) == flax_encoder.__all__
     assert all(hasattr(flax_encoder, name) for name in flax_encoder.__all__)
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_a_module_is_found_by_its_old_name_too(old):
+    new = importlib.import_module(f"flax_encoder.{MOVED[old]}")
+    assert importlib.import_module(f"flax_encoder.{old}") is new
+    assert new.__spec__.name == new.__name__ == f"flax_encoder.{MOVED[old]}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from flax_encoder.config import DataConfig, RunConfig
-from flax_encoder.data.reading import Reading
+from flax_encoder.data.reading import MASKED_TEXT, Reading
 from flax_encoder.data.rows.batches import Batches, Mixture, OneByOne, Stages
 from flax_encoder.data.rows.documents import Documents, Frame, Layout
 from flax_encoder.data.rows.packing import PackingPlan
@@ -91,7 +91,7 @@ class RunData:
 
 def open_data(
     config: RunConfig,
-    reading: Reading,
+    reading: Reading = MASKED_TEXT,
     *,
     tokenizer: TextTokenizer | None = None,
     label_names: list[str] | None = None,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from flax_encoder.config import RunConfig
 from flax_encoder.data.rows.documents import Layout
-from flax_encoder.data.rows.targets import TargetInputs, Targets
+from flax_encoder.data.rows.targets import TargetInputs, Targets, masked_lm
 from flax_encoder.data.sources.columns import Columns
 
 
@@ -26,3 +26,15 @@ class Reading:
     layout: Callable[[RunConfig], Layout] = _cut
     streams: Callable[[RunConfig], tuple[str, ...]] = _no_streams
     """What the targets read of each token besides: `word_starts` or `tags`."""
+
+
+def _split(config: RunConfig) -> Layout:
+    return Layout(long="split")
+
+
+def _word_starts(config: RunConfig) -> tuple[str, ...]:
+    return () if config.masking.kind == "token" else ("word_starts",)
+
+
+MASKED_TEXT = Reading(Columns(), masked_lm, layout=_split, streams=_word_starts)
+"""Texts alone, long ones in pieces, some of whose tokens are masked and predicted."""

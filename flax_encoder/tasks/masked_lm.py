@@ -11,10 +11,7 @@ from jaxtyping import Array, Float
 
 from flax_encoder.config import EncoderConfig, HeadConfig, RunConfig
 from flax_encoder.config.rules import require
-from flax_encoder.data.reading import Reading
-from flax_encoder.data.rows import targets
-from flax_encoder.data.rows.documents import Layout
-from flax_encoder.data.sources.columns import Columns
+from flax_encoder.data.reading import MASKED_TEXT
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import MaskedLMHead, gather_rows
 from flax_encoder.tasks.loss import LossSum
@@ -77,14 +74,6 @@ def _check(config: RunConfig) -> None:
     )
 
 
-def _streams(config: RunConfig) -> tuple[str, ...]:
-    return () if config.masking.kind == "token" else ("word_starts",)
-
-
-def _split(config: RunConfig) -> Layout:
-    return Layout(long="split")
-
-
 def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
     from flax_encoder.data.baselines import NeighbourCounts
 
@@ -128,7 +117,7 @@ def _commands(run: Any) -> list[str]:
 
 
 TASK = Task(
-    reading=Reading(Columns(), targets.masked_lm, layout=_split, streams=_streams),
+    reading=MASKED_TEXT,
     make_model=_make_model,
     report=MaskedLM.report,
     reads=("masking.", "head.tied", "data.last_row_length", "data.last_rate"),
