@@ -19,6 +19,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pooling", nargs="+", choices=get_args(PoolingMode), help="make it a sentence-transformers "
                         "folder whose texts' vectors become one like this, several concatenated; what was imported "
                         "from one has its own")  # fmt: skip
+    parser.add_argument("--part", help="of a run that trains several models, the one to write: the generator of "
+                        "replaced_token_detection, say (default: the encoder)")  # fmt: skip
     parser.add_argument("--adapter", action="store_true", help="write the run's adapters (lora) alone, as a folder "
                         "that PEFT opens beside the model that they were trained on")  # fmt: skip
     parser.add_argument("--base", help="with --adapter: that model's published folder (default: the run's init_from)")
@@ -47,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.dtype,
         arguments.model_type,
         encoder_only=is_sentence,
+        part=arguments.part,
         **folder_options(arguments),
     )
     if is_sentence:

@@ -8,6 +8,7 @@ from flax_encoder.config.model import FREE_OF_PARAMETERS, Activation, DecoderCon
 from flax_encoder.config.rules import ConfigError, differences, from_dict, to_dict
 from flax_encoder.config.run import (
     DataConfig,
+    GeneratorConfig,
     LabelsConfig,
     LoraConfig,
     MaskingConfig,
@@ -17,7 +18,7 @@ from flax_encoder.config.run import (
 )
 
 __all__ = [
-    "FREE_OF_PARAMETERS", "Activation", "ConfigError", "DataConfig", "DecoderConfig", "EncoderConfig", "HeadConfig",
-    "LabelsConfig", "LoraConfig", "MaskingConfig", "MeshConfig", "OptimizerConfig", "RunConfig", "differences",
-    "from_dict", "to_dict",
+    "FREE_OF_PARAMETERS", "Activation", "ConfigError", "DataConfig", "DecoderConfig", "EncoderConfig",
+    "GeneratorConfig", "HeadConfig", "LabelsConfig", "LoraConfig", "MaskingConfig", "MeshConfig", "OptimizerConfig",
+    "RunConfig", "differences", "from_dict", "to_dict",
 ]  # fmt: skip

@@ -167,6 +167,32 @@ class MaskingConfig:
 
 
 @dataclass(frozen=True)
+class GeneratorConfig:
+    """replaced_token_detection: the small masked LM whose words the encoder learns to find (arXiv 2003.10555)."""
+
+    width: float = 0.25
+    """Its heads and the width of its feed-forward block, as a share of the model's."""
+    num_layers: int | None = None
+    """None is as many as the model has."""
+    sharing: Literal["embedding", "disentangled", "none"] = "embedding"
+    """embedding: one table of tokens, of positions and of types for both (ELECTRA). disentangled: the model's vectors
+    are the generator's, which it does not train, plus what it learns itself (arXiv 2111.09543, section 3.2)."""
+    detection_weight: float = 50.0
+    """Factor of the encoder's loss beside the generator's."""
+    temperature: float = 1.0
+    """By which logits are divided before a token is drawn."""
+
+    def __post_init__(self):
+        require_finite(self)
+        require_positive(self, "detection_weight", "temperature")
+        require(0 < self.width <= 1, f"generator.width is a share above 0, at most 1: got {self.width}.")
+        require(
+            self.num_layers is None or self.num_layers > 0,
+            f"generator.num_layers must be above 0 or None: got {self.num_layers}.",
+        )
+
+
+@dataclass(frozen=True)
 class LabelsConfig:
     """How the values of documents are learned; which of these a task reads, its record says."""
 
@@ -409,6 +435,7 @@ class RunConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -1,5 +1,6 @@
 """Tokens, their types and positions to vectors."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -34,6 +35,8 @@ class Embedding(nnx.Module):
         self.config = config
         init, width = normal(config.init_std), config.embedding_dim or config.embed_dim
         self.token = param(rngs, init, vocab=config.vocab_size, embed=width)
+        # Of a model that begins from another's table, which it does not train (DeBERTa v3's sharing, arXiv 2111.09543).
+        self.base: nnx.Param | None = nnx.data(None)
         rows = config.max_length + config.position_offset
         self.position = param(rngs, init, length=rows, embed=width) if config.position == "learned" else None
         # Where Hua et al. (arXiv 2202.10447) start it; `scale` is a name that no weight decay touches.
@@ -49,6 +52,11 @@ class Embedding(nnx.Module):
         has_projection = config.embedding_dim is not None and config.layer == "attention"
         self.projection = None if not has_projection else Linear(inputs, outputs, **options)
 
+    @property
+    def table(self) -> Float[Array, "V E"]:
+        """The token vectors: `token`, beside a table that other parameters train if there is one, `base`."""
+        return self.token[...] if self.base is None else jax.lax.stop_gradient(self.base[...]) + self.token[...]
+
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -62,7 +70,7 @@ class Embedding(nnx.Module):
         Raises:
           ValueError: token_types for a model that has none.
         """
-        x = jnp.take(self.token[...], tokens, axis=0)
+        x = jnp.take(self.table, tokens, axis=0)
         x = x if self.config.embedding_scale == 1.0 else self.config.embedding_scale * x
         if self.token_type is not None:
             x = x + (self.token_type[0] if token_types is None else jnp.take(self.token_type[...], token_types, axis=0))

@@ -22,7 +22,6 @@ from flax_encoder.tasks import Task
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.task import Answer, Labels, Question
 from flax_encoder.training.run_log import RunLog
-from flax_encoder.training.runtime import StopSignals
 from flax_encoder.training.sharding import put_batch
 from flax_encoder.training.step import make_answer_step, make_eval_step
 
@@ -50,10 +49,10 @@ class Evaluations:
             self._step = make_answer_step(graphdef, shardings)
 
     def evaluate(
-        self, params: Any, step: int, *, stop: StopSignals | None = None, name: str = "eval", most: int | None = None
+        self, params: Any, step: int, *, stop: Any = None, name: str = "eval", most: int | None = None
     ) -> dict[str, float] | None:
-        """Metrics of the held-out documents, or of the test's if `name` is "test", written to the log; None if a
-        signal asked to stop meanwhile. Those of the first `most` batches alone are not written."""
+        """Metrics of the held-out documents, or of the test's if `name` is "test", written to the log; None if `stop`,
+        of `StopSignals`, was asked to meanwhile. Those of the first `most` batches alone are not written."""
         metrics = evaluate(
             self._task, self._data.evaluation if name == "eval" else self._data.test,
             lambda batch: self._step(params, put_batch(batch, self._mesh)), self._config,

@@ -20,7 +20,7 @@ from flax_encoder.published.load import TOKENIZER_FILES, is_published, load_pret
 from flax_encoder.published.tasks import Task
 from flax_encoder.published.weights import write_weights
 from flax_encoder.published.write import write_pretrained
-from flax_encoder.runs.load import load
+from flax_encoder.runs.load import from_pretrained, load, objective_of
 from flax_encoder.runs.record import RunRecord
 from flax_encoder.training.checkpoint import Checkpoints
 from flax_encoder.training.run_log import write_atomically
@@ -39,14 +39,25 @@ def import_folder(
 ) -> None:
     """Make a run folder of a published one: what is trained from, asked or exported like any other.
 
-    A folder without the head of a task gets a new masked_lm one, which is named in a log line.
+    A folder without a head gets a new masked_lm one, which is named in a log line.
 
     Raises:
-      ConfigError: `out` has something in it already. And whatever `load_pretrained` raises.
+      ConfigError: `out` has something in it already; or the folder has a head that no objective trains. And whatever
+        `load_pretrained` raises.
     """
     out = pathlib.Path(out)
     refuse_filled(out)
-    run = load(folder, head=head, allow_unused=allow_unused)
+    if is_published(folder):
+        loaded = load_pretrained(folder, task=head, allow_unused=allow_unused)
+        objective = objective_of(loaded, pathlib.Path(folder))
+        if loaded.task is not None and objective is None:
+            raise ConfigError(
+                f"a run holds the head of its objective, and none has the {loaded.task} head of {folder}: --task none "
+                f"imports the encoder without it; export {folder} OUT writes it whole."
+            )
+        run = from_pretrained(loaded, objective)
+    else:
+        run = load(folder)
     record = RunRecord(dataclasses.replace(run.config, run_dir=str(out)), run.tokenizer, run.label_names)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "tokenizer.json", run.tokenizer.json)
@@ -64,6 +75,7 @@ def export_run(
     encoder_only: bool = False,
     head: Task | Literal["none"] | None = None,
     allow_unused: bool = False,
+    part: str | None = None,
 ) -> str:
     """Write a run, a checkpoint or a published folder as one that transformers opens. Returns its architecture there.
 
@@ -71,6 +83,7 @@ def export_run(
       dtype: of the weights.
       model_type: the family to write it as; None takes the first that can say it.
       encoder_only: leave out the head.
+      part: of a run that trains several models, such as the generator of replaced_token_detection; None is the encoder.
       head, allow_unused: of a published folder, as in `load`. All that is loaded of it is written.
 
     Raises:
@@ -92,7 +105,7 @@ def export_run(
                 if (pathlib.Path(run_dir) / name).exists():
                     shutil.copy(pathlib.Path(run_dir) / name, out)
             return architecture
-    run = load(run_dir, head=head, allow_unused=allow_unused)
+    run = load(run_dir, head=head, allow_unused=allow_unused).part(part)
     config, task = run.config, None if encoder_only else run.task.head
     family, published = _published_config(config, model_type, task)
     pad = run.tokenizer.special("pad")

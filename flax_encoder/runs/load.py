@@ -151,7 +151,8 @@ def read_origin(path: str | pathlib.Path, objective: str) -> tuple[RunRecord, An
     path = pathlib.Path(path)
     if not is_published(path):
         run = load_run(path)
-        return read_record(best_checkpoint(path)), nnx.to_pure_dict(nnx.split(run.model)[1])
+        whole = run if run.config.objective == objective else run.part()
+        return read_record(best_checkpoint(path)), nnx.to_pure_dict(nnx.split(whole.model)[1])
     family = find_family(read_published_config(path))
     head = TASKS[objective].head
     loaded = load_pretrained(path, task=head if head in family.heads else None)

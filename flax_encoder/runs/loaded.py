@@ -1,5 +1,6 @@
 """A trained model with its config, tokenizer and labels, ready to be asked; `load` opens the folders that hold one."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flax_encoder.config import RunConfig
+from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.data.rows.batches import Batches, OneByOne
 from flax_encoder.data.rows.documents import Batch, Documents, Frame, Layout, assemble
 from flax_encoder.data.rows.targets import HOST_FIELDS, TargetInputs
@@ -53,6 +54,23 @@ class LoadedRun:
     @property
     def task(self) -> Task:
         return find_task(self.config.objective)
+
+    def part(self, name: str | None = None) -> "LoadedRun":
+        """One of the models of a run that trains several, as a run of its own; None is what the run is for. A run that
+        trains one model is its own part.
+
+        Raises:
+          ConfigError: there is no part of this name.
+        """
+        parts = self.task.parts
+        if name is None and not parts:
+            return self
+        if name is not None and name not in parts:
+            raise ConfigError(
+                f"no part {name!r}: a run of {self.config.objective} has {', '.join(parts) or 'one model; name none'}."
+            )
+        config, model = parts[next(iter(parts)) if name is None else name](self)
+        return dataclasses.replace(self, config=config, model=model)
 
     @property
     def row_length(self) -> int:

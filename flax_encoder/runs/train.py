@@ -110,7 +110,8 @@ def _steps(
             with clock.waiting():
                 rows = next(batches)
             progress = None if budget == math.inf else clock.spent_seconds / budget
-            batch = put_batch(rows | _marks(rows, progress, stop), mesh)  # while the device has the last steps to do
+            marks = _marks(rows, progress, stop.requested is not None)
+            batch = put_batch(rows | marks, mesh)  # while the device has the last steps to do
             clock.count(rows, jax.process_count())
             shape = tuple(sorted((name, x.shape) for name, x in rows.items()))
             if shape not in compiled:  # a few times in a run at most
@@ -171,14 +172,14 @@ def _steps(
     return (metrics or {}) | (held_out.evaluate(params, step, name="test") or {} if data.test else {})
 
 
-def _marks(rows: dict[str, np.ndarray], progress: float | None, stop: StopSignals) -> dict[str, np.ndarray]:
+def _marks(rows: dict[str, np.ndarray], progress: float | None, is_asked: bool) -> dict[str, np.ndarray]:
     """What a batch tells the step of this process: the share of the budget that is spent, whether a signal came.
 
     Processes' clocks differ, and so does when a signal comes: the step takes the largest, and all end by what it says.
     """
     marks = {} if progress is None else {"progress": progress}
     if jax.process_count() > 1:
-        marks["stop"] = float(stop.requested is not None)
+        marks["stop"] = float(is_asked)
     return {name: np.full((len(rows["tokens"]), 1), value, np.float32) for name, value in marks.items()}
 
 

@@ -8,6 +8,7 @@ from flax_encoder.tasks import (
     multiple_choice,
     question_answering,
     regression,
+    replaced_token_detection,
     token_classification,
 )
 from flax_encoder.tasks.classification import Classifier
@@ -24,6 +25,7 @@ TASKS: dict[str, Task] = {
     "token_classification": token_classification.TASK,
     "question_answering": question_answering.TASK,
     "multiple_choice": multiple_choice.TASK,
+    "replaced_token_detection": replaced_token_detection.TASK,
 }
 
 

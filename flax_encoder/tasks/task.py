@@ -1,7 +1,7 @@
 """What a task is: one record of functions, which the rest of the house reads without asking which task it has."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -106,6 +106,9 @@ class Task:
     """A few lines of what a loaded run says of its held-out data (`RunData`)."""
     commands: Callable[[Any], list[str]] | None = None
     """What to type to use a loaded run."""
+    parts: Mapping[str, Callable[[Any], tuple[RunConfig, Any]]] = field(default_factory=dict)
+    """Of a task whose model holds several: what each is called, and (its config, its module) of a loaded run, to be
+    exported like a run of its own. The first is what the run gives where no part is named. None: the model is one."""
     head: str | None = None
     """Name of its head among a published family's `heads`; None exports the encoder alone."""
     problem_type: str | None = None
