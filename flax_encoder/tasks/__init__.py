@@ -3,6 +3,7 @@
 from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.tasks import (
     classification,
+    contrastive,
     masked_lm,
     multi_label,
     multiple_choice,
@@ -24,6 +25,7 @@ TASKS: dict[str, Task] = {
     "token_classification": token_classification.TASK,
     "question_answering": question_answering.TASK,
     "multiple_choice": multiple_choice.TASK,
+    "contrastive": contrastive.TASK,
 }
 
 
