@@ -29,7 +29,7 @@ def info_nce(
     al., arXiv 1807.03748; Henderson et al., arXiv 1705.00652), summed over anchors.
 
     A document is an anchor, its positive, and n - 2 texts that do not belong to it. A text is no candidate of an anchor
-    if it equals the anchor, its positive, or a positive of an equal anchor.
+    if it equals the anchor or its positive, or is the positive of a document whose anchor is equal.
 
     Args:
       vectors: of length 1.
