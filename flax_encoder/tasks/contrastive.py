@@ -238,5 +238,6 @@ TASK = Task(
     score=score,
     baselines=_baselines,
     commands=_commands,
+    compares_start=True,
     vectors=_vectors,
 )  # fmt: skip

@@ -136,6 +136,8 @@ class Task:
     """What a published config says of a head that several tasks have."""
     needs_offsets: bool = False
     """Whether answers count characters."""
+    compares_start: bool = False
+    """Whether the model before training has scores that mean something: they are another baseline."""
     vectors: Callable[[RunConfig], VectorSettings] | None = None
     """Of a task that is there to make vectors: `embed` and `export` follow it."""
 

@@ -20,6 +20,7 @@ from flax_encoder.config import ConfigError, ContrastiveConfig, DataConfig, Opti
 from flax_encoder.data.pipeline import open_data
 from flax_encoder.data.sources.columns import Table, choose_columns
 from flax_encoder.data.sources.records import DataError
+from flax_encoder.runs.before import scores_before_training
 from flax_encoder.runs.embed import load_embedder
 from flax_encoder.runs.load import load
 from flax_encoder.runs.score_file import score_source
@@ -381,6 +382,20 @@ def test_embed_predict_evaluate_and_export_have_the_same_vectors(trained_run, tm
     numbers = write(tmp_path / "n.jsonl", make_pairs(30, 3, number=True))
     scores, _, _ = score_source(run, DataConfig(source=numbers), print)
     assert {*scores} == {"pearson", "spearman"}
+
+
+def test_the_model_before_training_is_a_baseline_beside_shared_words(trained_run, one_device):
+    """What a run began from scores as it did there."""
+    _, config, metrics = trained_run
+    run = load(config.run_dir)
+    data = open_data(run.config, TASK.reading, tokenizer=run.tokenizer)
+    follower = dataclasses.replace(run, config=dataclasses.replace(run.config, init_from=config.run_dir))
+    before = scores_before_training(follower, data)
+    assert {f"eval/{name}": pytest.approx(value, rel=1e-4) for name, value in before.items()} == metrics
+    gone = dataclasses.replace(run, config=dataclasses.replace(run.config, init_from=f"{config.run_dir}-gone"))
+    assert scores_before_training(gone, data) is None
+    rows = TASK.baselines(run, data)
+    assert rows["TF-IDF"]["mrr"] > rows["shared words"]["mrr"] - 0.1 > 0.5
 
 
 def test_one_text_is_learned_from_two_dropouts(tmp_path, one_device):
