@@ -1,7 +1,10 @@
 """Losses that compare the texts of a whole batch with one another; every sum is over all devices' rows."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_encoder.ops.platform import precision
@@ -9,6 +12,8 @@ from flax_encoder.tasks.loss import LossSum
 
 Keys = Int[Array, "N 2"]
 """A hash of each text: equal texts have equal ones."""
+_NEVER = -1e30  # a logit of what is no candidate; infinities would make the gradient of a row without any no number
+_AT_ONCE = 2**24  # logits: batches of thousands of texts have more
 
 
 def cosines(x: Float[Array, "*N E"]) -> Float[Array, "*N E"]:
@@ -39,23 +44,42 @@ def info_nce(
     """
     A, n, E = vectors.shape
     is_document = weights > 0
-    anchors, positives, others = vectors[:, 0], vectors[:, 1], vectors[:, 2:].reshape(A * (n - 2), E)
-    anchor_keys, positive_keys, other_keys = keys[:, 0], keys[:, 1], keys[:, 2:].reshape(A * (n - 2), 2)
-    same_anchor, same_positive = _equal(anchor_keys, anchor_keys), _equal(positive_keys, positive_keys)
-    crossed = _equal(anchor_keys, positive_keys)  # an anchor here, a positive there
-    is_out = same_anchor | same_positive | crossed
-    is_other_out = _equal(anchor_keys, other_keys) | _equal(positive_keys, other_keys)
-    own = jnp.eye(A, dtype=bool)
-    candidates = jnp.concatenate([positives, others])
-    is_in = jnp.concatenate([own | ~is_out & is_document, ~is_other_out & jnp.repeat(is_document, n - 2)], 1)
-    logits = _products(anchors, candidates) * scale
-    losses, right = _softmax_loss(logits, is_in)
-    correct = (right * weights).sum()
+    texts = jnp.concatenate([vectors[:, 1], vectors[:, 2:].reshape(A * (n - 2), E)])
+    text_keys = jnp.concatenate([keys[:, 1], keys[:, 2:].reshape(A * (n - 2), 2)])
+    is_real = jnp.concatenate([is_document, jnp.repeat(is_document, n - 2)])
+    losses, right = _finding(vectors[:, 0], keys[:, 0], keys[:, 1], texts, text_keys, is_real, scale)
     if symmetric:
-        is_in = own | ~(same_anchor | same_positive | crossed.T) & is_document
-        losses = (losses + _softmax_loss(_products(positives, anchors) * scale, is_in)[0]) / 2
+        back, _ = _finding(vectors[:, 1], keys[:, 1], keys[:, 0], vectors[:, 0], keys[:, 0], is_document, scale)
+        losses = (losses + back) / 2
     count = weights.sum()
-    return LossSum((losses * weights).sum(), count, {"correct": correct, "compared": count})
+    return LossSum((losses * weights).sum(), count, {"correct": (right * weights).sum(), "compared": count})
+
+
+def _finding(
+    x: Float[Array, "A E"],
+    keys: Int[Array, "A 2"],
+    partner_keys: Int[Array, "A 2"],
+    texts: Float[Array, "C E"],
+    text_keys: Int[Array, "C 2"],
+    is_real: Bool[Array, "C"],
+    scale: Float[Array, ""] | float,
+) -> tuple[Float[Array, "A"], Float[Array, "A"]]:
+    """(loss, whether no other is as near or nearer) of finding text i for row i among those that are not known to
+    belong to it."""
+    A, C = len(x), len(texts)
+    numbers = jnp.arange(C)
+
+    def of(number, x, key, partner):
+        is_own = number[:, None] == numbers
+        is_known = _equal(key, text_keys) | _equal(partner, text_keys)
+        is_known |= jnp.pad(_equal(key, keys), ((0, 0), (0, C - A)))  # what goes with an equal text
+        logits = scale * jnp.einsum("AE,CE->AC", x, texts, precision=precision(x))
+        logits = jnp.where(is_own | (~is_known & is_real), logits, _NEVER)
+        own = jnp.where(is_own, logits, 0.0).sum(-1)
+        best_other = jnp.where(is_own, _NEVER, logits).max(-1)
+        return jax.nn.logsumexp(logits, -1) - own, (own > best_other).astype(jnp.float32)
+
+    return _in_blocks(of, C, numbers[:A], x, keys, partner_keys)
 
 
 def cosent(
@@ -68,11 +92,16 @@ def cosent(
     number) (Su 2022, kexue.fm/archives/8847): one loss a batch, so the count is 1."""
     cosine = (vectors[:, 0] * vectors[:, 1]).sum(-1)
     is_document = weights > 0
-    is_above = (numbers[:, None] > numbers) & is_document[:, None] & is_document
-    differences = jnp.where(is_above, scale * (cosine - cosine[:, None]), -jnp.inf)
-    loss = jax.nn.logsumexp(jnp.append(differences.reshape(-1), 0.0))
-    correct = (is_above & (cosine[:, None] > cosine)).sum(dtype=jnp.float32)
-    metrics = {"correct": correct, "compared": is_above.sum(dtype=jnp.float32)}
+
+    def of(own, number, is_own):
+        is_above = (number[:, None] > numbers) & is_own[:, None] & is_document
+        differences = jnp.where(is_above, scale * (cosine - own[:, None]), _NEVER)
+        correct = (is_above & (own[:, None] > cosine)).sum(-1, dtype=jnp.float32)
+        return jax.nn.logsumexp(differences, -1), correct, is_above.sum(-1, dtype=jnp.float32)
+
+    rows, correct, compared = _in_blocks(of, len(cosine), cosine, numbers, is_document)
+    loss = jax.nn.logsumexp(jnp.append(rows, 0.0))
+    metrics = {"correct": correct.sum(), "compared": compared.sum()}
     return LossSum(loss, is_document.any().astype(jnp.float32), metrics)
 
 
@@ -80,14 +109,14 @@ def _equal(keys: Keys, others: Int[Array, "C 2"]) -> Bool[Array, "N C"]:
     return (keys[:, None, 0] == others[:, 0]) & (keys[:, None, 1] == others[:, 1])
 
 
-def _products(x, y):
-    return jnp.einsum("AE,CE->AC", x, y, precision=precision(x))
-
-
-def _softmax_loss(
-    logits: Float[Array, "A C"], is_in: Bool[Array, "A C"]
-) -> tuple[Float[Array, "A"], Float[Array, "A"]]:
-    """(loss [A], whether no other has a larger logit [A]), of candidate i being row i's."""
-    logits = jnp.where(is_in, logits, -jnp.inf)
-    right = jnp.diagonal(logits[:, : len(logits)])
-    return jax.nn.logsumexp(logits, -1) - right, (right >= logits.max(-1)).astype(jnp.float32)
+def _in_blocks(of: Callable[..., tuple[Array, ...]], columns: int, *rows: Array) -> tuple[Array, ...]:
+    """`of(*rows)`, a few rows at a time where rows times columns are many: what is made between is not kept, but made
+    again for the gradient. Blocks take rows from all over, so that each lies on all devices."""
+    num_rows = len(rows[0])
+    wanted = -(-num_rows * columns // _AT_ONCE)
+    parts = next(k for k in range(wanted, num_rows + 1) if num_rows % k == 0) if wanted < num_rows else num_rows
+    if parts <= 1:
+        return of(*rows)
+    blocks = jax.tree.map(lambda x: rearrange(x, "(A parts) ... -> parts A ...", parts=parts), rows)
+    made = jax.lax.map(lambda block: jax.checkpoint(of)(*block), blocks)
+    return jax.tree.map(lambda x: rearrange(x, "parts A ... -> (A parts) ..."), made)

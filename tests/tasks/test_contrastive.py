@@ -26,7 +26,7 @@ from flax_encoder.runs.load import load
 from flax_encoder.runs.score_file import score_source
 from flax_encoder.tasks import TASKS
 from flax_encoder.tasks.contrastive import Contrastive, score
-from flax_encoder.tasks.contrastive_loss import cosent, info_nce
+from flax_encoder.tasks.contrastive_loss import cosent, cosines, info_nce
 from flax_encoder.tasks.ranking import collection_of, rank_scores, ranks
 from flax_encoder.training.parameters import join, split, trained
 from flax_encoder.training.step import TrainState, coupled_gradient, make_train_step
@@ -59,7 +59,7 @@ def slow_info_nce(vectors, keys, weights, scale, symmetric):
         ]  # fmt: skip
         logits = scale * np.array([vectors[i, 0] @ v for v in (vectors[i, 1], *others)])
         own = np.log(np.exp(logits).sum()) - logits[0]
-        correct += logits[0] >= logits.max()
+        correct += logits[0] > max(logits[1:], default=-np.inf)
         if symmetric:
             others = [vectors[j, 0] for j in real if keys[j, 0] not in own_texts and keys[j, 1] != keys[i, 1]]
             logits = scale * np.array([vectors[i, 1] @ v for v in (vectors[i, 0], *others)])
@@ -99,6 +99,29 @@ def test_cosent_is_the_sum_over_all_pairs_in_the_wrong_order(numbers, seed):
     np.testing.assert_allclose(got.sum, want, rtol=1e-5, atol=1e-6)
     assert got.count == 1 and got.metrics["compared"] == len(pairs)
     assert got.metrics["correct"] == sum(cosine[i] > cosine[j] for i, j in pairs)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_blocks_of_rows_are_all_at_once(n, monkeypatch):
+    """Of a batch whose logits are many, and the gradient."""
+    rng = np.random.default_rng(0)
+    vectors = cosines(jnp.asarray(rng.standard_normal((12, n, 5)), jnp.float32))
+    keys, weights = jnp.asarray(rng.integers(0, 9, (12, n, 2)) // 4, jnp.int32), jnp.asarray([1.0] * 11 + [0.0])
+
+    def all_losses():
+        def of(vectors):
+            losses = [info_nce(vectors, keys, weights, 7.0, symmetric=True)]
+            losses += [cosent(vectors, jnp.arange(12.0) // 3, weights, 7.0)] if n == 2 else []
+            return sum(loss.sum for loss in losses), losses
+
+        return jax.jit(jax.value_and_grad(of, has_aux=True))(vectors)
+
+    want = all_losses()
+    for at_once in (70, 1):  # several rows, one row
+        monkeypatch.setattr("flax_encoder.tasks.contrastive_loss._AT_ONCE", at_once)
+        got = all_losses()
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
 # --- its gradient: packed, in parts, over devices
