@@ -332,7 +332,8 @@ def _check_store(
     if list(columns.prompts) != (prompts := store.manifest.get("prompts", [])) and any((*columns.prompts, *prompts)):
         raise DataError(
             f"prompts are put before texts as these are tokenized: the store {name} was prepared with "
-            f"{prompts or 'none'}, the run has {list(columns.prompts)}. Give --data.source the text itself."
+            f"{prompts if any(prompts) else 'none'}, the run has {list(columns.prompts)}. Give --data.source the text "
+            f"itself."
         )
     if label_names is not None and store.label_names != label_names:
         raise LabelError(

@@ -18,8 +18,11 @@ from toy import SMALL, assert_trees_close, split_model
 from flax_encoder.commands import main
 from flax_encoder.config import ConfigError, ContrastiveConfig, DataConfig, OptimizerConfig
 from flax_encoder.data.pipeline import open_data
+from flax_encoder.data.rows.documents import Documents, Frame, Layout, assemble, longest_first
+from flax_encoder.data.rows.targets import Rows, TargetInputs, group_targets
 from flax_encoder.data.sources.columns import Table, choose_columns
 from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.store.store import Split
 from flax_encoder.runs.before import scores_before_training
 from flax_encoder.runs.embed import load_embedder
 from flax_encoder.runs.load import load
@@ -30,6 +33,8 @@ from flax_encoder.tasks.contrastive_loss import cosent, cosines, info_nce
 from flax_encoder.tasks.ranking import collection_of, rank_scores, ranks
 from flax_encoder.training.parameters import join, split, trained
 from flax_encoder.training.step import TrainState, coupled_gradient, make_train_step
+from tests.peer_sentences import TEXTS
+from tests.published.test_sentence_parity import PYTHON, peer
 from tests.runs import TINY, losses, with_fields
 from tests.test_train import Stops
 from train import train
@@ -117,11 +122,10 @@ def test_blocks_of_rows_are_all_at_once(n, monkeypatch):
         return jax.jit(jax.value_and_grad(of, has_aux=True))(vectors)
 
     want = all_losses()
-    for at_once in (70, 1):  # several rows, one row
-        monkeypatch.setattr("flax_encoder.tasks.contrastive_loss._AT_ONCE", at_once)
-        got = all_losses()
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+    monkeypatch.setattr("flax_encoder.tasks.contrastive_loss._AT_ONCE", {2: 30, 3: 1}[n])  # two rows, one row
+    got = all_losses()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
 # --- its gradient: packed, in parts, over devices
@@ -192,9 +196,9 @@ def test_microbatches_are_one_batch_with_the_same_dropout():
         return nnx.merge(graphdef, join(own, rest, mask))
 
     def whole(own):
-        made, keys = model_of(own, rest), jax.random.split(key, 2)
-        vectors = [made.represent(jax.tree.map(lambda x, i=i: x[i::2], batch), key=keys[i]) for i in range(2)]
-        loss = made.coupled_loss(jnp.stack(vectors, 1).reshape(ROWS, M, N, -1), batch)
+        made, halves = model_of(own, rest), jax.tree.map(lambda x: jnp.stack([x[::2], x[1::2]]), batch)
+        vectors = jax.lax.map(lambda xs: made.represent(xs[0], key=xs[1]), (halves, jax.random.split(key, 2)))
+        loss = made.coupled_loss(jnp.swapaxes(vectors, 0, 1).reshape(ROWS, M, N, -1), batch)
         return loss.sum, loss
 
     want, loss = jax.jit(jax.grad(whole, has_aux=True))(own)
@@ -314,6 +318,67 @@ def test_a_number_needs_a_pair_and_a_second_text_a_column():
     assert named.columns == ("text", "other", "score")
 
 
+# --- rows
+
+
+def test_texts_of_a_document_stand_apart_in_its_row():
+    """Each with its own special tokens and positions, a single text twice; the row's room is shared."""
+    frame = Frame(pad=0, first=1, last=2, between=(2,))
+    for lengths, row in {
+        (2, 1, 3): [1, 10, 11, 2, 1, 12, 2, 1, 13, 14, 15, 2, 0, 0],
+        (3,): [1, 10, 11, 12, 2, 1, 10, 11, 12, 2, 0, 0, 0, 0],
+        (2, 9): [1, 10, 11, 2, 1, *range(12, 20), 2],  # the longer is cut to what is left
+        (7, 9): [1, *range(10, 15), 2, 1, *range(17, 22), 2],
+    }.items():
+        tokens, n = np.arange(10, 10 + sum(lengths), dtype=np.uint16), len(lengths)
+        values = {"text_keys": np.arange(n, dtype=np.uint64)[None] + 7}
+        values |= {"text_lengths": np.array([lengths])} if n > 1 else {}
+        split = Split([tokens], [np.zeros(2, np.uint8)], np.array([0, len(tokens)]), values)
+        documents = Documents(split, Layout("apart"), frame, 14)
+        plan, batch, first = documents.plan(14), frame.empty(1, 14), np.zeros(1, np.int64)
+        pieces = plan.rows(first, 0)
+        assemble(documents, pieces, batch, first)
+        assert batch["tokens"][0].tolist() == row
+        starts = np.flatnonzero(np.array(row) == 1)
+        assert documents.num_segments == len(starts) == max(n, 2)
+        assert np.flatnonzero(np.diff(batch["segment_ids"][0], prepend=0) > 0).tolist() == starts.tolist()
+        assert np.flatnonzero((batch["positions"][0] == 0) & (batch["segment_ids"][0] > 0)).tolist() == starts.tolist()
+        targets = group_targets(TargetInputs(None, None, documents, 14, 3, True, True))
+        made = targets(Rows(batch, None, None, pieces.address, pieces, 0))
+        assert made["target_weights"].tolist() == [[1, 0, 0]] and made["owners"].tolist() == [[0, -1, -1]]
+        assert made["text_keys"][0, 0, :, 0].tolist() == ([7, 7] if n == 1 else [*range(7, 7 + n)])
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(5, 60))
+def test_the_longest_text_is_cut_first(lengths, room):
+    want = list(lengths)
+    while sum(want) > room:  # a token at a time, of the longest
+        want[want.index(max(want))] -= 1
+    got = longest_first(np.array([lengths]), room)[0]
+    assert sorted(got) == sorted(want) and (got <= lengths).all()
+
+
+def test_some_numbers_are_refused_and_prompts_go_with_their_store(tmp_path):
+    pairs = make_pairs(40, number=True)
+    source = write(tmp_path / "numbers.jsonl", pairs)
+    validation = write(tmp_path / "none.jsonl", [*make_pairs(9, 1), {"anchor": "a", "positive": " "}])
+    config = contrastive_run(tmp_path, "x", source, data__validation=validation)
+    data = open_data(config, TASK.reading)
+    assert len(data.stores[0].validation) == 9, "a text of blanks is none"
+    assert "targets" in data.train[0] and "targets" not in data.evaluation[0]
+    split = data.stores[0].train
+    split.values["number"][3] = np.nan
+    documents = Documents(split, Layout("apart"), Frame.of(data.tokenizer), 48)
+    with pytest.raises(DataError, match="either every pair of texts has a number or none has: 1 of"):
+        group_targets(TargetInputs(config, data.tokenizer, documents, 48, 3, True))
+    asked = with_fields(config, data__source=str(data.stores[0].folder), data__validation=None)
+    with pytest.raises(DataError, match=r"was prepared with none, the run has \['q: ', ''\]"):
+        open_data(with_fields(asked, contrastive=ContrastiveConfig(query_prompt="q: ")), TASK.reading)
+    numbers = open_data(with_fields(config, objective="regression", data__validation=None), TASKS["regression"].reading)
+    with pytest.raises(DataError, match=r"need their hashes, which the store .* lacks"):
+        open_data(with_fields(asked, data__source=str(numbers.stores[0].folder)), TASK.reading)
+
+
 # --- runs
 
 
@@ -405,6 +470,20 @@ def test_embed_predict_evaluate_and_export_have_the_same_vectors(trained_run, tm
     numbers = write(tmp_path / "n.jsonl", make_pairs(30, 3, number=True))
     scores, _, _ = score_source(run, DataConfig(source=numbers), print)
     assert {*scores} == {"pearson", "spearman"}
+
+
+@pytest.mark.parity
+def test_sentence_transformers_opens_an_exported_run_with_the_same_vectors(trained_run, tmp_path):
+    if PYTHON is None:
+        pytest.skip("needs sentence-transformers, here or in TORCH_PYTHON")
+    main(["export", trained_run[1].run_dir, str(tmp_path / "out")])
+    peer("encode", tmp_path / "out")
+    theirs, embedder = np.load(tmp_path / "out/got.npz"), load_embedder(trained_run[1].run_dir)
+    assert {*theirs} == {"query", "document", "default"}
+    for name in theirs:
+        ours, _ = embedder.embed(TEXTS, prompt_name=None if name == "default" else name)
+        kept = [i for i, text in enumerate(TEXTS) if text]  # of no text there is no vector here
+        np.testing.assert_allclose(ours[kept], theirs[name][kept], rtol=0, atol=2e-5, err_msg=name)
 
 
 def test_the_model_before_training_is_a_baseline_beside_shared_words(trained_run, one_device):
