@@ -25,6 +25,8 @@ class EvaluateArguments:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: str | None = None
     """The task to open a published folder for; None is what it says itself."""
+    corpus: str | None = None
+    """Of a task that makes vectors: a source of more texts, one a line or row, among which texts are to be found."""
     allow_unused: bool = False
     """Leave out tensors of a published folder that nothing reads."""
     details: bool = False
@@ -45,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     loaded = load(pathlib.Path(asked.folder), objective=asked.objective, allow_unused=asked.allow_unused)
     began = time.monotonic()
     with saying() as say:
-        scores, details, about = score_source(loaded, asked.data, say)
+        scores, details, about = score_source(loaded, asked.data, say, asked.corpus)
     if asked.json:
         print(json.dumps(scores | ({"details": details} if asked.details else {})))
         return

@@ -18,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-type", help="the family to write it as (default: the first that can say it)")
     parser.add_argument("--pooling", nargs="+", choices=get_args(PoolingMode), help="make it a sentence-transformers "
                         "folder whose texts' vectors become one like this, several concatenated; what was imported "
-                        "from one has its own")  # fmt: skip
+                        "from one, or learned to make vectors, has its own")  # fmt: skip
     parser.add_argument("--part", help="of a run that trains several models, the one to write: the generator of "
                         "replaced_token_detection, say (default: the encoder)")  # fmt: skip
     parser.add_argument("--adapter", action="store_true", help="write the run's adapters (lora) alone, as a folder "
@@ -28,8 +28,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flax_encoder.published.sentence_transformers import encoder_folder, is_sentence_folder
-    from flax_encoder.runs.embed import write_sentence_files
+    from flax_encoder.published.sentence_transformers import encoder_folder
+    from flax_encoder.runs.embed import own_settings, write_sentence_files
     from flax_encoder.runs.exchange import export_run
 
     if arguments.base is not None and not arguments.adapter:
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         count = export_adapter(arguments.run_dir, arguments.out, arguments.base)
         print(f"wrote {arguments.out}, adapters of {count} linear maps, for PEFT")
         return
-    is_sentence = arguments.pooling is not None or is_sentence_folder(arguments.run_dir)
+    is_sentence = arguments.pooling is not None or own_settings(arguments.run_dir) is not None
     if arguments.normalize is not None and not is_sentence:
         raise ConfigError("--normalize is of sentence-transformers folders: give --pooling too.")
     architecture = export_run(

@@ -4,6 +4,7 @@
 checkpoint stores it as JSON. The first lines of a field's comment are its `--help`.
 """
 
+from flax_encoder.config.contrastive import ContrastiveConfig
 from flax_encoder.config.model import FREE_OF_PARAMETERS, Activation, DecoderConfig, EncoderConfig, HeadConfig
 from flax_encoder.config.rules import ConfigError, differences, from_dict, to_dict
 from flax_encoder.config.run import (
@@ -18,7 +19,7 @@ from flax_encoder.config.run import (
 )
 
 __all__ = [
-    "FREE_OF_PARAMETERS", "Activation", "ConfigError", "DataConfig", "DecoderConfig", "EncoderConfig",
-    "GeneratorConfig", "HeadConfig", "LabelsConfig", "LoraConfig", "MaskingConfig", "MeshConfig", "OptimizerConfig",
-    "RunConfig", "differences", "from_dict", "to_dict",
+    "FREE_OF_PARAMETERS", "Activation", "ConfigError", "ContrastiveConfig", "DataConfig", "DecoderConfig",
+    "EncoderConfig", "GeneratorConfig", "HeadConfig", "LabelsConfig", "LoraConfig", "MaskingConfig", "MeshConfig",
+    "OptimizerConfig", "RunConfig", "differences", "from_dict", "to_dict",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
+from flax_encoder.config.contrastive import ContrastiveConfig
 from flax_encoder.config.model import EncoderConfig, HeadConfig
 from flax_encoder.config.rules import nearest_divisors, require, require_finite, require_positive, require_rates
 
@@ -437,6 +438,7 @@ class RunConfig:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -110,7 +110,7 @@ def open_data(
       settle: gives the config once the rows and the texts of an epoch are known; `RunData.config` has it.
     """
     tokenizer, stores, weights = open_stores(
-        config.data, reading.columns, tokenizer=tokenizer, label_names=label_names, progress=progress
+        config.data, reading.columns_of(config), tokenizer=tokenizer, label_names=label_names, progress=progress
     )
     frame, layout = Frame.of(tokenizer, config.model.position_offset), reading.layout(config)
     data, stages, order = config.data, [], None
@@ -323,6 +323,17 @@ def _check_store(
         raise DataError(
             f"the task needs documents with a value of the kind {columns.value}: the store {name} was prepared with "
             f"{store.value}. Prepare it again with the task's --objective."
+        )
+    if columns.has_keys and "text_keys" not in store.train.values:
+        raise DataError(
+            f"texts that are compared need their hashes, which the store {name} lacks. Prepare it again with the "
+            f"task's --objective, or give --data.source the text itself."
+        )
+    if list(columns.prompts) != (prompts := store.manifest.get("prompts", [])) and any((*columns.prompts, *prompts)):
+        raise DataError(
+            f"prompts are put before texts as these are tokenized: the store {name} was prepared with "
+            f"{prompts if any(prompts) else 'none'}, the run has {list(columns.prompts)}. Give --data.source the text "
+            f"itself."
         )
     if label_names is not None and store.label_names != label_names:
         raise LabelError(

@@ -17,6 +17,10 @@ def _cut(config: RunConfig) -> Layout:
     return Layout()
 
 
+def _no_prompts(config: RunConfig) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Reading:
     """How a task's documents are read, laid out in rows and given targets."""
@@ -26,6 +30,12 @@ class Reading:
     layout: Callable[[RunConfig], Layout] = _cut
     streams: Callable[[RunConfig], tuple[str, ...]] = _no_streams
     """What the targets read of each token besides: `word_starts` or `tags`."""
+    prompts: Callable[[RunConfig], tuple[str, ...]] = _no_prompts
+    """`Columns.prompts` of a run."""
+
+    def columns_of(self, config: RunConfig) -> Columns:
+        """The columns with what the run's settings say of them."""
+        return self.columns._replace(prompts=self.prompts(config))
 
 
 def _split(config: RunConfig) -> Layout:

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 from flax_encoder.config import ConfigError, DataConfig
 from flax_encoder.data.pipeline import cache_folder
 from flax_encoder.data.sources.columns import Columns
@@ -72,9 +74,15 @@ def check_golds(run: LoadedRun, records: list[Record]) -> list[Any]:
 
 
 def shown(answer: Answer, top: int | None, probabilities: bool) -> Answer:
-    """An answer as it is written: `probabilities` and the `top` labels only where they are asked for."""
+    """An answer as it is written: without arrays, and `probabilities` and the `top` labels only where asked for.
+
+    Raises:
+      DataError: it is arrays alone.
+    """
     every = answer.get("probabilities")
-    rest = {name: value for name, value in answer.items() if name != "probabilities"}
+    rest = {name: x for name, x in answer.items() if name != "probabilities" and not isinstance(x, np.ndarray)}
+    if not rest:
+        raise DataError("two texts are compared by a number, and one has a vector: give pairs, or `embed` the texts.")
     if isinstance(every, dict) and top is not None:
         ranked = sorted(every.items(), key=lambda item: -item[1])[:top]
         rest["top"] = [{"label": label, "probability": p} for label, p in ranked]

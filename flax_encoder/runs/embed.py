@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flax_encoder.config import ConfigError, EncoderConfig
+from flax_encoder.config import ConfigError, EncoderConfig, RunConfig
 from flax_encoder.config.model import PoolingMode
 from flax_encoder.data.rows.ahead import read_ahead
 from flax_encoder.data.rows.documents import Frame
@@ -48,6 +48,7 @@ from flax_encoder.published.sentence_transformers import (
 )
 from flax_encoder.runs.load import load_run
 from flax_encoder.runs.record import read_record
+from flax_encoder.tasks import find_task
 
 logger = logging.getLogger(__name__)
 
@@ -308,6 +309,7 @@ def load_embedder(
         limits = [tokenizer.max_tokens, _most_positions(inner)]
     else:
         run = load_run(folder)
+        settings = settings_of_run(run.config) or settings
         encoder, tokenizer, limits = run.model.encoder, run.tokenizer, [run.tokenizer.max_tokens or run.row_length]
     if dtype is not None and dtype != encoder.config.dtype:
         config = dataclasses.replace(encoder.config, dtype=dtype)
@@ -321,6 +323,15 @@ def load_embedder(
     limit = min([n for n in ([wanted] if wanted else limits) + [most] if n is not None], default=None)
     settings = _with_given(dataclasses.replace(settings, max_tokens=limit), pooling, normalize)
     return Embedder(encoder, tokenizer, settings, bool(normalize and settings.truncate_dim))
+
+
+def settings_of_run(config: RunConfig) -> SentenceSettings | None:
+    """What a run that was trained to make vectors says of them; None of any other."""
+    make = find_task(config.objective).vectors
+    if make is None:
+        return None
+    made = make(config)
+    return SentenceSettings((made.pooling,), layers=(NORMALIZE,), prompts=made.prompts, similarity_fn_name="cosine")
 
 
 def _with_given(settings: SentenceSettings, pooling: Any, normalize: bool | None) -> SentenceSettings:
@@ -353,6 +364,14 @@ def _most_positions(folder: pathlib.Path) -> int | None:
     return count if type(count) is int and count > 0 else None
 
 
+def own_settings(folder: str | pathlib.Path) -> SentenceSettings | None:
+    """What a sentence-transformers folder says of its vectors, or a run that learned to make them; None of others."""
+    folder = pathlib.Path(folder)
+    if is_sentence_folder(folder):
+        return read_sentence_settings(folder)
+    return None if is_published(folder) else settings_of_run(read_record(folder).config)
+
+
 def write_sentence_files(
     source: str | pathlib.Path,
     out: str | pathlib.Path,
@@ -361,15 +380,16 @@ def write_sentence_files(
     max_tokens: int | None = None,
 ) -> None:
     """Make `out`, which has the encoder of `source`, a sentence-transformers folder: with what is given, or else what
-    `source` says if it is one, or its length.
+    `source` says (`own_settings`), or its length.
 
     Raises:
-      ConfigError: no pooling is given and `source` is no such folder.
+      ConfigError: no pooling is given and `source` says nothing of vectors.
     """
     source = pathlib.Path(source)
-    if not is_sentence_folder(source) and pooling is None:
+    settings = own_settings(source)
+    if settings is None and pooling is None:
         raise ConfigError(f"{source} does not say how to pool: give cls or mean.")
-    settings = read_sentence_settings(source) if is_sentence_folder(source) else SentenceSettings()
+    settings = settings or SentenceSettings()
     if is_published(inner := source / settings.encoder_path):
         published = read_json(inner / "config.json")
         config = read_config(find_family(published), published)

@@ -127,7 +127,7 @@ class LoadedRun:
 
     def _answers(self, records: list[Record], unknown: UnknownCount) -> Iterator[Answer]:
         task = self.task
-        columns = task.reading.columns
+        columns = task.reading.columns_of(self.config)
         wanted = range(columns.min_texts, columns.max_texts + 1)
         if other := next((r for r in records if len(r.texts) not in wanted), None):
             count = f"{wanted[0]}{f' to {wanted[-1]}' * (len(wanted) > 1)}"
@@ -136,11 +136,11 @@ class LoadedRun:
             )
         dtype = token_dtype(self.tokenizer)
         encoded = encode_records(records, self.tokenizer, columns, {}, dtype, with_offsets=task.needs_offsets)
-        if (empty := np.flatnonzero(encoded.lengths == 0)).size:
-            kept = iter(self._answers([r for r, n in zip(records, encoded.lengths, strict=True) if n], unknown)
-                        if len(empty) < len(records) else ())  # fmt: skip
-            for n in encoded.lengths:
-                yield next(kept) if n else {"error": "the text has no token"}
+        if (is_empty := encoded.is_empty).any():
+            filled = [record for record, empty in zip(records, is_empty, strict=True) if not empty]
+            kept = iter(self._answers(filled, unknown) if filled else ())
+            for empty in is_empty:
+                yield {"error": "the text has no token"} if empty else next(kept)
             return
         unknown.add([encoded.tokens])
         split = memory_split(encoded)
@@ -167,7 +167,7 @@ class LoadedRun:
         layout = reading.layout(self.config)
         most = self.row_length
         longest = int(split.lengths.max()) + sum(frame.specials)
-        if "text_lengths" in split.values or layout.long == "windows":
+        if "text_lengths" in split.values or layout.long == "windows" or layout.segments != "together":
             longest = most
         row_length = next((n for n in _LENGTHS if longest <= n < most), most)
         documents = Documents(split, layout, frame, row_length)
@@ -264,6 +264,7 @@ def memory_split(encoded: Encoded) -> Split:
     """Tokenized records as a split that is in memory alone."""
     offsets = np.concatenate([[0], np.cumsum(encoded.lengths, dtype=np.int64)])
     values = {"text_lengths": encoded.text_lengths} if encoded.text_lengths.shape[1] > 1 else {}
+    values |= {"text_keys": encoded.text_keys} if encoded.text_keys is not None else {}
     tags = None if encoded.tags is None else [encoded.tags]
     return Split([encoded.tokens], [np.packbits(encoded.words, bitorder="little")], offsets, values, tags=tags)
 

@@ -91,10 +91,10 @@ def open_run(
         state = checkpoints.restore(start, state)
         log.say(f"resuming {run_dir} from step {start}")
     elif config.init_from:
-        params = start_from(config, data.label_names, state.params, log)
+        params = start_from(config, data.label_names, state.params, log.say)
         state = with_params(state, params, tx, shardings)
     elif config.data.word_vectors:
-        params = with_word_vectors(config.data.word_vectors, data.tokenizer, state.params, log)
+        params = with_word_vectors(config.data.word_vectors, data.tokenizer, state.params, log.say)
         state = with_params(state, params, tx, shardings)
     mask = trained(config.trained_by, state.params)
     log.say(f"model: {describe_parameters(*count_trained(mask, state.params))} on {describe_mesh(mesh)}")

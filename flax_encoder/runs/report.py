@@ -10,6 +10,7 @@ from rich.table import Table
 
 from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.data.pipeline import RunData, open_data
+from flax_encoder.runs.before import scores_before_training
 from flax_encoder.runs.load import load_run
 from flax_encoder.training.console import make_console, print_table
 from flax_encoder.training.run_log import read_metrics
@@ -68,6 +69,8 @@ def show_report(
     data = open_data(run.config, run.task.reading, tokenizer=run.tokenizer, label_names=run.label_names)
     console = make_console()
     rows = run.task.baselines(run, data) if run.task.baselines else {}
+    if run.task.compares_start and (before := scores_before_training(run, data)) is not None:
+        rows["before training"] = before
     if config.compare_with_scratch and run.config.init_from:
         run_dir = pathlib.Path(config.run_dir)
         scratch = train(dataclasses.replace(

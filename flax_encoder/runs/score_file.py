@@ -1,33 +1,48 @@
 """A model's scores on a source of documents with their right values."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
-from flax_encoder.config import DataConfig
+from flax_encoder.config import ConfigError, DataConfig
 from flax_encoder.data.pipeline import cache_folder, open_stores
 from flax_encoder.data.rows.batches import Batches, OneByOne
 from flax_encoder.data.rows.documents import Documents, Frame
 from flax_encoder.data.rows.targets import HOST_FIELDS, TargetInputs
+from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import open_source
 from flax_encoder.data.sources.records import DataError, Record, Say
-from flax_encoder.runs.ask_file import check_golds, open_records
+from flax_encoder.data.store.encoding import text_key
+from flax_encoder.runs.ask_file import check_golds, open_input, open_records
+from flax_encoder.runs.embed import Embedder, settings_of_run
 from flax_encoder.runs.evaluate import evaluate
 from flax_encoder.runs.loaded import LoadedRun
+from flax_encoder.tasks.task import Answer
 
 _TOKENS = 4096  # of a batch
 
 
-def score_source(run: LoadedRun, config: DataConfig, say: Say) -> tuple[dict[str, float], dict[str, Any], str]:
+def score_source(
+    run: LoadedRun, config: DataConfig, say: Say, corpus: str | None = None
+) -> tuple[dict[str, float], dict[str, Any], str]:
     """(scores, details, what was scored): every record of the source's test split, else its validation split, else
     all.
 
+    Args:
+      corpus: of a task that makes vectors, a source of texts among which the records' texts are to be found, besides
+        those of the records.
+
     Raises:
+      ConfigError: a corpus for another task.
       DataError: no records, or records without values. LabelError: labels that the model does not have.
     """
     task = run.task
+    if corpus is not None and task.vectors is None:
+        raise ConfigError(f"a corpus is searched by vectors, which {run.config.objective} does not make: leave it out.")
     if task.answer is None or task.score is None:
         return _loss(run, config, say)
     source = open_source(config.sources[0], config, task.reading.columns, cache_folder(config))
@@ -43,22 +58,44 @@ def score_source(run: LoadedRun, config: DataConfig, say: Say) -> tuple[dict[str
     answers = list(run.predict(asked()))
     if not records:
         raise DataError(f"evaluation needs at least one document: {config.sources[0]} has none.")
-    if any(record.value is None for record in records):
+    if any(record.value is None for record in records) and not task.reading.columns.is_optional:
         raise DataError(f"evaluation needs the right value of every document: {records[0].where} has none.")
     golds = check_golds(run, records)
     keep = [i for i, answer in enumerate(answers) if "error" not in answer]
     answers, golds = [answers[i] for i in keep], [golds[i] for i in keep]
+    if corpus is not None:
+        more = list(corpus_answers(run, corpus, say))
+        answers, golds = answers + more, golds + [None] * len(more)
     scores = task.score(answers, golds, run.label_names)
+    if not scores:
+        raise DataError(f"a score needs pairs of texts: {config.sources[0]} has single ones, which nothing belongs to.")
     details = task.details(answers, golds, run.label_names) if task.details else {}
     empty = f", {len(records) - len(keep):,} of them empty and left out" if len(keep) < len(records) else ""
-    return scores, details, f"{len(records):,} documents ({source.name}, {split}{empty})"
+    among = f", among {len(more):,} more texts" if corpus is not None else ""
+    return scores, details, f"{len(records):,} documents ({source.name}, {split}{empty}){among}"
+
+
+def corpus_answers(run: LoadedRun, corpus: str, say: Say) -> Iterator[Answer]:
+    """The texts of a source as answers of one text each, with the prompt of what is searched."""
+    settings = settings_of_run(run.config)
+    assert settings is not None
+    columns = Columns()
+    records = open_input(corpus, DataConfig(text_unit="line"), columns)
+    texts = [text for record in records if (text := record.texts[0].strip())]
+    settings = dataclasses.replace(settings, max_tokens=run.tokenizer.max_tokens or run.row_length)
+    embedder = Embedder(run.model.encoder, run.tokenizer, settings)
+    name = "document" if settings.prompts else None
+    vectors, _ = embedder.embed(texts, progress=lambda done: say(f"{done:,} texts of {corpus}"), prompt_name=name)
+    keys = np.array([text_key(text) for text in texts], np.uint64).view(np.int32).reshape(-1, 1, 2)
+    for vector, key in zip(vectors, keys, strict=True):
+        yield {"vectors": vector[None], "text_keys": key}
 
 
 def _loss(run: LoadedRun, config: DataConfig, say: Say) -> tuple[dict[str, float], dict[str, Any], str]:
     """Of a task without answers, such as masked_lm: its loss on every document."""
     reading = run.task.reading
     whole = dataclasses.replace(config, held_out_rate=0.0, validation=None, test=None)
-    _, [store, *_], _ = open_stores(whole, reading.columns, tokenizer=run.tokenizer, progress=say)
+    _, [store, *_], _ = open_stores(whole, reading.columns_of(run.config), tokenizer=run.tokenizer, progress=say)
     split = store.test or (store.validation if len(store.validation) else store.train)
     frame = Frame.of(run.tokenizer, run.config.model.position_offset)
     documents = Documents(split, reading.layout(run.config), frame, run.row_length)

@@ -10,6 +10,7 @@ import numpy as np
 from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, RunConfig, differences
 from flax_encoder.data.pipeline import settle_tokenizer
 from flax_encoder.data.sources.columns import Columns
+from flax_encoder.data.sources.records import Say
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.data.tokens.word_vectors import embedding_from_vectors, word_level_tokenizer
 from flax_encoder.nn.partition import flatten, round_up_vocab
@@ -142,7 +143,7 @@ def with_vocab_size(config: RunConfig, tokenizer_size: int) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def start_from(config: RunConfig, label_names: list[str] | None, params: Any, log: RunLog) -> Any:
+def start_from(config: RunConfig, label_names: list[str] | None, params: Any, say: Say) -> Any:
     """`params` with the encoder of init_from, and its head too if that is of the same objective, but for the outputs of
     other labels; what is new is named."""
     origin, params_there = read_origin(config.init_from, config.objective)
@@ -160,11 +161,11 @@ def start_from(config: RunConfig, label_names: list[str] | None, params: Any, lo
         return jax.make_array_from_callback(own.shape, own.sharding, np.asarray(theirs).__getitem__)
 
     picked = jax.tree_util.tree_map_with_path(pick, params)
-    log.say(f"started from {config.init_from}; new parameters: {', '.join(fresh) or 'none'}")
+    say(f"started from {config.init_from}; new parameters: {', '.join(fresh) or 'none'}")
     return picked
 
 
-def with_word_vectors(path: str, tokenizer: TextTokenizer, params: Any, log: RunLog) -> Any:
+def with_word_vectors(path: str, tokenizer: TextTokenizer, params: Any, say: Say) -> Any:
     """`params` with the file's vectors as rows of the token embedding; the rows of other tokens stay as they are."""
     rows = embedding_from_vectors(path, tokenizer)
     token = params["encoder"]["embedding"]["token"]
@@ -175,6 +176,6 @@ def with_word_vectors(path: str, tokenizer: TextTokenizer, params: Any, log: Run
         )
     place = jax.jit(lambda token, rows: token.at[rows[0]].set(rows[1]), out_shardings=token.sharding)
     token = place(token, (rows.ids, rows.vectors))
-    log.say(f"token embedding: {len(rows.ids):,} rows from {path}, {rows.num_missing:,} tokens are not there")
+    say(f"token embedding: {len(rows.ids):,} rows from {path}, {rows.num_missing:,} tokens are not there")
     embedding = params["encoder"]["embedding"] | {"token": token}
     return params | {"encoder": params["encoder"] | {"embedding": embedding}}

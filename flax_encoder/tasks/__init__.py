@@ -3,6 +3,7 @@
 from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.tasks import (
     classification,
+    contrastive,
     masked_lm,
     multi_label,
     multiple_choice,
@@ -26,6 +27,7 @@ TASKS: dict[str, Task] = {
     "question_answering": question_answering.TASK,
     "multiple_choice": multiple_choice.TASK,
     "replaced_token_detection": replaced_token_detection.TASK,
+    "contrastive": contrastive.TASK,
 }
 
 

@@ -65,7 +65,7 @@ def _targets(inputs: TargetInputs) -> Targets:
 
 
 def _layout(config: RunConfig) -> Layout:
-    return Layout(is_choices=True)
+    return Layout("choices")
 
 
 def _answer(question: Question) -> Answer:

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
 from flax_encoder.config import ConfigError, RunConfig, differences
+from flax_encoder.config.model import PoolingMode
 from flax_encoder.data.reading import Reading
 from flax_encoder.data.sources.records import Record
 from flax_encoder.data.store.store import Split
@@ -17,7 +19,7 @@ from flax_encoder.tasks.loss import LossSum
 Batch = dict[str, Array]
 Labels = list[str] | None
 Answer = dict[str, Any]
-"""What a model says of one document, ready for JSON."""
+"""What a model says of one document, ready for JSON but for arrays, which scores are made of and files leave out."""
 
 
 class Objective(Protocol):
@@ -34,6 +36,28 @@ class Objective(Protocol):
     def outputs(self, batch: Batch) -> dict[str, Array]:
         """What answers are made of: arrays [B, M, ...], an entry for each target of the batch."""
         ...
+
+
+@runtime_checkable
+class CoupledObjective(Objective, Protocol):
+    """An objective whose loss compares rows of a batch with one another, so that it is no sum over parts of the batch:
+    `loss(batch)` is `coupled_loss(represent(batch), batch)`."""
+
+    def represent(self, batch: Batch, *, key: Array | None = None) -> Array:
+        """What the loss needs of each row, made of that row alone: [B, ...]."""
+        ...
+
+    def coupled_loss(self, representations: Array, batch: Batch) -> LossSum:
+        """The loss of a whole batch; it reads small fields of it, and parameters besides the encoder's."""
+        ...
+
+
+class VectorSettings(NamedTuple):
+    """How a task's encoder makes vectors of texts, which are scaled to length 1."""
+
+    pooling: PoolingMode
+    prompts: Mapping[str, str] = MappingProxyType({})
+    """What is put before texts, by name: `query` and `document`."""
 
 
 class Question(NamedTuple):
@@ -115,6 +139,10 @@ class Task:
     """What a published config says of a head that several tasks have."""
     needs_offsets: bool = False
     """Whether answers count characters."""
+    compares_start: bool = False
+    """Whether the model before training has scores that mean something: they are another baseline."""
+    vectors: Callable[[RunConfig], VectorSettings] | None = None
+    """Of a task that is there to make vectors: `embed` and `export` follow it."""
 
 
 def reads_setting(task: Task, setting: str, of_some: frozenset[str]) -> bool:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from flax_encoder.nn.lora import assembled
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.tasks.loss import LossSum
+from flax_encoder.tasks.task import CoupledObjective
 from flax_encoder.training.parameters import filled, join, split
 from flax_encoder.training.sharding import BATCH_SPEC, logical_axes, sharding_tree, spread
 from flax_encoder.training.transformations import global_norm, gradient_point
@@ -98,9 +99,9 @@ def make_train_step(
     """A jitted `step(state, batch) -> (state, metrics)`. The state passed in is donated: use the one returned.
 
     The model's `loss(batch, key=)` gives sums, so any split into microbatches or over devices makes the same update
-    up to float32 rounding. The dropout key is a function of (seed, step). A batch may have `progress` [B, 1], the share
-    of the run's time that has gone by: the optimizer is given the largest. The largest of `stop` [B, 1] is returned
-    too, by which processes agree.
+    up to float32 rounding; `coupled_gradient` sees to it where a loss couples rows. The dropout key is a function of
+    (seed, step). A batch may have `progress` [B, 1], the share of the run's time that has gone by: the optimizer is
+    given the largest. The largest of `stop` [B, 1] is returned too, by which processes agree.
 
     Args:
       graphdef, shardings: from `init_train_state`.
@@ -108,9 +109,11 @@ def make_train_step(
       trained: which parameters are (training/parameters.py); of the others there are no gradients. None: all.
     """
 
+    def model_of(own, rest):
+        return assembled(graphdef, own if trained is None else join(own, rest, trained))
+
     def loss_fn(own, rest, batch, key):
-        params = own if trained is None else join(own, rest, trained)
-        loss = assembled(graphdef, params).loss(batch, key=key)
+        loss = model_of(own, rest).loss(batch, key=key)
         return loss.sum, loss
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -123,17 +126,11 @@ def make_train_step(
         own, rest = (params, None) if trained is None else split(params, trained)
         if num_microbatches == 1:
             grads, loss = grad_fn(own, rest, batch, key)
+        elif isinstance(model_of(own, rest), CoupledObjective):
+            grads, loss = coupled_gradient(model_of, own, rest, batch, key, num_microbatches)
         else:
-            # Rows are dealt out, not cut into runs, so that each microbatch still lies evenly on all devices.
-            parts = jax.tree.map(lambda x: rearrange(x, "(B parts) ... -> parts B ...", parts=num_microbatches), batch)
-            part_keys = jax.random.split(key, num_microbatches)
-
-            def accumulate(total, xs):
-                return jax.tree.map(jnp.add, total, grad_fn(own, rest, *xs)), None
-
-            shapes = jax.eval_shape(grad_fn, own, rest, jax.tree.map(lambda x: x[0], parts), key)
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (grads, loss), _ = jax.lax.scan(accumulate, zeros, (parts, part_keys))
+            parts, part_keys = dealt(batch, num_microbatches), jax.random.split(key, num_microbatches)
+            grads, loss = summed(lambda *xs: grad_fn(own, rest, *xs), parts, part_keys)
         grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), grads)
         measured = {name: most for name, most in told.items() if name == "progress"}
         whole = grads if trained is None else filled(grads, params)
@@ -149,6 +146,49 @@ def make_train_step(
         return jit(step)
     everywhere = shardings.step
     return jit(step, in_shardings=(shardings, _rows(everywhere.mesh)), out_shardings=(shardings, everywhere))
+
+
+def dealt(batch: Any, parts: int) -> Any:
+    """[B, ...] to [parts, B / parts, ...]: rows are dealt out, not cut into runs, so that each microbatch still lies
+    evenly on all devices."""
+    return jax.tree.map(lambda x: rearrange(x, "(B parts) ... -> parts B ...", parts=parts), batch)
+
+
+def summed(of: Callable[..., Any], *xs: Any) -> Any:
+    """The sum of what `of` gives for each entry of the first axis of `xs`, one after the other."""
+    shapes = jax.eval_shape(of, *jax.tree.map(lambda x: x[0], xs))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(lambda total, one: (jax.tree.map(jnp.add, total, of(*one)), None), zeros, xs)[0]
+
+
+def coupled_gradient(
+    model_of: Callable[[Any, Any], CoupledObjective], own: Any, rest: Any, batch: Batch, key: Array,
+    num_microbatches: int,
+) -> tuple[Any, LossSum]:  # fmt: skip
+    """(gradients, loss) of a loss that couples all rows of a batch, with the activations of a microbatch at a time (Gao
+    et al., arXiv 2101.06983): the representations of all rows, the loss's gradient by them, and then, with the same
+    dropout, each microbatch's part of the gradient by the parameters.
+
+    Args:
+      model_of: of (trained, frozen) parameters.
+    """
+    parts, part_keys = dealt(batch, num_microbatches), jax.random.split(key, num_microbatches)
+
+    def represent(own, part, part_key):
+        return model_of(own, rest).represent(part, key=part_key)
+
+    def loss_of(own, representations):
+        whole = jax.tree.map(lambda x: rearrange(x, "parts B ... -> (B parts) ..."), representations)
+        loss = model_of(own, rest).coupled_loss(whole, batch)
+        return loss.sum, loss
+
+    def part_gradient(part, part_key, cotangents):
+        return jax.vjp(lambda own: represent(own, part, part_key), own)[1](cotangents)[0]
+
+    _, representations = jax.lax.scan(lambda _, xs: (None, represent(own, *xs)), None, (parts, part_keys))
+    (direct, cotangents), loss = jax.grad(loss_of, (0, 1), has_aux=True)(own, representations)
+    through = summed(part_gradient, parts, part_keys, cotangents)
+    return jax.tree.map(jnp.add, direct, through), loss
 
 
 def make_eval_step(graphdef: Any, shardings: TrainState | None = None) -> Callable[[Any, Batch], LossSum]:

@@ -1,7 +1,8 @@
 """Documents as rows hold them: which texts stand together, what stands between them, and what is cut.
 
 A document of one text is one segment of a row: first, text, last. A pair is one segment too: first, text, between,
-text, last. A choice is a segment of its own: of a context and n choices, n segments that do not see each other.
+text, last. A choice is a segment of its own: of a context and n choices, n segments that do not see each other. Texts
+that are compared are segments of their own too; where a document has one text alone, that text is there twice.
 """
 
 from dataclasses import dataclass
@@ -76,8 +77,9 @@ class Frame:
 class Layout(NamedTuple):
     """How a document's texts become segments, and what happens to a document that no row holds."""
 
-    is_choices: bool = False
-    """The texts after the first are choices, each a segment with the first; else all texts are one segment."""
+    segments: Literal["together", "choices", "apart"] = "together"
+    """All texts are one segment; or those after the first are choices, each a segment with the first; or each text is
+    a segment, and a single one two of them, which share the row's room."""
     long: Literal["split", "cut", "windows"] = "cut"
     """`split` makes pieces of a text that lose no token; `cut` takes tokens off the longest text, as transformers'
     `longest_first` does, on the tokenizer's `truncation_side`; `windows` repeats the first text before overlapping
@@ -108,25 +110,28 @@ class Documents:
     def __init__(self, split: Split, layout: Layout, frame: Frame, row_length: int):
         self.split, self.layout, self.frame = split, layout, frame
         has_texts = "text_lengths" in split.values and layout.long != "split"  # which takes them for one
-        self._num_texts = split.values["text_lengths"].shape[1] if has_texts else 1
-        self.runs = _runs(layout, frame, self._num_texts)
+        num_texts = split.values["text_lengths"].shape[1] if has_texts else 1
+        self.runs = _runs(layout, frame, num_texts)
         self.num_segments = self.runs[-1].segment + 1
-        self.has_types = self._num_texts > 1
+        self.has_types = any(run.token_type for run in self.runs)
         self.num_cut = 0
         self._room = row_length - sum(frame.specials)
         self.source: np.ndarray | None = None  # document [V] of each; None: they are the split's own
         self.window_start: np.ndarray | None = None  # [V], where windows of the last text begin in it, in tokens
-        if self._num_texts > 1:
+        if len(self.runs) > 1:
             self._lay_out(row_length)
         elif layout.long == "cut":
             self.num_cut = int((split.lengths > row_length - sum(frame.specials)).sum()) if len(split) else 0
 
     def _lay_out(self, row_length: int) -> None:
-        lengths = self.split.values["text_lengths"].astype(np.int64)
+        lengths = self.split.values.get("text_lengths", self.split.lengths[:, None]).astype(np.int64)
         begins = self.split.offsets[:-1, None] + np.cumsum(lengths, axis=1) - lengths
         specials = sum(len(run.before) + len(run.after) for run in self.runs)
-        room = (row_length - specials) // self.num_segments
-        if room < 2:
+        # Runs that share their room.
+        segments = [0 if self.layout.segments == "apart" else run.segment for run in self.runs]
+        groups = [[r for r, own in enumerate(segments) if own == segment] for segment in sorted({*segments})]
+        room = (row_length - specials) // len(groups)
+        if room < len(groups[0]):
             raise DataError(
                 f"a row must hold a document: {row_length} tokens do not hold {len(self.runs)} texts with {specials} "
                 f"special tokens. Give a longer --data.row-length."
@@ -137,9 +142,8 @@ class Documents:
             self._windows(begins, lengths, room)
         else:
             begin, length = begins[:, texts], lengths[:, texts]
-            for segment in range(self.num_segments):
-                pair = [r for r, run in enumerate(self.runs) if run.segment == segment]
-                length[:, pair] = longest_first(length[:, pair], room)
+            for group in groups:
+                length[:, group] = longest_first(length[:, group], room)
             if self.frame.truncation_side == "left":
                 begin = begin + lengths[:, texts] - length
             self.num_cut = int((length < lengths[:, texts]).any(1).sum())
@@ -196,9 +200,11 @@ class Documents:
 def _runs(layout: Layout, frame: Frame, num_texts: int) -> tuple[Run, ...]:
     first = () if frame.first is None else (frame.first,)
     last = () if frame.last is None else (frame.last,)
+    if layout.segments == "apart":
+        return tuple(Run(min(k, num_texts - 1), first, last, k, 0) for k in range(max(num_texts, 2)))
     if num_texts == 1:
         return (Run(0, first, last, 0, 0),)
-    if layout.is_choices:
+    if layout.segments == "choices":
         pairs = ((Run(0, first, frame.between, k - 1, 0), Run(k, (), last, k - 1, 1)) for k in range(1, num_texts))
         return tuple(run for pair in pairs for run in pair)
     inner = [Run(k, first if k == 0 else (), frame.between, 0, min(k, 1)) for k in range(num_texts - 1)]
@@ -206,14 +212,15 @@ def _runs(layout: Layout, frame: Frame, num_texts: int) -> tuple[Run, ...]:
 
 
 def longest_first(lengths: np.ndarray, room: int) -> np.ndarray:
-    """Lengths [N, 2] cut to `room` together, tokens being taken from the longer, as transformers cuts pairs."""
-    short, long = np.sort(lengths, axis=1).T
-    long = np.minimum(long, np.maximum(short, room - short))
-    is_over = short + long > room
-    short = np.where(is_over, room // 2, short)
-    long = np.where(is_over, room - room // 2, long)
-    is_swapped = lengths[:, 0] > lengths[:, 1]
-    return np.where(is_swapped[:, None], np.stack([long, short], 1), np.stack([short, long], 1))
+    """Lengths [N, texts] cut to `room` together, tokens being taken from the longest, as transformers cuts pairs."""
+    order = np.argsort(lengths, axis=1, kind="stable")
+    cut, left = np.zeros_like(lengths), np.full(len(lengths), room)
+    for k, column in enumerate(order.T):
+        # A text has at most its share of what the shorter ones leave.
+        at = np.arange(len(lengths)), column
+        cut[at] = np.minimum(lengths[at], left // (lengths.shape[1] - k))
+        left = left - cut[at]
+    return cut
 
 
 def assemble(documents: Documents, pieces: Pieces, batch: Batch, rows: np.ndarray) -> None:

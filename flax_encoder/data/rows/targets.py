@@ -164,6 +164,52 @@ def _document_targets(
     return batch
 
 
+def group_targets(inputs: TargetInputs, *, with_numbers: bool = True) -> Targets:
+    """A slot m of M for each document, whose n texts are the segments m * n + 1 to m * n + n of the row.
+
+    The fields are `target_weights` float32 [B, M], 1 of a document; `text_keys` int32 [B, M, n, 2], a hash of each
+    text; and `targets` float32 [B, M], the documents' numbers, where they have any.
+
+    Args:
+      with_numbers: read the numbers, if there are any.
+
+    Raises:
+      DataError: some documents have a number and others none.
+    """
+    split, documents = inputs.documents.split, inputs.documents
+    keys = split.values["text_keys"][:, [run.text for run in documents.runs]]
+    numbers = split.values.get("number") if with_numbers else None
+    if numbers is not None and (is_none := np.isnan(numbers)).any():
+        if not is_none.all():
+            raise DataError(
+                f"either every pair of texts has a number or none has: {int(is_none.sum()):,} of {len(numbers):,} have "
+                f"none. Give sources of one kind."
+            )
+        numbers = None
+    return functools.partial(_group_targets, documents, keys, numbers, inputs.max_pieces, inputs.with_owners)
+
+
+def _group_targets(
+    documents: Documents, keys: np.ndarray, numbers: np.ndarray | None, max_pieces: int, with_owners: bool, rows: Rows
+) -> Batch:
+    B, row = len(rows.address), rows.pieces.row
+    slot = np.arange(len(row)) - np.searchsorted(row, row)
+    whose = documents.documents(rows.pieces)
+    batch = {
+        "target_weights": np.zeros((B, max_pieces), np.float32),
+        "text_keys": np.zeros((B, max_pieces, documents.num_segments, 2), np.int32),
+    }
+    batch["target_weights"][row, slot] = 1.0
+    batch["text_keys"][row, slot] = np.ascontiguousarray(keys[whose]).view(np.int32).reshape(len(row), -1, 2)
+    if numbers is not None:
+        batch["targets"] = np.zeros((B, max_pieces), np.float32)
+        batch["targets"][row, slot] = numbers[whose]
+    if with_owners:
+        batch["owners"] = np.full((B, max_pieces), -1, np.int32)
+        batch["owners"][row, slot] = rows.pieces.document
+    return batch
+
+
 def word_targets(inputs: TargetInputs, *, all_pieces: bool = False) -> Targets:
     """A target a word, at its first token: its tag. A row has as many slots as tokens, M = T.
 

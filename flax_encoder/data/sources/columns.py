@@ -1,6 +1,7 @@
 """What a run wants of every document, and the columns of a source that give it: named by the user, or guessed."""
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -25,9 +26,16 @@ class Columns(NamedTuple):
     value: Value = "none"
     min_texts: int = 1
     max_texts: int = 1
-    """2 is a text or a pair; a question and its passage are (2, 2), a context and its choices (3, 27)."""
+    """2 is a text or a pair; a question and its passage are (2, 2), a context and its choices (3, 27); more from one on
+    are an anchor, what belongs to it, and what does not."""
     keeps_words: bool = False
     """Without a value: where the source has words rather than a text, name them, as tags that are None."""
+    is_optional: bool = False
+    """A value is read of pairs alone, and a source without a column of that name has none: it is None."""
+    has_keys: bool = False
+    """Keep a hash of every text, by which equal texts are known."""
+    prompts: tuple[str, ...] = ()
+    """Two: what is put before a document's first text, and before each other, as it is tokenized."""
 
     @property
     def is_choice(self) -> bool:
@@ -80,6 +88,8 @@ _PAIRS = (
     ("source", "target"), ("text", "summary"), ("document", "summary"), ("article", "highlights"),
     ("dialogue", "summary"),
 )  # fmt: skip
+_ANCHORS = (("query", "positive"), ("question", "positive"), ("question", "answer"), ("query", "answer"))
+_NEGATIVE = re.compile(r"(?:hard_)?negatives?_?(\d*)")
 _LABELS = {
     "class": (
         "labels", "class", "category", "sentiment", "topic", "intent", "emotion", "target", "gold_label",
@@ -209,14 +219,19 @@ def no_column(name: str, columns: list[str], where: str, role: str = "text") -> 
 
 def _texts_and_value(chooser: _Chooser) -> Layout:
     wanted, kinds = chooser.wanted, chooser.kinds
-    label = _label(chooser) if wanted.value != "none" else None
+    label = _label(chooser) if wanted.value != "none" and not wanted.is_optional else None
     labels = label if isinstance(label, tuple) else () if label is None else (label,)
     texts = _texts(chooser, labels)
+    if wanted.is_optional:
+        label = _optional_label(chooser, texts)
+        labels = () if label is None else (label,)
     read = functools.partial(values.joined_tokens, texts[0])
-    if len(texts) > 1 or not _is_list(kinds[texts[0]]):
+    if len(texts) > 1 and any(_is_list(kinds[name]) for name in texts):
+        read = functools.partial(values.texts_of_lists, texts)
+    elif len(texts) > 1 or not _is_list(kinds[texts[0]]):
         read = functools.partial(values.texts, texts)
     names = list(chooser.config.label_names) if chooser.config.label_names else None
-    if wanted.value == "none":
+    if label is None:
         make, names = functools.partial(values.plain, read), None
         if wanted.keeps_words and read.func is values.joined_tokens:
             make = functools.partial(values.untagged, texts[0])
@@ -248,11 +263,37 @@ def _label(chooser: _Chooser) -> str | tuple[str, ...]:
     return chooser.one("label", asked, (*(("label",) if value == "class" else ()), *_LABELS[value]), fits)
 
 
+def _optional_label(chooser: _Chooser, texts: tuple[str, ...]) -> str | None:
+    """The column of numbers, if there is one that is called so and two texts that it can be of."""
+    if chooser.label is None and (len(texts) != 2 or not chooser.known(_LABELS["number"], _is_number)):
+        return None
+    if len(texts) != 2:
+        raise DataError(
+            f"a number is of a pair of texts: {chooser.table.where} is read as {len(texts)} a row, {', '.join(texts)}. "
+            f"Leave out --data.label-column {chooser.label}, or name two with --data.text-column and "
+            f"--data.text-pair-column."
+        )
+    return str(_label(chooser))
+
+
 def _texts(chooser: _Chooser, labels: tuple[str, ...]) -> tuple[str, ...]:
-    """One column, or two: a pair only if it was named, or if both names belong together."""
+    """One column, or two: a pair only if it was named, or if both names belong together. Where a document may have
+    more than two, those that are called negatives follow."""
+    if chooser.wanted.max_texts <= 2:
+        return _text_or_pair(chooser, labels, _PAIRS)
+    numbered = ((name, _NEGATIVE.fullmatch(_key(name))) for name, kind in chooser.kinds.items()
+                if kind in ("str", "list[str]"))  # fmt: skip
+    negatives = sorted((int(match[1] or 0), name) for name, match in numbered if match)
+    texts = _text_or_pair(chooser, (*labels, *(name for _, name in negatives)), (*_PAIRS, *_ANCHORS))
+    return (*texts, *(name for _, name in negatives)) if len(texts) == 2 else texts
+
+
+def _text_or_pair(
+    chooser: _Chooser, others: tuple[str, ...], known_pairs: tuple[tuple[str, str], ...]
+) -> tuple[str, ...]:
     kinds, wanted = chooser.kinds, chooser.wanted
-    strings = [name for name, kind in kinds.items() if kind == "str" and name not in labels]
-    pairs = [pair for names in _PAIRS if len(pair := [n for n in chooser.known(names) if n in strings]) == 2]
+    strings = [name for name, kind in kinds.items() if kind == "str" and name not in others]
+    pairs = [pair for names in known_pairs if len(pair := [n for n in chooser.known(names) if n in strings]) == 2]
     if chooser.text is not None:
         first = chooser.named(chooser.text, "text")
         if chooser.pair is not None:

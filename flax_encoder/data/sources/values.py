@@ -55,6 +55,14 @@ def texts(columns: tuple[str, ...], row: Row) -> tuple[str, ...]:
     return tuple([text(row, column) for column in columns])
 
 
+def texts_of_lists(columns: tuple[str, ...], row: Row) -> tuple[str, ...]:
+    """Of columns that hold a text or a list of texts, one after the other."""
+    found: list[str] = []
+    for column in columns:
+        found += _strings(row, column) if isinstance(cell(row, column), list) else [text(row, column)]
+    return tuple(found)
+
+
 def joined_tokens(column: str, row: Row) -> tuple[str, ...]:
     return (" ".join(_strings(row, column)),)
 

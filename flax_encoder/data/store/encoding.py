@@ -1,5 +1,6 @@
 """Records to tokens: what every way from a text to a row has in common, in training, evaluation and prediction."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,11 +35,20 @@ class Encoded:
     text; NO_ANSWER twice where there is none."""
     offsets: np.ndarray | None = None
     """int32 [tokens, 2]: where each token's characters begin and end in its text."""
+    text_keys: np.ndarray | None = None
+    """uint64 [N, texts], where `Columns.has_keys`: a hash of each text without prompts and outer blanks, 0 of none."""
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, uint32 [N]."""
         return self.text_lengths.sum(1, dtype=np.uint32)
+
+    @property
+    def is_empty(self) -> np.ndarray:
+        """Whether a document has no token, or one of its texts that are compared has none, bool [N]."""
+        if self.text_keys is None:
+            return self.lengths == 0
+        return ((self.text_keys == 0) | (self.text_lengths == 0)).any(1)
 
 
 def exact_texts(record: Record, columns: Columns) -> tuple[str, ...]:
@@ -64,6 +74,11 @@ def encode_records(
     if other := next((r for r in records if len(r.texts) != num_texts), None):
         raise other_number_of_texts(other, num_texts)
     texts = [text for record in records for text in exact_texts(record, columns)]
+    keys = None
+    if columns.has_keys:
+        keys = np.array([text_key(text) for text in texts], np.uint64).reshape(len(records), num_texts)
+    if any(columns.prompts):
+        texts = [columns.prompts[min(i % num_texts, 1)] + text for i, text in enumerate(texts)]
     needs_offsets = with_offsets or columns.value in ("tags", "answers")
     offsets = None
     if needs_offsets:
@@ -76,7 +91,13 @@ def encode_records(
         tags, unread = _token_tags(records, text_lengths[:, 0], offsets, tag_ids)
     elif columns.value == "answers":
         answers = _token_answers(records, text_lengths, offsets)
-    return Encoded(tokens, words, text_lengths, tags, unread, answers, offsets)
+    return Encoded(tokens, words, text_lengths, tags, unread, answers, offsets, keys)
+
+
+def text_key(text: str) -> int:
+    """64 bits that tell a text from others, blanks around it left out; 0 of an empty one."""
+    text = text.strip()
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") if text else 0
 
 
 def words_of_record(record: Record) -> list[Word]:

@@ -52,12 +52,12 @@ def merge_parts(
     has_names = columns.value == "class" and not columns.is_choice
     if has_names and label_names is None and (source.has_held_out or held_out.by_class):
         _check_seen_in_training(source, columns_of_values["labels"], keep & (codes == 0), names)
-    for name in ("answers", "text_lengths"):
+    for name in ("answers", "text_lengths", "text_keys"):
         if any((part / f"{name}.npy").exists() for part in parts):
             if name == "text_lengths":
                 _check_as_many_texts(source, parts)
             column = _joined(parts, f"{name}.npy")
-            if column.shape[1] > 1:
+            if column.shape[1] > 1 or name == "text_keys":
                 columns_of_values[name] = column
 
     kinds = ("tokens", "words", *(("tags",) if columns.value == "tags" else ()))
@@ -113,6 +113,7 @@ def merge_parts(
         "tokenizer": tokenizer.hash,
         "dtype": token_dtype(tokenizer).name,
         "value": columns.value,
+        "prompts": list(columns.prompts),
         "dropped": {"empty": sum(a["empty"] for a in about), "duplicate": int(len(keep) - keep.sum())}
         | {name: count for name, count in rare.items() if count},
         "contradictory": _contradictory(parts) if columns.value != "none" else 0,
@@ -135,7 +136,8 @@ def merge_parts(
 def _joined(parts: list[pathlib.Path], name: str, empty: np.ndarray | None = None) -> np.ndarray:
     """A column of all parts, [documents, ...]."""
     found = [np.load(part / name) for part in parts if (part / name).exists()]
-    return np.concatenate(found) if found else np.asarray(empty)
+    filled = [column for column in found if len(column)]  # one without documents cannot tell how many texts they have
+    return np.concatenate(filled or found[:1]) if found else np.asarray(empty)
 
 
 def _check_as_many_texts(source: Source, parts: list[pathlib.Path]) -> None:
@@ -296,6 +298,9 @@ def _values(source: Source, columns: Columns, values: list, names: list[str] | N
         found = (r.where for r in records if r.value == value or (isinstance(r.value, tuple) and value in r.value))
         return next(found, "") or "a record"
 
+    if columns.is_optional:
+        numbers = np.array([np.nan if value is None else value for value in values], np.float32)
+        return {} if np.isnan(numbers).all() else {"number": numbers}
     if any(value is None for value in values):
         what = "number" if columns.value == "number" else "label"
         raise DataError(f"every document must have a {what}: {first_with(None)} has none.")

@@ -100,7 +100,8 @@ def store_identity(
     """What a store is made from, as a hash: the same for the same, so that it is found again."""
     what: tuple[Any, ...] = (FORMAT, source.fingerprint, tokenizer.hash, held_out.rate, label_names)
     if columns.value not in ("none", "class") or columns.max_texts > 1:
-        what += (tuple(columns),)
+        # Stores from before there were optional values, keys and prompts are found again.
+        what += (tuple(columns) if columns.has_keys else tuple(columns)[:4],)
     if held_out[1:] != HeldOut(0.0)[1:]:
         excluded = hashlib.sha256(b"".join(sorted(held_out.excluded))).hexdigest()
         what += (held_out.by_class, held_out.keep_all, excluded)

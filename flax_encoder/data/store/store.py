@@ -7,6 +7,7 @@ STORE/SPLIT/words-N.bin           a bit a token: whether it begins a word
 STORE/SPLIT/offsets.npy           int64 [documents + 1], in tokens over all the split's files
 STORE/SPLIT/histogram.npy         uint32 [3, entries], see `packing.length_histogram`
 STORE/SPLIT/text_lengths.npy      int32 [documents, texts], where a document is several texts end to end
+STORE/SPLIT/text_keys.npy         uint64 [documents, texts]                  a hash of each, where texts are compared
 STORE/SPLIT/labels.npy            int32 [documents]                          values that are one class of several,
 STORE/SPLIT/classes.npy           uint8 [documents, labels]                  any of several,
 STORE/SPLIT/number.npy            float32 [documents]                        a number,
@@ -32,7 +33,7 @@ from flax_encoder.data.sources.records import DataError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-VALUES = ("labels", "classes", "number", "answers", "text_lengths")
+VALUES = ("labels", "classes", "number", "answers", "text_lengths", "text_keys")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Split:
     """Bits, packed from the low end of each byte."""
     offsets: np.ndarray
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """`labels`, `classes`, `number` or `answers`, [N, ...], and `text_lengths` [N, texts]."""
+    """`labels`, `classes`, `number` (NaN where there is none) or `answers`, [N, ...], and `text_lengths` and
+    `text_keys` [N, texts]."""
     histogram: np.ndarray | None = None
     """Of the documents' lengths, as `packing.length_histogram` counts them."""
     tags: Sequence[np.ndarray] | None = None

@@ -3,7 +3,7 @@
 A part's folder has its documents one after the other: `tokens.bin`, `words.bin` (whether a token starts a word),
 `lengths.npy`, `hashes.npy` (of records, 128 bits), `splits.npy` (an index in SPLITS) and `about.json` (values, names of
 tags, empty documents); where there are values `text_hashes.npy`, of several texts `text_lengths.npy`, and `tags.bin`
-or `answers.npy` where these are the values (`encoding.Encoded` says how).
+or `answers.npy` where these are the values, and `text_keys.npy` where texts are compared (`encoding.Encoded` says how).
 """
 
 import concurrent.futures
@@ -142,7 +142,7 @@ def _tokenize_part(
     has_value, has_texts = columns.value != "none", columns.max_texts > 1
     kinds = ("tokens", "words", *(("tags",) if columns.value == "tags" else ()))
     lengths, hashes, text_hashes, splits = array("I"), bytearray(), bytearray(), bytearray()
-    text_lengths, answers, values, tag_ids = [], [], [], {}
+    text_lengths, text_keys, answers, values, tag_ids = [], [], [], [], {}
     empty = excluded = unread = num_tokens = 0
     bad_rows: list[int] = []
     try:
@@ -168,6 +168,8 @@ def _tokenize_part(
                     if text_lengths and encoded.text_lengths.shape[1] != text_lengths[0].shape[1]:
                         raise other_number_of_texts(batch[0], text_lengths[0].shape[1])
                     text_lengths.append(encoded.text_lengths[keep])
+                if encoded.text_keys is not None:
+                    text_keys.append(encoded.text_keys[keep])
                 if encoded.answers is not None:
                     answers.append(encoded.answers[keep])
                 for record, text, digest in itertools.compress(zip(batch, texts, digests, strict=True), keep.tolist()):
@@ -186,6 +188,8 @@ def _tokenize_part(
             np.save(work / "text_hashes.npy", np.frombuffer(bytes(text_hashes), "<u8").reshape(-1, 2))
         if has_texts:
             np.save(work / "text_lengths.npy", np.concatenate(text_lengths or [np.zeros((0, columns.min_texts))]))
+        if columns.has_keys:
+            np.save(work / "text_keys.npy", np.concatenate(text_keys or [np.zeros((0, columns.min_texts), np.uint64)]))
         if columns.value == "answers":
             np.save(work / "answers.npy", np.concatenate(answers or [np.zeros((0, 2), np.int32)]))
         is_listed = columns.value in ("class", "classes", "number")
@@ -214,7 +218,7 @@ def _is_document(encoded: Encoded) -> np.ndarray:
         ends = np.cumsum(encoded.lengths, dtype=np.int64)
         tagged = np.concatenate([[0], np.cumsum(encoded.tags > 0)])
         return tagged[ends] > tagged[ends - encoded.lengths]
-    return encoded.lengths > 0
+    return ~encoded.is_empty
 
 
 def text_digest(text: str) -> bytes:
