@@ -16,6 +16,7 @@ COMMANDS = {
     "export": "export",
     "import": "import_folder",
     "plot": "plot",
+    "report": "report",
     "prepare": "prepare",
     "inspect": "inspect",
     "verify": "verify",

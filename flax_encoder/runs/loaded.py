@@ -76,6 +76,23 @@ class LoadedRun:
         run = jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch))
         return lambda batch: run(params, batch)
 
+    @property
+    def params(self) -> Any:
+        """The model's parameters, a pytree of arrays."""
+        return nnx.to_pure_dict(self._split_model[1])
+
+    @functools.cached_property
+    def loss_and_outputs(self) -> Callable[[Batch], tuple[Any, dict[str, jax.Array]]]:
+        """The loss of a batch with targets, and the model's outputs; compiled once for each shape."""
+        graphdef, params = self._split_model
+
+        @jax.jit
+        def run(params, batch):
+            model = nnx.merge(graphdef, params)
+            return model.loss(batch), model.outputs(batch)
+
+        return lambda batch: run(params, {name: x for name, x in batch.items() if name not in HOST_FIELDS})
+
     def _check_asked(self) -> None:
         if self.fresh:
             raise DataError(
