@@ -17,6 +17,8 @@ COMMANDS = {
     "import": "import_folder",
     "plot": "plot",
     "report": "report",
+    "attention": "attention",
+    "map": "map",
     "prepare": "prepare",
     "inspect": "inspect",
     "verify": "verify",
