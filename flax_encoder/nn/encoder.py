@@ -277,6 +277,12 @@ class Encoder(nnx.Module):
                 found.append(layer.attention_weights(states[i], segment_ids, position[reach], window))
         return jnp.stack(found)
 
+    def __repr__(self) -> str:
+        config = self.config
+        count = sum(x.size for x in jax.tree.leaves(nnx.state(self, nnx.Param)))
+        layers = f"{config.num_layers} layer{'s' * (config.num_layers > 1)} of width {config.embed_dim}"
+        return f"{type(self).__name__}({layers}, {config.vocab_size:,} tokens, {count:,} parameters)"
+
     def _stacks(self) -> list[tuple[nnx.Module, int, int]]:
         """(stacked layers, the first of them, the one after the last), in the order that they run."""
         first = int(self.config.first_differs)

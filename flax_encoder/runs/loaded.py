@@ -60,6 +60,10 @@ class LoadedRun:
     fresh: tuple[str, ...] = ()
     """Parameters of the head that no weights were found for: with any, the model gives vectors but no answers."""
 
+    def __repr__(self) -> str:
+        labels = "" if self.label_names is None else f", {len(self.label_names)} labels"
+        return f"LoadedRun({self.config.objective}, {self.model.encoder!r}{labels}, step {self.step})"
+
     @property
     def task(self) -> Task:
         return find_task(self.config.objective)
