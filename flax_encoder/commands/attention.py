@@ -40,6 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
     config = loaded.config.model
     if config.layer != "attention":
         raise ConfigError(f"attention is of models with layers of attention: {arguments.folder} has {config.layer}.")
+    for name, most in (("layer", config.num_layers), ("head", config.num_heads)):
+        if (getattr(arguments, name) or 1) > most:
+            raise ConfigError(f"--{name} is from 1 to {most}, as many as the model has: got {getattr(arguments, name)}.")
     texts = [arguments.text, arguments.text_pair] if arguments.text_pair is not None else [arguments.text]
     row = loaded.packed_row(texts) if arguments.packed else loaded.row(*texts)
     count = int(np.count_nonzero(row["segment_ids"]))
@@ -47,12 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"a page of attention holds {MOST_TOKENS} tokens: got {count}. Give a shorter text.")
     found = loaded.token_vectors(row, output_attentions=True)
     weights, which = found.attentions, []
-    for axis, (name, number, most) in enumerate(
-        (("layer", arguments.layer, config.num_layers), ("head", arguments.head, config.num_heads))
-    ):
+    for axis, (name, number) in enumerate((("layer", arguments.layer), ("head", arguments.head))):
         if number is not None:
-            if number > most:
-                raise ConfigError(f"--{name} is from 1 to {most}, as many as the model has: got {number}.")
             weights = np.take(weights, [number - 1], axis)
             which.append(f"{name} {number}")
     title = (" | " if arguments.packed else " / ").join(texts)
