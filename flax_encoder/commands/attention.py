@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
     if config.layer != "attention":
         raise ConfigError(f"attention is of models with layers of attention: {arguments.folder} has {config.layer}.")
     for name, most in (("layer", config.num_layers), ("head", config.num_heads)):
-        if (getattr(arguments, name) or 1) > most:
-            raise ConfigError(f"--{name} is from 1 to {most}, as many as the model has: got {getattr(arguments, name)}.")
+        if (number := getattr(arguments, name) or 1) > most:
+            raise ConfigError(f"--{name} is from 1 to {most}, as many as the model has: got {number}.")
     texts = [arguments.text, arguments.text_pair] if arguments.text_pair is not None else [arguments.text]
     row = loaded.packed_row(texts) if arguments.packed else loaded.row(*texts)
     count = int(np.count_nonzero(row["segment_ids"]))
