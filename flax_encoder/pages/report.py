@@ -250,7 +250,7 @@ def _predictions(story: Story, several: bool) -> str:
             f"</figcaption>{figures.scatter(pairs)}</figure>"
         )
     if pictures:
-        parts.append(f'<div class="grid">{"".join(pictures)}</div>')
+        parts.append(f'<div class="grid pictures">{"".join(pictures)}</div>')
     return section(f"What it says, {story.name}" if several else "What it says", *parts)
 
 
@@ -273,8 +273,9 @@ def _confusion(labels: list[str], counts: list[list[int]]) -> str:
             for j, n in enumerate(row)
         )
         body += f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>'
+    wide = " wide" * (len(labels) > 5)
     return (
-        f'<figure class="card">{head}</figcaption><div class="scroll" tabindex="0" role="region" '
+        f'<figure class="card{wide}">{head}</figcaption><div class="scroll" tabindex="0" role="region" '
         f'aria-label="confusion matrix"><table class="matrix"><thead><tr><td></td>{top}</tr></thead><tbody>{body}'
         f"</tbody></table></div></figure>"
     )
@@ -321,7 +322,7 @@ def _data(story: Story, several: bool) -> str:
             f"</span></figcaption>{figures.bars(fill, 'share of a row', 'rows')}</figure>"
         )
     if pictures:
-        parts.append(f'<div class="grid">{"".join(pictures)}</div>')
+        parts.append(f'<div class="grid pictures">{"".join(pictures)}</div>')
     return section(f"Data, {story.name}" if several else "Data", *parts)
 
 

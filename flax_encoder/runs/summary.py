@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -55,10 +56,19 @@ def write_summary(run: LoadedRun, data: RunData, **found: Any) -> pathlib.Path:
         "data": {"text": text, "lengths": _length_bins(data), "fill": _fill_bins(data)},
         "machine": describe_machine(),
     }
-    write_atomically(run_dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_atomically(run_dir / SUMMARY, json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n")
     page = run_dir / "report.html"
     write_atomically(page, report_page(read_stories([run_dir])))
     return page
+
+
+def _finite(tree: Any) -> Any:
+    """The tree with None where a number is not finite, such as the correlation of a baseline that is constant."""
+    if isinstance(tree, dict):
+        return {name: _finite(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def held_out_answers(run: LoadedRun, data: RunData) -> dict[str, Any]:
@@ -78,14 +88,17 @@ def held_out_answers(run: LoadedRun, data: RunData) -> dict[str, Any]:
         pairs.extend(zip(answers, golds, strict=True))
         return {}
 
-    some = min(len(data.evaluation), _BATCHES)
-    config: RunConfig = dataclasses.replace(run.config, eval_batches=some)
     asked = dataclasses.replace(task, gold=gold, score=keep, report=lambda total: {})
-    step = run.loss_and_outputs
-    evaluate(asked, data.evaluation, step, config, run.label_names, run.tokenizer, most=some)
-    name = next((name for name in _SAID if pairs and name in pairs[0][0]), None)
-    if name is None:
-        return {}
+    name = None
+    for some in (1, min(len(data.evaluation), _BATCHES)):  # the first batch tells whether there is more to ask
+        documents.clear()
+        pairs.clear()
+        config: RunConfig = dataclasses.replace(run.config, eval_batches=some)
+        step = run.loss_and_outputs
+        evaluate(asked, data.evaluation, step, config, run.label_names, run.tokenizer, most=some)
+        name = next((name for name in _SAID if pairs and name in pairs[0][0]), None)
+        if name is None:
+            return {}
     said = [_SAID[name](answer[name]) for answer, _ in pairs]
     right = [_SAID[name](truth) for _, truth in pairs]
     sure = [answer.get("probability") for answer, _ in pairs]

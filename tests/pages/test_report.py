@@ -1,18 +1,23 @@
 """The page of runs: what it shows, what it must not run, and how it is in a browser."""
 
+import dataclasses
 import html.parser
 import json
 import math
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
 from flax_encoder.commands import main
 from flax_encoder.config import ConfigError, DataConfig, OptimizerConfig, RunConfig, to_dict
+from flax_encoder.data.pipeline import open_data
 from flax_encoder.pages.frame import escape, number, page, table
 from flax_encoder.pages.report import report_page, thinned
 from flax_encoder.pages.story import read_stories
-from flax_encoder.runs.summary import confusion, reliability
+from flax_encoder.runs.load import load
+from flax_encoder.runs.summary import confusion, reliability, write_summary
 from tests.browser import open_page
 
 NASTY = '</script><script>document.title = "taken"</script><b onclick=x>&amp;\u2028'
@@ -210,3 +215,29 @@ def test_a_browser_shows_the_page_without_error_or_overflow(tmp_path, width):
         browser.get_by_label("one").uncheck()
         assert "no run is chosen" in chart.locator("svg").text_content()
         assert errors == []
+
+
+def test_the_end_of_a_run_is_in_its_page(tmp_path):
+    """What is counted is all held-out documents, and a number that is not finite costs itself alone."""
+    golden = pathlib.Path(__file__).parents[1] / "golden/runs"
+    run = load(golden / "classification")
+    data_config = dataclasses.replace(run.config.data, source=str(golden / "rows.jsonl"), cache_dir=str(tmp_path / "c"))
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, run_dir=str(tmp_path), data=data_config))
+    data = open_data(run.config, run.task.reading, tokenizer=run.tokenizer, label_names=run.label_names)
+    shutil.copy(golden / "classification/metrics.jsonl", tmp_path)
+    rows = {"constant": {"accuracy": float("nan")}, "this model": {"accuracy": 0.5}}
+    page = write_summary(run, data, held_out=rows, examples=[NASTY], commands=["type this"], text="some text")
+    summary = json.loads((tmp_path / "report.json").read_text())
+    count = len(data.stores[0].validation)
+    counts = np.array(summary["confusion"]["counts"])
+    answers = [a["label"] for a in run.predict([
+        run.tokenizer.decode(data.stores[0].validation.document(i)) for i in range(count)])]  # fmt: skip
+    assert counts.sum() == sum(b["count"] for b in summary["reliability"]) == count
+    assert counts.sum(0).tolist() == [answers.count(label) for label in run.label_names]
+    is_right = [a["is_right"] for a in summary["answers"]]
+    assert is_right == sorted(is_right) and is_right.count(False) == min(20, count - int(np.trace(counts)))
+    assert sum(b["count"] for b in summary["data"]["lengths"]) == len(data.stores[0].train)
+    assert summary["held_out"]["constant"]["accuracy"] is None and summary["parameters"] > 1000
+    said = page.read_text("utf-8")
+    assert all(x in said for x in ("type this", "Reliability", "Confusion", "some text", "Lengths", "Row fill"))
+    assert said.count("<script>") == 2 and NASTY not in said
