@@ -25,7 +25,7 @@ from .nn.encoder import Encoder, EncoderLayer
 from .nn.generation import Generation, generate
 from .nn.heads import ClassificationHead, MaskedLMHead
 from .nn.recurrent import RecurrentLayer
-from .ops.attention import attention
+from .ops.attention import attention, attention_weights
 from .ops.linear import linear
 from .published.load import Pretrained, load_pretrained
 
@@ -53,7 +53,8 @@ __all__ = [
     "TASKS", "ClassificationHead", "Classifier", "ConfigError", "DataConfig", "DecoderConfig", "Embedder", "Encoder",
     "EncoderConfig", "EncoderDecoder", "EncoderLayer", "Generation", "HeadConfig", "LoadedRun", "LossSum",
     "MaskedLM", "MaskedLMHead", "MaskingConfig", "MeshConfig", "OptimizerConfig", "Pretrained", "RecurrentLayer",
-    "RunConfig", "Task", "TrainState", "WeightsError", "attention", "export_run", "generate", "gradient_point",
+    "RunConfig", "Task", "TrainState", "WeightsError", "attention",
+    "attention_weights", "export_run", "generate", "gradient_point",
     "import_folder", "init_train_state", "linear", "load", "load_embedder", "load_pretrained", "load_run",
     "logical_axes", "make_eval_step", "make_mesh", "make_optimizer", "make_train_step", "preset", "put_batch",
     "read_tokenizer", "read_weights", "share_of_peak", "write_weights",

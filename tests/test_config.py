@@ -209,3 +209,14 @@ def test_every_field_is_read_by_something():
     read = {name for file in files for name in attributes_read(ast.parse(file.read_text("utf-8")))}
     unread = [f"{cls.__name__}.{name}" for cls, name in fields(RunConfig) if name not in read]
     assert not unread
+
+
+def test_settings_show_what_is_not_the_default_as_python_makes_it():
+    names = {cls.__name__: cls for cls in (RunConfig, DataConfig, EncoderConfig, OptimizerConfig)}
+    for config in (
+        RunConfig(),
+        RunConfig(steps=7, data=DataConfig(source=("a", "b"), row_length=64), optimizer=OptimizerConfig(b2=0.9)),
+        EncoderConfig(num_layers=2, window=6),
+    ):
+        assert eval(repr(config), names) == config
+    assert repr(RunConfig(model=EncoderConfig(num_layers=2))) == "RunConfig(model=EncoderConfig(num_layers=2))"

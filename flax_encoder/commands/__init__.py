@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import pathlib
+import sys
 
 from flax_encoder.commands.screen import failing_clearly
 
@@ -16,14 +18,23 @@ COMMANDS = {
     "export": "export",
     "import": "import_folder",
     "plot": "plot",
+    "report": "report",
+    "attention": "attention",
+    "map": "map",
     "prepare": "prepare",
     "inspect": "inspect",
     "verify": "verify",
 }
 
 
+def program() -> str:
+    """How the command line was called: flax-encoder, or as a module of Python."""
+    is_script = pathlib.Path(sys.argv[0]).stem == "flax-encoder"
+    return "flax-encoder" if is_script else "python -m flax_encoder"
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m flax_encoder", description="Train a text encoder, and ask it.")
+    parser = argparse.ArgumentParser(prog=program(), description="Train a text encoder, and ask it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module_name in COMMANDS.items():
         module = importlib.import_module(f"flax_encoder.commands.{module_name}")

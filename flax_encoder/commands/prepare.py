@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     if other := [n for n in differences(asked.data, DataConfig()) if n not in _PREPARED]:
         raise ConfigError(
             f"prepare stores whole documents, and --data.{other[0].replace('_', '-')} says how a run reads them: give "
-            f"it to train.py."
+            f"it to train."
         )
     index, _, count = asked.shard.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
@@ -76,4 +76,5 @@ def run(arguments: argparse.Namespace) -> None:
             f"{store.folder}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on; held out "
             f"{test['documents']:,} and {test['tokens']:,}; dropped {dropped}"
         )
-    print(f"\nnext:\n  python -m flax_encoder inspect {stores[0].folder}\n  python train.py --data.source {asked.out}")
+    program = "python -m flax_encoder"
+    print(f"\nnext:\n  {program} inspect {stores[0].folder}\n  {program} train --data.source {asked.out}")

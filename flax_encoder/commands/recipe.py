@@ -11,7 +11,9 @@ import tyro
 from flax_encoder.config import ConfigError, RunConfig, differences, from_dict, to_dict
 from flax_encoder.tasks import TASKS, is_setting_read
 
-HOME = pathlib.Path(__file__).parents[2]  # where train.py and configs/ stand
+_CHECKOUT, _PACKAGE = (pathlib.Path(__file__).parents[n] for n in (2, 1))
+# Where configs/ stands: beside train.py in a checkout, in the package where that is installed from a wheel.
+HOME = _CHECKOUT if (_CHECKOUT / "train.py").is_file() and (_CHECKOUT / "configs").is_dir() else _PACKAGE
 
 
 def find_recipe(name: str, home: pathlib.Path = HOME) -> pathlib.Path:

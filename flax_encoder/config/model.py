@@ -4,7 +4,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from flax_encoder.config.rules import nearest_divisors, require, require_finite, require_positive, require_rates
+from flax_encoder.config.rules import (
+    ShortRepr,
+    nearest_divisors,
+    require,
+    require_finite,
+    require_positive,
+    require_rates,
+)
 
 Activation = Literal[
     "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2", "relu6", "leaky_relu", "mish", "tanh", "sigmoid",
@@ -34,8 +41,8 @@ class Biases(NamedTuple):
     norm: bool
 
 
-@dataclass(frozen=True)
-class EncoderConfig:
+@dataclass(frozen=True, repr=False)
+class EncoderConfig(ShortRepr):
     """The architecture. Axes are B batch, T length, N heads, K key/value heads, H head_dim, D embed, F MLP."""
 
     vocab_size: int = 0
@@ -286,8 +293,8 @@ class EncoderConfig:
         return tuple(None if self.window is None or g else self.window for g in is_global)
 
 
-@dataclass(frozen=True)
-class HeadConfig:
+@dataclass(frozen=True, repr=False)
+class HeadConfig(ShortRepr):
     """What an objective puts on the encoder: a transform (dense, activation, norm), then logits.
 
     None is what BERT has: masked_lm the encoder's activation and biases, and a norm; classification tanh, a bias and
@@ -313,8 +320,8 @@ class HeadConfig:
         require_finite(self)
 
 
-@dataclass(frozen=True)
-class DecoderConfig:
+@dataclass(frozen=True, repr=False)
+class DecoderConfig(ShortRepr):
     """A decoder behind an encoder, of layers like the encoder's that also read its output."""
 
     num_layers: int | None = None

@@ -13,6 +13,19 @@ class ConfigError(ValueError):
     """A setting breaks a rule. The message gives the rule, the values and a way out."""
 
 
+class ShortRepr:
+    """Settings that show what of them is not the default, as Python would make them again."""
+
+    def __repr__(self) -> str:
+        shown = []
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            if value != default:
+                shown.append(f"{f.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
 def require(condition: bool, rule: str) -> None:
     if not condition:
         raise ConfigError(rule)

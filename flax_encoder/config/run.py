@@ -5,11 +5,18 @@ from typing import Literal, NamedTuple
 
 from flax_encoder.config.contrastive import ContrastiveConfig
 from flax_encoder.config.model import EncoderConfig, HeadConfig
-from flax_encoder.config.rules import nearest_divisors, require, require_finite, require_positive, require_rates
+from flax_encoder.config.rules import (
+    ShortRepr,
+    nearest_divisors,
+    require,
+    require_finite,
+    require_positive,
+    require_rates,
+)
 
 
-@dataclass(frozen=True)
-class DataConfig:
+@dataclass(frozen=True, repr=False)
+class DataConfig(ShortRepr):
     """Where text comes from and how it becomes rows."""
 
     source: str | tuple[str, ...] = "tfds:python_docs"
@@ -121,8 +128,8 @@ class DataConfig:
         return self.last_row_length or self.row_length
 
 
-@dataclass(frozen=True)
-class MaskingConfig:
+@dataclass(frozen=True, repr=False)
+class MaskingConfig(ShortRepr):
     """Masked-LM corruption (Devlin et al., arXiv 1810.04805, section 3.1)."""
 
     kind: Literal["token", "whole_word", "span"] = "token"
@@ -167,8 +174,8 @@ class MaskingConfig:
         return self.rate, self.rate if self.last_rate is None else self.last_rate
 
 
-@dataclass(frozen=True)
-class GeneratorConfig:
+@dataclass(frozen=True, repr=False)
+class GeneratorConfig(ShortRepr):
     """replaced_token_detection: the small masked LM whose words the encoder learns to find (arXiv 2003.10555)."""
 
     width: float = 0.25
@@ -193,8 +200,8 @@ class GeneratorConfig:
         )
 
 
-@dataclass(frozen=True)
-class LabelsConfig:
+@dataclass(frozen=True, repr=False)
+class LabelsConfig(ShortRepr):
     """How the values of documents are learned; which of these a task reads, its record says."""
 
     smoothing: float = 0.0
@@ -226,8 +233,8 @@ class LabelsConfig:
         )
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
+@dataclass(frozen=True, repr=False)
+class OptimizerConfig(ShortRepr):
     name: Literal["adamw", "stable_adamw", "lamb", "lion", "muon", "soap", "adafactor", "schedule_free"] = "adamw"
     """adamw (Loshchilov and Hutter, arXiv 1711.05101); stable_adamw, whose updates are clipped (Wortsman et al., arXiv
     2304.13013); lamb (You et al., arXiv 1904.00962); lion (Chen et al., arXiv 2302.06675); muon (Jordan et al. 2024,
@@ -322,8 +329,8 @@ class OptimizerConfig:
         require_finite(self)
 
 
-@dataclass(frozen=True)
-class LoraConfig:
+@dataclass(frozen=True, repr=False)
+class LoraConfig(ShortRepr):
     """Low-rank adapters beside the encoder's products (Hu et al., arXiv 2106.09685): W + alpha / rank * A B, where A
     and B are trained. The encoder is frozen besides; the head is trained whole."""
 
@@ -345,8 +352,8 @@ class LoraConfig:
         )
 
 
-@dataclass(frozen=True)
-class MeshConfig:
+@dataclass(frozen=True, repr=False)
+class MeshConfig(ShortRepr):
     """Devices along each axis of the mesh; the product is the number of devices used."""
 
     data: int = -1
@@ -375,8 +382,8 @@ class Stage(NamedTuple):
     row_length: int
 
 
-@dataclass(frozen=True)
-class RunConfig:
+@dataclass(frozen=True, repr=False)
+class RunConfig(ShortRepr):
     """A run: what is learned, from what, how, and where it is written."""
 
     run_dir: str = "runs/run"

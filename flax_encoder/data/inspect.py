@@ -30,7 +30,7 @@ def summarize(store: Store, tokenizer: TextTokenizer, say: Callable[[str], None]
         say(f"packing rows of {row_length}")
         plan = PackingPlan(store.train.offsets, row_length, specials, histogram=store.train.histogram)
         rows.append({"row_length": row_length, "rows_per_epoch": plan.rows_per_epoch, "fill_rate": plan.fill_rate})
-    lengths, documents = _lengths(store.train)
+    lengths, documents = length_counts(store.train)
     below = np.cumsum(documents)
     edges = 2 ** np.arange(int(lengths.max()).bit_length() + 1)
     counts, _ = np.histogram(lengths, edges, weights=documents)
@@ -55,7 +55,7 @@ def summarize(store: Store, tokenizer: TextTokenizer, say: Callable[[str], None]
     }
 
 
-def _lengths(split: Split) -> tuple[np.ndarray, np.ndarray]:
+def length_counts(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """The lengths that documents have, in order, and how many have each; from the store's histogram alone."""
     histogram = length_histogram(split.offsets) if split.histogram is None else split.histogram
     lengths, which = np.unique(histogram[1].astype(np.int64), return_inverse=True)
@@ -86,7 +86,7 @@ def plot(store: Store, summary: dict[str, Any], path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    lengths, documents = _lengths(store.train)
+    lengths, documents = length_counts(store.train)
     left.hist(lengths, weights=documents, bins=np.geomspace(1, lengths.max() + 1, 60))
     left.set(xscale="log", xlabel="tokens in a document", ylabel="documents", title="Lengths of training documents")
     x = [row["row_length"] for row in summary["packing"]]

@@ -10,7 +10,7 @@ from flax_encoder.config import EncoderConfig
 from flax_encoder.nn.linear import Linear, packed
 from flax_encoder.nn.normalization import Norm
 from flax_encoder.nn.partition import normal, param
-from flax_encoder.ops.attention import Window, attention
+from flax_encoder.ops.attention import Window, attention, attention_weights
 from flax_encoder.ops.dropout import dropout
 from flax_encoder.ops.position import RopeTables
 from flax_encoder.ops.relative import alibi_bias, disentangled_bias, disentangled_buckets, offsets, t5_bias
@@ -80,11 +80,8 @@ class SelfAttention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """`window` is an argument, not a setting of the layer, so that stacked layers can differ in it."""
         config = self.config
-        query, keys, value = packed(x, self.query, self.key, self.value)
         attention_key, output_key = (None, None) if key is None else jax.random.split(key)
-        bias, scale = position.bias, config.attention_scale
-        if position.distances is not None:
-            bias, scale = self._disentangled(query, keys, position.distances, output_key)
+        query, keys, value, bias, scale = self._inputs(x, position, output_key)
         out = attention(
             query,
             keys,
@@ -99,6 +96,26 @@ class SelfAttention(nnx.Module):
             implementation=config.attention_implementation,
         )
         return dropout(self.out(out), config.dropout_rate, output_key)
+
+    def weights(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        position: PositionInputs,
+        window: Window | None,
+    ) -> Float[Array, "B N T T"]:
+        """By which each query [T] weighs the values of each key [T], without dropout (`attention_weights`)."""
+        query, keys, _, bias, scale = self._inputs(x, position, None)
+        options = {"segment_ids": segment_ids, "window": window, "rope": position.rope}
+        return attention_weights(query, keys, bias=bias, scale=scale, **options)
+
+    def _inputs(self, x, position: PositionInputs, key: Array | None):
+        """(query, keys, values, bias, scale) of the attention op; `key` drops vectors of distances."""
+        query, keys, value = packed(x, self.query, self.key, self.value)
+        bias, scale = position.bias, self.config.attention_scale
+        if position.distances is not None:
+            bias, scale = self._disentangled(query, keys, position.distances, key)
+        return query, keys, value, bias, scale
 
     def _disentangled(self, query, keys, distances, key) -> tuple[Float[Array, "B N T T"], float]:
         """The bias of both terms, and the scale that it and the contents' own product share."""

@@ -64,6 +64,17 @@ class EncoderLayer(nnx.Module):
             x = self.convolution(before, x, segment_ids, key=None if key is None else jax.random.fold_in(key, 2))
         return constrain(x, "batch", "length", "features")
 
+    def attention_weights(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        position: PositionInputs,
+        window: Window | None,
+    ) -> Float[Array, "B N T T"]:
+        """By which the layer's attention weighs values, where the layer is given x."""
+        is_normed = self.is_pre_norm and self.attention_norm is not None
+        return self.attention.weights(self.attention_norm(x) if is_normed else x, segment_ids, position, window)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def add_branch(x: Float[Array, "B T D"], branch: Float[Array, "B T D"], dtype: str) -> Float[Array, "B T D"]:
@@ -176,18 +187,13 @@ class Encoder(nnx.Module):
         x = self.embedding(tokens, positions, token_types, key=embedding_key)
         x = constrain(x, "batch", "length", "features")
 
-        position = PositionInputs() if self.relative is None else self.relative(tokens.shape[1])
-        if config.position == "rope":
-            # A layer with a window may turn by another rate.
-            thetas = {None: config.rope_theta, config.window: config.local_rope_theta or config.rope_theta}
-            ropes = {theta: rope_tables(positions, config.head_dim, theta) for theta in {*thetas.values()}}
+        position = self._position_inputs(positions)
         kinds = config.windows
 
         def run_layer(graphdef, reach, x, params, index):
-            own = position if config.position != "rope" else position._replace(rope=ropes[thetas[reach]])
             key = None if layers_key is None else jax.random.fold_in(layers_key, index)
             window = None if reach is None else (reach, reach)
-            return nnx.merge(graphdef, params)(x, segment_ids, own, window, key=key)
+            return nnx.merge(graphdef, params)(x, segment_ids, position[reach], window, key=key)
 
         def run_stack(x, stack, start, stop):
             graphdef, params = nnx.split(stack)
@@ -227,12 +233,68 @@ class Encoder(nnx.Module):
             return x, jnp.concatenate(states) if every_layer else None
 
         states = [x[None]] if x.shape[-1] == config.embed_dim else []
-        for stack, start, stop in ((self.first, 0, 1), (self.layers, int(config.first_differs), config.num_layers)):
-            if stack is not None:
-                x, own_states = run_stack(x, stack, start, stop)
-                states.append(own_states)
+        for stack, start, stop in self._stacks():
+            x, own_states = run_stack(x, stack, start, stop)
+            states.append(own_states)
         hidden = x if self.final_norm is None else self.final_norm(x)
         if not every_layer:
             return hidden
         states = jnp.concatenate(states)
         return hidden, states.at[-1].set(hidden)
+
+    def attention_weights(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        token_types: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "L B N T T"]:
+        """By which each token [T] weighs each token [T], of every layer and head, without dropout; rows as `__call__`
+        takes them.
+
+        float32; a token's weights add up to 1, over its own segment and window, and are 0 elsewhere; padding has none.
+        The layers' inputs are the model's own, the weights are computed by the plain implementation.
+
+        Raises:
+          ValueError: recurrent layers, which have no attention; otherwise as `__call__`.
+        """
+        config = self.config
+        if config.layer != "attention":
+            raise ValueError(f"attention weights are of layers with attention: these are {config.layer}.")
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            positions = places(tokens, config)
+        _, states = self(tokens, segment_ids, positions, token_types, every_layer=True)
+        position, found = self._position_inputs(positions), []
+        for stack, start, stop in self._stacks():
+            graphdef, params = nnx.split(stack)
+            layers = unstack(params)
+            runs = (stop - start) // len(layers)
+            for i in range(start, stop):
+                layer, reach = nnx.merge(graphdef, layers[(i - start) // runs]), config.windows[i]
+                window = None if reach is None else (reach, reach)
+                found.append(layer.attention_weights(states[i], segment_ids, position[reach], window))
+        return jnp.stack(found)
+
+    def __repr__(self) -> str:
+        config = self.config
+        count = sum(x.size for x in jax.tree.leaves(nnx.state(self, nnx.Param)))
+        layers = f"{config.num_layers} layer{'s' * (config.num_layers > 1)} of width {config.embed_dim}"
+        return f"{type(self).__name__}({layers}, {config.vocab_size:,} tokens, {count:,} parameters)"
+
+    def _stacks(self) -> list[tuple[nnx.Module, int, int]]:
+        """(stacked layers, the first of them, the one after the last), in the order that they run."""
+        first = int(self.config.first_differs)
+        stacks = ((self.first, 0, 1), (self.layers, first, self.config.num_layers))
+        return [(stack, start, stop) for stack, start, stop in stacks if stack is not None]
+
+    def _position_inputs(self, positions: Int[Array, "B T"]) -> dict[int | None, PositionInputs]:
+        """What attention is told of positions, by the layer's window: a layer with one may turn by another rate."""
+        config = self.config
+        position = PositionInputs() if self.relative is None else self.relative(positions.shape[1])
+        if config.position != "rope":
+            return {None: position, config.window: position}
+        thetas = {None: config.rope_theta, config.window: config.local_rope_theta or config.rope_theta}
+        ropes = {theta: rope_tables(positions, config.head_dim, theta) for theta in {*thetas.values()}}
+        return {reach: position._replace(rope=ropes[theta]) for reach, theta in thetas.items()}

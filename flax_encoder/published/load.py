@@ -145,6 +145,11 @@ class Pretrained:
     problem_type: str | None = None
     """Of a classification head: one of several labels (None), multi_label_classification or regression."""
 
+    def __repr__(self) -> str:
+        model = self.model.encoder if self.decoder is None else self.config
+        head = self.task or ("no head" if self.decoder is None else "encoder and decoder")
+        return f"Pretrained({head}, {model!r})"
+
     @property
     def generation(self) -> Generation | None:
         """How the decoder writes where `generate` is told nothing else.

@@ -38,6 +38,16 @@ def model_factory(config: RunConfig, label_names: list[str] | None) -> Callable[
     return with_adapters(lambda: make(nnx.Rngs(config.seed)), config.lora, config.seed)
 
 
+class TokenVectors(NamedTuple):
+    """What a model makes of one text or pair: T tokens with the special ones, L layers, N heads, vectors of D."""
+
+    tokens: list[str]
+    vectors: np.ndarray
+    """float32 [T, D]: the encoder's last hidden states."""
+    attentions: np.ndarray | None = None
+    """float32 [L, N, T, T]: how each token, of the third axis, weighs the tokens of the fourth; sums are 1."""
+
+
 @dataclass(frozen=True)
 class LoadedRun:
     """A trained model, ready to be asked."""
@@ -50,6 +60,10 @@ class LoadedRun:
     step: int
     fresh: tuple[str, ...] = ()
     """Parameters of the head that no weights were found for: with any, the model gives vectors but no answers."""
+
+    def __repr__(self) -> str:
+        labels = "" if self.label_names is None else f", {len(self.label_names)} labels"
+        return f"LoadedRun({self.config.objective}, {self.model.encoder!r}{labels}, step {self.step})"
 
     @property
     def task(self) -> Task:
@@ -93,6 +107,23 @@ class LoadedRun:
         graphdef, params = self._split_model
         run = jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch))
         return lambda batch: run(params, batch)
+
+    @property
+    def params(self) -> Any:
+        """The model's parameters, a pytree of arrays."""
+        return nnx.to_pure_dict(self._split_model[1])
+
+    @functools.cached_property
+    def loss_and_outputs(self) -> Callable[[Batch], tuple[Any, dict[str, jax.Array]]]:
+        """The loss of a batch with targets, and the model's outputs; compiled once for each shape."""
+        graphdef, params = self._split_model
+
+        @jax.jit
+        def run(params, batch):
+            model = nnx.merge(graphdef, params)
+            return model.loss(batch), model.outputs(batch)
+
+        return lambda batch: run(params, {name: x for name, x in batch.items() if name not in HOST_FIELDS})
 
     def _check_asked(self) -> None:
         if self.fresh:
@@ -183,6 +214,16 @@ class LoadedRun:
         )  # fmt: skip
         return documents, batches
 
+    def packed_row(self, texts: Iterable[str]) -> Batch:
+        """Texts as documents of one row, [1, T], which do not see each other; T is as long as they are together."""
+        parts = []
+        for number, text in enumerate(texts, 1):
+            row = self.row(text)
+            length = int(np.count_nonzero(row["segment_ids"]))
+            own = {name: x[:, :length] for name, x in row.items()}
+            parts.append(own | {"segment_ids": own["segment_ids"] * number})
+        return {name: np.concatenate([part[name] for part in parts], 1) for name in parts[0]}
+
     def fill_mask(self, text: str, top: int = 5) -> list[list[dict[str, Any]]]:
         """The likeliest tokens for each mask of a text, as [{"token", "probability"}, ...] a mask, likeliest first.
 
@@ -207,15 +248,49 @@ class LoadedRun:
             for p in probabilities
         ]
 
-    def row(self, text: str) -> Batch:
-        """A text as a row of its own, padded to the next usual length.
+    def __call__(self, text: str, text_pair: str | None = None, *, output_attentions: bool = False) -> TokenVectors:
+        """The vector of each token of a text, or of a pair of texts, and how the tokens attend to each other.
+
+        Args:
+          output_attentions: give `attentions` too, of every layer and head, by the plain implementation of attention.
+
+        Raises:
+          DataError: a text without a token, or longer than the model takes. ValueError: attentions of recurrent layers.
+        """
+        return self.token_vectors(self.row(text, text_pair), output_attentions)
+
+    def token_vectors(self, row: Batch, output_attentions: bool = False) -> TokenVectors:
+        """Of a row [1, T] that `row` made; without the padding at its end."""
+        length = int(np.count_nonzero(row["segment_ids"]))
+        vectors = np.asarray(self._encode(row))[0, :length]
+        tokens = [self.tokenizer.token(i) for i in row["tokens"][0, :length].tolist()]
+        if not output_attentions:
+            return TokenVectors(tokens, vectors)
+        return TokenVectors(tokens, vectors, np.asarray(self._attend(row))[:, 0, :, :length, :length])
+
+    @functools.cached_property
+    def _encode(self) -> Callable[[Batch], jax.Array]:
+        return self._of_encoder(lambda encoder, *rows: encoder(*rows))
+
+    @functools.cached_property
+    def _attend(self) -> Callable[[Batch], jax.Array]:
+        return self._of_encoder(lambda encoder, *rows: encoder.attention_weights(*rows))
+
+    def _of_encoder(self, function: Callable[..., jax.Array]) -> Callable[[Batch], jax.Array]:
+        graphdef, params = self._split_model
+        run = jax.jit(lambda params, *rows: function(nnx.merge(graphdef, params).encoder, *rows))
+        return lambda row: run(params, *(row.get(x) for x in ("tokens", "segment_ids", "positions", "token_types")))
+
+    def row(self, text: str, text_pair: str | None = None) -> Batch:
+        """A text, or a pair of texts, as a row of its own, padded to the next usual length.
 
         Raises:
           DataError: a text without a token, or longer than the model's learned positions reach.
         """
         frame = Frame.of(self.tokenizer, self.config.model.position_offset)
-        specials = sum(frame.specials)
-        encoded = encode_records([Record((text,))], self.tokenizer, Columns(), {}, token_dtype(self.tokenizer))
+        texts = (text,) if text_pair is None else (text, text_pair)
+        specials = sum(frame.specials) + len(frame.between) * (len(texts) - 1)
+        encoded = encode_records([Record(texts)], self.tokenizer, Columns(), {}, token_dtype(self.tokenizer))
         if not len(encoded.tokens):
             raise DataError("a text must have at least one token: got an empty one.")
         unknown = UnknownCount(self.tokenizer)
@@ -229,8 +304,11 @@ class LoadedRun:
             )
         row_length = next((n for n in _LENGTHS if length <= n), length)
         row_length = row_length if limit is None else min(row_length, limit)
-        documents = Documents(memory_split(encoded), Layout(long="split"), frame, row_length)
-        batch, first = frame.empty(1, row_length), np.zeros(1, np.int64)
+        layout = Layout(long="split" if text_pair is None else "cut")
+        documents = Documents(memory_split(encoded), layout, frame, row_length)
+        has_types = text_pair is not None and self.config.model.num_token_types > 1
+        batch = frame.empty(1, row_length, *["token_types"] * has_types)
+        first = np.zeros(1, np.int64)
         assemble(documents, documents.plan(row_length).rows(first, 0), batch, first)
         return batch
 

@@ -12,6 +12,7 @@ from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.runs.before import scores_before_training
 from flax_encoder.runs.load import load_run
+from flax_encoder.runs.summary import write_summary
 from flax_encoder.training.console import make_console, print_table
 from flax_encoder.training.run_log import read_metrics
 
@@ -95,12 +96,16 @@ def show_report(
         table.add_row(metric.replace("_", " "), *values)
     console.print()
     print_table(table)
-    for line in run.task.examples(run, data) if run.task.examples else []:
+    examples = run.task.examples(run, data) if run.task.examples else []
+    for line in examples:
         console.print(line)
     console.print("\nnext:")
     commands = run.task.commands(run) if run.task.commands else []
-    for command in [*commands, f"python -m flax_encoder plot {shlex.quote(run.config.run_dir)} --out curve.png"]:
+    commands = [*commands, f"python -m flax_encoder plot {shlex.quote(run.config.run_dir)} --out curve.png"]
+    for command in commands:
         console.print(f"  {command}")
+    page = write_summary(run, data, held_out=rows, examples=examples, commands=commands, text=describe_data(data))
+    console.print(f"\nthe whole run as a page: {page}")
 
 
 def _plain(metrics: dict[str, float]) -> dict[str, float]:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flax_encoder.config import RunConfig
+from flax_encoder.pages.report import report_page
+from flax_encoder.pages.story import read_stories
 from flax_encoder.training.run_log import write_atomically
 
 
@@ -44,5 +46,6 @@ def train_seeds(config: RunConfig, train: Callable[[RunConfig], dict[str, float]
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     console.print()
     console.print(table)
-    console.print(f"\n{run_dir / 'seeds.json'} has every run's values; each run is a folder beside it.")
+    write_atomically(run_dir / "report.html", report_page(read_stories([run_dir])))
+    console.print(f"\n{run_dir / 'seeds.json'} has every run's values, {run_dir / 'report.html'} their curves.")
     return summary

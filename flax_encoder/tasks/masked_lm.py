@@ -112,7 +112,7 @@ def _commands(run: Any) -> list[str]:
     run_dir = shlex.quote(run.config.run_dir)
     commands = [f'python -m flax_encoder fill-mask {run_dir} "Return the {mask} of the list."']
     if run.config.data.source == "tfds:python_docs":
-        commands.append(f"python train.py --config configs/quickstart_classify.py --init-from {run_dir}")
+        commands.append(f"python -m flax_encoder train --config quickstart_classify --init-from {run_dir}")
     return commands
 
 

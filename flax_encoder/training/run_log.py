@@ -61,11 +61,12 @@ class Clock:
         self.overflow += int(rows["overflow"].sum()) * processes if "overflow" in rows else 0
 
     def read(self) -> dict[str, float]:
-        """Figures since the last reading, which starts anew here."""
+        """Figures since the last reading, which starts anew here, and the seconds that count since the run began."""
         seconds = max(time.monotonic() - self._began, 1e-9)
         if self.steps:
             self.seconds_per_step = seconds / self.steps
         values = {"tokens_per_second": self.tokens / seconds, "data_wait_fraction": self._waited / seconds}
+        values["spent_seconds"] = self.spent_seconds
         if self.overflow:
             values["masking_overflow"] = float(self.overflow)
         self.tokens, self.steps, self.overflow = 0, 0, 0

@@ -21,7 +21,7 @@ from flax_encoder.ops.dropout import dropout_words
 from flax_encoder.ops.platform import platform
 from flax_encoder.ops.position import RopeTables
 
-__all__ = ["CHOICES", "IMPLEMENTATIONS", "Window", "attention"]
+__all__ = ["CHOICES", "IMPLEMENTATIONS", "Window", "attention", "attention_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +131,29 @@ def attention(
     if refusal := IMPLEMENTATIONS[name].refusal(problem):
         raise ValueError(f"attention implementation {name!r} cannot serve: {refusal}")
     return IMPLEMENTATIONS[name].attend(problem if IMPLEMENTATIONS[name].applies_rope else problem.turned())
+
+
+def attention_weights(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    window: Window | None = None,
+    rope: RopeTables | None = None,
+    bias: Float[Array, "#B #N T T"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B N T T"]:
+    """softmax(scale Q K^T + bias) of self-attention, by which `attention` weighs the values; arguments as there.
+
+    Computed by the plain `reference`, whichever implementation a model runs: float32, memory quadratic in length.
+    Each query's weights add up to 1 over the keys that it sees, and are 0 elsewhere; a query of padding has none.
+    """
+    T, N, H = query.shape[1:]
+    problem = Problem(
+        query, key, key, segment_ids, segment_ids, _narrowest(window, T, T), bias, H**-0.5 if scale is None else scale,
+        0.0, None, N, rope=rope,
+    )  # fmt: skip
+    return reference.attention_weights(problem.turned())
 
 
 def _narrowest(window: Window | None, T: int, S: int) -> Window | None:

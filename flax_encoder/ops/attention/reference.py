@@ -17,12 +17,36 @@ def refusal(problem: Problem) -> None:
 
 def attend(problem: Problem) -> Float[Array, "B T N H"]:
     (B, T, N, _), (S, K) = problem.query.shape, problem.key.shape[1:3]
-    query = rearrange(problem.query, "B T (K G) H -> B K G T H", K=K)
-    key, value = (rearrange(x, "B S K H -> B K S H") for x in (problem.key, problem.value))
-    if platform() == "cpu":  # XLA has no fast batched bfloat16 product there
-        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    einsum = functools.partial(jnp.einsum, precision=precision(query), preferred_element_type=jnp.float32)
-    logits = problem.scale * einsum("BKGTH,BKSH->BKGTS", query, key)
+    weights = _weights(problem)
+    if problem.dropout_words is not None:
+        head = jnp.arange(N).reshape(K, N // K, 1, 1)
+        places = jnp.arange(B)[:, None, None, None, None], head, jnp.arange(T)[:, None], jnp.arange(S)
+        keep = kept(problem.dropout_words, problem.dropout_rate, (N, T), *places)
+        weights = jnp.where(keep, weights / (1.0 - problem.dropout_rate), 0.0)
+    value = _operand(rearrange(problem.value, "B S K H -> B K S H"))
+    out = _einsum(value)("BKGTS,BKSH->BKGTH", weights.astype(value.dtype), value)
+    return rearrange(out, "B K G T H -> B T (K G) H").astype(problem.query.dtype)
+
+
+def attention_weights(problem: Problem) -> Float[Array, "B N T S"]:
+    """What `attend` weighs the values by, without dropout: float32, and all 0 where a query sees no key."""
+    return rearrange(_weights(problem), "B K G T S -> B (K G) T S")
+
+
+def _operand(x: Array) -> Array:
+    """XLA has no fast batched bfloat16 product on CPUs."""
+    return x.astype(jnp.float32) if platform() == "cpu" else x
+
+
+def _einsum(operand: Array):
+    return functools.partial(jnp.einsum, precision=precision(operand), preferred_element_type=jnp.float32)
+
+
+def _weights(problem: Problem) -> Float[Array, "B K G T S"]:
+    (T, N), (S, K) = problem.query.shape[1:3], problem.key.shape[1:3]
+    query = _operand(rearrange(problem.query, "B T (K G) H -> B K G T H", K=K))
+    key = _operand(rearrange(problem.key, "B S K H -> B K S H"))
+    logits = problem.scale * _einsum(query)("BKGTH,BKSH->BKGTS", query, key)
     if (bias := problem.bias) is not None:
         bias = rearrange(bias, "B (K G) T S -> B K G T S", K=K if bias.shape[1] == N else 1)
         logits = logits + bias.astype(jnp.float32)
@@ -35,11 +59,4 @@ def attend(problem: Problem) -> Float[Array, "B T N H"]:
     # A query that sees nothing has no logit above this, and its weights vanish.
     top = jnp.maximum(jax.lax.stop_gradient(logits.max(-1, keepdims=True)), MASKED / 2)
     weights = jnp.exp(logits - top)
-    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
-    if problem.dropout_words is not None:
-        head = jnp.arange(N).reshape(K, N // K, 1, 1)
-        places = jnp.arange(B)[:, None, None, None, None], head, jnp.arange(T)[:, None], jnp.arange(S)
-        keep = kept(problem.dropout_words, problem.dropout_rate, (N, T), *places)
-        weights = jnp.where(keep, weights / (1.0 - problem.dropout_rate), 0.0)
-    out = einsum("BKGTS,BKSH->BKGTH", weights.astype(value.dtype), value)
-    return rearrange(out, "B K G T H -> B T (K G) H").astype(problem.query.dtype)
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
