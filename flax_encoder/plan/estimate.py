@@ -18,8 +18,6 @@ over a stated fraction of the chip's peak, the bytes they move, and on TPUs the 
 compiler made of them, one a cycle (schedules.py); nothing else knows of the work that is no product, such as dropout.
 What carries no estimate and is not free either (gathers, collectives) is listed in `unestimated`, so that a sum never
 looks more whole than it is.
-
-This file imports the standard library alone: the peer's environment, which lacks the project, reads its text with it.
 """
 
 import collections
@@ -28,8 +26,8 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from schedules import KERNEL_PRODUCTS, stretch_shares, tile_pairs
-from targets import Chip
+from flax_encoder.plan.schedules import KERNEL_PRODUCTS, stretch_shares, tile_pairs
+from flax_encoder.plan.targets import Chip
 
 KERNEL_TARGETS = ("tpu_custom_call", "__cudnn$fmha", "__gpu$xla.gpu.triton")
 CUBLAS_TARGET = "__cublas"
@@ -114,7 +112,7 @@ class Estimate(NamedTuple):
 
 
 def total(lines: list[Line]) -> float:
-    return sum(line.count * line.seconds for line in lines)
+    return sum((line.count * line.seconds for line in lines), 0.0)
 
 
 def computations(text: str) -> tuple[dict[str, Computation], str]:
@@ -353,13 +351,21 @@ def kernel_times(
     )
 
 
-def report(compiled, chip: Chip, fraction: float, cycles: dict[str, int], segment_ids: Any = None) -> dict[str, Any]:
-    """Of a compiled program (`jax.stages.Compiled`): seconds in parts, memory, and what is not in them.
+def memory_of(compiled: Any) -> dict[str, int]:
+    """Bytes that a compiled program (`jax.stages.Compiled`) needs on a device, by what for."""
+    memory = compiled.memory_analysis()
+    return {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "temp", "output", "alias")}
+
+
+def report(
+    text: str, memory: dict[str, int], chip: Chip, fraction: float, cycles: dict[str, int], segment_ids: Any = None
+) -> dict[str, Any]:
+    """Of a compiled program's text and its `memory_of`: seconds in parts, memory, and what is not in them.
 
     `cycles` is from `schedules.kernel_cycles`, for the same `segment_ids`; kernels that it lacks are counted in
     "kernels_without_schedule".
     """
-    made, memory = estimate(compiled.as_text(), chip), compiled.memory_analysis()
+    made = estimate(text, chip)
     compiler, products = total(made.lines), total(made.products)
     times = [(line.count, kernel_times(line, chip, fraction, cycles, segment_ids)) for line in made.kernels]
     kernels = sum(count * max(t for t in each if t is not None) for count, each in times)
@@ -386,10 +392,10 @@ def report(compiled, chip: Chip, fraction: float, cycles: dict[str, int], segmen
             for line, (_, each) in zip(made.kernels, times, strict=True)
             if each.bundles is None and line.instruction.custom_call_target == "tpu_custom_call"
         ),
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "alias_bytes": memory.alias_size_in_bytes,
+        "argument_bytes": memory["argument"],
+        "temporary_bytes": memory["temp"],
+        "output_bytes": memory["output"],
+        "alias_bytes": memory["alias"],
         "unestimated": dict(unestimated),
     }
 
