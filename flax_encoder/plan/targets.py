@@ -26,6 +26,8 @@ class Chip(NamedTuple):
     """Of the peak, at which an attention kernel's products are counted."""
     product_fraction: float = 1.0
     """Of the peak, at which a library's matrix products are counted that the compiler has no estimate of."""
+    float32_share: float = 1.0
+    """Of the peak, what products of float32 have."""
 
 
 # TPUs: peak, bandwidth and links as published at cloud.google.com/tpu/docs; memory is what the compiler says is its
@@ -41,9 +43,9 @@ CHIPS = {
     "v5e": Chip("tpu", 1.5e9, 197e12, 819e9, 15.75 * 2**30, 200e9, 0.4),
     "v5p": Chip("tpu", 1.75e9, 459e12, 2765e9, 95.74 * 2**30, 600e9, 0.4),
     "v6e": Chip("tpu", 1.75e9, 918e12, 1640e9, 31.25 * 2**30, 448e9, 0.4),
-    "h100": Chip("gpu", 1.98e9, 989e12, 3.35e12, 0.75 * 84942979072, 450e9, 0.3, 0.76),
-    "h200": Chip("gpu", 1.98e9, 989e12, 4.8e12, 0.75 * 150e9, 450e9, 0.3, 0.76),
-    "a100": Chip("gpu", 1.41e9, 312e12, 2.039e12, 0.75 * 85e9, 300e9, 0.3, 0.76),
+    "h100": Chip("gpu", 1.98e9, 989e12, 3.35e12, 0.75 * 84942979072, 450e9, 0.3, 0.76, 67 / 989),
+    "h200": Chip("gpu", 1.98e9, 989e12, 4.8e12, 0.75 * 150e9, 450e9, 0.3, 0.76, 67 / 989),
+    "a100": Chip("gpu", 1.41e9, 312e12, 2.039e12, 0.75 * 85e9, 300e9, 0.3, 0.76, 19.5 / 312),
 }
 GPUS_PER_HOST = 8
 NETWORK_BYTES_PER_SECOND = 50e9

@@ -47,14 +47,26 @@ def init_train_state(
     Returns:
       (graphdef, state, shardings): `nnx.merge(graphdef, state.params)` is the model; shardings is None without a mesh.
     """
+    graphdef, _, shardings = abstract_train_state(make_model, tx, mesh)
+    return graphdef, jax.jit(partial(_init, make_model, tx), out_shardings=shardings)(), shardings
+
+
+def abstract_train_state(
+    make_model: Callable[[], nnx.Module], tx: optax.GradientTransformation, mesh: Mesh | None = None
+) -> tuple[Any, TrainState, Any]:
+    """`init_train_state` with shapes for arrays, which know where they lie on `mesh`: nothing is allocated."""
     graphdef, _ = abstract_model(make_model)
+    state = jax.eval_shape(partial(_init, make_model, tx))
+    if mesh is None:
+        return graphdef, state, None
+    shardings = state_shardings(make_model, tx, mesh, state)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    return graphdef, state, shardings
 
-    def init():
-        params = nnx.to_pure_dict(nnx.split(make_model(), nnx.Param)[1])
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
-    shardings = None if mesh is None else state_shardings(make_model, tx, mesh, jax.eval_shape(init))
-    return graphdef, jax.jit(init, out_shardings=shardings)(), shardings
+def _init(make_model: Callable[[], nnx.Module], tx: optax.GradientTransformation) -> TrainState:
+    params = nnx.to_pure_dict(nnx.split(make_model(), nnx.Param)[1])
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
 def with_params(
