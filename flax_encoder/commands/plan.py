@@ -1,7 +1,6 @@
 """plan: what a run will take on hardware that is not there: whether it fits, how long, how dear."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from typing import Any
@@ -26,7 +25,7 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--config", default="configs/quickstart.py", help="a recipe: a path, or a name in configs/")
     parser.add_argument("--hardware", required=True, help="tpu-v5e:16x16, tpu-v6e:8x8, tpu-v5p:4x4x4 (chips along "
-                        "each side of a slice), h100:8, h200:8, a100:8, or cpu:8 (this machine as 8 devices)")  # fmt: skip
+                        "each side of a slice), h100:8, h200:8, a100:8, or cpu:8 (this machine)")  # fmt: skip
     parser.add_argument("--preset", help="the model of a published architecture, such as modernbert_base, instead of "
                         "the recipe's")  # fmt: skip
     parser.add_argument("--texts", type=positive_count, help="documents of the training text, which --epochs counts")
@@ -54,9 +53,8 @@ def _plan(asked: argparse.Namespace, settings: list[str]) -> None:
     from flax_encoder.tasks import check_task
     from flax_encoder.training.runtime import set_up_runtime
 
-    config = parse_run_config([*settings, "--config", asked.config], default=asked.config)
-    if asked.preset:
-        config = dataclasses.replace(config, model=preset(asked.preset))
+    model = preset(asked.preset) if asked.preset else None
+    config = parse_run_config(settings, default=asked.config, model=model)
     if config.init_from:
         config = like_origin(config, read_origin(config.init_from, config.objective)[0], has_head=False)
     check_task(config)

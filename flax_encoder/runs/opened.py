@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from flax_encoder.config import ConfigError, RunConfig, to_dict
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.data.sources.records import LabelError
+from flax_encoder.runs.goodput import Goodput
 from flax_encoder.runs.length import settle_length
 from flax_encoder.runs.loaded import model_factory
 from flax_encoder.runs.record import RunRecord
@@ -47,8 +48,9 @@ class OpenedRun:
 
 
 def open_run(
-    config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh: Mesh
-) -> OpenedRun:
+    config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh: Mesh,
+    goodput: Goodput,
+) -> OpenedRun:  # fmt: skip
     """Open a run at step `start`: at 0 from nothing or its origin, else from its checkpoint of that step.
 
     Raises:
@@ -81,8 +83,9 @@ def open_run(
         )
     spent_seconds = resumed.spent_seconds if resumed else 0.0
     record = RunRecord(
-        config, data.tokenizer, data.label_names, step=start, spent_seconds=spent_seconds, data_hash=data.hash
-    )
+        config, data.tokenizer, data.label_names, step=start, spent_seconds=spent_seconds, data_hash=data.hash,
+        skipped_steps=resumed.skipped_steps if resumed else (), grad_norms=resumed.grad_norms if resumed else (),
+    )  # fmt: skip
     if jax.process_index() == 0:
         write_atomically(run_dir / "tokenizer.json", data.tokenizer.json)
         write_atomically(run_dir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
@@ -90,7 +93,8 @@ def open_run(
     make_model, tx = make_learner(config, data.label_names)
     graphdef, state, shardings = init_train_state(make_model, tx, mesh)
     if start:
-        state = checkpoints.restore(start, state)
+        with goodput.during("restore"):
+            state = checkpoints.restore(start, state)
         log.say(f"resuming {run_dir} from step {start}")
     elif config.init_from:
         params = start_from(config, data.label_names, state.params, log)
