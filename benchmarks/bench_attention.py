@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import ATTENTION_CASES, AttentionCase
-from flops import visible_pairs
 from harness import header, matmul_peak, measure, parser, say, show
 
 from flax_encoder.ops.attention import IMPLEMENTATIONS, attention
 from flax_encoder.ops.platform import platform_for_tracing
+from flax_encoder.plan.flops import visible_pairs
 from flax_encoder.training.runtime import set_up_runtime
 
 _PLATFORMS = {"flash": "gpu"}  # of Pallas kernels, where it is not a TPU

@@ -9,7 +9,7 @@ version, and `nvidia-cuda-nvcc-cu12`, with `nvidia-cudnn-cu12` for `--attention 
 does the peer's environment. --batch counts rows a chip. Nothing here is measured: a step is what the compiler expects
 of each operation, loop bodies times their trip count, plus what it does not estimate, each at the longest of its
 products over a fraction of the chip's peak, its bytes, and for Pallas kernels on TPUs the bundles of instructions that
-the compiler made of them (benchmarks/estimate.py). All parts are shown.
+the compiler made of them (flax_encoder/plan/estimate.py). All parts are shown.
 
 For an H100 the compiler estimates elementwise work and sums, mostly as bytes over the data sheet's bandwidth; matrix
 products count at 0.76 of the peak, as measured on one, or their bytes. Here is no GPU to time kernels on and choose
@@ -27,9 +27,7 @@ import tempfile
 import time
 from typing import Any
 
-from estimate import costliest, report
-from schedules import dump_schedules, kernel_cycles
-from targets import CHIPS, TOPOLOGIES, WITHOUT_ACCELERATOR, compiler_options, devices
+from flax_encoder.plan.targets import CHIPS, WITHOUT_ACCELERATOR, compiler_options, devices, topology_arguments
 
 os.environ |= WITHOUT_ACCELERATOR
 
@@ -38,19 +36,22 @@ import jax.numpy as jnp
 import numpy as np
 from bench_step import ADAMW, add_model_arguments, configs, masked_rows, peer_config
 from flax import nnx
-from flops import step_flops
 from harness import header, parser, say, show
 from jax.sharding import NamedSharding
 
-from flax_encoder.config import EncoderConfig, MeshConfig
+from flax_encoder.config import ConfigError, EncoderConfig, MeshConfig
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.ops.platform import platform_for_tracing
+from flax_encoder.plan.estimate import costliest, memory_of, report
+from flax_encoder.plan.flops import step_flops
+from flax_encoder.plan.schedules import dump_schedules, kernel_cycles
 from flax_encoder.tasks import MaskedLM
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.sharding import BATCH_SPEC, logical_axes, make_mesh
 from flax_encoder.training.step import TrainState, make_train_step, state_shardings
 
 HERE = pathlib.Path(__file__).parent
+TOPOLOGIES = {"tpu": "v5e:2x2", "gpu": "h100:1x1x1"}
 
 
 def compile_step(
@@ -83,21 +84,23 @@ def compile_peer(asked, config: EncoderConfig) -> dict[str, Any]:
         "batch": asked.batch,
         "length": asked.length,
         "dtype": asked.dtype,
-        "platform": asked.platform,
-        "topology": asked.topology,
-        "products": asked.products,
+        "topology": topology_arguments(asked.topology),
+        "options": compiler_options(asked.platform, asked.products),
         "learning_rate": ADAMW.learning_rate,
         "betas": [ADAMW.b1, ADAMW.b2],
         "epsilon": ADAMW.epsilon,
         "weight_decay": ADAMW.weight_decay,
-        "kernel_fraction": asked.kernel_fraction,
     }
     run = subprocess.run(
-        [asked.peer_python, str(HERE / "peer_compile.py"), json.dumps(spec)], capture_output=True, text=True
-    )
+        [asked.peer_python, str(HERE / "peer_compile.py"), json.dumps(spec)], capture_output=True, text=True,
+        env=os.environ | WITHOUT_ACCELERATOR,
+    )  # fmt: skip
     if run.returncode:
         raise SystemExit(f"the peer failed:\n{run.stderr[-1000:]}")
-    return json.loads(run.stdout.splitlines()[-1])
+    answer = json.loads(run.stdout.splitlines()[-1])
+    chip = CHIPS[asked.topology.split(":")[0]]
+    made = report(answer["text"], answer["memory"], chip, asked.kernel_fraction, {})
+    return made | {name: answer[name] for name in ("compile_seconds", "versions")}
 
 
 def main() -> None:
@@ -143,7 +146,7 @@ def main() -> None:
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump_schedules(schedules)}"
     try:
         found = devices(asked.platform, asked.topology)
-    except ValueError as error:
+    except ConfigError as error:
         raise SystemExit(str(error)) from None
     chip_name = asked.topology.split(":")[0]
     chip = CHIPS[chip_name]
@@ -175,7 +178,8 @@ def main() -> None:
     if asked.text:
         asked.text.write_text(text)
     segment_ids = batch["segment_ids"]
-    made = report(compiled, chip, asked.kernel_fraction, kernel_cycles(schedules, segment_ids), segment_ids)
+    memory = memory_of(compiled)
+    made = report(text, memory, chip, asked.kernel_fraction, kernel_cycles(schedules, segment_ids), segment_ids)
     sides = {"ours": made | {"compile_seconds": seconds}} | sides
     for side in sides.values():
         side["tokens_per_second_per_chip"] = tokens / side["step_seconds"]

@@ -8,7 +8,8 @@ Each side runs in a process of its own, by turns (ours, peer, ours, peer ...), o
 peer padded to the longest of a batch of as many documents in random order. Tokens a second count real tokens only.
 --objective classification learns a label a document (with --data SOURCE, of the source's column `label`).
 --peer torch is transformers' PyTorch model with fused AdamW (bfloat16 by autocast); --peer flax its FlaxBert, up to
-transformers 4.57.6. MFU is model FLOPs (benchmarks/flops.py) over the matmul peak that is measured in the same run.
+transformers 4.57.6. MFU is model FLOPs (flax_encoder/plan/flops.py) over the matmul peak that is measured in the same
+run.
 """
 
 import dataclasses
@@ -25,7 +26,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from flops import step_flops
 from harness import header, matmul_peak, parser, say, show
 
 from flax_encoder.config import DataConfig, EncoderConfig, MaskingConfig, OptimizerConfig, RunConfig
@@ -35,6 +35,7 @@ from flax_encoder.data.store.tokenizing import num_cores
 from flax_encoder.families import FAMILIES, PRESETS, preset
 from flax_encoder.families.mapping import write_config
 from flax_encoder.nn.partition import round_up_vocab
+from flax_encoder.plan.flops import step_flops
 from flax_encoder.tasks import Classifier, MaskedLM, find_task
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.runtime import free_temporaries, set_up_runtime

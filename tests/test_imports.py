@@ -13,7 +13,7 @@ from flax_encoder.moved import MOVED
 PACKAGE = pathlib.Path(flax_encoder.__file__).parent
 # Each part may import itself and those before it; data stands beside them and sees config alone.
 ORDER = [
-    "config", "ops", "nn", "families", "tasks", "training", "pages", "published", "runs", "commands",
+    "config", "ops", "nn", "families", "tasks", "training", "pages", "published", "runs", "plan", "commands",
 ]  # fmt: skip
 TOP = ("__init__", "__main__", "moved")
 FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}

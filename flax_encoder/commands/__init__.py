@@ -10,6 +10,7 @@ from flax_encoder.commands.screen import failing_clearly
 # The module of each command. Those that are not asked for are imported for their options alone.
 COMMANDS = {
     "train": "train",
+    "plan": "plan",
     "fill-mask": "fill_mask",
     "classify": "classify",
     "predict": "predict",

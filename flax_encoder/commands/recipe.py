@@ -8,7 +8,7 @@ import sys
 
 import tyro
 
-from flax_encoder.config import ConfigError, RunConfig, differences, from_dict, to_dict
+from flax_encoder.config import ConfigError, EncoderConfig, RunConfig, differences, from_dict, to_dict
 from flax_encoder.tasks import TASKS, is_setting_read
 
 _CHECKOUT, _PACKAGE = (pathlib.Path(__file__).parents[n] for n in (2, 1))
@@ -51,12 +51,13 @@ def load_recipe(path: str | pathlib.Path) -> RunConfig:
     return config
 
 
-def parse_run_config(argv: list[str], default: str) -> RunConfig:
-    """--config PATH or NAME, then every setting of that recipe as a typed option."""
+def parse_run_config(argv: list[str], default: str, *, model: EncoderConfig | None = None) -> RunConfig:
+    """--config PATH or NAME, then every setting of that recipe, with another model if one is given, as an option."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=default)
     known, rest = first.parse_known_args(argv)
     config = load_recipe(known.config)
+    config = config if model is None else dataclasses.replace(config, model=model)
     if config.run_dir == RunConfig.run_dir:
         config = dataclasses.replace(config, run_dir=f"runs/{pathlib.Path(known.config).stem}")
     asked = tyro.cli(

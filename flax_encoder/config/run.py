@@ -416,6 +416,13 @@ class RunConfig(ShortRepr):
     num_microbatches: int = 1
     """Gradients are accumulated over this many equal parts of a batch; the update is the same. CPUs are fastest with
     2,000 to 4,000 tokens in each (LOG.md)."""
+    max_skipped: int = 0
+    """Updates that may be left out, in all, as their loss or gradient is not finite or exploded: the state stays as it
+    was and the run goes on. With one more it stops, as with the first at 0."""
+    max_norm_factor: float | None = None
+    """With max_skipped: a gradient has exploded if its norm is above so many times the median of the last 64 steps'."""
+    skip_rows: tuple[int, ...] = ()
+    """Steps whose rows are not learnt from: no update is made of them."""
     seed: int = 0
     seeds: int = 1
     """Train so many runs, with seeds from seed on, in RUN_DIR/seed-0, seed-1 ..., and report their median and spread.
@@ -439,6 +446,11 @@ class RunConfig(ShortRepr):
     checkpoint_every: int = 500
     """Steps between checkpoints; one is also written at the end and before a signal stops the run."""
     keep_checkpoints: int = 2
+    stall_seconds: float | None = None
+    """End with status 86 when no step was made for so long, evaluations and compiling included, and say where every
+    thread stands; None waits for ever."""
+    profile: str | None = None
+    """Steps FIRST:LAST, such as 100:105, of which a trace is written to RUN_DIR/profile."""
     model: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -462,6 +474,24 @@ class RunConfig(ShortRepr):
         require(
             0 <= self.seed < 2**32,
             f"seed is a whole number from 0 to 4294967295 (2**32 - 1), of which JAX keeps every bit: got {self.seed}.",
+        )
+        first, _, last = (self.profile or "1:1").partition(":")
+        require(
+            first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last),
+            f"profile is the first and the last step of a trace, such as 100:105: got {self.profile!r}.",
+        )
+        require(
+            self.stall_seconds is None or self.stall_seconds > 0,
+            f"stall_seconds must be above 0 or None: got {self.stall_seconds}.",
+        )
+        require(self.max_skipped >= 0, f"max_skipped counts updates: got {self.max_skipped}.")
+        require(
+            self.max_norm_factor is None or (self.max_norm_factor > 1 and self.max_skipped > 0),
+            f"max_norm_factor is above 1, and of runs that may skip updates: got {self.max_norm_factor} with "
+            f"max_skipped {self.max_skipped}.",
+        )
+        require(
+            min(self.skip_rows, default=1) >= 1, f"skip_rows are steps, counted from 1: got {self.skip_rows}."
         )
         for name in (
             "eval_every", "eval_batches", "budget_minutes", "first_batch_size", "epochs", "batch_texts", "patience"

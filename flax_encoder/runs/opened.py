@@ -4,14 +4,18 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from flax_encoder.config import ConfigError, RunConfig, to_dict
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.data.sources.records import LabelError
+from flax_encoder.runs.goodput import Goodput
 from flax_encoder.runs.length import settle_length
 from flax_encoder.runs.loaded import model_factory
 from flax_encoder.runs.record import RunRecord
@@ -44,8 +48,9 @@ class OpenedRun:
 
 
 def open_run(
-    config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh: Mesh
-) -> OpenedRun:
+    config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh: Mesh,
+    goodput: Goodput,
+) -> OpenedRun:  # fmt: skip
     """Open a run at step `start`: at 0 from nothing or its origin, else from its checkpoint of that step.
 
     Raises:
@@ -78,17 +83,18 @@ def open_run(
         )
     spent_seconds = resumed.spent_seconds if resumed else 0.0
     record = RunRecord(
-        config, data.tokenizer, data.label_names, step=start, spent_seconds=spent_seconds, data_hash=data.hash
-    )
+        config, data.tokenizer, data.label_names, step=start, spent_seconds=spent_seconds, data_hash=data.hash,
+        skipped_steps=resumed.skipped_steps if resumed else (), grad_norms=resumed.grad_norms if resumed else (),
+    )  # fmt: skip
     if jax.process_index() == 0:
         write_atomically(run_dir / "tokenizer.json", data.tokenizer.json)
         write_atomically(run_dir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
 
-    make_model = model_factory(config, data.label_names)
-    tx = make_optimizer(config.trained_by, config.steps, logical_axes(make_model), config.schedule_began)
+    make_model, tx = make_learner(config, data.label_names)
     graphdef, state, shardings = init_train_state(make_model, tx, mesh)
     if start:
-        state = checkpoints.restore(start, state)
+        with goodput.during("restore"):
+            state = checkpoints.restore(start, state)
         log.say(f"resuming {run_dir} from step {start}")
     elif config.init_from:
         params = start_from(config, data.label_names, state.params, log.say)
@@ -98,11 +104,28 @@ def open_run(
         state = with_params(state, params, tx, shardings)
     mask = trained(config.trained_by, state.params)
     log.say(f"model: {describe_parameters(*count_trained(mask, state.params))} on {describe_mesh(mesh)}")
-    step_fn = make_train_step(
+    step_fn = make_step(config, graphdef, tx, shardings, mask)
+    return OpenedRun(config, task, data, record, state, graphdef, shardings, step_fn)
+
+
+def make_learner(
+    config: RunConfig, label_names: list[str] | None
+) -> tuple[Callable[[], nnx.Module], optax.GradientTransformation]:
+    """(makes the run's model, its optimizer)."""
+    make_model = model_factory(config, label_names)
+    return make_model, make_optimizer(config.trained_by, config.steps, logical_axes(make_model), config.schedule_began)
+
+
+def make_step(config: RunConfig, graphdef: Any, tx: optax.GradientTransformation, shardings: Any, mask: Any) -> Any:
+    """The jitted step of a run, `step(state, batch) -> (state, StepMetrics)`.
+
+    Args:
+      mask: which parameters are trained, as `training.parameters.trained` has it.
+    """
+    return make_train_step(
         graphdef, tx, seed=config.seed, num_microbatches=config.num_microbatches, shardings=shardings,
         trained=None if all(m is True for m in jax.tree.leaves(mask)) else mask,
     )  # fmt: skip
-    return OpenedRun(config, task, data, record, state, graphdef, shardings, step_fn)
 
 
 def check_batches(config: RunConfig, mesh: Mesh) -> None:

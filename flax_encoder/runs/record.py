@@ -28,6 +28,10 @@ class RunRecord:
     """Training time that counts for the budget."""
     data_hash: str | None = None
     """Of the prepared text (`RunData.hash`); None where there was none."""
+    skipped_steps: tuple[int, ...] = ()
+    """Whose updates were left out, as their loss or gradient was not finite or exploded."""
+    grad_norms: tuple[tuple[int, float], ...] = ()
+    """(step, norm) of the last updates, by which is told what has exploded; empty where nothing can have."""
 
     def to_json(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -38,6 +42,8 @@ class RunRecord:
             "step": self.step,
             "spent_seconds": self.spent_seconds,
             "data": self.data_hash,
+            **({"skipped_steps": list(self.skipped_steps)} if self.skipped_steps else {}),
+            **({"grad_norms": [list(pair) for pair in self.grad_norms]} if self.grad_norms else {}),
         }
 
     @classmethod
@@ -61,6 +67,8 @@ class RunRecord:
             values.get("step", 0),
             values.get("spent_seconds", 0.0),
             values.get("data"),
+            tuple(values.get("skipped_steps", ())),
+            tuple((step, norm) for step, norm in values.get("grad_norms", ())),
         )
 
     def replace(self, **fields: Any) -> "RunRecord":

@@ -24,7 +24,8 @@ from flax_encoder.training.run_log import RunLog
 # have other names: the prepared text's hash says whether it is the same.)
 FREE_ON_RESUME = (
     "run_dir", "init_from", "compare_with_scratch", "log_every", "eval_every", "eval_batches", "checkpoint_every",
-    "patience", "seeds", "keep_checkpoints", "mesh.", "data.cache_dir", "data.source", "data.validation", "data.test",
+    "patience", "seeds", "stall_seconds", "profile", "max_skipped", "max_norm_factor", "skip_rows",
+    "keep_checkpoints", "mesh.", "data.cache_dir", "data.source", "data.validation", "data.test",
     "data.tokenizer", "data.text_column", "data.text_pair_column", "data.label_column", "data.skip_bad_rows",
     "data.word_vectors", "data.workers", "data.verify", "model.scan_layers", "model.remat",
     "model.attention_implementation",

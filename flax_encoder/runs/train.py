@@ -19,13 +19,16 @@ from jax.sharding import Mesh
 from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.runs.best import best_evaluation, check_metric
 from flax_encoder.runs.evaluate import Evaluations
+from flax_encoder.runs.goodput import Goodput
 from flax_encoder.runs.length import budget_seconds, is_evaluation_due, is_over
 from flax_encoder.runs.opened import check_batches, open_run
+from flax_encoder.runs.skipping import Skipping
 from flax_encoder.runs.step_log import StepLog
+from flax_encoder.runs.watch import Profile, Watchdog
 from flax_encoder.tasks import check_task
 from flax_encoder.training.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_steps, read_params
 from flax_encoder.training.host import run_folder, run_lock
-from flax_encoder.training.run_log import Clock, RunLog
+from flax_encoder.training.run_log import Clock, RunLog, read_metrics
 from flax_encoder.training.runtime import StopSignals, cache_hits, free_temporaries, join_processes, set_up_runtime
 from flax_encoder.training.sharding import make_mesh, put_batch
 from flax_encoder.training.step import StepMetrics
@@ -78,7 +81,8 @@ def _steps(
     config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh: Mesh
 ) -> dict[str, float] | None:
     """The steps after `start`, with the folder, the log and the mesh open."""
-    run = open_run(config, start, run_dir, checkpoints, log, mesh)
+    goodput, made_before = Goodput(), max((line["step"] for line in read_metrics(run_dir)), default=0)
+    run = open_run(config, start, run_dir, checkpoints, log, mesh, goodput)
     config, task, data, state = run.config, run.task, run.data, run.state
     rows_per_epoch = data.rows_per_epoch
     held_out = Evaluations(task, data, config, run.graphdef, run.shardings, log, mesh, start)
@@ -91,40 +95,58 @@ def _steps(
     clock, budget = Clock(run.record.spent_seconds), budget_seconds(config)
     is_finished = start > 0 and is_over(config, start, clock.spent_seconds, best())
     log.steps, log.is_finished = config.steps, is_finished
-    logged = StepLog(task, config, rows_per_epoch, log, clock, checkpoints, start)
-    in_flight: collections.deque[StepMetrics] = collections.deque()
+    skipping = Skipping(config, run.record, STEPS_IN_FLIGHT, log.say)
+    logged = StepLog(task, config, rows_per_epoch, log, clock, checkpoints, start, skipping, data.train)
+    in_flight: collections.deque[tuple[int, StepMetrics]] = collections.deque()
     compiled: dict[Any, Any] = {}
     step = start
 
     def say_stopped(step: int) -> None:
         why = stop.requested or "another process's signal"
         log.say(f"stopped by {why} after step {step}, which is saved. The same command resumes.")
+        log.say(f"time went {goodput}")
 
-    with StopSignals() as stop, contextlib.closing(data.train.iterate(start, config.data.workers)) as batches:
+    def count_skipped() -> None:
+        while skipping.is_possible and in_flight:
+            skipping.ended(*in_flight.popleft())
+        logged.check_skipped()
+
+    with (
+        StopSignals() as stop,
+        contextlib.closing(data.train.iterate(start, config.data.workers)) as batches,
+        Watchdog(config.stall_seconds, goodput),
+        Profile(config.profile, run_dir) as profile,
+    ):
         if not is_finished and is_evaluation_due(config, rows_per_epoch, start) and start not in held_out.by_step:
-            with clock.paused():  # what the signal that ended the run left out
+            with clock.paused(), goodput.during("evaluation"):  # what the signal that ended the run left out
                 if held_out.evaluate(state.params, start, stop=stop) is None:
                     return say_stopped(start)
         last_step = start if is_over(config, start, clock.spent_seconds, best()) else config.steps
         for step in range(start + 1, last_step + 1):
-            with clock.waiting():
+            goodput.enter("step" if step > made_before else "lost_work")
+            with clock.waiting(), goodput.during("data_wait"):
                 rows = next(batches)
             progress = None if budget == math.inf else clock.spent_seconds / budget
-            marks = _marks(rows, progress, stop.requested is not None)
+            marks = _marks(rows, progress, stop.requested is not None, skipping.marks(step))
             batch = put_batch(rows | marks, mesh)  # while the device has the last steps to do
             clock.count(rows, jax.process_count())
             shape = tuple(sorted((name, x.shape) for name, x in rows.items()))
             if shape not in compiled:  # a few times in a run at most
-                with clock.paused():
+                with clock.paused(), goodput.during("compile"):
                     compiled[shape] = _compile(run.step_fn, state, batch, rows["tokens"].shape, log)
             if in_flight:
-                free_temporaries(in_flight[-1])
+                free_temporaries(in_flight[-1][1])
+            profile.before(step)
             state, step_metrics = compiled[shape](state, batch)
+            profile.after(step, step_metrics)
+            goodput.made(step)
             clock.steps += 1
-            in_flight.append(step_metrics)
+            in_flight.append((step, step_metrics))
             is_spent, is_asked = False, jax.process_count() == 1 and stop.requested is not None
             if len(in_flight) > STEPS_IN_FLIGHT:
-                done = jax.block_until_ready(in_flight.popleft())
+                done_step, done = jax.block_until_ready(in_flight.popleft())
+                skipping.ended(done_step, done)
+                logged.check_skipped()
                 is_spent = done.progress is not None and float(done.progress) >= 1
                 is_asked |= done.stop is not None and float(done.stop) > 0
 
@@ -133,9 +155,11 @@ def _steps(
                 logged.add(step, step_metrics)
             is_last = is_asked or is_end
             is_saved = is_last or step % config.checkpoint_every == 0
+            if is_saved or step % config.log_every == 0:
+                count_skipped()
             logged.write(keep=0 if is_saved else 1)  # all before a save, so that a resumed run's log is whole
             if is_evaluation_due(config, rows_per_epoch, step) and not is_last:
-                with clock.paused():
+                with clock.paused(), goodput.during("evaluation"):
                     metrics = held_out.evaluate(state.params, step, stop=stop)
                 if metrics is None:
                     is_last = is_saved = True
@@ -146,17 +170,25 @@ def _steps(
                     is_saved |= is_end or (now_best is not None and now_best.step == step)
                 logged.write(keep=0 if is_saved else 1)
             if is_saved:
+                count_skipped()
                 logged.check(step, step_metrics)
                 spent_seconds = max(clock.spent_seconds, budget if is_spent else 0.0)
                 record, now_best = run.record.replace(step=step, spent_seconds=spent_seconds), best()
-                checkpoints.save(state, step, record.to_json(), best=now_best and now_best.step)
+                record = skipping.in_record(record, step)
+                with goodput.during("save"):
+                    checkpoints.save(state, step, record.to_json(), best=now_best and now_best.step)
             if is_end:
                 break
             if is_last:
-                checkpoints.wait()
+                with goodput.during("save"):
+                    checkpoints.wait()
                 return say_stopped(step)
-    checkpoints.wait()
+    with goodput.during("save"):
+        checkpoints.wait()
     log.end_progress()
+    if last_step > start:  # a finished run that only reports again has spent nothing
+        log.write(step, {f"goodput/{name}": share for name, share in goodput.shares().items()})
+        log.say(f"time went {goodput}")
 
     # What the run ends with: its last parameters, or the best by what it was to keep. The test chose neither.
     params = state.params
@@ -172,14 +204,17 @@ def _steps(
     return (metrics or {}) | (held_out.evaluate(params, step, name="test") or {} if data.test else {})
 
 
-def _marks(rows: dict[str, np.ndarray], progress: float | None, is_asked: bool) -> dict[str, np.ndarray]:
-    """What a batch tells the step of this process: the share of the budget that is spent, whether a signal came.
+def _marks(
+    rows: dict[str, np.ndarray], progress: float | None, is_asked: bool, more: dict[str, float]
+) -> dict[str, np.ndarray]:
+    """What a batch tells the step of this process: the share of the budget that is spent, whether a signal came, and
+    what may be skipped.
 
     Processes' clocks differ, and so does when a signal comes: the step takes the largest, and all end by what it says.
     """
-    marks = {} if progress is None else {"progress": progress}
+    marks = more if progress is None else more | {"progress": progress}
     if jax.process_count() > 1:
-        marks["stop"] = float(is_asked)
+        marks = marks | {"stop": float(is_asked)}
     return {name: np.full((len(rows["tokens"]), 1), value, np.float32) for name, value in marks.items()}
 
 

@@ -11,7 +11,7 @@ import optax
 from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flax_encoder.nn.lora import assembled
 from flax_encoder.nn.partition import abstract_model
@@ -38,6 +38,8 @@ class StepMetrics(NamedTuple):
     progress: Float[Array, ""] | None = None
     stop: Float[Array, ""] | None = None
     """The most that any process's batch said, the same on all."""
+    is_skipped: Bool[Array, ""] | None = None
+    """Whether the state was left as it was; None where nothing says when it is to be."""
 
 
 def init_train_state(
@@ -48,14 +50,26 @@ def init_train_state(
     Returns:
       (graphdef, state, shardings): `nnx.merge(graphdef, state.params)` is the model; shardings is None without a mesh.
     """
+    graphdef, _, shardings = abstract_train_state(make_model, tx, mesh)
+    return graphdef, jax.jit(partial(_init, make_model, tx), out_shardings=shardings)(), shardings
+
+
+def abstract_train_state(
+    make_model: Callable[[], nnx.Module], tx: optax.GradientTransformation, mesh: Mesh | None = None
+) -> tuple[Any, TrainState, Any]:
+    """`init_train_state` with shapes for arrays, which know where they lie on `mesh`: nothing is allocated."""
     graphdef, _ = abstract_model(make_model)
+    state = jax.eval_shape(partial(_init, make_model, tx))
+    if mesh is None:
+        return graphdef, state, None
+    shardings = state_shardings(make_model, tx, mesh, state)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    return graphdef, state, shardings
 
-    def init():
-        params = nnx.to_pure_dict(nnx.split(make_model(), nnx.Param)[1])
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
-    shardings = None if mesh is None else state_shardings(make_model, tx, mesh, jax.eval_shape(init))
-    return graphdef, jax.jit(init, out_shardings=shardings)(), shardings
+def _init(make_model: Callable[[], nnx.Module], tx: optax.GradientTransformation) -> TrainState:
+    params = nnx.to_pure_dict(nnx.split(make_model(), nnx.Param)[1])
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
 def with_params(
@@ -101,7 +115,8 @@ def make_train_step(
     The model's `loss(batch, key=)` gives sums, so any split into microbatches or over devices makes the same update
     up to float32 rounding; `coupled_gradient` sees to it where a loss couples rows. The dropout key is a function of
     (seed, step). A batch may have `progress` [B, 1], the share of the run's time that has gone by: the optimizer is
-    given the largest. The largest of `stop` [B, 1] is returned too, by which processes agree.
+    given the largest. The largest of `stop` [B, 1] is returned too, by which processes agree. With `max_norm` [B, 1] a
+    step whose gradient's norm is above it, or whose loss or norm is not finite, changes nothing but the count of steps.
 
     Args:
       graphdef, shardings: from `init_train_state`.
@@ -120,7 +135,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        told = {name: batch[name].max() for name in ("progress", "stop") if name in batch}
+        told = {name: batch[name].max() for name in ("progress", "stop", "max_norm") if name in batch}
         batch = {name: rows for name, rows in batch.items() if name not in told}
         params = gradient_point(state.opt_state, state.params)
         own, rest = (params, None) if trained is None else split(params, trained)
@@ -138,8 +153,12 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         if trained is not None:  # not even 0 is added to what is frozen
             params = jax.tree.map(lambda new, old, m: new if np.any(m) else old, params, state.params, trained)
-        new_state = TrainState(state.step + 1, params, opt_state)
-        return new_state, StepMetrics(loss, global_norm(grads), **told)
+        new_state, norm = TrainState(state.step + 1, params, opt_state), global_norm(grads)
+        if "max_norm" in told:
+            is_good = jnp.isfinite(loss.sum) & jnp.isfinite(norm) & (norm <= told.pop("max_norm"))
+            kept = jax.tree.map(partial(jnp.where, is_good), new_state, state)
+            new_state, told["is_skipped"] = kept._replace(step=new_state.step), ~is_good
+        return new_state, StepMetrics(loss, norm, **told)
 
     jit = partial(jax.jit, donate_argnums=0)
     if shardings is None:

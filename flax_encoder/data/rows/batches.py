@@ -135,6 +135,11 @@ class Batches:
                 batch["owners"][~is_real] = -1
         return batch
 
+    def documents_of(self, number: int) -> list[int]:
+        """Numbers of the documents in a batch, each among those of its source."""
+        found = self._pieces(self._numbers(number)[0])
+        return sorted({int(n) for k, _, p in found for n in self._documents[k].documents(p)})
+
     def _pieces(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray, Pieces]]:
         """For each plan that has some of these rows: its index, which of them are its own, and what is in those."""
         plan, inner = self._order.locate(numbers, self._seed)
@@ -221,6 +226,10 @@ class Stages:
 
     def __getitem__(self, number: int) -> Batch:
         return next(batches for batches in self.stages if number < len(batches))[number]
+
+    def documents_of(self, number: int) -> list[int]:
+        """Numbers of the documents in a batch, each among those of its source."""
+        return next(batches for batches in self.stages if number < len(batches)).documents_of(number)
 
     def iterate(self, start: int = 0, workers: int = 0) -> Iterator[Batch]:
         """All stages' batches from number `start` on; `Batches.iterate` says how."""

@@ -115,7 +115,7 @@ class _Call:
         met = math.gcd(min(tiles.met, _MET_NUMBERS // H), other_length)
         self.tiles, self.plan = tiles._replace(own=own, met=met), plan
         self.grid = own_length // own, B, K if is_by_keys else N
-        # Which benchmarks/schedules.py reads.
+        # Which plan/schedules.py reads.
         within = "".join(f"_{n}" for n in (plan.static_window or ())[:: -1 if is_by_keys else 1])
         self.cut = f"_of_{own}_by_{met}_tiles" + f"_within{within}" * bool(within)
         segments, window = known[:2], None if known.window is None else tuple(known.window)

@@ -141,7 +141,7 @@ def _call(kernel, plan: Plan, scalars, segments, tables, arrays, statistics, out
     if cut.stretches:
         reaches = (reach(segments[0][:, 0], segments[1][:, 0], cut.queries, cut.stretches).reshape(-1),)
         met = f"{cut.queries}_by_{'_'.join(map(str, cut.stretches))}_pairs"
-    # Which benchmarks/schedules.py reads.
+    # Which plan/schedules.py reads.
     cuts = f"of_{met}_in_{T // cut.span}_blocks_of_{D // width if in_turn else 1}_groups"
     scratch = [pltpu.VMEM((T, LANES), jnp.int32)]
     scratch += [pltpu.VMEM((T, width), arrays[1].dtype)] * bool(tables)

@@ -18,8 +18,6 @@ over a stated fraction of the chip's peak, the bytes they move, and on TPUs the 
 compiler made of them, one a cycle (schedules.py); nothing else knows of the work that is no product, such as dropout.
 What carries no estimate and is not free either (gathers, collectives) is listed in `unestimated`, so that a sum never
 looks more whole than it is.
-
-This file imports the standard library alone: the peer's environment, which lacks the project, reads its text with it.
 """
 
 import collections
@@ -28,8 +26,8 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from schedules import KERNEL_PRODUCTS, stretch_shares, tile_pairs
-from targets import Chip
+from flax_encoder.plan.schedules import KERNEL_PRODUCTS, stretch_shares, tile_pairs
+from flax_encoder.plan.targets import Chip
 
 KERNEL_TARGETS = ("tpu_custom_call", "__cudnn$fmha", "__gpu$xla.gpu.triton")
 CUBLAS_TARGET = "__cublas"
@@ -37,7 +35,11 @@ CUBLAS_TARGET = "__cublas"
 FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "copy-start", "copy-done", "slice-start", "slice-done", "async-done", "async-update",
+    "all-reduce-done", "all-gather-done", "collective-permute-done",
 ))  # fmt: skip
+COLLECTIVES = (
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
+)  # fmt: skip
 FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast")
 NEGLIGIBLE_BYTES = 64 * 1024  # scalars and small vectors, which the compiler does not estimate
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s64": 8, "u64": 8, "f64": 8}
@@ -97,6 +99,8 @@ class Line(NamedTuple):
     seconds: float = 0.0
     """Of one run; a kernel's are `kernel_times`."""
     memory_seconds: float = 0.0
+    is_async: bool = False
+    """Whether other work may run beside it."""
 
 
 class Estimate(NamedTuple):
@@ -106,6 +110,8 @@ class Estimate(NamedTuple):
     """Of a library."""
     kernels: list[Line]
     unestimated: list[Line]
+    collectives: list[Line]
+    """What devices do together, whose time is their links' (collectives.py)."""
 
     @property
     def seconds(self) -> float:
@@ -114,7 +120,7 @@ class Estimate(NamedTuple):
 
 
 def total(lines: list[Line]) -> float:
-    return sum(line.count * line.seconds for line in lines)
+    return sum((line.count * line.seconds for line in lines), 0.0)
 
 
 def computations(text: str) -> tuple[dict[str, Computation], str]:
@@ -179,12 +185,14 @@ def estimate(text: str, chip: Chip) -> Estimate:
       ValueError: a loop whose trip count is not in the text, with the loop's name.
     """
     program, entry = computations(text)
-    made = Estimate([], [], [], [])
+    made = Estimate([], [], [], [], [])
     _walk(program, entry, 1, chip, made)
     return made
 
 
-def _walk(program: dict[str, Computation], name: str, count: int, chip: Chip, into: Estimate) -> None:
+def _walk(
+    program: dict[str, Computation], name: str, count: int, chip: Chip, into: Estimate, is_async: bool = False
+) -> None:
     own = program[name]
     for x in own.values():
         if x.opcode == "while":
@@ -192,26 +200,53 @@ def _walk(program: dict[str, Computation], name: str, count: int, chip: Chip, in
         elif x.opcode == "conditional":
             into_each = []
             for branch in _branches(x):
-                into_each.append(Estimate([], [], [], []))
+                into_each.append(Estimate([], [], [], [], []))
                 _walk(program, branch, count, chip, into_each[-1])
             # What a kernel takes is known only later; a branch that has one is the dearer.
             dearest = max(into_each, key=lambda one: (bool(one.kernels), one.seconds))
             for all_lines, lines in zip(into, dearest, strict=True):
                 all_lines += lines
         elif x.opcode in ("call", "async-start"):
-            _walk(program, x.attribute("to_apply") or x.attribute("calls"), count, chip, into)
+            inner = x.attribute("to_apply") or x.attribute("calls")
+            _walk(program, inner, count, chip, into, is_async or x.opcode == "async-start")
         elif x.opcode not in FREE:
             line = _line(program, own, x, count)
-            if x.is_library_product:
-                moved = line.hbm_bytes / chip.bytes_per_second
-                longest = max(line.product_flops / (chip.product_fraction * chip.peak_flops), moved)
-                into.products.append(line._replace(seconds=longest, memory_seconds=moved))
+            if inner := _collectives_of(program, x):
+                into.collectives.extend(
+                    line._replace(instruction=each, is_async=is_async or each.opcode.endswith("-start"))
+                    for each in inner
+                )
+            elif x.is_library_product:
+                into.products.append(_at_the_longest(line, chip, chip.product_fraction * _share_of_peak(own, x, chip)))
             elif (x.custom_call_target or "").startswith(KERNEL_TARGETS):
                 into.kernels.append(line)
+            elif chip.platform == "cpu":  # whose compiler expects nothing; the peak is of what its products reach
+                into.lines.append(_at_the_longest(line, chip, 1.0))
             elif expected := x.expected(chip):
                 into.lines.append(line._replace(seconds=expected[0], memory_seconds=expected[1]))
             elif x.custom_call_target not in FREE_TARGETS and num_bytes(x.shape) > NEGLIGIBLE_BYTES:
                 into.unestimated.append(line)
+
+
+def _at_the_longest(line: Line, chip: Chip, fraction: float) -> Line:
+    """As long as its products take at a fraction of the peak, or its bytes, whichever is longer."""
+    moved = line.hbm_bytes / chip.bytes_per_second
+    return line._replace(
+        seconds=max(line.product_flops / (fraction * chip.peak_flops), moved), memory_seconds=moved
+    )  # fmt: skip
+
+
+def _share_of_peak(own: Computation, x: Instruction, chip: Chip) -> float:
+    kinds = {dtype for operand in x.operands[:2] if operand in own for dtype, *_ in arrays(own[operand].shape)[:1]}
+    return chip.float32_share if kinds == {"f32"} else 1.0
+
+
+def _collectives_of(program: dict[str, Computation], x: Instruction) -> list[Instruction]:
+    """What devices do together in an instruction: itself, or what was fused into it."""
+    if x.opcode == "fusion":
+        inner = program.get(x.attribute("calls") or "", {})
+        return [found for each in inner.values() for found in _collectives_of(program, each)]
+    return [x] if x.opcode.removesuffix("-start") in COLLECTIVES else []
 
 
 def _line(program, own: Computation, x: Instruction, count: int) -> Line:
@@ -353,18 +388,26 @@ def kernel_times(
     )
 
 
-def report(compiled, chip: Chip, fraction: float, cycles: dict[str, int], segment_ids: Any = None) -> dict[str, Any]:
-    """Of a compiled program (`jax.stages.Compiled`): seconds in parts, memory, and what is not in them.
+def memory_of(compiled: Any) -> dict[str, int]:
+    """Bytes that a compiled program (`jax.stages.Compiled`) needs on a device, by what for."""
+    memory = compiled.memory_analysis()
+    return {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "temp", "output", "alias")}
+
+
+def report(
+    text: str, memory: dict[str, int], chip: Chip, fraction: float, cycles: dict[str, int], segment_ids: Any = None
+) -> dict[str, Any]:
+    """Of a compiled program's text and its `memory_of`: seconds in parts, memory, and what is not in them.
 
     `cycles` is from `schedules.kernel_cycles`, for the same `segment_ids`; kernels that it lacks are counted in
     "kernels_without_schedule".
     """
-    made, memory = estimate(compiled.as_text(), chip), compiled.memory_analysis()
+    made = estimate(text, chip)
     compiler, products = total(made.lines), total(made.products)
     times = [(line.count, kernel_times(line, chip, fraction, cycles, segment_ids)) for line in made.kernels]
     kernels = sum(count * max(t for t in each if t is not None) for count, each in times)
     unestimated: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for line in made.unestimated:
+    for line in made.unestimated + made.collectives:
         x = line.instruction
         of = unestimated[re.sub(r"[.\d]+$", "", x.name) + f" ({x.custom_call_target or x.opcode})"]
         of[0] += line.count
@@ -386,10 +429,10 @@ def report(compiled, chip: Chip, fraction: float, cycles: dict[str, int], segmen
             for line, (_, each) in zip(made.kernels, times, strict=True)
             if each.bundles is None and line.instruction.custom_call_target == "tpu_custom_call"
         ),
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "alias_bytes": memory.alias_size_in_bytes,
+        "argument_bytes": memory["argument"],
+        "temporary_bytes": memory["temp"],
+        "output_bytes": memory["output"],
+        "alias_bytes": memory["alias"],
         "unestimated": dict(unestimated),
     }
 

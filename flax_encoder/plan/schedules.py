@@ -1,11 +1,13 @@
-"""What libtpu's dumped schedules say of Pallas kernels: the bundles of instructions that one runs through, one a cycle.
-
-This file imports the standard library alone, as estimate.py does.
-"""
+"""What libtpu's dumped schedules say of Pallas kernels: the bundles of instructions that one runs, one a cycle."""
 
 import pathlib
 import re
 from typing import Any
+
+import numpy as np
+
+from flax_encoder.ops.attention.flash_kernel import tiles_met
+from flax_encoder.ops.attention.rows_kernel import reach
 
 # A Pallas kernel's name, and how many products of queries by keys by head dim it makes: the backward pass of `rows`
 # makes the logits again (5), those of `splash` and `flash` make them in each of their two kernels (3 and 4).
@@ -25,10 +27,6 @@ def stretch_shares(name: str, segment_ids: Any) -> dict[int, float]:
     found = re.search(r"_of_(\d+)_by_([\d_]+)_pairs", name)
     if not found:
         return {}
-    import numpy as np
-
-    from flax_encoder.ops.attention.rows_kernel import reach  # which a peer's environment lacks, and does not need
-
     sizes = tuple(int(n) for n in found[2].split("_"))
     which = np.asarray(reach(segment_ids, segment_ids, int(found[1]), sizes))[..., 1]
     return dict(zip(sizes, (np.bincount(which.ravel(), minlength=len(sizes)) / which.size).tolist(), strict=True))
@@ -40,10 +38,6 @@ def tile_pairs(name: str, segment_ids: Any, length: int) -> int | None:
     found = re.search(r"_of_(\d+)_by_(\d+)_tiles(?:_within_(\d+)_(\d+))?", name)
     if not found:
         return None
-    import numpy as np
-
-    from flax_encoder.ops.attention.flash_kernel import tiles_met
-
     own, met, *window = (int(n) for n in found.groups() if n)
     B = 1 if segment_ids is None else len(segment_ids)
     first, stop = np.moveaxis(

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from estimate import costliest, estimate, kernel_flops, kernel_times, num_bytes, report
-from flops import step_flops, visible_pairs
-from schedules import bundle_cycles, stretch_shares
-from targets import CHIPS, devices, is_installed
 
-from flax_encoder.config import EncoderConfig
+from flax_encoder.config import ConfigError, EncoderConfig
+from flax_encoder.plan.estimate import costliest, estimate, kernel_flops, kernel_times, memory_of, num_bytes, report
+from flax_encoder.plan.flops import step_flops, visible_pairs
+from flax_encoder.plan.schedules import bundle_cycles, stretch_shares
+from flax_encoder.plan.targets import CHIPS, devices, is_installed
 
 V5E, H100 = CHIPS["v5e"], CHIPS["h100"]
 
@@ -352,10 +352,10 @@ def test_flash_attention_counts_the_tiles_that_meet(window, is_packed):
 
 
 def test_hardware_that_cannot_be_compiled_for_is_an_error_that_says_what_can(monkeypatch):
-    with pytest.raises(ValueError, match="begin with a known gpu: got v5e, known are h100"):
+    with pytest.raises(ConfigError, match="begins with its kind, h100, h200, a100: got v5e:2x2"):
         devices("gpu", "v5e:2x2")
-    monkeypatch.setattr("targets.is_installed", lambda platform: False)
-    with pytest.raises(ValueError, match="takes no gpu, but its compiler: pip install jax-cuda12-plugin"):
+    monkeypatch.setattr("flax_encoder.plan.targets.is_installed", lambda platform: False)
+    with pytest.raises(ConfigError, match=r"its compiler.*pip install jax-cuda12-plugin==.*\[plan-gpu\]"):
         devices("gpu", "h100:1x1x1")
 
 
@@ -380,7 +380,8 @@ def test_a_step_compiled_for_a_gpu_is_estimated_whole():
     model_flops = step_flops(config, batch["segment_ids"], batch["targets"].size)
     assert model_flops <= flops < 1.5 * model_flops
     assert made.lines and all(0 < line.seconds < 1e-3 for line in made.lines + made.products)
-    assert report(compiled, H100, 0.4, {})["step_seconds"] > model_flops / H100.peak_flops
+    seconds = report(compiled.as_text(), memory_of(compiled), H100, 0.4, {})["step_seconds"]
+    assert seconds > model_flops / H100.peak_flops
     assert {line.instruction.opcode for line in made.unestimated} <= {"copy"}
 
 

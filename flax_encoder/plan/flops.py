@@ -6,7 +6,10 @@ What is recomputed, norms, activations and the optimizer do not count.
 """
 
 import itertools
+import math
+from typing import Any
 
+import jax
 import numpy as np
 
 from flax_encoder.config import EncoderConfig
@@ -48,3 +51,29 @@ def step_flops(
     config: EncoderConfig, segment_ids: np.ndarray, num_targets: int, num_classes: int | None = None
 ) -> int:
     return 3 * forward_flops(config, segment_ids, num_targets, num_classes)
+
+
+def product_flops(jaxpr: Any) -> int:
+    """FLOPs of all matrix products that a traced function makes, loops by their turns: for models that are not
+    attention layers, whose arithmetic is no formula here. A loop of unknown length counts once."""
+    total = 0
+    for equation in jaxpr.eqns:
+        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+        inner = [product_flops(each) for each in _jaxprs(equation.params)]
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += 2 * math.prod(out) * math.prod(left[i] for i in contracted)
+        elif inner:
+            total += turns * (max(inner) if equation.primitive.name == "cond" else sum(inner))
+    return total
+
+
+def _jaxprs(params: dict[str, Any]) -> list[Any]:
+    """The functions that an operation calls; of one with a derivative of its own, the function alone."""
+    leaves = jax.tree.leaves(
+        [value for name, value in params.items() if name != "fwd_jaxpr_thunk"],
+        is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+    )
+    found = (getattr(leaf, "jaxpr", leaf) for leaf in leaves)
+    return [each for each in found if hasattr(each, "eqns")]

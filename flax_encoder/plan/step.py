@@ -1,0 +1,203 @@
+"""What a run will take on hardware that is not there: its own step compiled for each of its stages, and read."""
+
+import dataclasses
+import math
+import pathlib
+import re
+import shutil
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from flax_encoder.data.rows.targets import HOST_FIELDS
+from flax_encoder.nn.lora import assembled
+from flax_encoder.nn.partition import abstract_model
+from flax_encoder.ops.platform import platform_for_tracing
+from flax_encoder.plan.collectives import collectives, exposed_seconds, summary
+from flax_encoder.plan.estimate import estimate, memory_of, report
+from flax_encoder.plan.flops import product_flops, step_flops
+from flax_encoder.plan.rows import Sample
+from flax_encoder.plan.schedules import kernel_cycles
+from flax_encoder.plan.targets import Chip, compiler_options
+from flax_encoder.runs.opened import check_batches, make_learner, make_step
+from flax_encoder.training.parameters import trained
+from flax_encoder.training.sharding import BATCH_SPEC, make_mesh
+from flax_encoder.training.step import TrainState, abstract_train_state
+
+
+class DoesNotFit(Exception):
+    """The compiler found no way to fit the step into the chip's memory; its words, and bytes where it says them."""
+
+    def __init__(self, message: str, needed_bytes: float | None):
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+
+
+class Compiled(NamedTuple):
+    text: str
+    memory: dict[str, int]
+    seconds: float
+    """That compiling took."""
+
+
+def compile_step(state: TrainState, step_fn: Any, batch: dict[str, np.ndarray], mesh: Mesh, platform: str) -> Compiled:
+    """A run's step, compiled for the devices of `mesh` from shapes alone.
+
+    Raises:
+      DoesNotFit: it does not.
+    """
+    rows = NamedSharding(mesh, BATCH_SPEC)
+    shapes = {
+        name: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows)
+        for name, x in batch.items() if name not in HOST_FIELDS
+    }  # fmt: skip
+    began = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh), platform_for_tracing(platform):
+            compiled = step_fn.lower(state, shapes).compile(compiler_options(platform, "cublas"))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(*_exhausted(str(error))) from None
+    return Compiled(compiled.as_text(), memory_of(compiled), time.perf_counter() - began)
+
+
+def _exhausted(message: str) -> tuple[str, float | None]:
+    """(the compiler's words, the bytes that it says the step would need)."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    needed = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]] if found else None
+    line = next((line for line in message.splitlines() if "Used" in line or "exceed" in line.lower()), message)
+    return line.strip()[:300], needed
+
+
+class StagePlan(NamedTuple):
+    """A stage of a run: so many steps of one shape."""
+
+    steps: int
+    rows: int
+    row_length: int
+    fits: bool
+    hbm_bytes: dict[str, float]
+    """Of a device, by what for: parameters, optimizer, batch, activations (all that lives within the step), total; or
+    total alone where the compiler gave up."""
+    step_seconds: float | None = None
+    """None where it does not fit: nothing was compiled to be estimated."""
+    parts: dict[str, float] = {}  # noqa: RUF012
+    """Of the step's seconds: compiler, products, attention_kernels, collectives (those that nothing hides)."""
+    tokens_per_second: float | None = None
+    """Of all devices, rows being full."""
+    fraction_of_peak: float | None = None
+    compile_seconds: float = 0.0
+    collectives: list[dict[str, Any]] = []  # noqa: RUF012
+    notes: tuple[str, ...] = ()
+
+
+def plan_stages(
+    sample: Sample, devices: list[Any], chip: Chip, schedules: pathlib.Path, *, only_last: bool = False
+) -> list[StagePlan]:
+    """Every stage's step, or the last one's, compiled and read.
+
+    Args:
+      devices: to compile for; the mesh is the config's, over all of them.
+      schedules: the folder that libtpu was told to write kernels' schedules to.
+
+    Raises:
+      ConfigError: a batch that the mesh cannot split.
+    """
+    config, platform = sample.config, chip.platform
+    mesh = make_mesh(config.mesh, devices)
+    check_batches(config, mesh)
+    with platform_for_tracing(platform):
+        make_model, tx = make_learner(config, sample.label_names)
+        graphdef, state, shardings = abstract_train_state(make_model, tx, mesh)
+        step_fn = make_step(config, graphdef, tx, shardings, trained(config.trained_by, state.params))
+    plans, ends = [], [0, *(stage.end_step for stage in config.stages)]
+    for i, (stage, batch) in enumerate(zip(config.stages, sample.batches, strict=True)):
+        if only_last and i < len(config.stages) - 1:
+            continue
+        steps = stage.end_step - ends[i]
+        held = {"parameters": held_bytes(state.params), "optimizer": held_bytes(state.opt_state)}
+        plan = StagePlan(steps, stage.batch_size, stage.row_length, False, held)
+        for left in schedules.glob("*"):  # of another shape
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            compiled = compile_step(state, step_fn, batch, mesh, platform)
+        except DoesNotFit as error:
+            total = {"total": error.needed_bytes} if error.needed_bytes else {}
+            plans.append(plan._replace(hbm_bytes=held | total, notes=(str(error),)))
+            continue
+        plans.append(_read(plan, compiled, batch, model_flops(sample, batch), mesh, chip, schedules))
+    return plans
+
+
+def _read(
+    plan: StagePlan, compiled: Compiled, batch: dict[str, np.ndarray], flops: float, mesh: Mesh, chip: Chip,
+    schedules: pathlib.Path,
+) -> StagePlan:  # fmt: skip
+    segments = batch["segment_ids"]
+    cycles = kernel_cycles(schedules, segments)
+    rows = segments[: -(-len(segments) // (mesh.shape["data"] * mesh.shape["fsdp"]))]  # those of a device
+    read = report(compiled.text, compiled.memory, chip, chip.kernel_fraction, cycles, rows)
+    together = collectives(estimate(compiled.text, chip).collectives, mesh, chip)
+    waited = exposed_seconds(together, read["step_seconds"])
+    seconds = read["step_seconds"] + waited
+    memory = compiled.memory
+    total = memory["argument"] + memory["temp"] + memory["output"] - memory["alias"]
+    held = plan.hbm_bytes
+    by_use = held | {
+        "batch": max(0.0, memory["argument"] - sum(held.values())),
+        "activations": total - memory["argument"],
+        "total": total,
+    }
+    unread = {name: size for name, (_, size) in read["unestimated"].items() if not name.startswith(_TOGETHER)}
+    notes = [f"not in the step, as nothing says how long it takes: {name}" for name in unread]
+    if read["kernels_without_schedule"]:
+        notes.append(f"{read['kernels_without_schedule']} kernels without a schedule that could be read")
+    return plan._replace(
+        fits=total <= chip.memory_bytes,
+        hbm_bytes=by_use,
+        step_seconds=seconds,
+        parts={
+            "compiler": read["compiler_seconds"],
+            "products": read["product_seconds"],
+            "attention_kernels": read["kernel_seconds"],
+            "collectives": waited,
+        },
+        tokens_per_second=plan.rows * plan.row_length / seconds,
+        fraction_of_peak=flops / mesh.size / seconds / chip.peak_flops,
+        compile_seconds=compiled.seconds,
+        collectives=summary(together),
+        notes=tuple(notes),
+    )
+
+
+_TOGETHER = ("all-", "reduce-scatter", "collective-")
+
+
+def held_bytes(tree: Any) -> float:
+    """Of abstract arrays that know how they are split, what lies on one device."""
+    return float(sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    ))  # fmt: skip
+
+
+def model_flops(sample: Sample, batch: dict[str, np.ndarray]) -> float:
+    """FLOPs that the architecture asks for in one step: of attention layers exactly, of others by what their forward
+    pass multiplies, three times."""
+    config, labels = sample.config, sample.label_names
+    plain = dataclasses.replace(config.model, remat="none")
+    if config.model.layer == "attention":
+        plain = dataclasses.replace(plain, attention_implementation="reference")
+    make_model, _ = make_learner(dataclasses.replace(config, model=plain), labels)
+    graphdef, params = abstract_model(make_model)
+    params = nnx.to_pure_dict(params)
+    if config.model.layer == "attention" and set(params) <= {"encoder", "head", "lora"}:
+        classes = None if config.objective == "masked_lm" else len(labels or "x")
+        return step_flops(config.model, batch["segment_ids"], int(np.count_nonzero(batch["target_weights"])), classes)
+    shapes = {name: x for name, x in batch.items() if name not in HOST_FIELDS}
+    forward = jax.make_jaxpr(lambda params, batch: assembled(graphdef, params).loss(batch).sum)(params, shapes)
+    return 3 * product_flops(forward.jaxpr)
