@@ -30,10 +30,11 @@ _LISTED: dict[str, Callable[[Any], tuple[str, ...]]] = {
 }
 
 
-def open_records(source: Source) -> tuple[str, Iterator[Record]]:
-    """(split, its records): what a source is evaluated on, its test split, else its validation split, else all."""
+def open_records(source: Source, split: str | None = None) -> tuple[str, Iterator[Record]]:
+    """(split, its records): the one asked for, or what a source is evaluated on, its test split, else its validation
+    split, else all."""
     splits = {part.split for part in source.parts}
-    split = next(name for name in ("test", "validation", "train") if name in splits)
+    split = split or next(name for name in ("test", "validation", "train") if name in splits)
     return split, source.records(split)
 
 

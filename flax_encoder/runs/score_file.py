@@ -1,7 +1,7 @@
 """A model's scores on a source of documents with their right values."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -16,8 +16,21 @@ from flax_encoder.data.sources.records import DataError, Record, Say
 from flax_encoder.runs.ask_file import check_golds, open_records
 from flax_encoder.runs.evaluate import evaluate
 from flax_encoder.runs.loaded import LoadedRun
+from flax_encoder.tasks.task import Answer
 
 _TOKENS = 4096  # of a batch
+
+
+class Scored(NamedTuple):
+    """What a model says of a source's documents, beside what is right; empty documents are left out."""
+
+    scores: dict[str, float]
+    answers: list[Answer]
+    golds: list[Any]
+    """Of the task's kind, in the model's labels."""
+    records: list[Record]
+    about: str
+    """What was scored, for people."""
 
 
 def score_source(run: LoadedRun, config: DataConfig, say: Say) -> tuple[dict[str, float], dict[str, Any], str]:
@@ -30,8 +43,21 @@ def score_source(run: LoadedRun, config: DataConfig, say: Say) -> tuple[dict[str
     task = run.task
     if task.answer is None or task.score is None:
         return _loss(run, config, say)
+    found = score_answers(run, config, say)
+    details = task.details(found.answers, found.golds, run.label_names) if task.details else {}
+    return found.scores, details, found.about
+
+
+def score_answers(run: LoadedRun, config: DataConfig, say: Say, split: str | None = None) -> Scored:
+    """The answers to every record of a split, or as `score_source` chooses it, and their scores; of a task that has
+    answers.
+
+    Raises:
+      DataError, LabelError: as `score_source`.
+    """
+    task = run.task
     source = open_source(config.sources[0], config, task.reading.columns, cache_folder(config))
-    split, found = open_records(source)
+    split, found = open_records(source, split)
     records: list[Record] = []
 
     def asked():
@@ -47,11 +73,11 @@ def score_source(run: LoadedRun, config: DataConfig, say: Say) -> tuple[dict[str
         raise DataError(f"evaluation needs the right value of every document: {records[0].where} has none.")
     golds = check_golds(run, records)
     keep = [i for i, answer in enumerate(answers) if "error" not in answer]
-    answers, golds = [answers[i] for i in keep], [golds[i] for i in keep]
-    scores = task.score(answers, golds, run.label_names)
-    details = task.details(answers, golds, run.label_names) if task.details else {}
     empty = f", {len(records) - len(keep):,} of them empty and left out" if len(keep) < len(records) else ""
-    return scores, details, f"{len(records):,} documents ({source.name}, {split}{empty})"
+    about = f"{len(records):,} documents ({source.name}, {split}{empty})"
+    answers, golds, records = ([some[i] for i in keep] for some in (answers, golds, records))
+    assert task.score is not None
+    return Scored(task.score(answers, golds, run.label_names), answers, golds, records, about)
 
 
 def _loss(run: LoadedRun, config: DataConfig, say: Say) -> tuple[dict[str, float], dict[str, Any], str]:
