@@ -2,15 +2,13 @@
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import pathlib
 import sys
 
 import tyro
 
-from flax_encoder.commands.recipe import HOME
-from flax_encoder.commands.screen import positive_count, show
+from flax_encoder.commands.screen import failing_clearly, positive_count, show
 from flax_encoder.config import ConfigError, RunConfig
 
 HELP = "fine-tune a model on the tasks of glue, superglue, ner or qa, several seeds each, and show one table"
@@ -64,10 +62,15 @@ def run(arguments: argparse.Namespace) -> None:
         rows = describe(suite)
         print(json.dumps(rows)) if asked.json else show(rows, f"{asked.suite} from {asked.folder}")
         return
+    from flax_encoder.runs.step_log import Diverged
+    from flax_encoder.runs.train import train
+    from flax_encoder.training.run_log import NotFinite
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(failing_clearly(Diverged, NotFinite))
         if asked.json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        summary = run_suite(suite, find_train(), settle, lambda message: print(message, file=sys.stderr, flush=True))
+        summary = run_suite(suite, train, settle, lambda message: print(message, file=sys.stderr, flush=True))
     if summary is None:
         print(f"stopped; the same command goes on in {out}.", file=sys.stderr)
     elif asked.json:
@@ -76,11 +79,3 @@ def run(arguments: argparse.Namespace) -> None:
         seeds = f"{asked.seeds} seed{'s' * (asked.seeds > 1)}"
         show(table_rows(summary, suite.tasks), f"{asked.suite}, {asked.folder}, {seeds}")
         print(f"{out / 'suite.json'} has every run's values; each run is a folder in {out}.")
-
-
-def find_train():
-    """The trainer's function, of train.py."""
-    spec = importlib.util.spec_from_file_location("train", HOME / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.train

@@ -13,9 +13,9 @@ from flax_encoder.runs.as_published import export_note, published_config
 from flax_encoder.runs.exchange import export_run, import_folder
 from flax_encoder.runs.load import load, read_origin
 from flax_encoder.runs.start import like_origin
+from flax_encoder.runs.train import train
 from flax_encoder.tasks import TASKS
 from tests.runs import tiny, with_fields
-from train import train
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FOLDERS = sorted(path.name for path in GOLDEN.glob("*-masked_lm"))

@@ -14,10 +14,10 @@ from flax_encoder.runs.score_file import Scored
 from flax_encoder.runs.suite import Suite, choose_tasks, run_suite, table_rows
 from flax_encoder.runs.suite_data import find_files, open_place
 from flax_encoder.runs.suites import SUITES, flatten_multirc, flatten_wsc, positive_f1, question_exact_match
+from flax_encoder.runs.train import train
 from flax_encoder.tasks import find_task
 from tests.runs import ROOT, with_fields
 from tests.suites import made_sets
-from train import train
 
 GOLDEN = ROOT / "tests/golden/runs/classification"
 SERVED = [
