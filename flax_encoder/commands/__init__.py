@@ -15,6 +15,7 @@ COMMANDS = {
     "classify": "classify",
     "predict": "predict",
     "evaluate": "evaluate",
+    "suite": "suite",
     "embed": "embed",
     "export": "export",
     "import": "import_folder",

@@ -22,12 +22,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-pair-column", help="the column of the second text of a pair")
     parser.add_argument("--top", type=positive_count, help="give so many of the likeliest labels too")
     parser.add_argument("--probabilities", action="store_true", help="give every label's probability")
+    parser.add_argument("--squad", metavar="FILE", help="of question answering: also write the answers by their "
+                        "questions' ids, as SQuAD's own evaluation reads them")  # fmt: skip
     parser.add_argument("--objective", help="the task to open a published folder for (default: what it says itself)")
     parser.add_argument("--allow-unused", action="store_true", help="leave out tensors that nothing reads")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flax_encoder.runs.ask_file import AnswerFile, file_identity, identity_of, open_input, shown
+    from flax_encoder.runs.ask_file import AnswerFile, answers_by_id, file_identity, identity_of, open_input, shown
     from flax_encoder.runs.load import load
     from flax_encoder.training.runtime import set_up_runtime
 
@@ -37,6 +39,11 @@ def run(arguments: argparse.Namespace) -> None:
     columns = loaded.task.reading.columns
     if arguments.text_pair_column is not None and columns.max_texts < 2:
         raise ConfigError(f"--text-pair-column is for tasks that read pairs: {loaded.config.objective} reads one text.")
+    if arguments.squad is not None and (columns.value != "answers" or not arguments.output.endswith(".jsonl")):
+        raise ConfigError(
+            f"--squad is of question answering, with --output FILE.jsonl: this model is {loaded.config.objective}, "
+            f"--output {arguments.output}."
+        )
     config = DataConfig(
         source=arguments.input, text_unit="line", text_column=arguments.text_column,
         text_pair_column=arguments.text_pair_column,
@@ -67,3 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
             lambda n: say(f"{n:,} answers, {(n - done) / (time.monotonic() - began):,.0f} a second"),
         )  # fmt: skip
     print(f"wrote {arguments.output}: {total:,} answers" + (f"; {empty:,} texts were empty" if empty else ""))
+    if arguments.squad is not None:
+        by_id = answers_by_id(arguments.output)
+        pathlib.Path(arguments.squad).write_text(json.dumps(by_id, ensure_ascii=False) + "\n", "utf-8")
+        print(f"wrote {arguments.squad}: {len(by_id):,} answers by id")

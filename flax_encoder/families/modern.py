@@ -65,6 +65,17 @@ MODERN_HEAD_FIELDS = (
 MODERN_CLASSES = (*linear("head.dense", "head.dense"), *norm("head.norm", "head.norm"), *classes("classifier"))
 
 
+def _pooling(given: str) -> str:
+    if given not in ("cls", "mean"):
+        raise ConfigError(f"ModernBERT's heads pool by cls or mean: got {given!r}.")
+    return given
+
+
+MODERN_POOLING = Field(
+    "classifier_pooling", "pooling", "cls", _pooling, lambda ours: ours if ours in ("cls", "mean") else "cls"
+)
+
+
 def _modern_head(name: str, *fields: Field) -> Head:
     return Head((f"ModernBertFor{name}",), MODERN_CLASSES, {"norm": True}, (*MODERN_HEAD_FIELDS, *fields))
 
@@ -117,11 +128,11 @@ MODERNBERT = Family(
             fields=(*MODERN_HEAD_FIELDS, Field("decoder_bias", "out_bias", True), TIED),
             tied="decoder.weight",
         ),
-        "classification": _modern_head("SequenceClassification", Field("classifier_pooling", "pooling", "cls")),
+        "classification": _modern_head("SequenceClassification", MODERN_POOLING),
         "token_classification": _modern_head("TokenClassification"),
         "question_answering": _modern_head("QuestionAnswering"),
         "multiple_choice": dataclasses.replace(
-            _modern_head("MultipleChoice", Field("classifier_pooling", "pooling", "cls")), num_outputs=1
+            _modern_head("MultipleChoice", MODERN_POOLING), num_outputs=1
         ),
     },
     prefix="model.",

@@ -32,10 +32,11 @@ _LISTED: dict[str, Callable[[Any], tuple[str, ...]]] = {
 }
 
 
-def open_records(source: Source) -> tuple[str, Iterator[Record]]:
-    """(split, its records): what a source is evaluated on, its test split, else its validation split, else all."""
+def open_records(source: Source, split: str | None = None) -> tuple[str, Iterator[Record]]:
+    """(split, its records): the one asked for, or what a source is evaluated on, its test split, else its validation
+    split, else all."""
     splits = {part.split for part in source.parts}
-    split = next(name for name in ("test", "validation", "train") if name in splits)
+    split = split or next(name for name in ("test", "validation", "train") if name in splits)
     return split, source.records(split)
 
 
@@ -43,7 +44,7 @@ def open_input(path: str, config: DataConfig, columns: Columns) -> Iterator[Reco
     """The records of a file without values: a line of a .txt file or of standard input (-) is a text each."""
     if path == "-":
         return (Record((line.rstrip("\r\n"),), where=f"line {n}") for n, line in enumerate(sys.stdin, 1))
-    wanted = columns._replace(value="none", keeps_words=columns.value == "tags")
+    wanted = columns._replace(value="none", keeps_words=columns.value == "tags", keeps_id=True)
     source = open_source(path, config, wanted, cache_folder(config))
     return itertools.chain.from_iterable(part.read() for part in source.parts)
 
@@ -162,3 +163,19 @@ def file_identity(path: str) -> tuple[Any, ...]:
         about = os.stat(path)
         return path, about.st_size, about.st_mtime_ns
     return (path,)
+
+
+def answers_by_id(path: str | pathlib.Path) -> dict[str, str]:
+    """Of a .jsonl file of answers to questions, each one's text by its question's id; "" for no answer.
+
+    Raises:
+      DataError: an answer without an id.
+    """
+    found = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            answer = json.loads(line)
+            if "id" not in answer:
+                raise DataError(f"SQuAD's predictions are by id: the question of {path}, line {number}, has none.")
+            found[answer["id"]] = answer.get("answer", "")
+    return found

@@ -13,13 +13,13 @@ from flax import nnx
 from flax_encoder.config import ConfigError, RunConfig, to_dict
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.data.tokens.tokenizer_files import published_files
-from flax_encoder.families import FAMILIES
-from flax_encoder.families.mapping import Family, export_tensors, write_config
+from flax_encoder.families.mapping import export_tensors
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.load import TOKENIZER_FILES, is_published, load_pretrained
 from flax_encoder.published.tasks import Task
 from flax_encoder.published.weights import write_weights
 from flax_encoder.published.write import write_pretrained
+from flax_encoder.runs.as_published import published_config
 from flax_encoder.runs.load import from_pretrained, load, objective_of
 from flax_encoder.runs.record import RunRecord
 from flax_encoder.training.checkpoint import Checkpoints
@@ -107,7 +107,7 @@ def export_run(
             return architecture
     run = load(run_dir, head=head, allow_unused=allow_unused).part(part)
     config, task = run.config, None if encoder_only else run.task.head
-    family, published = _published_config(config, model_type, task)
+    family, published = published_config(config, model_type, task)
     pad = run.tokenizer.special("pad")
     if published.setdefault("pad_token_id", pad) != pad:
         raise ConfigError(
@@ -130,28 +130,6 @@ def export_run(
     for name, value in {"config.json": published | {"dtype": dtype}, **_tokenizer_files(run.tokenizer, config)}.items():
         write_atomically(out / name, value if isinstance(value, str) else json.dumps(value, indent=1) + "\n")
     return published["architectures"][0]
-
-
-def _published_config(config: RunConfig, model_type: str | None, task: str | None) -> tuple[Family, dict[str, Any]]:
-    candidates = [f for f in FAMILIES if model_type in (None, f.model_type)]
-    if not candidates:
-        known = ", ".join(sorted({f.model_type for f in FAMILIES}))
-        raise ConfigError(f"model_type {model_type!r} is not known; known are {known}.")
-    reasons = []
-    for family in candidates:
-        if model_type is None and task is not None and task not in family.heads:
-            continue
-        if not family.is_in_transformers:
-            reasons.append(f"transformers has no {family.base}: it can read no folder of {family.model_type}.")
-            continue
-        try:
-            return family, write_config(family, config.model, task, config.head, config.pooling)
-        except ConfigError as error:
-            reasons.append(str(error))
-    nearest = min(reasons, key=lambda reason: reason.count("(there ") or len(reasons), default="none")
-    raise ConfigError(
-        f"no published family can say this model; nearest: {nearest}" if model_type is None else reasons[0]
-    )
 
 
 def _tokenizer_files(tokenizer: TextTokenizer, config: RunConfig) -> dict[str, Any]:

@@ -136,7 +136,8 @@ class LoadedRun:
         """An answer a record, in order: what the task's `answer` makes of the model's outputs.
 
         Records are packed into rows, some thousands at a time, which is all that is held in memory. A record may be a
-        text, or a tuple of texts; values that it has are not looked at, but words that it names are kept.
+        text, or a tuple of texts; values that it has are not looked at, but words that it names are kept. The answer to
+        one that has a name has it as `id`.
 
         Raises:
           DataError: a task without answers, or a record of another number of texts than the rest. A record without a
@@ -150,10 +151,10 @@ class LoadedRun:
         for record in records:
             block.append(_as_record(record))
             if len(block) == _BLOCK:
-                yield from self._answers(block, unknown)
+                yield from map(_named, block, self._answers(block, unknown))
                 block = []
         if block:
-            yield from self._answers(block, unknown)
+            yield from map(_named, block, self._answers(block, unknown))
         _warn_of(unknown)
 
     def _answers(self, records: list[Record], unknown: UnknownCount) -> Iterator[Answer]:
@@ -330,6 +331,10 @@ class LoadedRun:
 def _warn_of(unknown: UnknownCount) -> None:
     if unknown.warning:
         logger.warning("%s", unknown.warning)
+
+
+def _named(record: Record, answer: Answer) -> Answer:
+    return answer if record.id is None else {"id": record.id} | answer
 
 
 def _as_record(record: Record | str | tuple[str, ...]) -> Record:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,18 @@ from flax_encoder.tasks.task import Answer
 _TOKENS = 4096  # of a batch
 
 
+class Scored(NamedTuple):
+    """What a model says of a source's documents, beside what is right; empty documents are left out."""
+
+    scores: dict[str, float]
+    answers: list[Answer]
+    golds: list[Any]
+    """Of the task's kind, in the model's labels."""
+    records: list[Record]
+    about: str
+    """What was scored, for people."""
+
+
 def score_source(
     run: LoadedRun, config: DataConfig, say: Say, corpus: str | None = None
 ) -> tuple[dict[str, float], dict[str, Any], str]:
@@ -45,8 +57,23 @@ def score_source(
         raise ConfigError(f"a corpus is searched by vectors, which {run.config.objective} does not make: leave it out.")
     if task.answer is None or task.score is None:
         return _loss(run, config, say)
+    found = score_answers(run, config, say, corpus=corpus)
+    details = task.details(found.answers, found.golds, run.label_names) if task.details else {}
+    return found.scores, details, found.about
+
+
+def score_answers(
+    run: LoadedRun, config: DataConfig, say: Say, split: str | None = None, corpus: str | None = None
+) -> Scored:
+    """The answers to every record of a split, or as `score_source` chooses it, and their scores; of a task that has
+    answers.
+
+    Raises:
+      DataError, LabelError: as `score_source`.
+    """
+    task = run.task
     source = open_source(config.sources[0], config, task.reading.columns, cache_folder(config))
-    split, found = open_records(source)
+    split, found = open_records(source, split)
     records: list[Record] = []
 
     def asked():
@@ -62,17 +89,18 @@ def score_source(
         raise DataError(f"evaluation needs the right value of every document: {records[0].where} has none.")
     golds = check_golds(run, records)
     keep = [i for i, answer in enumerate(answers) if "error" not in answer]
-    answers, golds = [answers[i] for i in keep], [golds[i] for i in keep]
+    empty = f", {len(records) - len(keep):,} of them empty and left out" if len(keep) < len(records) else ""
+    about = f"{len(records):,} documents ({source.name}, {split}{empty})"
+    answers, golds, records = ([some[i] for i in keep] for some in (answers, golds, records))
     if corpus is not None:
         more = list(corpus_answers(run, corpus, say))
         answers, golds = answers + more, golds + [None] * len(more)
+        about += f", among {len(more):,} more texts"
+    assert task.score is not None
     scores = task.score(answers, golds, run.label_names)
     if not scores:
         raise DataError(f"a score needs pairs of texts: {config.sources[0]} has single ones, which nothing belongs to.")
-    details = task.details(answers, golds, run.label_names) if task.details else {}
-    empty = f", {len(records) - len(keep):,} of them empty and left out" if len(keep) < len(records) else ""
-    among = f", among {len(more):,} more texts" if corpus is not None else ""
-    return scores, details, f"{len(records):,} documents ({source.name}, {split}{empty}){among}"
+    return Scored(scores, answers, golds, records, about)
 
 
 def corpus_answers(run: LoadedRun, corpus: str, say: Say) -> Iterator[Answer]:

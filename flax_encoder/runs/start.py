@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, RunConfig, differences
+from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, HeadConfig, RunConfig, differences
 from flax_encoder.data.pipeline import settle_tokenizer
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.records import Say
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.data.tokens.word_vectors import embedding_from_vectors, word_level_tokenizer
 from flax_encoder.nn.partition import flatten, round_up_vocab
+from flax_encoder.runs.as_published import export_note, family_head
 from flax_encoder.runs.length import with_lengths_of
 from flax_encoder.runs.load import read_origin
 from flax_encoder.runs.record import RunRecord, read_record
@@ -77,6 +78,8 @@ def settle(
         model = dataclasses.replace(config.model, vocab_size=settled.model.vocab_size)
         for name, (was, now) in differences(dataclasses.replace(config, model=model), settled).items():
             log.say(f"{name} is {now}, from {config.init_from} (the config has {was})")
+        if note := export_note(settled):
+            log.say(note)
         if config.data.tokenizer is not None:
             given = settle_tokenizer(config.data, Columns(), [], [], log.say)
             if given.hash != record.tokenizer.hash:
@@ -127,12 +130,15 @@ def schedule_start(before: RunConfig, config: RunConfig, start: int) -> int:
 
 def like_origin(config: RunConfig, record: RunRecord, *, has_head: bool) -> RunConfig:
     """`config` with the settings that another run's parameters depend on; its head's too if it has the same objective,
-    and its pooling if that head was trained."""
+    and its pooling if that head was trained. Of another objective, the head that is published on such an encoder, if
+    the config leaves it open."""
     origin = record.config
     theirs = {name: value for name, value in vars(origin.model).items() if name not in FREE_OF_PARAMETERS}
-    head: dict[str, Any] = {"head": origin.head} if origin.objective == config.objective else {}
-    if head and has_head:
-        head["pooling"] = origin.pooling
+    head: dict[str, Any] = {}
+    if origin.objective == config.objective:
+        head = {"head": origin.head} | ({"pooling": origin.pooling} if has_head else {})
+    elif config.head == HeadConfig():
+        head = {"head": family_head(origin, config.objective)}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **theirs), **head)
 
 

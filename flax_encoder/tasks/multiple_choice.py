@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -19,10 +20,12 @@ from flax_encoder.tasks.document_model import DocumentModel, check_whole_documen
 from flax_encoder.tasks.loss import LossSum, target_loss
 from flax_encoder.tasks.task import Answer, Labels, Question, Task
 
+_FAR = -1e30  # stands for minus infinity, whose differences would be no numbers
+
 
 class MultipleChoice(DocumentModel):
     """Encoder, and one logit of each choice, which is a segment with the context. `target_positions` [B, M, n] are the
-    first tokens of a document's n choices, its target [B, M] the number of the right one."""
+    first tokens of a document's n choices, -1 for one that it has not; its target [B, M] is the right one's number."""
 
     def __init__(
         self, config: EncoderConfig, pooling: str = "cls", head: HeadConfig | None = None, *, smoothing: float = 0.0,
@@ -32,14 +35,22 @@ class MultipleChoice(DocumentModel):
         self.smoothing = smoothing
 
     def __call__(self, batch: dict[str, Array], *, key: Array | None = None) -> Float[Array, "B M n"]:
-        """Logits of the choices."""
+        """Logits of the choices, -1e30 of those that a document has not."""
         positions: Int[Array, "B M n"] = batch["target_positions"]
-        B = positions.shape[0]
-        logits = super().__call__(batch | {"target_positions": positions.reshape(B, -1)}, key=key)
-        return logits.reshape(positions.shape)
+        at = jnp.maximum(positions, 0).reshape(positions.shape[0], -1)
+        logits = super().__call__(batch | {"target_positions": at}, key=key)
+        return jnp.where(positions < 0, _FAR, logits.reshape(positions.shape))
 
     def loss(self, batch: dict[str, Array], *, key: Array | None = None) -> LossSum:
-        return target_loss(self(batch, key=key), batch["targets"], batch["target_weights"], self.smoothing)
+        """Cross-entropy over each document's choices; `smoothing` is a share spread over those that it has."""
+        logits, weights = self(batch, key=key), batch["target_weights"]
+        total = target_loss(logits, batch["targets"], weights)
+        if self.smoothing:
+            is_choice = batch["target_positions"] >= 0
+            spread = jnp.mean(-jax.nn.log_softmax(logits), axis=-1, where=is_choice)
+            mixed = (1 - self.smoothing) * total.sum + self.smoothing * (weights * spread).sum()
+            total = total._replace(sum=mixed)
+        return total
 
     def outputs(self, batch: dict[str, Array]) -> dict[str, Array]:
         """The probability of each choice, [B, M, n]."""
@@ -71,6 +82,8 @@ def _layout(config: RunConfig) -> Layout:
 def _answer(question: Question) -> Answer:
     """The number of the likeliest `choice`, from 0, its `probability`, and the `probabilities` of all in order."""
     probabilities = question.outputs[0]["probabilities"][0]
+    if question.record is not None:  # other documents may have more
+        probabilities = probabilities[: len(question.record.texts) - 1]
     choice = int(probabilities.argmax())
     return {
         "choice": choice,

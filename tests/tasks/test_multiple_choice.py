@@ -1,6 +1,8 @@
 """Choices: each read with the context by itself, one softmax over a document's choices, and a run of them."""
 
+import dataclasses
 import functools
+import json
 import pathlib
 
 import jax
@@ -10,7 +12,11 @@ import pytest
 from flax import nnx
 from toy import SMALL, assert_trees_close, random_tokens, split_model
 
-from flax_encoder.data.sources.opening import Source
+from flax_encoder.config import DataConfig
+from flax_encoder.data.rows.batches import Batches, OneByOne
+from flax_encoder.data.rows.documents import Documents, Frame
+from flax_encoder.data.rows.targets import HOST_FIELDS, TargetInputs
+from flax_encoder.data.sources.opening import Source, open_source
 from flax_encoder.data.sources.records import DataError, LabelError, Part, Record
 from flax_encoder.data.store.prepare import prepare
 from flax_encoder.data.store.tokenizing import HeldOut
@@ -25,6 +31,7 @@ from train import train
 
 TASK = TASKS["multiple_choice"]
 COLUMNS = TASK.reading.columns
+MODEL = dataclasses.replace(SMALL, vocab_size=83, max_length=64)
 WORDS = ["apple", "river", "stone", "cloud", "candle", "window", "garden", "letter", "seven", "green"]
 
 
@@ -43,11 +50,11 @@ def tokenizer():
     return train_wordpiece([" ".join(WORDS)] * 2, 83)
 
 
-def put(records, tokenizer, folder, num_parts=1):
+def put(records, tokenizer, folder, num_parts=1, held_out=0.2):
     parts = [Part("train", len(some), functools.partial(iter, some.tolist())) for some in np.array_split(
         np.fromiter(records, object), num_parts)]  # fmt: skip
     source = Source(parts, "f")
-    return prepare(source, tokenizer, folder, COLUMNS, held_out=HeldOut(0.2), workers=1)
+    return prepare(source, tokenizer, folder, COLUMNS, held_out=HeldOut(held_out), workers=1)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -98,11 +105,45 @@ def test_the_number_of_a_choice_is_kept_whichever_are_right(tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2])
-def test_documents_with_other_numbers_of_choices_are_refused_by_name(tokenizer, tmp_path, num_parts, monkeypatch):
+def test_a_document_with_fewer_choices_than_others_has_no_more(tokenizer, tmp_path, num_parts, monkeypatch):
+    """Its loss in a store of others is that in a store of its kind, with label smoothing too."""
     monkeypatch.setattr("flax_encoder.data.store.tokenizing._BATCH_CHARACTERS", 1)
-    records = [pick(0), pick(1), pick(2, 4)._replace(where="c.jsonl, row 3"), pick(3, 4)]
-    with pytest.raises(DataError, match=r"as many texts as the others: c\.jsonl, row 3 has 5, those before it 4"):
-        put(records, tokenizer, tmp_path / "s", num_parts)
+    counts = [2, 4, 3, 2, 3, 4]
+    records = [pick(i, n) for i, n in enumerate(counts)]
+    store = put(records, tokenizer, tmp_path / "mixed", num_parts, 0.0)
+    assert store.train.values["text_lengths"].shape == (6, 5)
+    graphdef, params = split_model(lambda: MultipleChoice(MODEL, smoothing=0.1, rngs=nnx.Rngs(0)))
+    call = jax.jit(lambda p, batch: nnx.merge(graphdef, p).loss(batch))
+
+    def loss(store):
+        batch = all_rows(store, tokenizer)
+        found = call(params, {name: x for name, x in batch.items() if name not in HOST_FIELDS})
+        return float(found.sum), float(found.count), batch
+
+    total, count, batch = loss(store)
+    has = (batch["target_positions"] >= 0).sum(-1)[batch["target_weights"] > 0]
+    assert sorted(has.tolist()) == sorted(counts) and count == 6
+    apart = [loss(put([r for r in records if len(r.texts) == n + 1], tokenizer, tmp_path / str(n), 1, 0.0))[:2]
+             for n in (2, 3, 4)]  # fmt: skip
+    np.testing.assert_allclose((total, count), np.sum(apart, 0), rtol=1e-5)
+
+
+def all_rows(store, tokenizer):
+    config = with_fields(TINY, objective="multiple_choice", data__row_length=64)
+    documents = Documents(store.train, TASK.reading.layout(config), Frame.of(tokenizer), 64)
+    order = OneByOne([documents.plan(64)])
+    inputs = TargetInputs(config, tokenizer, documents, 64, order.plans[0].max_pieces_per_row, True, True)
+    batches = Batches([documents], order, TASK.reading.targets(inputs), row_length=64, batch_size=len(order), seed=0,
+                      num_batches=1, stop_row=len(order))  # fmt: skip
+    return batches[0]
+
+
+def test_a_choice_that_is_blank_is_never_the_right_one(tmp_path):
+    rows = [{"context": "a", "choices": ["b", " "], "label": label} for label in (0, 1)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(str(tmp_path / "rows.jsonl"), DataConfig(), COLUMNS, tmp_path)
+    with pytest.raises(DataError, match=r"the right choice has some text: .*line 2.* holds 1, which is blank"):
+        list(source.records("train"))
 
 
 def test_accuracy_is_the_share_of_right_choices():
@@ -148,6 +189,11 @@ def test_a_run_resumes_evaluates_predicts_and_is_exported(trained, tmp_path, one
     more = next(run.predict([texts]))["probabilities"]
     assert len(more) == 4
     np.testing.assert_allclose(np.divide(*more[:2]), np.divide(*answers[0]["probabilities"][:0:-1]), rtol=1e-3)
+    # Records with other numbers of choices beside them.
+    mixed = [records[1], Record(texts), pick(600, 2)]
+    for record, answer in zip(mixed, run.predict(mixed), strict=True):
+        assert len(answer["probabilities"]) == len(record.texts) - 1
+        np.testing.assert_allclose(answer["probabilities"], next(run.predict([record]))["probabilities"], rtol=1e-4)
     with pytest.raises(DataError, match="multiple_choice reads 3 to 27 texts a record: one has 2"):
         next(run.predict([texts[:2]]))
 

@@ -130,7 +130,8 @@ def _span_corruption_targets(sentinels, is_text, rate, mean_span_tokens, slots, 
 
 
 def document_targets(inputs: TargetInputs, name: str) -> Targets:
-    """A target a document, at its first token, or at the first token of each of its choices.
+    """A target a document, at its first token, or at the first token of each of its choices; -1 is where a document has
+    fewer choices than others, or one without a token, unless that is the right one.
 
     Args:
       name: of the values that are predicted: targets are [B, M, ...] of these. Documents that have none, since they are
@@ -154,10 +155,15 @@ def _document_targets(
     slot, choice = np.divmod(rows.batch["segment_ids"][row, column] - 1, n)
     batch["target_positions"][row, slot, choice] = column
     row, slot = row[::n], slot[::n]
-    batch["targets"][row, slot] = values[documents.documents(rows.pieces)]
+    whose = documents.documents(rows.pieces)
+    batch["targets"][row, slot] = values[whose]
     batch["target_weights"][row, slot] = 1.0
     if n == 1:
         batch["target_positions"] = batch["target_positions"][..., 0]
+    else:
+        is_none = documents.split.values["text_lengths"][whose, 1:] == 0
+        is_none[np.arange(len(whose)), values[whose]] = False
+        batch["target_positions"][row, slot] = np.where(is_none, -1, batch["target_positions"][row, slot])
     if with_owners:
         batch["owners"] = np.full((B, max_pieces), -1, np.int32)
         batch["owners"][row, slot] = rows.pieces.document

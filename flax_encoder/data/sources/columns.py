@@ -36,6 +36,8 @@ class Columns(NamedTuple):
     """Keep a hash of every text, by which equal texts are known."""
     prompts: tuple[str, ...] = ()
     """Two: what is put before a document's first text, and before each other, as it is tokenized."""
+    keeps_id: bool = False
+    """Without a value: where the source has a column `id`, name the record by it."""
 
     @property
     def is_choice(self) -> bool:
@@ -190,6 +192,12 @@ class _Chooser:
             f"Name one with {_OPTION[role]}."
         )
 
+    def plain(self, columns: tuple[str, ...], make: Callable[[Row], Record]) -> Layout:
+        """The layout of documents without a value."""
+        if self.wanted.keeps_id and (name := next(iter(self.known(("id",))), None)) not in (None, *columns):
+            columns, make = (*columns, name), functools.partial(values.with_id, make, name)
+        return Layout(columns, make, is_plain=len(columns) == 1 and self.wanted.value == "none", notes=self.notes)
+
     @property
     def notes(self) -> tuple[str, ...]:
         if self.table.is_fixed or all(names == (role,) for role, names in self._guessed.items()):
@@ -232,24 +240,24 @@ def _texts_and_value(chooser: _Chooser) -> Layout:
         read = functools.partial(values.texts, texts)
     names = list(chooser.config.label_names) if chooser.config.label_names else None
     if label is None:
-        make, names = functools.partial(values.plain, read), None
+        make = functools.partial(values.plain, read)
         if wanted.keeps_words and read.func is values.joined_tokens:
             make = functools.partial(values.untagged, texts[0])
         if read.func is values.texts and len(texts) == 1:
             make = functools.partial(values.plain_text, texts[0])
+        return chooser.plain(texts, make)
+    if not isinstance(label, tuple):
+        names = names or chooser.table.names.get(label)
+    if wanted.value == "number":
+        value, names = functools.partial(values.number, label), None
+    elif wanted.value == "class":
+        value = functools.partial(values.class_name, label, names)
+    elif isinstance(label, tuple):
+        value, names = functools.partial(values.flags, label), list(label)
     else:
-        if not isinstance(label, tuple):
-            names = names or chooser.table.names.get(label)
-        if wanted.value == "number":
-            value, names = functools.partial(values.number, label), None
-        elif wanted.value == "class":
-            value = functools.partial(values.class_name, label, names)
-        elif isinstance(label, tuple):
-            value, names = functools.partial(values.flags, label), list(label)
-        else:
-            value = functools.partial(values.class_names, label, names)
-        make = functools.partial(values.with_value, read, value)
-    is_plain = len(texts) == 1 and wanted.value in ("none", "class")
+        value = functools.partial(values.class_names, label, names)
+    make = functools.partial(values.with_value, read, value)
+    is_plain = len(texts) == 1 and wanted.value == "class"
     return Layout((*texts, *labels), make, label, names, is_plain, chooser.notes)
 
 
@@ -375,7 +383,7 @@ def _choices(chooser: _Chooser) -> Layout:
         texts = functools.partial(values.choices, *columns)
     wanted = chooser.wanted
     if wanted.value == "none":
-        return Layout(columns, functools.partial(values.plain, texts), notes=chooser.notes)
+        return chooser.plain(columns, functools.partial(values.plain, texts))
     label = chooser.one("label", chooser.label, _LABELS["choices"], _SCALARS.__contains__)
     make = functools.partial(values.with_choice, texts, label, wanted.min_texts, wanted.max_texts)
     return Layout((*columns, label), make, label, notes=chooser.notes)

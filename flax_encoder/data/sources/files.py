@@ -50,6 +50,25 @@ def file_layout(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Layo
     return None if table is None else choose_columns(table, config, wanted)
 
 
+def file_columns(path: pathlib.Path, config: DataConfig) -> list[str]:
+    """The names of a file's columns, none of a file without rows."""
+    table = _kind(path).table(path, config, Columns())
+    return [] if table is None else list(table.kinds)
+
+
+def file_rows(path: pathlib.Path, config: DataConfig) -> Iterator[Row]:
+    """A file's rows with all their columns.
+
+    Raises:
+      DataError: a row cannot be read, and none are to be skipped.
+    """
+    kind, bad = _kind(path), BadRows(config.skip_bad_rows)
+    table = kind.table(path, config, Columns())
+    if table is not None:
+        for _, span in kind.spans(path, config, Columns()):
+            yield from (row for _, row in kind.rows(path, span, table, tuple(table.kinds), config, bad))
+
+
 def read_span(path: pathlib.Path, span: Any, config: DataConfig, wanted: Columns) -> Generator[Record, None, int]:
     """The records of a stretch of a file; the generator's result is the number of rows left out.
 

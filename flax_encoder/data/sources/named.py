@@ -30,7 +30,39 @@ class NamedSet(NamedTuple):
     notes: tuple[str, ...]
 
 
+class _Rows(NamedTuple):
+    """A set before it is known which of its columns are read."""
+
+    table: Table
+    splits: dict[str, tuple[int, int]]
+    """Each split's records and bytes."""
+    rows: Callable[..., Iterator[Row]]
+    """(columns, split, begin, end) -> rows."""
+    identity: tuple[Any, ...]
+
+
 def open_tfds(name: str, config: DataConfig, wanted: Columns, cache_dir: pathlib.Path) -> NamedSet:
+    return _named_set(_find_tfds(name, cache_dir), config, wanted)
+
+
+def open_hf(name: str, config: DataConfig, wanted: Columns, cache_dir: pathlib.Path) -> NamedSet:
+    return _named_set(_find_hf(name, cache_dir), config, wanted)
+
+
+def read_named(name: str, split: str, cache_dir: pathlib.Path) -> Iterator[Row]:
+    """The rows of a split of a set by name, with all their columns.
+
+    Raises:
+      DataError: as `open_tfds` and `open_hf`; or no such split.
+    """
+    kind, _, rest = name.partition(":")
+    found = {"tfds": _find_tfds, "hf": _find_hf}[kind](rest, cache_dir)
+    if split not in found.splits:
+        raise DataError(f"there is no split {split!r} in {name}; the splits are {', '.join(found.splits)}.")
+    yield from found.rows(tuple(found.table.kinds), split, 0, found.splits[split][0])
+
+
+def _find_tfds(name: str, cache_dir: pathlib.Path) -> _Rows:
     import tensorflow_datasets as tfds
 
     # The python_docs corpus is the running interpreter's, so each interpreter version has a folder.
@@ -54,7 +86,7 @@ def open_tfds(name: str, config: DataConfig, wanted: Columns, cache_dir: pathlib
     table = Table(kinds, f"tfds:{name}", names)
     splits = {split: (info.num_examples, info.num_bytes) for split, info in builder.info.splits.items()}
     rows = functools.partial(_tfds_rows, name, data_dir)
-    return _named_set(table, splits, rows, config, wanted, (builder.info.full_name, python))
+    return _Rows(table, splits, rows, (builder.info.full_name, python))
 
 
 @functools.lru_cache(maxsize=8)
@@ -106,7 +138,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def open_hf(name: str, config: DataConfig, wanted: Columns, cache_dir: pathlib.Path) -> NamedSet:
+def _find_hf(name: str, cache_dir: pathlib.Path) -> _Rows:
     try:
         splits = _load_hf(name, cache_dir)
     except DataError:
@@ -123,7 +155,7 @@ def open_hf(name: str, config: DataConfig, wanted: Columns, cache_dir: pathlib.P
     sizes = {split: (len(rows), rows.data.nbytes) for split, rows in splits.items()}
     prints = sorted((split, rows._fingerprint) for split, rows in splits.items())
     rows = functools.partial(_hf_rows, name, cache_dir)
-    return _named_set(table, sizes, rows, config, wanted, (name, prints))
+    return _Rows(table, sizes, rows, (name, prints))
 
 
 @functools.lru_cache(maxsize=8)
@@ -161,11 +193,9 @@ def _hf_rows(
             yield dict(zip(batch, values, strict=True))
 
 
-def _named_set(
-    table: Table, splits: dict[str, tuple[int, int]], rows: Callable[..., Iterator[Row]], config: DataConfig,
-    wanted: Columns, identity: tuple[Any, ...],
-) -> NamedSet:  # fmt: skip
-    """The set's training, validation and test text as parts; `splits` gives each split's records and bytes."""
+def _named_set(found: _Rows, config: DataConfig, wanted: Columns) -> NamedSet:
+    """The set's training, validation and test text as parts."""
+    table, splits, rows, identity = found
     where = table.where
     if "train" not in splits:
         raise DataError(f"{where} must have a split named train: it has {', '.join(splits)}.")

@@ -76,6 +76,10 @@ def plain(read: Callable[[Row], tuple[str, ...]], row: Row) -> Record:
     return Record(read(row))
 
 
+def with_id(make: Callable[[Row], Record], name: str, row: Row) -> Record:
+    return make(row)._replace(id=None if row.get(name) is None else str(row[name]))
+
+
 def with_value(read: Callable[[Row], tuple[str, ...]], value: Callable[[Row], Any], row: Row) -> Record:
     return Record(read(row), value(row))
 
@@ -299,4 +303,6 @@ def with_choice(
         index = None
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(found) - 1:
         raise BadRow(f"the right one of {len(found) - 1} choices is a number from 0", f"holds {_short(right)}", label)
+    if not found[index + 1].strip():
+        raise BadRow("the right choice has some text", f"holds {_short(right)}, which is blank", label)
     return Record(found, str(index))

@@ -23,7 +23,7 @@ class Encoded:
     words: np.ndarray
     """bool [tokens]: whether a token begins a word, as the tokenizer cuts words."""
     text_lengths: np.ndarray
-    """uint32 [N, texts]: tokens of each text of a document."""
+    """uint32 [N, texts]: tokens of each text of a document; 0 of the choices that others have more."""
     tags: np.ndarray | None = None
     """int16 [tokens], of documents with tags: tag + 1 at a word's first token, -(tag + 1) at its other tokens, and 0 at
     tokens of no word."""
@@ -68,12 +68,12 @@ def encode_records(
       with_offsets: return `offsets`, which tags and answers need anyway.
 
     Raises:
-      DataError: records that differ in how many texts they have.
+      DataError: records that differ in how many texts they have, but for choices.
     """
-    num_texts = len(records[0].texts)
-    if other := next((r for r in records if len(r.texts) != num_texts), None):
+    num_texts = max(len(record.texts) for record in records) if columns.is_choice else len(records[0].texts)
+    if not columns.is_choice and (other := next((r for r in records if len(r.texts) != num_texts), None)):
         raise other_number_of_texts(other, num_texts)
-    texts = [text for record in records for text in exact_texts(record, columns)]
+    texts = [text for r in records for text in (*exact_texts(r, columns), *[""] * (num_texts - len(r.texts)))]
     keys = None
     if columns.has_keys:
         keys = np.array([text_key(text) for text in texts], np.uint64).reshape(len(records), num_texts)
@@ -105,6 +105,13 @@ def words_of_record(record: Record) -> list[Word]:
     if record.value is None:
         return words_of_text(record.texts[0])
     return [(start, end) for start, end, _ in record.value]
+
+
+def join_text_lengths(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """`text_lengths` of several parts end to end, [documents, texts] of the most texts: those that are none have 0."""
+    num_texts = max((part.shape[1] for part in parts if len(part)), default=parts[0].shape[1])
+    return np.concatenate([np.pad(part, ((0, 0), (0, num_texts - part.shape[1]))) for part in parts if len(part)]
+                          or parts[:1])  # fmt: skip
 
 
 def other_number_of_texts(record: Record, num_texts: int) -> DataError:

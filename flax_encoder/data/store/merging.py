@@ -13,7 +13,7 @@ from flax_encoder.data.rows.packing import length_histogram
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source
 from flax_encoder.data.sources.records import DataError, LabelError, Say
-from flax_encoder.data.store.encoding import other_number_of_texts
+from flax_encoder.data.store.encoding import join_text_lengths, other_number_of_texts
 from flax_encoder.data.store.store import FORMAT, MANIFEST
 from flax_encoder.data.store.tokenizing import MOST_HELD_OUT, SPLITS, HeldOut, token_dtype
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
@@ -55,8 +55,11 @@ def merge_parts(
     for name in ("answers", "text_lengths", "text_keys"):
         if any((part / f"{name}.npy").exists() for part in parts):
             if name == "text_lengths":
-                _check_as_many_texts(source, parts)
-            column = _joined(parts, f"{name}.npy")
+                if not columns.is_choice:
+                    _check_as_many_texts(source, parts)
+                column = join_text_lengths([np.load(part / "text_lengths.npy") for part in parts])
+            else:
+                column = _joined(parts, f"{name}.npy")
             if column.shape[1] > 1 or name == "text_keys":
                 columns_of_values[name] = column
 

@@ -28,7 +28,13 @@ import numpy as np
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source
 from flax_encoder.data.sources.records import DataError, Part, Record, Say
-from flax_encoder.data.store.encoding import Encoded, encode_records, exact_texts, other_number_of_texts
+from flax_encoder.data.store.encoding import (
+    Encoded,
+    encode_records,
+    exact_texts,
+    join_text_lengths,
+    other_number_of_texts,
+)
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.data.workers import serve_parent, without_main_module
 
@@ -165,7 +171,8 @@ def _tokenize_part(
                 num_tokens += int(encoded.lengths[keep].sum())
                 lengths.extend(encoded.lengths[keep].tolist())
                 if has_texts:
-                    if text_lengths and encoded.text_lengths.shape[1] != text_lengths[0].shape[1]:
+                    is_other = text_lengths and encoded.text_lengths.shape[1] != text_lengths[0].shape[1]
+                    if is_other and not columns.is_choice:
                         raise other_number_of_texts(batch[0], text_lengths[0].shape[1])
                     text_lengths.append(encoded.text_lengths[keep])
                 if encoded.text_keys is not None:
@@ -187,7 +194,8 @@ def _tokenize_part(
         if has_value:
             np.save(work / "text_hashes.npy", np.frombuffer(bytes(text_hashes), "<u8").reshape(-1, 2))
         if has_texts:
-            np.save(work / "text_lengths.npy", np.concatenate(text_lengths or [np.zeros((0, columns.min_texts))]))
+            text_lengths = text_lengths or [np.zeros((0, columns.min_texts), np.uint32)]
+            np.save(work / "text_lengths.npy", join_text_lengths(text_lengths))
         if columns.has_keys:
             np.save(work / "text_keys.npy", np.concatenate(text_keys or [np.zeros((0, columns.min_texts), np.uint64)]))
         if columns.value == "answers":

@@ -1,0 +1,79 @@
+"""What is taught from a masked-LM run takes the head that its family publishes, so that it can be exported."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from flax_encoder.config import ConfigError, DataConfig, HeadConfig, RunConfig
+from flax_encoder.data.tokens.tokenizer import train_wordpiece
+from flax_encoder.runs.as_published import export_note, published_config
+from flax_encoder.runs.exchange import export_run, import_folder
+from flax_encoder.runs.load import load, read_origin
+from flax_encoder.runs.start import like_origin
+from flax_encoder.runs.train import train
+from flax_encoder.tasks import TASKS
+from tests.runs import tiny, with_fields
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+FOLDERS = sorted(path.name for path in GOLDEN.glob("*-masked_lm"))
+HEADED = [name for name, task in TASKS.items() if task.head not in (None, "masked_lm")]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> pathlib.Path:
+    """A masked-LM run of each family's folder."""
+    home, tokenizer = tmp_path_factory.mktemp("families"), train_wordpiece(["the list holds a value"] * 3, 43)
+    for name in FOLDERS:
+        shutil.copytree(GOLDEN / name, home / f"{name}-published")
+        (home / f"{name}-published/tokenizer.json").write_text(tokenizer.json)
+        import_folder(home / f"{name}-published", home / name)
+    return home
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_head_that_a_family_has_is_exported_from_its_masked_lm_run(imported, name):
+    model_type = json.loads((GOLDEN / name / "config.json").read_text())["model_type"]
+    record, _ = read_origin(imported / name, "masked_lm")
+    length = DataConfig(row_length=9)
+    for objective in HEADED:
+        config = like_origin(RunConfig(objective=objective, data=length), record, has_head=False)
+        head = TASKS[objective].head
+        try:
+            family, published = published_config(config, model_type, head)
+        except ConfigError as error:
+            assert f"{model_type} has no {head} head" in str(error)
+            continue
+        assert family.model_type == model_type and published["architectures"] == [family.heads[head].architectures[0]]
+        assert export_note(config) is None
+        # One that is asked for stays.
+        asked = RunConfig(objective=objective, data=length, head=HeadConfig(out_bias=False))
+        assert like_origin(asked, record, has_head=False).head == asked.head
+
+
+def test_a_head_that_no_family_has_is_said_before_training(imported):
+    record, _ = read_origin(imported / "bert-masked_lm", "masked_lm")
+    config = RunConfig(objective="classification", pooling="mean", data=DataConfig(row_length=9))
+    note = export_note(like_origin(config, record, has_head=False))
+    assert note is not None and "not exported whole" in note and "pooling mean (there cls)" in note
+    modern, _ = read_origin(imported / "modernbert-masked_lm", "masked_lm")
+    assert export_note(like_origin(config, modern, has_head=False)) is None
+    late = RunConfig(objective="classification", pooling="late", data=DataConfig(row_length=9))
+    assert "pooling late (there cls)" in str(export_note(like_origin(late, modern, has_head=False)))
+    # No family has the encoder: that is no news of this run's.
+    assert export_note(RunConfig(objective="classification", pooling="mean")) is not None
+    assert export_note(with_fields(config, model__position="sinusoidal", model__norm_placement="pre")) is None
+
+
+def test_a_classifier_of_a_masked_lm_run_answers_the_same_once_exported(imported, corpus, tmp_path, one_device):
+    config = tiny(corpus, tmp_path / "run", objective="classification", steps=2, init_from=str(imported / FOLDERS[-2]))
+    config = with_fields(config, data__source=str(corpus / "rows.jsonl"), data__row_length=64)
+    train(config)
+    export_run(tmp_path / "run", tmp_path / "out")
+    texts = ["the list holds a value", "a value"]
+    ours, theirs = (list(load(tmp_path / folder).predict(texts)) for folder in ("run", "out"))
+    for mine, again in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine.pop("probability"), again.pop("probability"), rtol=1e-5)
+        assert mine["label"] == again["label"]

@@ -1,0 +1,83 @@
+"""Answers carry the names of what they answer, from files that name it."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flax_encoder.commands import main
+from flax_encoder.config import DataConfig, EncoderConfig, RunConfig, to_dict
+from flax_encoder.data.tokens.tokenizer import train_wordpiece
+from flax_encoder.nn.partition import round_up_vocab
+from flax_encoder.runs.loaded import model_factory
+from flax_encoder.training.checkpoint import Checkpoints
+from flax_encoder.training.step import TrainState
+
+PASSAGE = "the river is blue and the stone is red and the cloud is white"
+MODEL = EncoderConfig(num_layers=1, embed_dim=12, num_heads=2, mlp_dim=8, position="rope", num_token_types=2)
+
+
+def make_run(path, objective, label_names=None):
+    tokenizer = train_wordpiece([PASSAGE] * 3, 60)
+    model = EncoderConfig(**{**vars(MODEL), "vocab_size": round_up_vocab(tokenizer.vocab_size)})
+    config = RunConfig(run_dir=str(path), objective=objective, model=model, data=DataConfig(row_length=24))
+    params = nnx.to_pure_dict(nnx.split(model_factory(config, label_names)())[1])
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + jnp.asarray(0.3 * draw.standard_normal(x.shape), jnp.float32), params)
+    record = {"config": to_dict(config), "tokenizer": tokenizer.json, "label_names": label_names}
+    with Checkpoints(path, keep=1) as checkpoints:
+        checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, {}), 3, record)
+
+
+@pytest.fixture(scope="module")
+def squad(tmp_path_factory):
+    """(folder with a model, SQuAD 2.0's file of four questions, of which one has no answer)."""
+    folder = tmp_path_factory.mktemp("squad")
+    make_run(folder / "run", "question_answering")
+    asked = [{"id": f"q{i}", "question": f"what is {word}", "is_impossible": not at, "answers": [
+        {"text": word, "answer_start": PASSAGE.find(word)}] * at}
+        for i, (word, at) in enumerate((("blue", 1), ("red", 1), ("door", 0), ("white", 1)))]  # fmt: skip
+    content = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": PASSAGE, "qas": asked}]}]}
+    (folder / "dev-v2.0.json").write_text(json.dumps(content))
+    return folder
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_to_squad_are_by_the_ids_of_their_questions(squad, tmp_path):
+    out, predictions = tmp_path / "answers.jsonl", tmp_path / "predictions.json"
+    main(["predict", str(squad / "run"), "--input", str(squad / "dev-v2.0.json"), "--output", str(out), "--squad",
+          str(predictions)])  # fmt: skip
+    answers = lines(out)
+    assert [answer["id"] for answer in answers] == ["q0", "q1", "q2", "q3"]
+    assert json.loads(predictions.read_text()) == {answer["id"]: answer["answer"] for answer in answers}
+    assert all(PASSAGE[a["start"] : a["end"]] == a["answer"] for a in answers if a["answer"])
+
+
+def test_scores_of_a_file_with_unanswerable_questions_say_both_kinds(squad, capsys):
+    main(["evaluate", str(squad / "run"), "--data.source", str(squad / "dev-v2.0.json"), "--json"])
+    scores = json.loads(capsys.readouterr().out)
+    assert {"exact_match", "f1", "has_answer_f1", "no_answer_exact_match"} <= scores.keys()
+
+
+def test_ids_are_kept_by_every_task_and_needed_by_squad_alone(squad, tmp_path, capsys):
+    make_run(tmp_path / "run", "classification", ["no", "yes"])
+    (tmp_path / "texts.jsonl").write_text('{"id": 7, "text": "the river"}\n{"id": null, "text": "the stone"}\n')
+    main(["predict", str(tmp_path / "run"), "--input", str(tmp_path / "texts.jsonl"), "--output",
+          str(tmp_path / "out.jsonl")])  # fmt: skip
+    first, second = lines(tmp_path / "out.jsonl")
+    assert first["id"] == "7" and "id" not in second and first.keys() - {"id"} == second.keys()
+    refused = {"run": (tmp_path / "run", "--squad is of question answering"),
+               "no ids": (squad / "run", "the question of .* line 1, has none")}  # fmt: skip
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"question": "what is blue", "context": PASSAGE}) + "\n")
+    for folder, message in refused.values():
+        with pytest.raises(SystemExit):
+            main(["predict", str(folder), "--input", str(tmp_path / "asked.jsonl"), "--output",
+                  str(tmp_path / "again.jsonl"), "--squad", str(tmp_path / "p.json")])  # fmt: skip
+        assert re.search(message, capsys.readouterr().err)
