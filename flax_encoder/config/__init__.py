@@ -4,7 +4,14 @@
 checkpoint stores it as JSON. The first lines of a field's comment are its `--help`.
 """
 
-from flax_encoder.config.model import FREE_OF_PARAMETERS, Activation, DecoderConfig, EncoderConfig, HeadConfig
+from flax_encoder.config.model import (
+    FREE_OF_PARAMETERS,
+    Activation,
+    DecoderConfig,
+    EncoderConfig,
+    GenerationConfig,
+    HeadConfig,
+)
 from flax_encoder.config.rules import ConfigError, differences, from_dict, to_dict
 from flax_encoder.config.run import (
     DataConfig,
@@ -14,10 +21,11 @@ from flax_encoder.config.run import (
     MeshConfig,
     OptimizerConfig,
     RunConfig,
+    SpansConfig,
 )
 
 __all__ = [
-    "FREE_OF_PARAMETERS", "Activation", "ConfigError", "DataConfig", "DecoderConfig", "EncoderConfig", "HeadConfig",
-    "LabelsConfig", "LoraConfig", "MaskingConfig", "MeshConfig", "OptimizerConfig", "RunConfig", "differences",
-    "from_dict", "to_dict",
+    "FREE_OF_PARAMETERS", "Activation", "ConfigError", "DataConfig", "DecoderConfig", "EncoderConfig",
+    "GenerationConfig", "HeadConfig", "LabelsConfig", "LoraConfig", "MaskingConfig", "MeshConfig", "OptimizerConfig",
+    "RunConfig", "SpansConfig", "differences", "from_dict", "to_dict",
 ]  # fmt: skip

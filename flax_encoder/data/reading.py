@@ -26,3 +26,5 @@ class Reading:
     layout: Callable[[RunConfig], Layout] = _cut
     streams: Callable[[RunConfig], tuple[str, ...]] = _no_streams
     """What the targets read of each token besides: `word_starts` or `tags`."""
+    asks_one_a_row: bool = False
+    """Evaluation and questions have one document a row, and batches of like lengths: outputs are made row by row."""

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from flax_encoder.config import RunConfig
+from flax_encoder.data.pipeline import few_lengths
 from flax_encoder.data.rows.batches import Batches, OneByOne
 from flax_encoder.data.rows.documents import Batch, Documents, Frame, Layout, assemble
 from flax_encoder.data.rows.targets import HOST_FIELDS, TargetInputs
@@ -117,6 +118,9 @@ class LoadedRun:
                 f"{self.config.objective} reads {count} texts a record: {other.where or 'one'} has {len(other.texts)}."
             )
         dtype = token_dtype(self.tokenizer)
+        if columns.value == "text":
+            prefix = self.config.data.prefix
+            records = [record._replace(texts=(prefix + record.texts[0],), value=None) for record in records]
         encoded = encode_records(records, self.tokenizer, columns, {}, dtype, with_offsets=task.needs_offsets)
         if (empty := np.flatnonzero(encoded.lengths == 0)).size:
             kept = iter(self._answers([r for r, n in zip(records, encoded.lengths, strict=True) if n], unknown)
@@ -141,6 +145,7 @@ class LoadedRun:
             yield task.answer(Question(  # type: ignore[misc]
                 outputs, self.label_names, self.config, record, starts,
                 None if encoded.offsets is None else encoded.offsets[own], encoded.text_lengths[i], encoded.tokens[own],
+                self.tokenizer.decode, self.tokenizer.written,
             ))  # fmt: skip
 
     def _rows_of(self, split: Split) -> tuple[Documents, Batches]:
@@ -153,15 +158,16 @@ class LoadedRun:
             longest = most
         row_length = next((n for n in _LENGTHS if longest <= n < most), most)
         documents = Documents(split, layout, frame, row_length)
-        plan = documents.plan(row_length)
+        plan = documents.plan(row_length, "one-per-row" if reading.asks_one_a_row else "best-fit")
         order = OneByOne([plan])
+        buckets = few_lengths(row_length) if reading.asks_one_a_row else ()
         batch_size = min(2 ** int(np.ceil(np.log2(len(order)))), max(1, _TOKENS // row_length))
         max_pieces = 2 ** int(np.ceil(np.log2(plan.max_pieces_per_row)))  # a power of two: few shapes are compiled
         inputs = TargetInputs(self.config, self.tokenizer, documents, row_length, max_pieces, False, True)
         batches = Batches(
             [documents], order, reading.targets(inputs), row_length=row_length, batch_size=batch_size, seed=0,
             num_batches=-(-len(order) // batch_size), stop_row=len(order), streams=reading.streams(self.config),
-            with_types=self.config.model.num_token_types > 1,
+            with_types=self.config.model.num_token_types > 1, buckets=buckets,
         )  # fmt: skip
         return documents, batches
 

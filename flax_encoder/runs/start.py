@@ -29,7 +29,10 @@ FREE_ON_RESUME = (
     "model.attention_implementation",
 )  # fmt: skip
 # Settings that a run fills in itself, and the value that leaves them to it.
-LEFT_OPEN = {"model.vocab_size": 0, "labels.null_threshold": None}
+LEFT_OPEN = {
+    "model.vocab_size": 0, "labels.null_threshold": None, "data.target_length": None, "decoder.start_id": None,
+    "decoder.end_id": None,
+}  # fmt: skip
 
 
 def settle(

@@ -8,6 +8,7 @@ from flax_encoder.tasks import (
     multiple_choice,
     question_answering,
     regression,
+    text_to_text,
     token_classification,
 )
 from flax_encoder.tasks.classification import Classifier
@@ -24,6 +25,7 @@ TASKS: dict[str, Task] = {
     "token_classification": token_classification.TASK,
     "question_answering": question_answering.TASK,
     "multiple_choice": multiple_choice.TASK,
+    "text_to_text": text_to_text.TASK,
 }
 
 
