@@ -340,6 +340,10 @@ class DecoderConfig:
         require_finite(self)
 
 
+_OF_SAMPLED = ("temperature", "top_k", "top_p", "seed")
+_OF_BEAMS = ("length_penalty", "early_stopping")
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """How a decoder writes. None is what the model's folder says, or else what stands in brackets."""
@@ -383,15 +387,26 @@ class GenerationConfig:
             self.top_p is None or 0 < self.top_p <= 1,
             f"generation.top_p is a probability above 0 and at most 1: got {self.top_p}.",
         )
+        require_finite(self)
+
+    def check(self) -> None:
+        """Raise ConfigError for settings that contradict each other, or that would not be read."""
+        given = {name for name, value in vars(self).items() if value is not None}
         require(
             not (self.sample and (self.num_beams or 1) > 1),
             f"beams are not drawn: got generation.sample with generation.num_beams {self.num_beams}. Give "
             f"--generation.num-beams 1, or --generation.sample False.",
         )
-        drawn = [name for name in ("temperature", "top_k", "top_p", "seed") if getattr(self, name) is not None]
-        require(
-            self.sample is not False or not drawn,
-            f"generation.{' and generation.'.join(drawn)} are of sampled text: got generation.sample False. Give "
-            f"--generation.sample True.",
-        )
-        require_finite(self)
+        for names, is_read, way_out in (
+            (_OF_SAMPLED, self.sample, "sampled text: give --generation.sample True"),
+            (_OF_BEAMS, (self.num_beams or 1) > 1, "beams: give --generation.num-beams, such as 4"),
+        ):
+            unread = [f"generation.{name}" for name in names if name in given]
+            require(is_read or not unread, f"{' and '.join(unread)} would not be read, being of {way_out}.")
+
+    def over(self, own: "GenerationConfig") -> "GenerationConfig":
+        """`own` with what is given here; what `own` says of sampled text and of beams is left where there are none."""
+        merged = vars(own) | {name: value for name, value in vars(self).items() if value is not None}
+        for names, is_read in ((_OF_SAMPLED, merged["sample"]), (_OF_BEAMS, (merged["num_beams"] or 1) > 1)):
+            merged |= {} if is_read else {name: getattr(self, name) for name in names}
+        return GenerationConfig(**merged)

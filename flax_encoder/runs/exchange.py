@@ -10,16 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_encoder.config import ConfigError, RunConfig, to_dict
+from flax_encoder.config import ConfigError, GenerationConfig, RunConfig, to_dict
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.data.tokens.tokenizer_files import published_files
 from flax_encoder.families import FAMILIES
 from flax_encoder.families.mapping import Family, export_tensors, write_config
 from flax_encoder.nn.partition import flatten
+from flax_encoder.published.generation_settings import FILE as GENERATION_FILE
+from flax_encoder.published.generation_settings import written_settings
 from flax_encoder.published.load import TOKENIZER_FILES, is_published, load_pretrained
 from flax_encoder.published.tasks import Task
 from flax_encoder.published.weights import write_weights
-from flax_encoder.published.write import write_pretrained
+from flax_encoder.published.write import copied_table, write_pretrained
 from flax_encoder.runs.load import load
 from flax_encoder.runs.record import RunRecord
 from flax_encoder.training.checkpoint import Checkpoints
@@ -94,7 +96,7 @@ def export_run(
             return architecture
     run = load(run_dir, head=head, allow_unused=allow_unused)
     config, task = run.config, None if encoder_only else run.task.head
-    family, published = _published_config(config, model_type, task)
+    family, published, query_factor = _published_config(config, model_type, task)
     pad = run.tokenizer.special("pad")
     if published.setdefault("pad_token_id", pad) != pad:
         raise ConfigError(
@@ -112,14 +114,25 @@ def export_run(
             "label2id": {name: i for i, name in enumerate(names)},
         }
     params = {path: np.asarray(x) for path, x in params.items() if task or path.startswith("encoder.")}
+    if query_factor != 1.0:
+        params = {path: x * np.float32(query_factor) if ".query." in path else x for path, x in params.items()}
     tensors = export_tensors(family, task, params, config.model.num_heads)
+    files = _tokenizer_files(run.tokenizer, config)
+    if has_decoder(task):
+        tensors |= copied_table(family.heads[task], published, config.decoder, params)
+        ids = {"decoder_start_token_id": config.decoder.start_id, "eos_token_id": config.decoder.end_id}
+        published |= {name: value for name, value in ids.items() if value is not None}
+        files[GENERATION_FILE] = written_settings(generation_said(config), config.decoder, pad)
     write_weights(out, tensors, dtype)
-    for name, value in {"config.json": published | {"dtype": dtype}, **_tokenizer_files(run.tokenizer, config)}.items():
+    for name, value in {"config.json": published | {"dtype": dtype}, **files}.items():
         write_atomically(out / name, value if isinstance(value, str) else json.dumps(value, indent=1) + "\n")
     return published["architectures"][0]
 
 
-def _published_config(config: RunConfig, model_type: str | None, task: str | None) -> tuple[Family, dict[str, Any]]:
+def _published_config(
+    config: RunConfig, model_type: str | None, task: str | None
+) -> tuple[Family, dict[str, Any], float]:
+    """(family, its config, the factor of queries that stands for a scale of attention that the family cannot say)."""
     candidates = [f for f in FAMILIES if model_type in (None, f.model_type)]
     if not candidates:
         known = ", ".join(sorted({f.model_type for f in FAMILIES}))
@@ -132,13 +145,28 @@ def _published_config(config: RunConfig, model_type: str | None, task: str | Non
             reasons.append(f"transformers has no {family.base}: it can read no folder of {family.model_type}.")
             continue
         try:
-            return family, write_config(family, config.model, task, config.head, config.pooling)
+            decoder = config.decoder if has_decoder(task) else None
+            model, factor = config.model, 1.0
+            if (fixed := family.fixed.get("attention_scale")) is not None and model.layer == "attention":
+                own = model.head_dim**-0.5 if model.attention_scale is None else model.attention_scale
+                model, factor = dataclasses.replace(model, attention_scale=fixed), own / fixed
+            return family, write_config(family, model, task, config.head, config.pooling, decoder), factor
         except ConfigError as error:
             reasons.append(str(error))
     nearest = min(reasons, key=lambda reason: reason.count("(there ") or len(reasons), default="none")
     raise ConfigError(
         f"no published family can say this model; nearest: {nearest}" if model_type is None else reasons[0]
     )
+
+
+def has_decoder(task: str | None) -> bool:
+    return task == "text_to_text"
+
+
+def generation_said(config: RunConfig) -> GenerationConfig:
+    """How a run writes, with the length that follows from its data."""
+    length = config.generation.max_new_tokens or config.data.target_length
+    return dataclasses.replace(config.generation, max_new_tokens=length)
 
 
 def _tokenizer_files(tokenizer: TextTokenizer, config: RunConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A trained model with its config, tokenizer and labels, ready to be asked; `load` opens the folders that hold one."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flax_encoder.config import RunConfig
+from flax_encoder.config import ConfigError, GenerationConfig, RunConfig
 from flax_encoder.data.pipeline import few_lengths
 from flax_encoder.data.rows.batches import Batches, OneByOne
 from flax_encoder.data.rows.documents import Batch, Documents, Frame, Layout, assemble
@@ -22,7 +23,8 @@ from flax_encoder.data.store.store import Split
 from flax_encoder.data.store.tokenizing import token_dtype
 from flax_encoder.data.tokens.tokenizer import TextTokenizer, UnknownCount
 from flax_encoder.nn.lora import with_adapters
-from flax_encoder.tasks import Task, find_task
+from flax_encoder.nn.partition import abstract_model
+from flax_encoder.tasks import Task, find_task, is_setting_read
 from flax_encoder.tasks.task import Answer, Question
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,23 @@ class LoadedRun:
         graphdef, params = self._split_model
         run = jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch))
         return lambda batch: run(params, batch)
+
+    def with_settings(self, generation: GenerationConfig | None = None, prefix: str | None = None) -> "LoadedRun":
+        """This run, asked otherwise: what `generation` gives of how texts are written, and another `data.prefix`.
+
+        Raises:
+          ConfigError: the task reads no such setting, or settings that contradict each other.
+        """
+        given = generation or GenerationConfig()
+        if (given != GenerationConfig() or prefix is not None) and not is_setting_read(
+            self.config.objective, "generation."
+        ):
+            raise ConfigError(f"generation and prefix are of models that write: this one is {self.config.objective}.")
+        data = self.config.data if prefix is None else dataclasses.replace(self.config.data, prefix=prefix)
+        config = dataclasses.replace(self.config, data=data, generation=given.over(self.config.generation))
+        make = self.task.make_model(config, self.label_names)
+        graphdef, _ = abstract_model(lambda: make(nnx.Rngs(0)))
+        return dataclasses.replace(self, config=config, model=nnx.merge(graphdef, self._split_model[1]))
 
     def _check_asked(self) -> None:
         if self.fresh:

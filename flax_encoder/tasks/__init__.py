@@ -15,7 +15,8 @@ from flax_encoder.tasks.classification import Classifier
 from flax_encoder.tasks.masked_lm import MaskedLM
 from flax_encoder.tasks.task import Objective, Task, check_settings, reads_setting
 
-__all__ = ["TASKS", "Classifier", "MaskedLM", "Objective", "Task", "check_task", "find_task", "is_setting_read"]
+__all__ = ["TASKS", "Classifier", "MaskedLM", "Objective", "Task", "check_task", "find_task", "is_setting_read",
+           "shares_head"]  # fmt: skip
 
 TASKS: dict[str, Task] = {
     "masked_lm": masked_lm.TASK,
@@ -38,6 +39,12 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise ConfigError(f"no objective {name!r}; known are {', '.join(TASKS)}.")
     return TASKS[name]
+
+
+def shares_head(objective: str, other: str) -> bool:
+    """Whether models of two tasks have the same parts, the head and the decoder too."""
+    task, its = find_task(objective), find_task(other)
+    return objective == other or (task.head is not None and task.head == its.head and task.problem_type is None)
 
 
 def check_task(config: RunConfig) -> Task:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig, HeadConfig, RunConfig
+from flax_encoder.config import DecoderConfig, EncoderConfig, HeadConfig, RunConfig
 from flax_encoder.config.rules import require
 from flax_encoder.data.reading import Reading
 from flax_encoder.data.rows.documents import Layout, Written
@@ -83,7 +83,12 @@ class TextToText(EncoderDecoder):
 
 
 def generation_of(config: RunConfig) -> Generation:
-    """How a run writes, as `config.generation` says."""
+    """How a run writes, as `config.generation` says.
+
+    Raises:
+      ConfigError: settings of writing that contradict each other, or would not be read.
+    """
+    config.generation.check()
     asked, decoder = config.generation, config.decoder
     limit = asked.max_new_tokens or config.data.target_length or _LONGEST
     rules = LogitRules(
@@ -160,10 +165,7 @@ def check_model(config: RunConfig) -> None:
         f"{config.objective} has no head besides the logits: leave --head. at its defaults, and see --decoder. for the "
         f"logits'; got {config.head}.",
     )
-    try:
-        generation_of(config)
-    except ValueError as error:
-        raise ConfigError(f"generation: {error}") from None
+    generation_of(config)
 
 
 def _check(config: RunConfig) -> None:
