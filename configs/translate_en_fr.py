@@ -7,15 +7,14 @@ from flax_encoder.config import DataConfig, EncoderConfig, LabelsConfig, Optimiz
 
 config = RunConfig(
     objective="text_to_text",
-    steps=700,
+    steps=800,
     batch_size=32,
-    num_microbatches=2,
-    checkpoint_every=100,
+    checkpoint_every=200,
     model=EncoderConfig(
-        num_layers=3,
-        embed_dim=256,
-        num_heads=4,
-        mlp_dim=512,
+        num_layers=2,
+        embed_dim=192,
+        num_heads=3,
+        mlp_dim=384,
         activation="gelu_tanh",
         gated=True,
         norm="rms_norm",
@@ -28,7 +27,7 @@ config = RunConfig(
         dtype="bfloat16",
         scan_layers=False,
     ),
-    data=DataConfig(source="pairs.jsonl", text_column="en", text_pair_column="fr", row_length=128, vocab_size=8192),
+    data=DataConfig(source="pairs.jsonl", text_column="en", text_pair_column="fr", row_length=64, vocab_size=4096),
     labels=LabelsConfig(smoothing=0.1),
     optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, muon_learning_rate=0.02, warmup_rate=0.05),
 )

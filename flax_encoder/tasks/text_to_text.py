@@ -77,6 +77,7 @@ class TextToText(EncoderDecoder):
         if self.generation.is_drawn:  # by the source, so that it draws the same wherever it stands
             place = jnp.arange(tokens.shape[1], dtype=jnp.uint32) * 2 + 1
             draws = ((tokens.astype(jnp.uint32) + 1) * place**3 * (segments > 0)).sum(1, dtype=jnp.uint32)
+            draws = jax.lax.bitcast_convert_type(draws, jnp.int32)
             key = jax.random.key(self.seed)
         text = generate(self, tokens, (segments > 0).astype(jnp.int32), self.generation, key=key, draws=draws)
         return {"text": text[:, None, 1:]}

@@ -278,10 +278,12 @@ def assemble_targets(target: Target, pieces: Pieces, batch: Batch, rows: np.ndar
 
 def balanced_length(split: Split, row_length: int, frame: Frame) -> int:
     """Room of a decoder's row beside each encoder's row of `row_length`, a multiple of 8: as much as the targets need
-    for both to fill alike, and 99 of 100 targets at least."""
-    lengths = np.minimum(split.values["text_lengths"].astype(np.int64), (row_length - sum(frame.specials), 2**31))
-    sizes = lengths + np.array([sum(frame.specials), 1])
-    wanted = max(row_length * sizes[:, 1].sum() / sizes[:, 0].sum(), np.quantile(sizes[:, 1], 0.99))
+    for both to fill alike, and 99 of 100 targets at least of the sources that fit, or of all if most do not."""
+    sizes = split.values["text_lengths"].astype(np.int64) + np.array([sum(frame.specials), 1])
+    fits = sizes[:, 0] <= row_length
+    typical = sizes[fits if 2 * fits.sum() >= len(fits) else slice(None)]
+    ratio = typical[:, 1].sum() / np.minimum(typical[:, 0], row_length).sum()
+    wanted = max(row_length * ratio, np.quantile(typical[:, 1], 0.99))
     return int(-(-wanted // 8)) * 8
 
 
