@@ -10,9 +10,9 @@ import tyro
 from rich.console import Console
 
 from flax_encoder.commands.screen import saying, show
-from flax_encoder.config import ConfigError, DataConfig
+from flax_encoder.config import ConfigError, DataConfig, GenerationConfig
 
-HELP = "score a model on a file that holds the right values: accuracy, F1, correlation, exact match, loss ..."
+HELP = "score a model on a file that holds the right values: accuracy, F1, correlation, BLEU, loss ..."
 HAS_OWN_PARSER = True  # its options are settings, which have a parser of their own
 
 
@@ -23,6 +23,7 @@ class EvaluateArguments:
     folder: tyro.conf.Positional[str]
     """A run, one of its checkpoints, or a published folder with a head."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     objective: str | None = None
     """The task to open a published folder for; None is what it says itself."""
     corpus: str | None = None
@@ -45,9 +46,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("evaluate needs documents with their right values: give --data.source FILE.")
     set_up_runtime()
     loaded = load(pathlib.Path(asked.folder), objective=asked.objective, allow_unused=asked.allow_unused)
+    data = asked.data
+    if asked.generation != GenerationConfig() or data.prefix:
+        loaded = loaded.with_settings(asked.generation, data.prefix or None)
+        data = dataclasses.replace(data, prefix="")  # which the run puts before texts
     began = time.monotonic()
     with saying() as say:
-        scores, details, about = score_source(loaded, asked.data, say, asked.corpus)
+        scores, details, about = score_source(loaded, data, say, asked.corpus)
     if asked.json:
         print(json.dumps(scores | ({"details": details} if asked.details else {})))
         return

@@ -6,10 +6,10 @@ import pathlib
 import sys
 import time
 
-from flax_encoder.commands.screen import positive_count, saying
-from flax_encoder.config import ConfigError, DataConfig
+from flax_encoder.commands.screen import add_generation_options, generation_options, positive_count, saying
+from flax_encoder.config import ConfigError, DataConfig, GenerationConfig
 
-HELP = "an answer for each text of a file: label, labels, score, tags, answer or choice, as the model was taught"
+HELP = "an answer for each text of a file: label, score, tags, answer, choice or text, as the model was taught"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probabilities", action="store_true", help="give every label's probability")
     parser.add_argument("--squad", metavar="FILE", help="of question answering: also write the answers by their "
                         "questions' ids, as SQuAD's own evaluation reads them")  # fmt: skip
+    parser.add_argument("--prefix", help="text to text: what is put before every text (default: the run's data.prefix)")
+    add_generation_options(parser)
     parser.add_argument("--objective", help="the task to open a published folder for (default: what it says itself)")
     parser.add_argument("--allow-unused", action="store_true", help="leave out tensors that nothing reads")
 
@@ -36,6 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
     set_up_runtime()
     folder = pathlib.Path(arguments.folder)
     loaded = load(folder, objective=arguments.objective, allow_unused=arguments.allow_unused)
+    generation = generation_options(arguments)
+    if generation != GenerationConfig() or arguments.prefix is not None:
+        loaded = loaded.with_settings(generation, arguments.prefix)
     columns = loaded.task.reading.columns
     if arguments.text_pair_column is not None and columns.max_texts < 2:
         raise ConfigError(f"--text-pair-column is for tasks that read pairs: {loaded.config.objective} reads one text.")
@@ -54,7 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
         for answer in loaded.predict(records):
             print(json.dumps(shown(answer, *options), ensure_ascii=False))
         return
-    what = (str(folder.resolve()), loaded.step, file_identity(arguments.input), columns, config, options)
+    told = (loaded.config.generation, loaded.config.data.prefix)
+    what = (str(folder.resolve()), loaded.step, file_identity(arguments.input), columns, config, options, told)
     out = AnswerFile(pathlib.Path(arguments.output), identity_of(what))
     done = 0 if arguments.input == "-" else out.num_done()
     if done:

@@ -1,17 +1,19 @@
 """What commands share: errors as one message, tables, news of long work, and types of options."""
 
 import argparse
+import dataclasses
+import json
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from flax_encoder.config import ConfigError
+from flax_encoder.config import ConfigError, GenerationConfig, from_dict
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.training.console import lasting_streams, make_console, print_table
 
@@ -68,6 +70,30 @@ def add_folder_options(parser: argparse.ArgumentParser) -> None:
 
 def folder_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"head": arguments.task, "allow_unused": arguments.allow_unused}
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """--generation.NAME of every setting of writing; `generation_options` reads them."""
+    group = parser.add_argument_group("text to text: how texts are written (default: as the run or the folder says)")
+    for field in dataclasses.fields(GenerationConfig):
+        group.add_argument(f"--generation.{field.name.replace('_', '-')}", dest=f"generation.{field.name}",
+                           metavar="VALUE")  # fmt: skip
+
+
+def generation_options(arguments: argparse.Namespace) -> GenerationConfig:
+    """What is given of the options that `add_generation_options` adds.
+
+    Raises:
+      ConfigError: a value of another type than its setting's, or one that breaks its rule.
+    """
+    words = {"true": True, "false": False}
+    given = {}
+    for field in dataclasses.fields(GenerationConfig):
+        if (text := getattr(arguments, f"generation.{field.name}")) is not None:
+            with suppress(ValueError):  # else it is a word
+                text = words[text.lower()] if text.lower() in words else json.loads(text)
+            given[field.name] = text
+    return from_dict(GenerationConfig, given, "generation.")
 
 
 @contextmanager

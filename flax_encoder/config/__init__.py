@@ -5,7 +5,14 @@ checkpoint stores it as JSON. The first lines of a field's comment are its `--he
 """
 
 from flax_encoder.config.contrastive import ContrastiveConfig
-from flax_encoder.config.model import FREE_OF_PARAMETERS, Activation, DecoderConfig, EncoderConfig, HeadConfig
+from flax_encoder.config.model import (
+    FREE_OF_PARAMETERS,
+    Activation,
+    DecoderConfig,
+    EncoderConfig,
+    GenerationConfig,
+    HeadConfig,
+)
 from flax_encoder.config.rules import ConfigError, differences, from_dict, to_dict
 from flax_encoder.config.run import (
     DataConfig,
@@ -16,10 +23,11 @@ from flax_encoder.config.run import (
     MeshConfig,
     OptimizerConfig,
     RunConfig,
+    SpansConfig,
 )
 
 __all__ = [
     "FREE_OF_PARAMETERS", "Activation", "ConfigError", "ContrastiveConfig", "DataConfig", "DecoderConfig",
-    "EncoderConfig", "GeneratorConfig", "HeadConfig", "LabelsConfig", "LoraConfig", "MaskingConfig", "MeshConfig",
-    "OptimizerConfig", "RunConfig", "differences", "from_dict", "to_dict",
+    "EncoderConfig", "GenerationConfig", "GeneratorConfig", "HeadConfig", "LabelsConfig", "LoraConfig", "MaskingConfig",
+    "MeshConfig", "OptimizerConfig", "RunConfig", "SpansConfig", "differences", "from_dict", "to_dict",
 ]  # fmt: skip

@@ -330,6 +330,10 @@ class DecoderConfig(ShortRepr):
     """Logits are products with the token embedding; else with a table of their own."""
     logit_scale: float = 1.0
     """Factor of the vectors that logits are made of (T5, where tied: embed_dim ** -0.5)."""
+    start_id: int | None = None
+    """The token that every target starts from; None takes the tokenizer's before a text, or else its padding (T5)."""
+    end_id: int | None = None
+    """The token that ends a target; None takes the tokenizer's after a text."""
 
     def __post_init__(self):
         require(
@@ -337,4 +341,79 @@ class DecoderConfig(ShortRepr):
             f"num_layers must be above 0 or None: got {self.num_layers}.",
         )
         require_positive(self, "logit_scale")
+        for name in ("start_id", "end_id"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"{name} is a token's id, at least 0, or None: got {value}.")
         require_finite(self)
+
+
+_OF_SAMPLED = ("temperature", "top_k", "top_p", "seed")
+_OF_BEAMS = ("length_penalty", "early_stopping")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How a decoder writes. None is what the model's folder says, or else what stands in brackets."""
+
+    max_new_tokens: int | None = None
+    """Tokens of the longest text, its end included [as many as a target has in training, or 128]."""
+    min_new_tokens: int | None = None
+    """Tokens before a text may end [0]."""
+    num_beams: int | None = None
+    """Texts that are followed at once; 1 takes the likeliest token each time [1]."""
+    length_penalty: float | None = None
+    """Beams: a text's score is its log-probability over its length to this power [1]."""
+    early_stopping: bool | Literal["never"] | None = None
+    """Beams: stop at num_beams finished texts (True), once no better one is likely (False), or when sure (never)
+    [False]."""
+    sample: bool | None = None
+    """Draw each token, by `seed` [False]."""
+    temperature: float | None = None
+    """Sampling: logits are divided by it [1]."""
+    top_k: int | None = None
+    """Sampling: draw from so many of the likeliest tokens; 0 is all [0]."""
+    top_p: float | None = None
+    """Sampling: draw from the fewest tokens that have this probability together [1]."""
+    repetition_penalty: float | None = None
+    """Factor against tokens that the text has already [1]."""
+    no_repeat_ngram_size: int | None = None
+    """No run of so many tokens occurs twice in a text; 0 allows it [0]."""
+    seed: int | None = None
+    """Sampling: a text draws the same by the same seed, whatever stands beside it [0]."""
+
+    def __post_init__(self):
+        least = {"max_new_tokens": 1, "min_new_tokens": 0, "num_beams": 1, "top_k": 0, "no_repeat_ngram_size": 0,
+                 "seed": 0}  # fmt: skip
+        for name, low in least.items():
+            value = getattr(self, name)
+            require(value is None or value >= low, f"generation.{name} is at least {low}: got {value}.")
+        for name in ("temperature", "repetition_penalty"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"generation.{name} must be above 0: got {value}.")
+        require(
+            self.top_p is None or 0 < self.top_p <= 1,
+            f"generation.top_p is a probability above 0 and at most 1: got {self.top_p}.",
+        )
+        require_finite(self)
+
+    def check(self) -> None:
+        """Raise ConfigError for settings that contradict each other, or that would not be read."""
+        given = {name for name, value in vars(self).items() if value is not None}
+        require(
+            not (self.sample and (self.num_beams or 1) > 1),
+            f"beams are not drawn: got generation.sample with generation.num_beams {self.num_beams}. Give "
+            f"--generation.num-beams 1, or --generation.sample False.",
+        )
+        for names, is_read, way_out in (
+            (_OF_SAMPLED, self.sample, "sampled text: give --generation.sample True"),
+            (_OF_BEAMS, (self.num_beams or 1) > 1, "beams: give --generation.num-beams, such as 4"),
+        ):
+            unread = [f"generation.{name}" for name in names if name in given]
+            require(is_read or not unread, f"{' and '.join(unread)} would not be read, being of {way_out}.")
+
+    def over(self, own: "GenerationConfig") -> "GenerationConfig":
+        """`own` with what is given here; what `own` says of sampled text and of beams is left where there are none."""
+        merged = vars(own) | {name: value for name, value in vars(self).items() if value is not None}
+        for names, is_read in ((_OF_SAMPLED, merged["sample"]), (_OF_BEAMS, (merged["num_beams"] or 1) > 1)):
+            merged |= {} if is_read else {name: getattr(self, name) for name in names}
+        return GenerationConfig(**merged)

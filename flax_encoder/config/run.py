@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from flax_encoder.config.contrastive import ContrastiveConfig
-from flax_encoder.config.model import EncoderConfig, HeadConfig
+from flax_encoder.config.model import DecoderConfig, EncoderConfig, GenerationConfig, HeadConfig
 from flax_encoder.config.rules import (
     ShortRepr,
     nearest_divisors,
@@ -31,7 +31,10 @@ class DataConfig(ShortRepr):
     .conll file columns have numbers, from 1."""
     text_pair_column: str | None = None
     """The second text of a pair; None takes the partner of a known pair, such as sentence1 and sentence2. For multiple
-    choice, the column with the list of choices; for question answering, the passage."""
+    choice, the column with the list of choices; for question answering, the passage; for text to text, the target."""
+    prefix: str = ""
+    """text_to_text: what is put before every source, such as "translate English to French: ".
+    """
     label_column: str | tuple[str, ...] | None = None
     """The column that is predicted; None guesses it by its name. Several columns of 0 and 1 are labels of which a
     document may have several. In a .conll file a number, from 1 or, from the last, from -1."""
@@ -59,12 +62,18 @@ class DataConfig(ShortRepr):
     """A tokenizer.json, or a folder with a tokenizer's files; None takes that of init_from or of a prepared store, else
     trains a WordPiece on the training text."""
     vocab_size: int = 8192
-    """Size of a tokenizer that is made here."""
+    """Size of a tokenizer that is made here: a WordPiece, or where texts are written, byte-level BPE with sentinels."""
     word_vectors: str | None = None
     """A GloVe or word2vec file, text or binary, whose vectors the token embedding starts from. Without data.tokenizer
     its first vocab_size words are the tokens."""
     row_length: int = 128
     """T, tokens in a row; documents are packed into rows, and longer ones split (classification: cut)."""
+    target_length: int | None = None
+    """text_to_text: S, tokens of the decoder's row beside each of row_length; None is row_length, and for
+    span_corruption what its spans need."""
+    long_targets: Literal["cut", "leave_out"] = "cut"
+    """text_to_text: what becomes of a training pair whose target is longer than target_length: the target is cut, or
+    the pair left out. Either is counted."""
     last_row_length: int | None = None
     """Rows of this length instead in the run's last steps; a batch then has as many tokens, in other rows."""
     last_rate: float = 0.1
@@ -92,6 +101,10 @@ class DataConfig(ShortRepr):
         require(
             self.last_row_length is None or self.last_row_length >= 3,
             f"a row holds [CLS], one token and [SEP] at least: got last_row_length {self.last_row_length}.",
+        )
+        require(
+            self.target_length is None or self.target_length >= 2,
+            f"a decoder's row holds one token and the end at least: got target_length {self.target_length}.",
         )
         require(
             not self.buckets or (self.packing == "one-per-row" and all(3 <= b < self.row_length for b in self.buckets)),
@@ -201,6 +214,21 @@ class GeneratorConfig(ShortRepr):
 
 
 @dataclass(frozen=True, repr=False)
+class SpansConfig(ShortRepr):
+    """T5's span corruption (Raffel et al., arXiv 1910.10683, section 3.1.4)."""
+
+    rate: float = 0.15
+    """Share of a document's tokens that are cut out, and written by the decoder."""
+    mean_tokens: float = 3.0
+    """Tokens of a span, on average."""
+
+    def __post_init__(self):
+        require(0 < self.rate < 1, f"spans.rate is a probability between 0 and 1: got {self.rate}.")
+        require(self.mean_tokens >= 1, f"spans.mean_tokens is at least 1: got {self.mean_tokens}.")
+        require_finite(self)
+
+
+@dataclass(frozen=True, repr=False)
 class LabelsConfig(ShortRepr):
     """How the values of documents are learned; which of these a task reads, its record says."""
 
@@ -273,8 +301,9 @@ class OptimizerConfig(ShortRepr):
     (1 + t) / (10 + t)."""
     clip_norm: float | None = 1.0
     """Gradients with a larger global norm are scaled down to it; None never clips."""
-    schedule: Literal["linear", "cosine", "wsd"] = "linear"
-    """After the warm-up: straight or cosine to the final rate, or (wsd) constant and then down over decay_rate."""
+    schedule: Literal["linear", "cosine", "wsd", "inverse_sqrt"] = "linear"
+    """After the warm-up: straight or cosine to the final rate, or (wsd) constant and then down over decay_rate, or
+    (inverse_sqrt) as one over the root of the step (Vaswani et al., arXiv 1706.03762, equation 3)."""
     warmup_rate: float = 0.06
     """Share of the run spent rising from 0; with linear, 0.5 makes a triangle."""
     decay_rate: float = 0.2
@@ -316,6 +345,11 @@ class OptimizerConfig(ShortRepr):
         require(
             self.schedule != "wsd" or self.warmup_rate + self.decay_rate <= 1.0,
             f"warmup_rate + decay_rate is at most 1: got {self.warmup_rate} + {self.decay_rate}.",
+        )
+        require(
+            self.schedule != "inverse_sqrt" or (self.warmup_rate > 0 and self.final_rate == 0),
+            f"inverse_sqrt falls from the end of its warm-up, and to no rate of its own: warmup_rate must be above 0 "
+            f"and final_rate 0; got {self.warmup_rate} and {self.final_rate}.",
         )
         require(
             self.schedule == "wsd" or self.decay_shape == "linear",
@@ -453,9 +487,12 @@ class RunConfig(ShortRepr):
     """Steps FIRST:LAST, such as 100:105, of which a trace is written to RUN_DIR/profile."""
     model: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    spans: SpansConfig = field(default_factory=SpansConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

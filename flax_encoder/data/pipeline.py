@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from flax_encoder.config import DataConfig, RunConfig
 from flax_encoder.data.reading import MASKED_TEXT, Reading
 from flax_encoder.data.rows.batches import Batches, Mixture, OneByOne, Stages
-from flax_encoder.data.rows.documents import Documents, Frame, Layout
-from flax_encoder.data.rows.packing import PackingPlan
+from flax_encoder.data.rows.documents import Documents, Frame, Layout, balanced_length
+from flax_encoder.data.rows.packing import RowPlan
 from flax_encoder.data.rows.targets import TargetInputs
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.labels import LabelCheck
 from flax_encoder.data.sources.opening import Source, open_source
 from flax_encoder.data.sources.records import DataError, LabelError, Say
-from flax_encoder.data.store.encoding import exact_texts
+from flax_encoder.data.store.encoding import exact_texts, tokenized_texts
 from flax_encoder.data.store.prepare import prepare, store_identity, unhurried
 from flax_encoder.data.store.store import (
     FORMAT,
@@ -35,6 +35,7 @@ from flax_encoder.data.store.store import (
     read_manifest,
 )
 from flax_encoder.data.store.tokenizing import MOST_HELD_OUT, HeldOut, is_held_out, text_digest
+from flax_encoder.data.tokens.byte_pairs import train_byte_pairs
 from flax_encoder.data.tokens.tokenizer import TextTokenizer, UnknownCount, load_tokenizer, train_wordpiece
 from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
 
@@ -65,9 +66,11 @@ class RunData:
     """Of what is held out to choose by: the validation split."""
     test: Batches | None
     """Of what is reported alone, if there is both."""
-    train_plans: list[PackingPlan]
+    train_plans: list[RowPlan]
     num_cut: int
     """Training documents that are cut to fit a row."""
+    num_left_out: int
+    """Training documents that are left out, since no row holds their targets."""
     weights: list[float] | None
     """Of several stores, if they are mixed otherwise than evenly."""
     config: RunConfig
@@ -112,7 +115,11 @@ def open_data(
     tokenizer, stores, weights = open_stores(
         config.data, reading.columns_of(config), tokenizer=tokenizer, label_names=label_names, progress=progress
     )
-    frame, layout = Frame.of(tokenizer, config.model.position_offset), reading.layout(config)
+    frame = Frame.of(tokenizer, config.model.position_offset)
+    if reading.columns.value == "text" and config.data.target_length is None:
+        length = balanced_length(stores[0].train, config.data.row_length, frame)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, target_length=length))
+    layout = reading.layout(config)
     data, stages, order = config.data, [], None
     documents, plans = _lay_out(stores, layout, frame, data, data.row_length)
     config = settle(config, sum(p.rows_per_epoch for p in plans), sum(len(store.train) for store in stores))
@@ -140,8 +147,10 @@ def open_data(
     T, batch_size = data.final_row_length, config.stages[-1].batch_size
 
     def held_out(splits: list[Split]) -> Batches:
-        documents = [Documents(split, layout, frame, T) for split in splits]
-        order = OneByOne([d.plan(T, data.packing) for d in documents])
+        written = layout.written and layout.written._replace(leave_out_long=False)
+        documents = [Documents(split, layout._replace(written=written), frame, T) for split in splits]
+        packing = "one-per-row" if reading.asks_one_a_row else data.packing
+        order = OneByOne([d.plan(T, packing) for d in documents])
         batches = -(-len(order) // batch_size)
         return make(
             documents, order, T, batch_size, is_training=False, stop_row=len(order),
@@ -150,10 +159,10 @@ def open_data(
 
     tests = [store.test for store in stores if store.test is not None]
     test = held_out(tests) if tests else None
-    num_cut = sum(d.num_cut for d in documents)
+    num_cut, num_left_out = sum(d.num_cut for d in documents), sum(d.num_left_out for d in documents)
     return RunData(
-        tokenizer, stores, Stages(stages), held_out([s.validation for s in stores]), test, plans, num_cut, weights,
-        config,
+        tokenizer, stores, Stages(stages), held_out([s.validation for s in stores]), test, plans, num_cut,
+        num_left_out, weights, config,
     )  # fmt: skip
 
 
@@ -170,13 +179,19 @@ def _batches(
 ) -> Batches:  # fmt: skip
     max_pieces = max(plan.max_pieces_per_row for plan in order.plans)
     inputs = TargetInputs(config, tokenizer, documents[0], row_length, max_pieces, is_training, not is_training)
+    is_asked = reading.asks_one_a_row and not is_training
     share = batch_size // process[1]
     return Batches(
         documents, order, reading.targets(inputs), row_length=row_length, batch_size=batch_size, seed=config.seed,
         num_batches=num_batches, first=first, rows=slice(process[0] * share, (process[0] + 1) * share),
         stop_row=stop_row, streams=reading.streams(config), with_types=config.model.num_token_types > 1,
-        buckets=config.data.buckets,
+        buckets=few_lengths(row_length) if is_asked else config.data.buckets,
     )  # fmt: skip
+
+
+def few_lengths(row_length: int) -> tuple[int, ...]:
+    """Two shorter lengths for batches of short rows: few, since each is compiled."""
+    return tuple(length for length in (row_length // 4, row_length // 2) if length >= 8)
 
 
 def open_stores(
@@ -415,15 +430,17 @@ def _warn_of_unknown(store: Store, tokenizer: TextTokenizer) -> None:
 def settle_tokenizer(
     config: DataConfig, columns: Columns, stores: list[Store], sources: list[Source], progress: Say
 ) -> TextTokenizer:
-    """data.tokenizer, else that of the first store, else a WordPiece trained on the sources' training text."""
+    """data.tokenizer, else that of the first store, else one trained on the sources' training text: a WordPiece, or
+    where texts are written, byte-level BPE."""
     if config.tokenizer is not None:
         return read_tokenizer(config.tokenizer)
     if stores:
         return load_tokenizer(stores[0].folder)
-    progress(f"training a WordPiece tokenizer of {config.vocab_size:,} tokens")
+    kind, train = ("byte-level BPE", train_byte_pairs) if columns.writes else ("WordPiece", train_wordpiece)
+    progress(f"training a {kind} tokenizer of {config.vocab_size:,} tokens")
     rate = config.held_out_rate * (MOST_HELD_OUT if config.held_out_by_class and columns.value == "class" else 1)
     texts = (text for source in sources for text in _sample(source, columns, rate))
-    return train_wordpiece(texts, config.vocab_size)
+    return train(texts, config.vocab_size)
 
 
 def _sample(source: Source, columns: Columns, held_out_rate: float) -> Iterator[str]:
@@ -434,7 +451,7 @@ def _sample(source: Source, columns: Columns, held_out_rate: float) -> Iterator[
     for record in itertools.chain.from_iterable(part.read() for part in parts[::every]):
         if is_held_out(text_digest("\x1e".join(exact_texts(record, columns))), rate):
             continue
-        for text in record.texts:
+        for text in tokenized_texts(record, columns):
             left -= len(text.strip())
             if left < 0:
                 return

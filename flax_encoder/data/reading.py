@@ -32,6 +32,8 @@ class Reading:
     """What the targets read of each token besides: `word_starts` or `tags`."""
     prompts: Callable[[RunConfig], tuple[str, ...]] = _no_prompts
     """`Columns.prompts` of a run."""
+    asks_one_a_row: bool = False
+    """Evaluation and questions have one document a row, and batches of like lengths: outputs are made row by row."""
 
     def columns_of(self, config: RunConfig) -> Columns:
         """The columns with what the run's settings say of them."""

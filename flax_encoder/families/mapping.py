@@ -316,8 +316,12 @@ def write_config(
     """
     theirs = {"model_type": family.model_type, "architectures": [family.base]}
     wanted = settled(config)
+    own = dict(vars(config))
+    # A family whose heads have a width of their own where nothing is said is told this one's.
+    if any(f.ours == "attention_head_dim" and f.default is not None for f in family.fields):
+        own["attention_head_dim"] = config.head_dim
     try:
-        theirs |= {k: v for k, v in _write_fields(family.fields, vars(config)).items() if v is not None}
+        theirs |= {k: v for k, v in _write_fields(family.fields, own).items() if v is not None}
         got = settled(read_config(family, theirs))
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"a {family.model_type} config cannot say this model: {error}") from None

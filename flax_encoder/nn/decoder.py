@@ -118,6 +118,29 @@ class DecoderLayer(nnx.Module):
         return constrain(x, "batch", "length", "features"), cache
 
 
+def check_decoder(config: EncoderConfig) -> None:
+    """The rules of a stack that has a decoder behind it.
+
+    Raises:
+      ConfigError: settings that make no decoder here.
+    """
+    plain = {
+        "layer": ("attention",), "position": ("none", "sinusoidal"), "relative_position": ("none", "t5"),
+        "window": (None,), "num_layer_groups": (None,), "first_differs": (False,),
+    }  # fmt: skip
+    for name, served in plain.items():
+        if getattr(config, name) not in served:
+            raise ConfigError(
+                f"a decoder needs model.{name} to be {' or '.join(map(str, served))}: got {getattr(config, name)}."
+            )
+    # A causal decoder has all buckets on one side, so that its far ones begin at twice an encoder's.
+    if config.relative_position == "t5" and config.relative_max_distance <= config.relative_buckets // 2:
+        raise ConfigError(
+            f"a decoder's buckets need relative_max_distance above half of relative_buckets: got "
+            f"{config.relative_max_distance} and {config.relative_buckets}."
+        )
+
+
 class Decoder(nnx.Module):
     """Embedded tokens and the encoder's output to vectors, [B, T, D], float32.
 
@@ -126,21 +149,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: EncoderConfig, decoder: DecoderConfig, *, rngs: nnx.Rngs):
-        plain = {
-            "layer": ("attention",), "position": ("none", "sinusoidal"), "relative_position": ("none", "t5"),
-            "window": (None,), "num_layer_groups": (None,), "first_differs": (False,),
-        }  # fmt: skip
-        for name, served in plain.items():
-            if getattr(config, name) not in served:
-                raise ConfigError(
-                    f"a decoder needs {name} to be {' or '.join(map(str, served))}: got {getattr(config, name)}."
-                )
-        # A causal decoder has all buckets on one side, so that its far ones begin at twice an encoder's.
-        if config.relative_position == "t5" and config.relative_max_distance <= config.relative_buckets // 2:
-            raise ConfigError(
-                f"a decoder's buckets need relative_max_distance above half of relative_buckets: got "
-                f"{config.relative_max_distance} and {config.relative_buckets}."
-            )
+        check_decoder(config)
         self.config = config
         self.num_layers = decoder.num_layers or config.num_layers
         has_table = config.relative_position == "t5"
@@ -247,12 +256,20 @@ class EncoderDecoder(nnx.Module):
         key: Array | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits. Segments and positions as in `Encoder`; a target's segment reads the source's of the same number."""
+        rows = (tokens, target_tokens, segment_ids, target_segment_ids, positions, target_positions)
+        return self.logits(self.decode(*rows, key=key))
+
+    def decode(
+        self, tokens, target_tokens, segment_ids=None, target_segment_ids=None, positions=None, target_positions=None,
+        *, key: Array | None = None,
+    ) -> Float[Array, "B T D"]:  # fmt: skip
+        """The vectors that the logits are made of, before they are scaled; arguments as in `__call__`."""
         encoder_key, embedding_key, decoder_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
         target_segment_ids = jnp.ones_like(target_tokens) if target_segment_ids is None else target_segment_ids
         memory = self.encoder(tokens, segment_ids, positions, key=encoder_key)
         x = self.embed(target_tokens, target_positions, key=embedding_key)
-        return self.logits(self.decoder(x, memory, target_segment_ids, segment_ids, key=decoder_key)[0])
+        return self.decoder(x, memory, target_segment_ids, segment_ids, key=decoder_key)[0]
 
     def embed(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None, *, key: Array | None = None
@@ -262,8 +279,10 @@ class EncoderDecoder(nnx.Module):
         return self.encoder.embedding(tokens, positions, key=key)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        scaled = hidden if self.logit_scale == 1.0 else self.logit_scale * hidden
-        return self.head(scaled, self.encoder.embedding.token[...])
+        return self.head(self.scaled(hidden), self.encoder.embedding.token[...])
+
+    def scaled(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return hidden if self.logit_scale == 1.0 else self.logit_scale * hidden
 
     def start(self, tokens: Int[Array, "B M"], segment_ids: Int[Array, "B M"], length: int) -> Cache:
         """Read the source, each row one document with padding on either side, and make room for `length` tokens."""

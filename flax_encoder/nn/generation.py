@@ -101,12 +101,14 @@ def generate(
     generation: Generation = Generation(),
     *,
     key: Array | None = None,
+    draws: Int[Array, "B"] | None = None,
 ) -> Int[Array, "B T"]:
     """A target for each source row: start_id, then up to max_new_tokens, then pad_id after end_id.
 
     Args:
       segment_ids: 0 marks padding, on either side; one source a row.
       key: needed where the text is drawn; row i draws the same whatever rows stand beside it.
+      draws: the number of each row by which it draws, in place of i.
 
     Raises:
       ValueError: a key without is_drawn, or the reverse.
@@ -115,11 +117,12 @@ def generate(
         raise ValueError(f"a key is for drawn text: got is_drawn {generation.is_drawn} and key {key}.")
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
     graphdef, params = nnx.split(model)
-    return _generate(graphdef, generation, params, tokens, segment_ids, key)
+    draws = jnp.arange(tokens.shape[0]) if draws is None else draws
+    return _generate(graphdef, generation, params, tokens, segment_ids, key, draws)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(graphdef: Any, generation: Generation, params, tokens, segment_ids, key):
+def _generate(graphdef: Any, generation: Generation, params, tokens, segment_ids, key, draws):
     model = nnx.merge(graphdef, params)
     if generation.num_beams > 1:
         return beam_search(model, tokens, segment_ids, generation)
@@ -137,7 +140,7 @@ def _generate(graphdef: Any, generation: Generation, params, tokens, segment_ids
         step, text, is_done, cache = state
         logits, cache = model.step(text[:, step], cache)
         logits = allow(logits.astype(jnp.float32), text, step + 1)
-        own_keys = None if key is None else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
+        own_keys = None if key is None else jax.vmap(lambda row: jax.random.fold_in(key, row))(draws)
         chosen = logits.argmax(-1) if key is None else draw(logits, own_keys, step, generation)
         chosen = jnp.where(is_done, generation.pad_id, chosen).astype(jnp.int32)
         return step + 1, text.at[:, step + 1].set(chosen), is_done | _ends(chosen, generation), cache

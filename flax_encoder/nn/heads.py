@@ -87,10 +87,24 @@ class MaskedLMHead(Head):
         token_embedding: Float[Array, "V E"],
         targets: Int[Array, "B M"],
         weights: Float[Array, "B M"],
+        smoothing: float = 0.0,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The loss of these logits and how many are correct, summed by weight; large logits never live whole."""
-        operands = self._operands(hidden, token_embedding)
-        return linear_cross_entropy(*operands, targets, weights, dtype=self.config.dtype, mesh_axes=_mesh_axes())
+        """The loss of these logits and how many are correct, summed by weight; large logits never live whole.
+
+        Args:
+          smoothing: share of each target that is spread evenly over all tokens (Szegedy et al., arXiv 1512.00567).
+        """
+        operands = x, table, bias = self._operands(hidden, token_embedding)
+        total, correct = linear_cross_entropy(
+            *operands, targets, weights, dtype=self.config.dtype, mesh_axes=_mesh_axes()
+        )
+        if smoothing:
+            # The target's logit counts less, and the mean of all more: the sum over the vocabulary is the same.
+            own = jnp.einsum("BMD,BMD->BM", x, table[targets], precision=precision(x))
+            mean = jnp.einsum("BMD,D->BM", x, table.mean(0), precision=precision(x))
+            difference = own - mean if bias is None else own - mean + bias[targets] - bias.mean()
+            total = total + smoothing * (weights * difference).sum()
+        return total, correct
 
     def _operands(self, hidden, token_embedding):
         table = token_embedding if self.token is None else self.token[...]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from flax_encoder.config import ConfigError
+from flax_encoder.config import ConfigError, DecoderConfig, GenerationConfig
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.nn.generation import Generation
 from flax_encoder.nn.logit_rules import LogitRules
@@ -102,7 +102,7 @@ _FIELDS = {
 }
 _OF_DRAWN = ("temperature", "top_k", "top_p")
 _OF_BEAMS = ("length_penalty", "early_stopping")
-_DRAWN_TOP_K = 50  # what the file means where it says do_sample and no top_k
+DRAWN_TOP_K = 50  # what the file means where it says do_sample and no top_k
 # Fields that are served at these values alone.
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (), "constraints": (), "diversity_penalty": (0, 0.0), "dola_layers": (),
@@ -168,7 +168,7 @@ class Settings:
         is_drawn = self.do_sample if do_sample is None else do_sample
         mine = dict(self.meant)
         if is_drawn and do_sample is None:
-            mine.setdefault("top_k", _DRAWN_TOP_K)
+            mine.setdefault("top_k", DRAWN_TOP_K)
         if (wanted.get("num_beams") or mine.get("num_beams", 1)) == 1:
             mine = {name: value for name, value in mine.items() if name not in _OF_BEAMS}
         if not is_drawn:
@@ -205,6 +205,14 @@ def read_settings(folder: pathlib.Path, published: Mapping[str, Any]) -> Setting
         if name not in (*_FIELDS, *_NOTHING, "do_sample") and value not in _NOT_DONE.get(name, ())
     }
     return Settings(path, given, do_sample, meant, not_done)
+
+
+def written_settings(generation: GenerationConfig, decoder: DecoderConfig, pad_id: int) -> dict[str, Any]:
+    """generation_config.json of a run: what it says of writing, in transformers' names. `read_settings` reads it."""
+    ids = {"decoder_start_token_id": decoder.start_id, "eos_token_id": decoder.end_id, "pad_token_id": pad_id}
+    said = {name: value for name, value in vars(generation).items() if name not in ("sample", "seed")}
+    said |= {"do_sample": generation.sample}
+    return {name: value for name, value in (ids | said).items() if value is not None}
 
 
 def _read(path: Any, name: str, value: Any, error: type[Exception], read: Callable[[Any], Any] | None = None) -> Any:

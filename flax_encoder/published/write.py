@@ -2,13 +2,14 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
 
-from flax_encoder.config import ConfigError
-from flax_encoder.families.mapping import export_tensors, write_config
+from flax_encoder.config import ConfigError, DecoderConfig
+from flax_encoder.families.mapping import Head, export_tensors, write_config
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.generation_settings import FILE as GENERATION_FILE
 from flax_encoder.published.load import Pretrained
@@ -41,9 +42,8 @@ def write_pretrained(
     config = published_config(loaded)
     params = {path: np.asarray(x) for path, x in flatten(nnx.to_pure_dict(nnx.split(loaded.model)[1])).items()}
     tensors = export_tensors(loaded.family, loaded.task, params, loaded.config.num_heads)
-    if loaded.decoder is not None and loaded.decoder.tied and not config["tie_word_embeddings"]:
-        # Such a config says that logits have a table of their own: here one that is equal.
-        tensors[loaded.family.heads[loaded.task].tied] = params["encoder.embedding.token"]
+    if loaded.decoder is not None:
+        tensors |= copied_table(loaded.family.heads[loaded.task], config, loaded.decoder, params)
     out.mkdir(parents=True, exist_ok=True)
     files: dict[str, Any] = {"config.json": config | {"dtype": dtype}}
     if loaded.settings is not None:
@@ -54,6 +54,16 @@ def write_pretrained(
         (out / "tokenizer.json").write_text(loaded.tokenizer.json, "utf-8")
     write_weights(out, tensors, dtype)
     return config["architectures"][0]
+
+
+def copied_table(
+    head: Head, config: Mapping[str, Any], decoder: DecoderConfig, params: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The table of logits that a config says to be one of its own where it is the embedding's, so one that is equal."""
+    if not decoder.tied or config["tie_word_embeddings"]:
+        return {}
+    assert head.tied is not None
+    return {head.tied: params["encoder.embedding.token"]}
 
 
 def published_config(loaded: Pretrained) -> dict[str, Any]:

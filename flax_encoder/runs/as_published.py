@@ -1,15 +1,24 @@
 """What a run's model is among the published families: its config there, and the head that they would put on it."""
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
-from flax_encoder.config import ConfigError, HeadConfig, RunConfig
+from flax_encoder.config import ConfigError, GenerationConfig, HeadConfig, RunConfig
 from flax_encoder.families import FAMILIES
 from flax_encoder.families.mapping import Family, read_head, write_config
 from flax_encoder.tasks import find_task
 
 
-def published_config(config: RunConfig, model_type: str | None, task: str | None) -> tuple[Family, dict[str, Any]]:
-    """(family, config.json) of a run's encoder, and of the head of `task` on it: the first family that can say both.
+class AsPublished(NamedTuple):
+    family: Family
+    config: dict[str, Any]
+    """config.json."""
+    query_factor: float
+    """Of queries, which stands for a scale of attention that the family cannot say."""
+
+
+def published_config(config: RunConfig, model_type: str | None, task: str | None) -> AsPublished:
+    """A run's encoder, and the head of `task` on it, as the first family has them that can say both.
 
     Args:
       model_type: the family; None is any.
@@ -29,7 +38,13 @@ def published_config(config: RunConfig, model_type: str | None, task: str | None
             reasons.append(f"transformers has no {family.base}: it can read no folder of {family.model_type}.")
             continue
         try:
-            return family, write_config(family, config.model, task, config.head, config.pooling)
+            decoder = config.decoder if has_decoder(task) else None
+            model, factor = config.model, 1.0
+            if (fixed := family.fixed.get("attention_scale")) is not None and model.layer == "attention":
+                own = model.head_dim**-0.5 if model.attention_scale is None else model.attention_scale
+                model, factor = dataclasses.replace(model, attention_scale=fixed), own / fixed
+            said = write_config(family, model, task, config.head, config.pooling, decoder)
+            return AsPublished(family, said, factor)
         except ConfigError as error:
             reasons.append(str(error))
     nearest = min(reasons, key=lambda reason: reason.count("(there ") or len(reasons), default="none")
@@ -38,12 +53,22 @@ def published_config(config: RunConfig, model_type: str | None, task: str | None
     )
 
 
+def has_decoder(task: str | None) -> bool:
+    return task == "text_to_text"
+
+
+def generation_said(config: RunConfig) -> GenerationConfig:
+    """How a run writes, with the length that follows from its data."""
+    length = config.generation.max_new_tokens or config.data.target_length
+    return dataclasses.replace(config.generation, max_new_tokens=length)
+
+
 def family_head(origin: RunConfig, objective: str) -> HeadConfig:
     """The head of `objective` as the family of another run's model has it, so that the run can be exported; what is
     left open where no family has both."""
     task = find_task(objective).head
     try:
-        family, published = published_config(origin, None, find_task(origin.objective).head)
+        family, published, _ = published_config(origin, None, find_task(origin.objective).head)
     except ConfigError:
         return HeadConfig()
     return read_head(family, task, published)[0] if task in family.heads else HeadConfig()

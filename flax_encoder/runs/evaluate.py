@@ -145,5 +145,6 @@ def _stored_answer(task: Task, documents, source: int, pieces, config, labels, t
     lengths = split.values["text_lengths"][source] if "text_lengths" in split.values else split.lengths[[source]]
     question = Question(
         outputs, labels, config, None, starts, None, lengths, split.document(source), tokenizer.decode,
+        tokenizer.written,
     )  # fmt: skip
     return task.answer(question)  # type: ignore[misc]

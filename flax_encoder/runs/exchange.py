@@ -15,11 +15,13 @@ from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.data.tokens.tokenizer_files import published_files
 from flax_encoder.families.mapping import export_tensors
 from flax_encoder.nn.partition import flatten
+from flax_encoder.published.generation_settings import FILE as GENERATION_FILE
+from flax_encoder.published.generation_settings import written_settings
 from flax_encoder.published.load import TOKENIZER_FILES, is_published, load_pretrained
 from flax_encoder.published.tasks import Task
 from flax_encoder.published.weights import write_weights
-from flax_encoder.published.write import write_pretrained
-from flax_encoder.runs.as_published import published_config
+from flax_encoder.published.write import copied_table, write_pretrained
+from flax_encoder.runs.as_published import generation_said, has_decoder, published_config
 from flax_encoder.runs.load import from_pretrained, load, objective_of
 from flax_encoder.runs.record import RunRecord
 from flax_encoder.training.checkpoint import Checkpoints
@@ -107,7 +109,7 @@ def export_run(
             return architecture
     run = load(run_dir, head=head, allow_unused=allow_unused).part(part)
     config, task = run.config, None if encoder_only else run.task.head
-    family, published = published_config(config, model_type, task)
+    family, published, query_factor = published_config(config, model_type, task)
     pad = run.tokenizer.special("pad")
     if published.setdefault("pad_token_id", pad) != pad:
         raise ConfigError(
@@ -125,9 +127,17 @@ def export_run(
             "label2id": {name: i for i, name in enumerate(names)},
         }
     params = {path: np.asarray(x) for path, x in params.items() if task or path.startswith("encoder.")}
+    if query_factor != 1.0:
+        params = {path: x * np.float32(query_factor) if ".query." in path else x for path, x in params.items()}
     tensors = export_tensors(family, task, params, config.model.num_heads)
+    files = _tokenizer_files(run.tokenizer, config)
+    if has_decoder(task):
+        tensors |= copied_table(family.heads[task], published, config.decoder, params)
+        ids = {"decoder_start_token_id": config.decoder.start_id, "eos_token_id": config.decoder.end_id}
+        published |= {name: value for name, value in ids.items() if value is not None}
+        files[GENERATION_FILE] = written_settings(generation_said(config), config.decoder, pad)
     write_weights(out, tensors, dtype)
-    for name, value in {"config.json": published | {"dtype": dtype}, **_tokenizer_files(run.tokenizer, config)}.items():
+    for name, value in {"config.json": published | {"dtype": dtype}, **files}.items():
         write_atomically(out / name, value if isinstance(value, str) else json.dumps(value, indent=1) + "\n")
     return published["architectures"][0]
 

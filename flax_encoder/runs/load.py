@@ -1,5 +1,6 @@
 """The one door to every folder that holds a model: a run, one of its checkpoints, or a published folder."""
 
+import dataclasses
 import logging
 import pathlib
 from typing import Any, Literal
@@ -7,11 +8,13 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
-from flax_encoder.config import DataConfig, HeadConfig, RunConfig
+from flax_encoder.config import DataConfig, GenerationConfig, HeadConfig, RunConfig
 from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.families import find_family
 from flax_encoder.nn.lora import assembled
 from flax_encoder.nn.partition import abstract_model, flatten, unflatten
+from flax_encoder.published.generation_settings import DRAWN_TOP_K, Settings
 from flax_encoder.published.load import (
     TOKENIZER_FILES,
     Pretrained,
@@ -28,6 +31,8 @@ from flax_encoder.tasks import TASKS
 from flax_encoder.training.checkpoint import read_params
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_SOURCE = 512  # tokens that an encoder-decoder reads whose folder does not say
 
 
 def load(
@@ -103,21 +108,46 @@ def as_record(loaded: Pretrained, objective: str | None) -> tuple[RunRecord, dic
         raise DataError(f"a run needs a tokenizer, and the folder has none: looked for {', '.join(TOKENIZER_FILES)}.")
     keeps_head = objective is not None and TASKS[objective].head == loaded.task
     limit = loaded.config.max_length if loaded.config.position == "learned" else None
+    has_decoder = keeps_head and loaded.decoder is not None
+    if has_decoder:
+        limit = loaded.tokenizer.max_tokens or _LONGEST_SOURCE
     length = limit or DataConfig.row_length
     config = RunConfig(
         objective=objective or "masked_lm",
         model=loaded.config,
-        head=loaded.head if keeps_head else HeadConfig(),
+        head=loaded.head if keeps_head and not has_decoder else HeadConfig(),
         pooling=loaded.pooling,
         data=DataConfig(row_length=length if keeps_head and objective != "masked_lm" else min(
             DataConfig.row_length, length)),
     )  # fmt: skip
+    if has_decoder:
+        assert loaded.decoder is not None and loaded.settings is not None
+        start, end, generation = as_settings(loaded.settings, loaded.tokenizer)
+        decoder = dataclasses.replace(loaded.decoder, start_id=start, end_id=end)
+        config = dataclasses.replace(config, decoder=decoder, generation=generation)
     params = flatten(nnx.to_pure_dict(nnx.split(loaded.model)[1]))
-    kept = ("encoder.", "head.") if keeps_head else ("encoder.",)
+    kept = ("encoder.", "head.", "decoder.") if keeps_head else ("encoder.",)
     params = {path: value for path, value in params.items() if path.startswith(kept) and path not in loaded.fresh}
     # Names of classes that a head made anew has are nobody's.
     names = loaded.label_names if "head.out.kernel" in params else None
     return RunRecord(config, loaded.tokenizer, names), unflatten(params)
+
+
+def as_settings(settings: Settings, tokenizer: TextTokenizer) -> tuple[int, int | None, GenerationConfig]:
+    """(the token that starts a target, the one that ends it, how a run writes) of what a folder says of writing; what a
+    run cannot say is named in a log line."""
+    ends = settings.meant["end_id"]
+    if isinstance(ends, tuple):
+        ends = tokenizer.frame[1] if tokenizer.frame[1] in ends else ends[0]
+    known = {field.name for field in dataclasses.fields(GenerationConfig)}
+    meant = {name: value for name, value in settings.meant.items() if name in known and value is not None}
+    if lost := sorted({*settings.meant, *settings.not_done} - known - {"start_id", "end_id", "pad_id"}):
+        logger.warning("%s: a run has no %s, which are left out", settings.path, ", ".join(lost))
+    # `over` leaves out what is of sampled text or of beams where there are none.
+    if settings.do_sample:
+        meant.setdefault("top_k", DRAWN_TOP_K)
+    folder = GenerationConfig(**meant, sample=settings.do_sample or None)
+    return settings.meant["start_id"], ends, GenerationConfig().over(folder)
 
 
 def from_pretrained(loaded: Pretrained, objective: str | None) -> LoadedRun:

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flax_encoder.config import ConfigError, RunConfig
+from flax_encoder.config import ConfigError, GenerationConfig, RunConfig
+from flax_encoder.data.pipeline import few_lengths
 from flax_encoder.data.rows.batches import Batches, OneByOne
 from flax_encoder.data.rows.documents import Batch, Documents, Frame, Layout, assemble
 from flax_encoder.data.rows.targets import HOST_FIELDS, TargetInputs
@@ -22,7 +23,8 @@ from flax_encoder.data.store.store import Split
 from flax_encoder.data.store.tokenizing import token_dtype
 from flax_encoder.data.tokens.tokenizer import TextTokenizer, UnknownCount
 from flax_encoder.nn.lora import with_adapters
-from flax_encoder.tasks import Task, find_task
+from flax_encoder.nn.partition import abstract_model
+from flax_encoder.tasks import Task, find_task, is_setting_read
 from flax_encoder.tasks.task import Answer, Question
 
 logger = logging.getLogger(__name__)
@@ -125,6 +127,23 @@ class LoadedRun:
 
         return lambda batch: run(params, {name: x for name, x in batch.items() if name not in HOST_FIELDS})
 
+    def with_settings(self, generation: GenerationConfig | None = None, prefix: str | None = None) -> "LoadedRun":
+        """This run, asked otherwise: what `generation` gives of how texts are written, and another `data.prefix`.
+
+        Raises:
+          ConfigError: the task reads no such setting, or settings that contradict each other.
+        """
+        given = generation or GenerationConfig()
+        if (given != GenerationConfig() or prefix is not None) and not is_setting_read(
+            self.config.objective, "generation."
+        ):
+            raise ConfigError(f"generation and prefix are of models that write: this one is {self.config.objective}.")
+        data = self.config.data if prefix is None else dataclasses.replace(self.config.data, prefix=prefix)
+        config = dataclasses.replace(self.config, data=data, generation=given.over(self.config.generation))
+        make = self.task.make_model(config, self.label_names)
+        graphdef, _ = abstract_model(lambda: make(nnx.Rngs(0)))
+        return dataclasses.replace(self, config=config, model=nnx.merge(graphdef, self._split_model[1]))
+
     def _check_asked(self) -> None:
         if self.fresh:
             raise DataError(
@@ -167,6 +186,9 @@ class LoadedRun:
                 f"{self.config.objective} reads {count} texts a record: {other.where or 'one'} has {len(other.texts)}."
             )
         dtype = token_dtype(self.tokenizer)
+        if columns.value == "text":
+            prefix = self.config.data.prefix
+            records = [record._replace(texts=(prefix + record.texts[0],), value=None) for record in records]
         encoded = encode_records(records, self.tokenizer, columns, {}, dtype, with_offsets=task.needs_offsets)
         if (is_empty := encoded.is_empty).any():
             filled = [record for record, empty in zip(records, is_empty, strict=True) if not empty]
@@ -191,6 +213,7 @@ class LoadedRun:
             yield task.answer(Question(  # type: ignore[misc]
                 outputs, self.label_names, self.config, record, starts,
                 None if encoded.offsets is None else encoded.offsets[own], encoded.text_lengths[i], encoded.tokens[own],
+                self.tokenizer.decode, self.tokenizer.written,
             ))  # fmt: skip
 
     def _rows_of(self, split: Split) -> tuple[Documents, Batches]:
@@ -203,15 +226,16 @@ class LoadedRun:
             longest = most
         row_length = next((n for n in _LENGTHS if longest <= n < most), most)
         documents = Documents(split, layout, frame, row_length)
-        plan = documents.plan(row_length)
+        plan = documents.plan(row_length, "one-per-row" if reading.asks_one_a_row else "best-fit")
         order = OneByOne([plan])
+        buckets = few_lengths(row_length) if reading.asks_one_a_row else ()
         batch_size = min(2 ** int(np.ceil(np.log2(len(order)))), max(1, _TOKENS // row_length))
         max_pieces = 2 ** int(np.ceil(np.log2(plan.max_pieces_per_row)))  # a power of two: few shapes are compiled
         inputs = TargetInputs(self.config, self.tokenizer, documents, row_length, max_pieces, False, True)
         batches = Batches(
             [documents], order, reading.targets(inputs), row_length=row_length, batch_size=batch_size, seed=0,
             num_batches=-(-len(order) // batch_size), stop_row=len(order), streams=reading.streams(self.config),
-            with_types=self.config.model.num_token_types > 1,
+            with_types=self.config.model.num_token_types > 1, buckets=buckets,
         )  # fmt: skip
         return documents, batches
 

@@ -18,7 +18,7 @@ from flax_encoder.runs.as_published import export_note, family_head
 from flax_encoder.runs.length import with_lengths_of
 from flax_encoder.runs.load import read_origin
 from flax_encoder.runs.record import RunRecord, read_record
-from flax_encoder.tasks import is_setting_read
+from flax_encoder.tasks import is_setting_read, shares_head
 from flax_encoder.training.run_log import RunLog
 
 # Settings that do not change what is computed: a resumed run may differ in them. (Text may have moved, and its columns
@@ -28,11 +28,14 @@ FREE_ON_RESUME = (
     "patience", "seeds", "stall_seconds", "profile", "max_skipped", "max_norm_factor", "skip_rows",
     "keep_checkpoints", "mesh.", "data.cache_dir", "data.source", "data.validation", "data.test",
     "data.tokenizer", "data.text_column", "data.text_pair_column", "data.label_column", "data.skip_bad_rows",
-    "data.word_vectors", "data.workers", "data.verify", "model.scan_layers", "model.remat",
+    "generation.", "data.word_vectors", "data.workers", "data.verify", "model.scan_layers", "model.remat",
     "model.attention_implementation",
 )  # fmt: skip
 # Settings that a run fills in itself, and the value that leaves them to it.
-LEFT_OPEN = {"model.vocab_size": 0, "labels.null_threshold": None}
+LEFT_OPEN = {
+    "model.vocab_size": 0, "labels.null_threshold": None, "data.target_length": None, "decoder.start_id": None,
+    "decoder.end_id": None,
+}  # fmt: skip
 
 
 def settle(
@@ -129,16 +132,19 @@ def schedule_start(before: RunConfig, config: RunConfig, start: int) -> int:
 
 
 def like_origin(config: RunConfig, record: RunRecord, *, has_head: bool) -> RunConfig:
-    """`config` with the settings that another run's parameters depend on; its head's too if it has the same objective,
-    and its pooling if that head was trained. Of another objective, the head that is published on such an encoder, if
-    the config leaves it open."""
+    """`config` with the settings that another run's parameters depend on; its head's and decoder's too if it has the
+    same, its pooling if that head was trained, and how it writes where `config` does not say. Of another objective, the
+    head that is published on such an encoder, if the config leaves it open."""
     origin = record.config
     theirs = {name: value for name, value in vars(origin.model).items() if name not in FREE_OF_PARAMETERS}
     head: dict[str, Any] = {}
-    if origin.objective == config.objective:
-        head = {"head": origin.head} | ({"pooling": origin.pooling} if has_head else {})
+    if shares_head(config.objective, origin.objective):
+        head = {"head": origin.head, "decoder": origin.decoder}
+        head["generation"] = config.generation.over(origin.generation)
     elif config.head == HeadConfig():
         head = {"head": family_head(origin, config.objective)}
+    if has_head and config.objective == origin.objective:
+        head["pooling"] = origin.pooling
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **theirs), **head)
 
 
@@ -151,10 +157,10 @@ def with_vocab_size(config: RunConfig, tokenizer_size: int) -> RunConfig:
 
 
 def start_from(config: RunConfig, label_names: list[str] | None, params: Any, say: Say) -> Any:
-    """`params` with the encoder of init_from, and its head too if that is of the same objective, but for the outputs of
-    other labels; what is new is named."""
+    """`params` with the encoder of init_from, and its head and decoder too if those are of the same kind, but for the
+    outputs of other labels; what is new is named."""
     origin, params_there = read_origin(config.init_from, config.objective)
-    is_same = origin.config.objective == config.objective
+    is_same = shares_head(config.objective, origin.config.objective)
     is_of_these = origin.label_names is None or origin.label_names == label_names
     found = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(params_there)}
     fresh = []

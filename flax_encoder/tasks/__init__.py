@@ -10,13 +10,15 @@ from flax_encoder.tasks import (
     question_answering,
     regression,
     replaced_token_detection,
+    text_to_text,
     token_classification,
 )
 from flax_encoder.tasks.classification import Classifier
 from flax_encoder.tasks.masked_lm import MaskedLM
 from flax_encoder.tasks.task import Objective, Task, check_settings, reads_setting
 
-__all__ = ["TASKS", "Classifier", "MaskedLM", "Objective", "Task", "check_task", "find_task", "is_setting_read"]
+__all__ = ["TASKS", "Classifier", "MaskedLM", "Objective", "Task", "check_task", "find_task", "is_setting_read",
+           "shares_head"]  # fmt: skip
 
 TASKS: dict[str, Task] = {
     "masked_lm": masked_lm.TASK,
@@ -28,6 +30,7 @@ TASKS: dict[str, Task] = {
     "multiple_choice": multiple_choice.TASK,
     "replaced_token_detection": replaced_token_detection.TASK,
     "contrastive": contrastive.TASK,
+    "text_to_text": text_to_text.TASK,
 }
 
 
@@ -40,6 +43,12 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise ConfigError(f"no objective {name!r}; known are {', '.join(TASKS)}.")
     return TASKS[name]
+
+
+def shares_head(objective: str, other: str) -> bool:
+    """Whether models of two tasks have the same parts, the head and the decoder too."""
+    task, its = find_task(objective), find_task(other)
+    return objective == other or (task.head is not None and task.head == its.head and task.problem_type is None)
 
 
 def check_task(config: RunConfig) -> Task:

@@ -25,6 +25,22 @@ def scipy_stats() -> Any:
     return stats
 
 
+def sacrebleu() -> Any:
+    try:
+        import sacrebleu
+    except ImportError:
+        raise _needed("sacrebleu") from None
+    return sacrebleu
+
+
+def rouge_scorer() -> Any:
+    try:
+        from rouge_score import rouge_scorer
+    except ImportError:
+        raise _needed("rouge-score") from None
+    return rouge_scorer
+
+
 def seqeval_metrics() -> Any:
     try:
         from seqeval import metrics

@@ -79,6 +79,8 @@ class Question(NamedTuple):
     """Ids of all texts end to end."""
     decode: Callable[[np.ndarray], str] | None = None
     """Ids to text, where the record is not known."""
+    written: Callable[[np.ndarray], str] | None = None
+    """Ids that a model wrote to text, without special tokens."""
 
 
 def _nothing(config: RunConfig) -> None: ...

@@ -10,8 +10,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from flax_encoder.data.rows.documents import Batch, Documents, assemble
-from flax_encoder.data.rows.packing import PackingPlan, Pieces
+from flax_encoder.data.rows.documents import Batch, Documents, assemble, assemble_targets
+from flax_encoder.data.rows.packing import Pieces, RowPlan
 from flax_encoder.data.rows.randomness import permute, random_bits
 from flax_encoder.data.rows.targets import Rows, Targets
 from flax_encoder.data.sources.records import DataError
@@ -32,7 +32,7 @@ class Mixture:
     any row is found by its number. A block has 4,096 rows, or as many more as the smallest share wants.
     """
 
-    plans: Sequence[PackingPlan]
+    plans: Sequence[RowPlan]
     weights: Sequence[float]
 
     @functools.cached_property
@@ -64,7 +64,7 @@ class Mixture:
 class OneByOne:
     """Every row of epoch 0 of each plan once: what an evaluation reads."""
 
-    plans: Sequence[PackingPlan]
+    plans: Sequence[RowPlan]
 
     def __len__(self) -> int:
         return sum(plan.rows_per_epoch for plan in self.plans)
@@ -122,12 +122,16 @@ class Batches:
         numbers, T = self._numbers(number)
         numbers = numbers[self._rows]
         batch = self._documents[0].frame.empty(len(numbers), T, *self._streams)
+        target = self._documents[0].target
+        written = None if target is None else target.frame.empty(len(numbers), target.row_length)
         address = np.zeros(len(numbers), np.uint64)
         for k, rows, pieces in self._pieces(numbers):
             assemble(self._documents[k], pieces, batch, rows)
+            if written is not None:
+                assemble_targets(self._documents[k].target, pieces, written, rows)
             address[rows] = random_bits(k, pieces.address) if k else pieces.address
         held = {name: batch.pop(name) for name in self._held}
-        batch |= self._targets(Rows(batch, held.get("word_starts"), held.get("tags"), address, pieces, number))
+        batch |= self._targets(Rows(batch, held.get("word_starts"), held.get("tags"), address, pieces, number, written))
         if self._stop_row is not None:
             is_real = numbers < self._stop_row
             batch["target_weights"] *= is_real[:, None]

@@ -2,15 +2,17 @@
 
 A document of one text is one segment of a row: first, text, last. A pair is one segment too: first, text, between,
 text, last. A choice is a segment of its own: of a context and n choices, n segments that do not see each other. Texts
-that are compared are segments of their own too; where a document has one text alone, that text is there twice.
+that are compared are segments of their own too; where a document has one text alone, that text is there twice. What a
+decoder writes stands in a row of its own, beside that of the encoder: text, end.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from flax_encoder.data.rows.packing import Packing, PackingPlan, Pieces, length_histogram
+from flax_encoder.data.rows.packing import Packing, PackingPlan, Pieces, RowPlan, length_histogram
+from flax_encoder.data.rows.pair_packing import PairPlan
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import Split
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
@@ -74,6 +76,17 @@ class Frame:
         return batch | {name: blank[name]((rows, row_length), dtype[name]) for name in streams}
 
 
+class Written(NamedTuple):
+    """How the last text of a document stands in the decoder's row."""
+
+    length: int
+    """S, room of a row in tokens."""
+    end: int | None = None
+    """The token that ends it; None is the one that stands after every segment."""
+    leave_out_long: bool = False
+    """A document whose text does not fit is left out, or else the text is cut, its end being kept."""
+
+
 class Layout(NamedTuple):
     """How a document's texts become segments, and what happens to a document that no row holds."""
 
@@ -86,6 +99,8 @@ class Layout(NamedTuple):
     stretches of the last."""
     overlap: int = 0
     """With windows: tokens that two neighbouring ones share."""
+    written: Written | None = None
+    """Of a document of two texts, the second is what a decoder writes."""
 
 
 class Run(NamedTuple):
@@ -110,15 +125,20 @@ class Documents:
     def __init__(self, split: Split, layout: Layout, frame: Frame, row_length: int):
         self.split, self.layout, self.frame = split, layout, frame
         has_texts = "text_lengths" in split.values and layout.long != "split"  # which takes them for one
-        num_texts = split.values["text_lengths"].shape[1] if has_texts else 1
-        self.runs = _runs(layout, frame, num_texts)
+        self._num_texts = split.values["text_lengths"].shape[1] if has_texts else 1
+        is_written = layout.written is not None
+        self.runs = _runs(layout, frame, 1 if is_written else self._num_texts)
         self.num_segments = self.runs[-1].segment + 1
         self.has_types = any(run.token_type for run in self.runs)
-        self.num_cut = 0
+        self.num_cut = self.num_left_out = 0
+        self.target: Target | None = None
+        """The second texts, where a decoder writes them."""
         self._room = row_length - sum(frame.specials)
         self.source: np.ndarray | None = None  # document [V] of each; None: they are the split's own
         self.window_start: np.ndarray | None = None  # [V], where windows of the last text begin in it, in tokens
-        if len(self.runs) > 1:
+        if self._num_texts > 1 and is_written:
+            self._two_streams(row_length, layout.written)
+        elif len(self.runs) > 1:
             self._lay_out(row_length)
         elif layout.long == "cut":
             self.num_cut = int((split.lengths > row_length - sum(frame.specials)).sum()) if len(split) else 0
@@ -150,6 +170,36 @@ class Documents:
             self._begin, self._length = begin, length
         self._offsets = np.concatenate([[0], np.cumsum(self._length.sum(1) + specials - sum(self.frame.specials))])
 
+    def _two_streams(self, row_length: int, written: Written) -> None:
+        """The first text for the encoder's row, the second for the decoder's."""
+        end = self.frame.last if written.end is None else written.end
+        if end is None:
+            raise DataError(
+                "a target must end, so that a model learns to: the tokenizer has no token after a text. Give its id as "
+                "--decoder.end-id, or another --data.tokenizer."
+            )
+        lengths = self.split.values["text_lengths"].astype(np.int64)
+        begins = self.split.offsets[:-1, None] + np.cumsum(lengths, axis=1) - lengths
+        room = (row_length - sum(self.frame.specials), written.length - 1)
+        if room[0] < 1:
+            raise DataError(f"a row must hold a source: {row_length} tokens do not hold one. Give a longer "
+                            f"--data.row-length.")  # fmt: skip
+        kept = np.flatnonzero((lengths[:, 1] <= room[1]) | (not written.leave_out_long))
+        if not len(kept):
+            raise DataError(
+                f"some target must fit a decoder's row: all {len(lengths)} are longer than {room[1]} tokens. Give a "
+                f"longer --data.target-length, or --data.long-targets cut."
+            )
+        self.num_left_out = len(lengths) - len(kept)
+        begins, lengths, self.source = begins[kept], lengths[kept], kept
+        cut = np.minimum(lengths, room)
+        self.num_cut = int((cut < lengths).any(1).sum())
+        if self.frame.truncation_side == "left":
+            begins[:, 0] += lengths[:, 0] - cut[:, 0]
+        self._begin, self._length = begins[:, :1], cut[:, :1]
+        self._sizes = cut + np.array([sum(self.frame.specials), 1])
+        self.target = Target(self.split, self.frame, end, kept, begins[:, 1:], cut[:, 1:], written.length)
+
     def _windows(self, begins: np.ndarray, lengths: np.ndarray, room: int) -> None:
         """The first text, and of the last text as much as there is room for, step by step.
 
@@ -169,8 +219,10 @@ class Documents:
         self.num_cut = int((prefix < lengths[:, 0]).sum())
         self.window_start = start
 
-    def plan(self, row_length: int, packing: Packing = "best-fit") -> PackingPlan:
+    def plan(self, row_length: int, packing: Packing = "best-fit") -> RowPlan:
         """The packing of these documents into rows."""
+        if self.target is not None:
+            return PairPlan(self._sizes, (row_length, self.target.row_length), self.frame.specials, packing=packing)
         if self.source is None:
             return PackingPlan(
                 self.split.offsets, row_length, self.frame.specials, packing=packing,
@@ -195,6 +247,48 @@ class Documents:
     def documents(self, pieces: Pieces) -> np.ndarray:
         """The split's document that each piece is of, [pieces]."""
         return pieces.document if self.source is None else self.source[pieces.document]
+
+
+class Target:
+    """What `assemble` reads of documents, of the texts that a decoder writes: each is a segment, text and end.
+
+    Args:
+      kept: the split's documents that these are of.
+      begin, length: [documents, 1], where each text stands in the split's tokens.
+    """
+
+    num_segments = 1
+
+    def __init__(self, split: Split, frame: Frame, end: int, kept: np.ndarray, begin, length, row_length: int):
+        self.split, self.row_length = split, row_length
+        self.frame = replace(frame, first=None, last=end, skips_pad=False)
+        self.runs = (Run(0, (), (end,), 0, 0),)
+        self._kept, self._begin, self._length = kept, begin, length
+
+    def texts(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
+        """As `Documents.texts`."""
+        return self._begin[pieces.document], self._length[pieces.document]
+
+    def documents(self, pieces: Pieces) -> np.ndarray:
+        """As `Documents.documents`."""
+        return self._kept[pieces.document]
+
+
+def assemble_targets(target: Target, pieces: Pieces, batch: Batch, rows: np.ndarray) -> None:
+    """As `assemble`, into the decoder's rows; a piece's number in its row is that of its source."""
+    always = np.ones(len(pieces.row), bool)
+    assemble(target, replace(pieces, has_first=always, has_last=always), batch, rows)
+
+
+def balanced_length(split: Split, row_length: int, frame: Frame) -> int:
+    """Room of a decoder's row beside each encoder's row of `row_length`, a multiple of 8: as much as the targets need
+    for both to fill alike, and 99 of 100 targets at least of the sources that fit, or of all if most do not."""
+    sizes = split.values["text_lengths"].astype(np.int64) + np.array([sum(frame.specials), 1])
+    fits = sizes[:, 0] <= row_length
+    typical = sizes[fits if 2 * fits.sum() >= len(fits) else slice(None)]
+    ratio = typical[:, 1].sum() / np.minimum(typical[:, 0], row_length).sum()
+    wanted = max(row_length * ratio, np.quantile(typical[:, 1], 0.99))
+    return int(-(-wanted // 8)) * 8
 
 
 def _runs(layout: Layout, frame: Frame, num_texts: int) -> tuple[Run, ...]:
@@ -223,7 +317,7 @@ def longest_first(lengths: np.ndarray, room: int) -> np.ndarray:
     return cut
 
 
-def assemble(documents: Documents, pieces: Pieces, batch: Batch, rows: np.ndarray) -> None:
+def assemble(documents: "Documents | Target", pieces: Pieces, batch: Batch, rows: np.ndarray) -> None:
     """Write rows of pieces, each with its special tokens, into `batch`, whose arrays [B, T] hold padding.
 
     Args:

@@ -11,14 +11,17 @@ rows are permutations that the seed and epoch pick. So any row can be asked for 
 import bisect
 import collections
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from flax_encoder.data.rows.randomness import permute, random_bits
 
 Packing = Literal["best-fit", "one-per-row", "concatenate"]
+Recipe = tuple[int, list[int]]
+"""How often a row is used, and the kinds of its pieces: their lengths, or of pairs, numbers."""
 
 WINDOW = 2**20  # documents packed together, at most; a window's index takes about 20 MB
 _CACHED_WINDOWS = 4
@@ -42,7 +45,7 @@ class Pieces:
     """A number a row [B] that says which row of which epoch it is: what else is random about it is drawn from this."""
 
 
-def pack_histogram(counts: np.ndarray, capacity: int) -> list[tuple[int, list[int]]]:
+def pack_histogram(counts: np.ndarray, capacity: int) -> list[Recipe]:
     """Best-fit decreasing on a histogram: counts[n] pieces of size n into rows of `capacity`.
 
     Returns:
@@ -116,7 +119,94 @@ def length_histogram(offsets: np.ndarray, window: int = WINDOW) -> np.ndarray:
     return np.concatenate([short, long.T], axis=1).astype(np.uint32)
 
 
-class PackingPlan:
+class RowPlan:
+    """What every plan has in common: windows of documents, each with an index that is made as it is needed.
+
+    Args:
+      documents: how many there are.
+      specials: whether a special token begins and ends each piece, as (0 or 1, 0 or 1).
+      window: documents packed together, at most.
+    """
+
+    rows_per_epoch: int
+    max_pieces_per_row: int
+    tokens_per_epoch: int
+    fill_rate: float
+    """Share of all rows that is tokens, special ones included."""
+
+    def __init__(self, documents: int, specials: tuple[int, int], window: int):
+        if not documents:
+            raise ValueError("there is no document to pack.")
+        self._documents, self._specials = documents, specials
+        self._num_windows = -(-documents // window)
+        self._cache: collections.OrderedDict[tuple, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        """For worker processes: what is made as needed is made there."""
+        return self.__dict__ | {"_cache": None, "_lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state | {"_cache": collections.OrderedDict(), "_lock": threading.Lock()}
+
+    def _count_rows(self, rows: Sequence[int] | np.ndarray) -> None:
+        """Take in how many rows each window has."""
+        self._window_rows = np.asarray(rows)
+        self.rows_per_epoch = int(self._window_rows.sum())
+
+    def _documents_of(self, window: int) -> np.ndarray:
+        n = self._num_windows
+        if n == 1:
+            return np.arange(self._documents)
+        groups = -(-self._documents // n)
+        documents = np.arange(groups) * n + (np.uint32(window) + _turns(0, groups, n)) % np.uint32(n)
+        return documents[documents < self._documents]
+
+    def _key(self, window: int, epoch: int, seed: int) -> tuple[int, ...]:
+        """What a window's index depends on, the window first."""
+        return (window,)
+
+    def _make(self, key: tuple[int, ...], seed: int) -> Any:
+        """The index of a window."""
+        raise NotImplementedError
+
+    def _open(self, key: tuple[int, ...], seed: int):
+        """The index of a window, made when it is first asked for."""
+        with self._lock:
+            if key not in self._cache:
+                self._cache[key] = self._make(key, seed)
+                while len(self._cache) > _CACHED_WINDOWS:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(key)
+            return self._cache[key]
+
+    def rows(self, numbers: np.ndarray, seed: int) -> Pieces:
+        """The pieces of rows by their number over all epochs: number // rows_per_epoch is the epoch."""
+        numbers = np.asarray(numbers)
+        epoch, place = np.divmod(numbers, self.rows_per_epoch)
+        found = []
+        for e in np.unique(epoch).tolist():
+            order = np.argsort(random_bits(seed, e, 3, np.arange(self._num_windows)))
+            ends = np.cumsum(self._window_rows[order])
+            at = np.searchsorted(ends, place, side="right")
+            for k in np.unique(at[epoch == e]).tolist():
+                window, mine = int(order[k]), np.flatnonzero((epoch == e) & (at == k))
+                rows = int(self._window_rows[window])
+                inside = permute(place[mine] - (ends[k] - rows), rows, seed, e, 0, window)
+                pieces = self._open(self._key(window, e, seed), seed).rows(inside, (seed, e, window))
+                address = random_bits(e, window, inside)
+                begins, ends_it = map(bool, self._specials)
+                pieces = replace(pieces, has_first=pieces.has_first & begins, has_last=pieces.has_last & ends_it)
+                found.append(replace(pieces, row=mine[pieces.row], address=address))
+        if len(found) == 1:
+            return found[0]
+        joined = {name: np.concatenate([getattr(p, name) for p in found]) for name in Pieces.__dataclass_fields__}
+        order = np.argsort(joined["row"], kind="stable")
+        address = np.empty(len(numbers), np.uint64)
+        address[np.concatenate([np.unique(p.row) for p in found])] = joined.pop("address")
+        return Pieces(**{name: values[order] for name, values in joined.items()}, address=address)
+
+class PackingPlan(RowPlan):
     """Random access to the rows of any epoch.
 
     Args:
@@ -137,29 +227,24 @@ class PackingPlan:
         packing: Packing = "best-fit", split_long: bool = True, truncation_side: str = "right", window: int = WINDOW,
         histogram: np.ndarray | None = None,
     ):  # fmt: skip
-        self._offsets, self._row_length, self._specials = offsets, row_length, specials
+        super().__init__(len(offsets) - 1, specials, window)
+        self._offsets, self._row_length = offsets, row_length
         self._packing, self._split_long, self._keeps_last = packing, split_long, truncation_side == "left"
         if packing == "concatenate" and not split_long:
             raise ValueError("concatenate cuts documents anywhere: split_long must be True.")
         self._overhead = sum(specials)
         self._room = row_length - self._overhead
-        self._documents = len(offsets) - 1
-        if not self._documents:
-            raise ValueError("there is no document to pack.")
-        self._num_windows = -(-self._documents // window)
-        self._cache: collections.OrderedDict[tuple, _Packed | _Concatenated] = collections.OrderedDict()
-        self._lock = threading.Lock()
         if histogram is None or window != WINDOW:
             histogram = length_histogram(offsets, window)
         self._count(histogram)
 
     def __getstate__(self) -> dict:
-        """For worker processes: what is made as needed is made there, and a memory map goes by its file's name."""
+        """For worker processes: a memory map goes by its file's name."""
         file = getattr(self._offsets, "filename", None)
-        return self.__dict__ | {"_cache": None, "_lock": None} | ({"_offsets": file} if file else {})
+        return super().__getstate__() | ({"_offsets": file} if file else {})
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__ |= state | {"_cache": collections.OrderedDict(), "_lock": threading.Lock()}
+        super().__setstate__(state)
         if not isinstance(self._offsets, np.ndarray):
             self._offsets = np.load(self._offsets, mmap_mode="r")
 
@@ -176,12 +261,13 @@ class PackingPlan:
             rows = -(-total // self._row_length)
             self.max_pieces_per_row = self._row_length
         else:
-            self._recipes = [Recipes(c, self._row_length, self._overhead, self._packing) for c in counts]
+            self._recipes = [
+                Recipes(_length_recipes(c, self._row_length, self._overhead, self._packing), c) for c in counts
+            ]
             rows = np.array([r.num_rows for r in self._recipes])
             self.max_pieces_per_row = max(r.max_pieces for r in self._recipes)
             total = tokens + self._overhead * counts.sum(1)
-        self._window_rows = rows
-        self.rows_per_epoch = int(rows.sum())
+        self._count_rows(rows)
         self.tokens_per_epoch = int(tokens.sum())
         self.fill_rate = float(total.sum() / (self.rows_per_epoch * self._row_length))
 
@@ -201,69 +287,35 @@ class PackingPlan:
         full = lengths // np.uint32(self._room)
         return full, lengths - full * np.uint32(self._room)
 
-    def _documents_of(self, window: int) -> np.ndarray:
-        n = self._num_windows
-        if n == 1:
-            return np.arange(self._documents)
-        groups = -(-self._documents // n)
-        documents = np.arange(groups) * n + (np.uint32(window) + _turns(0, groups, n)) % np.uint32(n)
-        return documents[documents < self._documents]
+    def _key(self, window: int, epoch: int, seed: int) -> tuple[int, ...]:
+        return (window, epoch, seed) if self._packing == "concatenate" else (window,)
 
-    def _open(self, key: tuple[int, ...], seed: int):
-        """The index of a window, made when it is first asked for."""
-        with self._lock:
-            if key not in self._cache:
-                documents = self._documents_of(key[0])
-                lengths = self._offsets[documents + 1] - self._offsets[documents]
-                if self._packing == "concatenate":
-                    made = _Concatenated(documents, lengths, self._row_length, self._specials, (seed, 4, *key[:2]))
-                else:
-                    full, rest = self._cut(lengths)
-                    begin = (lengths - rest) * (self._split_long or self._keeps_last)
-                    made = _Packed(documents, full, rest, begin, self._recipes[key[0]], self._room)
-                self._cache[key] = made
-                while len(self._cache) > _CACHED_WINDOWS:
-                    self._cache.popitem(last=False)
-            self._cache.move_to_end(key)
-            return self._cache[key]
+    def _make(self, key: tuple[int, ...], seed: int):
+        documents = self._documents_of(key[0])
+        lengths = self._offsets[documents + 1] - self._offsets[documents]
+        if self._packing == "concatenate":
+            return _Concatenated(documents, lengths, self._row_length, self._specials, (seed, 4, *key[:2]))
+        full, rest = self._cut(lengths)
+        begin = (lengths - rest) * (self._split_long or self._keeps_last)
+        return Window(documents, full, rest, begin, self._recipes[key[0]], self._room)
 
-    def rows(self, numbers: np.ndarray, seed: int) -> Pieces:
-        """The pieces of rows by their number over all epochs: number // rows_per_epoch is the epoch."""
-        numbers = np.asarray(numbers)
-        epoch, place = np.divmod(numbers, self.rows_per_epoch)
-        found = []
-        for e in np.unique(epoch).tolist():
-            order = np.argsort(random_bits(seed, e, 3, np.arange(self._num_windows)))
-            ends = np.cumsum(self._window_rows[order])
-            at = np.searchsorted(ends, place, side="right")
-            for k in np.unique(at[epoch == e]).tolist():
-                window, mine = int(order[k]), np.flatnonzero((epoch == e) & (at == k))
-                rows = int(self._window_rows[window])
-                inside = permute(place[mine] - (ends[k] - rows), rows, seed, e, 0, window)
-                key = (window, e, seed) if self._packing == "concatenate" else (window,)
-                pieces = self._open(key, seed).rows(inside, (seed, e, window))
-                address = random_bits(e, window, inside)
-                begins, ends_it = map(bool, self._specials)
-                pieces = replace(pieces, has_first=pieces.has_first & begins, has_last=pieces.has_last & ends_it)
-                found.append(replace(pieces, row=mine[pieces.row], address=address))
-        if len(found) == 1:
-            return found[0]
-        joined = {name: np.concatenate([getattr(p, name) for p in found]) for name in Pieces.__dataclass_fields__}
-        order = np.argsort(joined["row"], kind="stable")
-        address = np.empty(len(numbers), np.uint64)
-        address[np.concatenate([np.unique(p.row) for p in found])] = joined.pop("address")
-        return Pieces(**{name: values[order] for name, values in joined.items()}, address=address)
+
+def _length_recipes(counts: np.ndarray, row_length: int, overhead: int, packing: Packing) -> list[Recipe]:
+    """Of counts[n] pieces of n tokens and `overhead` special ones."""
+    if packing == "one-per-row":
+        return [(int(n), [size]) for size, n in enumerate(counts) if n]
+    packed = pack_histogram(np.concatenate([np.zeros(overhead, int), counts]), row_length)
+    return [(times, [s - overhead for s in sizes]) for times, sizes in packed]
 
 
 class Recipes:
-    """How a histogram of piece lengths fills rows, as arrays that answer for many rows at once."""
+    """How pieces fill rows, as arrays that answer for many rows at once.
 
-    def __init__(self, counts: np.ndarray, row_length: int, overhead: int, packing: Packing):
-        if packing == "one-per-row":
-            recipes = [(int(n), [size]) for size, n in enumerate(counts) if n]
-        else:
-            packed = pack_histogram(np.concatenate([np.zeros(overhead, int), counts]), row_length)
-            recipes = [(times, [s - overhead for s in sizes]) for times, sizes in packed]
+    Args:
+      counts: pieces of each kind, of which kind 0 has none. What is called a length below is a kind.
+    """
+
+    def __init__(self, recipes: list[Recipe], counts: np.ndarray):
         self.bucket_size = counts
         self.bucket_start = np.cumsum(counts) - counts
         self.first_row = np.cumsum([0, *(times for times, _ in recipes)])  # of each recipe
@@ -280,8 +332,8 @@ class Recipes:
         self.slot_used[by_length] = used - self.bucket_start[self.slot_length[by_length]]
 
 
-class _Packed:
-    """A window whose pieces stand sorted by length: the remainders by document, then the full rows' pieces.
+class Window:
+    """A window whose pieces stand sorted by kind: the remainders by document, then the full rows' pieces.
 
     Args:
       begin: where in its document each remainder begins.

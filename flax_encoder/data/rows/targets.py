@@ -37,6 +37,9 @@ class Rows:
     pieces: Pieces
     number: int
     """The batch's."""
+    written: Batch | None = None
+    """The decoder's rows, where the documents have targets: tokens, each target's end included, segment_ids and
+    positions, int32 [B, S]."""
 
 
 Targets = Callable[[Rows], Batch]
@@ -127,6 +130,34 @@ def _span_corruption_targets(sentinels, is_text, rate, mean_span_tokens, slots, 
         tokens, rows.batch["segment_ids"], is_text[tokens], rows.address, sentinels,
         rate=rate, mean_span_tokens=mean_span_tokens, slots=slots, seed=seed,
     )  # fmt: skip
+
+
+def written_targets(inputs: TargetInputs, start: int) -> Targets:
+    """What a decoder writes: the tokens of each document's target and its end, and for every one of them the token
+    before it, which for the first is `start` (T5's shift right).
+
+    A batch gets decoder_tokens, decoder_segment_ids, decoder_positions, targets int32 [B, S] and target_weights
+    float32 [B, S]. Documents without targets, since these are to be written, have a target_weights of zeros [B, 1].
+    """
+    return functools.partial(_written_targets, start, inputs.with_owners)
+
+
+def _written_targets(start: int, with_owners: bool, rows: Rows) -> Batch:
+    B = len(rows.address)
+    batch: Batch = {}
+    if with_owners:  # of rows that hold one document each
+        batch["owners"] = np.full((B, 1), -1, np.int32)
+        batch["owners"][rows.pieces.row, 0] = rows.pieces.document
+    if rows.written is None:
+        return batch | {"target_weights": np.zeros((B, 1), np.float32)}
+    tokens, segments, positions = (rows.written[name] for name in ("tokens", "segment_ids", "positions"))
+    before = np.roll(tokens, 1, axis=1)
+    before[(positions == 0) & (segments > 0)] = start
+    before[segments == 0] = tokens[segments == 0]  # padding
+    return batch | {
+        "decoder_tokens": before, "decoder_segment_ids": segments, "decoder_positions": positions,
+        "targets": tokens, "target_weights": (segments > 0).astype(np.float32),
+    }  # fmt: skip
 
 
 def document_targets(inputs: TargetInputs, name: str) -> Targets:

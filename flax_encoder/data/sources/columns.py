@@ -11,7 +11,7 @@ from flax_encoder.data.sources import values
 from flax_encoder.data.sources.records import DataError, Record
 from flax_encoder.data.sources.values import Row
 
-Value = Literal["none", "class", "classes", "number", "tags", "answers"]
+Value = Literal["none", "class", "classes", "number", "tags", "answers", "text"]
 SAMPLED_ROWS = 100  # that tell the kinds of columns, where a format does not
 
 
@@ -20,7 +20,8 @@ class Columns(NamedTuple):
 
     A value is, by its kind: `class` the name of a label, `classes` a tuple of names, `number` a float, `tags` a tuple
     of (start, end, tag) for every word of the text in characters, a tag being None where it is to be predicted,
-    `answers` a tuple of (start, text) in the second of two texts, empty where there is none.
+    `answers` a tuple of (start, text) in the second of two texts, empty where there is none, `text` a text that is
+    written for the first, such as its translation.
     """
 
     value: Value = "none"
@@ -38,6 +39,8 @@ class Columns(NamedTuple):
     """Two: what is put before a document's first text, and before each other, as it is tokenized."""
     keeps_id: bool = False
     """Without a value: where the source has a column `id`, name the record by it."""
+    writes: bool = False
+    """A model writes texts: a tokenizer that is made here gives back every text as it was, and has sentinels."""
 
     @property
     def is_choice(self) -> bool:
@@ -115,6 +118,7 @@ _OPTION = {
     "text": "--data.text-column", "second text": "--data.text-pair-column", "label": "--data.label-column",
     "pair of texts": "--data.text-column and --data.text-pair-column",
     "context and choices": "--data.text-column and --data.text-pair-column",
+    "target": "--data.text-pair-column", "source and target": "--data.text-column and --data.text-pair-column",
 }  # fmt: skip
 
 
@@ -129,6 +133,8 @@ def choose_columns(table: Table, config: DataConfig, wanted: Columns) -> Layout:
         layout = _tags(chooser)
     elif wanted.value == "answers":
         layout = _answers(chooser)
+    elif wanted.value == "text":
+        layout = _written(chooser)
     elif wanted.min_texts > 2:
         layout = _choices(chooser)
     else:
@@ -152,7 +158,7 @@ class _Chooser:
         self.label = label[0] if isinstance(label, tuple) and len(label) == 1 else label
         self._by_key = {_key(name): name for name in reversed(self.kinds)}
         self._guessed: dict[str, tuple[str, ...]] = {}
-        if self.pair is not None and wanted.max_texts < 2:
+        if self.pair is not None and wanted.max_texts < 2 and wanted.value != "text":
             raise DataError(f"one text a document is read here: leave out --data.text-pair-column {self.pair}.")
         if isinstance(self.label, tuple) and wanted.value != "classes":
             raise DataError(
@@ -387,6 +393,25 @@ def _choices(chooser: _Chooser) -> Layout:
     label = chooser.one("label", chooser.label, _LABELS["choices"], _SCALARS.__contains__)
     make = functools.partial(values.with_choice, texts, label, wanted.min_texts, wanted.max_texts)
     return Layout((*columns, label), make, label, notes=chooser.notes)
+
+
+def _written(chooser: _Chooser) -> Layout:
+    """A source and its target: two columns that were named, or whose names belong together."""
+    kinds, config = chooser.kinds, chooser.config
+    strings = [name for name, kind in kinds.items() if kind == "str"]
+    pairs = [pair for names in _PAIRS if len(pair := [n for n in chooser.known(names) if n in strings]) == 2]
+    if chooser.text is not None:
+        pairs = [pair for pair in pairs if pair[0] == chooser.named(chooser.text, "text")]
+    if chooser.text is not None and chooser.pair is not None:
+        source, target = chooser.text, chooser.named(chooser.pair, "target")
+    elif chooser.pair is None and len(pairs) == 1:
+        chooser.guessed("source and target", *pairs[0])
+        source, target = pairs[0]
+    else:
+        raise chooser.unclear("source and target", f"{', or '.join(f'{a} with {b}' for a, b in pairs)} could be"
+                              if len(pairs) > 1 else "")  # fmt: skip
+    make = functools.partial(values.written, source, target, config.prefix)
+    return Layout((source, target), make, target, notes=chooser.notes)
 
 
 def kind_of_value(value: Any) -> str:

@@ -23,7 +23,8 @@ class Encoded:
     words: np.ndarray
     """bool [tokens]: whether a token begins a word, as the tokenizer cuts words."""
     text_lengths: np.ndarray
-    """uint32 [N, texts]: tokens of each text of a document; 0 of the choices that others have more."""
+    """uint32 [N, texts]: tokens of each text of a document, 0 of the choices that others have more; last those of the
+    text that is its value, if it is one."""
     tags: np.ndarray | None = None
     """int16 [tokens], of documents with tags: tag + 1 at a word's first token, -(tag + 1) at its other tokens, and 0 at
     tokens of no word."""
@@ -52,9 +53,14 @@ class Encoded:
 
 
 def exact_texts(record: Record, columns: Columns) -> tuple[str, ...]:
-    """A record's texts as they are tokenized: documents without a value are stripped, others are left as they are,
-    since their values can count characters."""
-    return tuple(text.strip() for text in record.texts) if columns.value == "none" else record.texts
+    """A record's texts as they are tokenized: they are stripped, but where their values can count characters."""
+    return tuple(text.strip() for text in record.texts) if columns.value in ("none", "text") else record.texts
+
+
+def tokenized_texts(record: Record, columns: Columns) -> tuple[str, ...]:
+    """What is tokenized of a record: its texts, and the text that is its value, where it has one."""
+    texts = exact_texts(record, columns)
+    return texts if columns.value != "text" or record.value is None else (*texts, record.value.strip())
 
 
 def encode_records(
@@ -70,10 +76,11 @@ def encode_records(
     Raises:
       DataError: records that differ in how many texts they have, but for choices.
     """
-    num_texts = max(len(record.texts) for record in records) if columns.is_choice else len(records[0].texts)
-    if not columns.is_choice and (other := next((r for r in records if len(r.texts) != num_texts), None)):
-        raise other_number_of_texts(other, num_texts)
-    texts = [text for r in records for text in (*exact_texts(r, columns), *[""] * (num_texts - len(r.texts)))]
+    each = [tokenized_texts(record, columns) for record in records]
+    num_texts = max(len(own) for own in each) if columns.is_choice else len(each[0])
+    if not columns.is_choice and (other := next((i for i, own in enumerate(each) if len(own) != num_texts), None)):
+        raise other_number_of_texts(records[other], num_texts)
+    texts = [text for own in each for text in (*own, *[""] * (num_texts - len(own)))]
     keys = None
     if columns.has_keys:
         keys = np.array([text_key(text) for text in texts], np.uint64).reshape(len(records), num_texts)

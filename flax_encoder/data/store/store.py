@@ -6,7 +6,8 @@ STORE/SPLIT/tokens-N.bin          uint16 or uint32, the split's documents end to
 STORE/SPLIT/words-N.bin           a bit a token: whether it begins a word
 STORE/SPLIT/offsets.npy           int64 [documents + 1], in tokens over all the split's files
 STORE/SPLIT/histogram.npy         uint32 [3, entries], see `packing.length_histogram`
-STORE/SPLIT/text_lengths.npy      int32 [documents, texts], where a document is several texts end to end
+STORE/SPLIT/text_lengths.npy      int32 [documents, texts], where a document is several texts end to end,
+                                  or a text and the one that is written for it
 STORE/SPLIT/text_keys.npy         uint64 [documents, texts]                  a hash of each, where texts are compared
 STORE/SPLIT/labels.npy            int32 [documents]                          values that are one class of several,
 STORE/SPLIT/classes.npy           uint8 [documents, labels]                  any of several,

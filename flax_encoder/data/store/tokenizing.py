@@ -145,10 +145,12 @@ def _tokenize_part(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     dtype = token_dtype(tokenizer)
-    has_value, has_texts = columns.value != "none", columns.max_texts > 1
+    has_value, is_written = columns.value != "none", columns.value == "text"
+    has_texts = columns.max_texts > 1 or is_written
     kinds = ("tokens", "words", *(("tags",) if columns.value == "tags" else ()))
     lengths, hashes, text_hashes, splits = array("I"), bytearray(), bytearray(), bytearray()
     text_lengths, text_keys, answers, values, tag_ids = [], [], [], [], {}
+    is_listed = columns.value in ("class", "classes", "number")
     empty = excluded = unread = num_tokens = 0
     bad_rows: list[int] = []
     try:
@@ -156,7 +158,7 @@ def _tokenize_part(
             files = {kind: stack.enter_context((work / f"{kind}.bin").open("wb")) for kind in kinds}
             for batch in _batched(_counted(part, bad_rows)):
                 encoded = encode_records(batch, tokenizer, columns, tag_ids, dtype)
-                keep = _is_document(encoded)
+                keep = _is_document(encoded, columns)
                 unread += encoded.unread_words
                 empty += int((~keep).sum())
                 texts = ["\x1e".join(exact_texts(record, columns)) for record in batch]
@@ -185,7 +187,8 @@ def _tokenize_part(
                     if has_value:
                         text_hashes += digest
                         digest = text_digest(f"{text}\x1f{record.value!r}")
-                        values.append(record.value)
+                        if is_listed:
+                            values.append(record.value)
                     hashes += digest
                 yield len(lengths), num_tokens
         np.save(work / "lengths.npy", np.frombuffer(lengths, np.uint32))
@@ -194,15 +197,14 @@ def _tokenize_part(
         if has_value:
             np.save(work / "text_hashes.npy", np.frombuffer(bytes(text_hashes), "<u8").reshape(-1, 2))
         if has_texts:
-            text_lengths = text_lengths or [np.zeros((0, columns.min_texts), np.uint32)]
+            text_lengths = text_lengths or [np.zeros((0, columns.min_texts + is_written), np.uint32)]
             np.save(work / "text_lengths.npy", join_text_lengths(text_lengths))
         if columns.has_keys:
             np.save(work / "text_keys.npy", np.concatenate(text_keys or [np.zeros((0, columns.min_texts), np.uint64)]))
         if columns.value == "answers":
             np.save(work / "answers.npy", np.concatenate(answers or [np.zeros((0, 2), np.int32)]))
-        is_listed = columns.value in ("class", "classes", "number")
         about = {"empty": empty, "excluded": excluded, "bad": sum(bad_rows), "unread_words": unread}
-        about |= {"values": values if is_listed else [], "tags": list(tag_ids)}
+        about |= {"values": values, "tags": list(tag_ids)}
         (work / "about.json").write_text(json.dumps(about))
         try:
             os.rename(work, folder)
@@ -218,8 +220,10 @@ def _counted(part: Part, bad_rows: list[int]) -> Iterator[Record]:
     bad_rows.append((yield from part.read()) or 0)
 
 
-def _is_document(encoded: Encoded) -> np.ndarray:
-    """Whether there is something to read in each of these records [N]: a token, a tagged word, a passage."""
+def _is_document(encoded: Encoded, columns: Columns) -> np.ndarray:
+    """Whether there is something to read in each of these records [N]: a token, a tagged word, a passage, a target."""
+    if columns.value == "text":
+        return (encoded.text_lengths > 0).all(1)
     if encoded.answers is not None:
         return encoded.text_lengths[:, -1] > 0
     if encoded.tags is not None:

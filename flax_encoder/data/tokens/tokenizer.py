@@ -242,6 +242,10 @@ class TextTokenizer:
     def token(self, token_id: int | np.integer) -> str:
         return self._tokenizer.id_to_token(int(token_id)) or ""
 
+    def written(self, ids: np.ndarray) -> str:
+        """The text of ids that a model wrote: special tokens, and ids that no token has, are left out."""
+        return self.decode(ids[(ids < self.vocab_size) & ~np.isin(ids, self.special_ids)])
+
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 

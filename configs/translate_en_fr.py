@@ -1,0 +1,33 @@
+"""Translate English to French, from scratch: rows of a file with both, such as LibreOffice's help texts.
+
+python train.py --config configs/translate_en_fr.py --data.source pairs.jsonl
+"""
+
+from flax_encoder.config import DataConfig, EncoderConfig, LabelsConfig, OptimizerConfig, RunConfig
+
+config = RunConfig(
+    objective="text_to_text",
+    steps=800,
+    batch_size=32,
+    checkpoint_every=200,
+    model=EncoderConfig(
+        num_layers=2,
+        embed_dim=192,
+        num_heads=3,
+        mlp_dim=384,
+        activation="gelu_tanh",
+        gated=True,
+        norm="rms_norm",
+        norm_placement="pre",
+        norm_epsilon=1e-6,
+        position="none",
+        relative_position="t5",
+        use_bias=False,
+        init_std=0.05,
+        dtype="bfloat16",
+        scan_layers=False,
+    ),
+    data=DataConfig(source="pairs.jsonl", text_column="en", text_pair_column="fr", row_length=64, vocab_size=4096),
+    labels=LabelsConfig(smoothing=0.1),
+    optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, muon_learning_rate=0.02, warmup_rate=0.05),
+)
