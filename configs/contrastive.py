@@ -8,7 +8,7 @@ from flax_encoder.config import ContrastiveConfig, DataConfig, EncoderConfig, Op
 config = RunConfig(
     run_dir="runs/contrastive",
     objective="contrastive",
-    epochs=2,
+    epochs=2.0,
     batch_size=16,
     checkpoint_every=1000,
     model=EncoderConfig(dropout_rate=0.1, dtype="bfloat16", scan_layers=False),

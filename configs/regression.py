@@ -10,7 +10,7 @@ from flax_encoder.config import DataConfig, EncoderConfig, OptimizerConfig, RunC
 
 config = RunConfig(
     objective="regression",
-    epochs=3,
+    epochs=3.0,
     batch_texts=32,
     checkpoint_every=200,
     eval_every="epoch",

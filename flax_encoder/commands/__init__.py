@@ -35,7 +35,8 @@ def program() -> str:
     return "flax-encoder" if is_script else "python -m flax_encoder"
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; a command with a parser of its own leaves its options unparsed."""
     parser = argparse.ArgumentParser(prog=program(), description="Train a text encoder, and ask it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module_name in COMMANDS.items():
@@ -45,6 +46,11 @@ def main(argv: list[str] | None = None) -> None:
         command.set_defaults(run=module.run, has_own_parser=has_own_parser)
         if not has_own_parser:
             module.add_options(command)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.has_own_parser:
         arguments.rest = rest

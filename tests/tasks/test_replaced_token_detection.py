@@ -170,7 +170,8 @@ def test_a_run_learns_and_both_its_models_are_handed_on(runs, tmp_path):
     assert last < first and metrics["eval/accuracy"] >= metrics["eval/unreplaced"] - 0.02
     run = load(config.run_dir)
     ids = np.array([[5, 9, 17, 30, 8]], np.int32)
-    batch = {"tokens": ids, "segment_ids": np.ones_like(ids), "positions": np.arange(5, dtype=np.int32)[None]}
+    positions = jnp.arange(5, dtype=jnp.int32)[None]
+    batch = {"tokens": jnp.asarray(ids), "segment_ids": jnp.ones((1, 5), jnp.int32), "positions": positions}
     want = np.asarray(run.model(batch))
 
     assert export_run(config.run_dir, tmp_path / "encoder") == "ElectraForPreTraining"
@@ -178,7 +179,6 @@ def test_a_run_learns_and_both_its_models_are_handed_on(runs, tmp_path):
     np.testing.assert_allclose(published(ids).logits, want, atol=2e-6 * np.abs(want).max())
     assert export_run(config.run_dir, tmp_path / "generator", part="generator") == "ElectraForMaskedLM"
     generator = load_pretrained(tmp_path / "generator")
-    positions = np.arange(5, dtype=np.int32)[None]
     logits = np.asarray(run.model.generator(batch | {"target_positions": positions}))
     np.testing.assert_allclose(generator(ids).logits, logits, atol=2e-6 * np.abs(logits).max())
     with pytest.raises(ConfigError, match="has encoder, generator"):

@@ -1,0 +1,30 @@
+"""BERT-base, pretrained as published but for next sentences (Devlin et al., arXiv 1810.04805, appendix A.2).
+
+python train.py --config configs/bert_base.py --mesh.data 8
+
+Published: a million steps of 256 rows of 512 tokens, rows of 128 for the first nine tenths, on 4 cloud TPUs (16
+chips) in 4 days; GLUE 79.6 (average of the paper's test scores without WNLI). Here a batch has 131,072 tokens
+throughout, in 1024 rows of 128 and then 256 of 512; rows are packed, and no document sees another. The published text
+was Wikipedia and BookCorpus. Not run here: this project has had no such machine.
+"""
+
+import dataclasses
+
+from flax_encoder.config import DataConfig, MaskingConfig, OptimizerConfig, RunConfig
+from flax_encoder.families import preset
+
+config = RunConfig(
+    steps=1_000_000,
+    batch_size=1024,
+    log_every=100,
+    checkpoint_every=10_000,
+    eval_every=10_000,
+    model=dataclasses.replace(preset("bert_base"), dtype="bfloat16"),
+    data=DataConfig(source="hf:wikimedia/wikipedia:20231101.en", vocab_size=30_522, row_length=128,
+                    last_row_length=512, last_rate=0.1, held_out_rate=0.001),
+    masking=MaskingConfig(rate=0.15, mask_rate=0.8, random_rate=0.1),
+    optimizer=OptimizerConfig(
+        name="adamw", learning_rate=1e-4, b1=0.9, b2=0.999, epsilon=1e-6, weight_decay=0.01, clip_norm=1.0,
+        schedule="linear", warmup_rate=0.01,
+    ),
+)  # fmt: skip
