@@ -22,7 +22,9 @@ config = RunConfig(
     eval_every=10_000,
     model=dataclasses.replace(preset("electra_small"), dtype="bfloat16"),
     generator=GeneratorConfig(width=0.25, sharing="embedding", detection_weight=50.0),
-    data=DataConfig(source="hf:wikimedia/wikipedia:20231101.en", vocab_size=30_522, row_length=128, held_out_rate=0.001),
+    data=DataConfig(
+        source="hf:wikimedia/wikipedia:20231101.en", vocab_size=30_522, row_length=128, held_out_rate=0.001
+    ),
     masking=MaskingConfig(rate=0.15, mask_rate=0.85, random_rate=0.0),
     optimizer=OptimizerConfig(
         name="adamw", learning_rate=5e-4, b1=0.9, b2=0.999, epsilon=1e-6, weight_decay=0.01, clip_norm=1.0,
