@@ -5,7 +5,7 @@ import importlib
 import pathlib
 import sys
 
-from flax_encoder.commands.screen import failing_clearly
+from flax_encoder.commands.screen import failing_clearly, obey_quiet
 
 # The module of each command. Those that are not asked for are imported for their options alone.
 COMMANDS = {
@@ -38,6 +38,8 @@ def program() -> str:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; a command with a parser of its own leaves its options unparsed."""
     parser = argparse.ArgumentParser(prog=program(), description="Train a text encoder, and ask it.")
+    parser.add_argument("--quiet", action="store_true", help="show results, warnings and errors alone, not how far the "
+                        "work is; may stand anywhere")  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module_name in COMMANDS.items():
         module = importlib.import_module(f"flax_encoder.commands.{module_name}")
@@ -51,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(obey_quiet(sys.argv[1:] if argv is None else argv))
     if arguments.has_own_parser:
         arguments.rest = rest
     elif rest:

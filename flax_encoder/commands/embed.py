@@ -7,7 +7,7 @@ from typing import get_args
 
 from flax_encoder.config.model import PoolingMode
 from flax_encoder.data.sources.records import DataError
-from flax_encoder.training.console import make_console
+from flax_encoder.training.console import make_news_console
 
 HELP = "a vector for each line of a file"
 
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     vectors = embedder.stream(read_texts(arguments.input), arguments.batch_size, prompt_name=arguments.prompt_name)
     num_texts = num_cut = 0
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=make_console(stderr=True)) as progress, VectorFile(
+    with Progress(*columns, console=make_news_console(stderr=True)) as progress, VectorFile(
         arguments.output, embedder.embed_dim
     ) as file:
         task = progress.add_task("embedding", total=total)

@@ -66,7 +66,7 @@ def parse_run_config(argv: list[str], default: str, *, model: EncoderConfig | No
         args=rest,
         prog="train.py",
         description=f"Train a text encoder. Defaults are those of the recipe {known.config}; --config PATH, or the "
-        "name of one in configs/, picks another. The same command again resumes a run.",
+        "name of one in configs/, picks another. The same command again resumes a run. --quiet shows results alone.",
     )
     return without_unread(asked, config)
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from flax_encoder.config import ConfigError, GenerationConfig, from_dict
 from flax_encoder.data.sources.records import DataError
-from flax_encoder.training.console import lasting_streams, make_console, print_table
+from flax_encoder.training.console import lasting_streams, make_console, make_news_console, print_table, without_news
 
 
 @contextmanager
@@ -96,10 +96,18 @@ def generation_options(arguments: argparse.Namespace) -> GenerationConfig:
     return from_dict(GenerationConfig, given, "generation.")
 
 
+def obey_quiet(arguments: list[str]) -> list[str]:
+    """A command line without its --quiet, wherever it stands before a `--`; with one, how far the work is is not
+    told."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    without_news("--quiet" in arguments[:end])
+    return [word for word in arguments[:end] if word != "--quiet"] + arguments[end:]
+
+
 @contextmanager
 def saying() -> Iterator[Callable[[str], None]]:
     """What to call with news of the work: a line that renews itself on a terminal, else a line every ten seconds."""
-    console = make_console(stderr=True)
+    console = make_news_console(stderr=True)
     if console.is_terminal:
         with console.status("starting") as status:
             yield lambda message: status.update(Text(message))

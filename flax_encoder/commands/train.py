@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from flax_encoder.commands.recipe import parse_run_config
-from flax_encoder.commands.screen import failing_clearly
+from flax_encoder.commands.screen import failing_clearly, obey_quiet
 
 HELP = "train by a recipe: --config configs/NAME.py, then any setting; --help shows all"
 HAS_OWN_PARSER = True
@@ -16,7 +16,8 @@ def main(argv: list[str] | None = None) -> None:
     from flax_encoder.training.run_log import NotFinite
 
     with failing_clearly(Diverged, NotFinite):
-        _train(parse_run_config(sys.argv[1:] if argv is None else argv, default="configs/quickstart.py"))
+        arguments = obey_quiet(sys.argv[1:]) if argv is None else argv
+        _train(parse_run_config(arguments, default="configs/quickstart.py"))
 
 
 def run(arguments: argparse.Namespace) -> None:

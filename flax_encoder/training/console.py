@@ -11,6 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 _ERRORS = "flax_encoder.spell"
+_is_quiet = False
+
+
+def without_news(is_quiet: bool = True) -> None:
+    """Leave out from now on what tells how far the work is. Results, warnings and errors are shown all the same."""
+    global _is_quiet
+    _is_quiet = is_quiet
 
 
 @contextmanager
@@ -97,6 +104,11 @@ def make_console(*, stderr: bool = False, soft_wrap: bool = True, **options) -> 
     if console.width < 1:  # COLUMNS=0, as some terminals say before they know
         console.width = 80
     return console
+
+
+def make_news_console(*, stderr: bool = False, is_shown: bool = True) -> Console:
+    """A console for what tells how far the work is; it shows nothing after `without_news`."""
+    return make_console(stderr=stderr, quiet=_is_quiet or not is_shown)
 
 
 def print_table(table: Table) -> None:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn
 
-from flax_encoder.training.console import make_console
+from flax_encoder.training.console import make_news_console
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
@@ -87,7 +87,7 @@ class RunLog:
         self, run_dir: pathlib.Path, *, steps: int, resume_step: int, is_finished: bool = False, is_main: bool = True
     ):
         self.steps, self.is_finished, self._is_main = steps, is_finished, is_main
-        self._console = make_console(quiet=not is_main)
+        self._console = make_news_console(is_shown=is_main)
         self._progress: Progress | None = None
         self._last_line = 0.0
         self._run_dir, self._resume_step = run_dir, resume_step

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from flax_encoder.commands import main
+from flax_encoder.commands.screen import obey_quiet
 from flax_encoder.config import ConfigError, DataConfig, OptimizerConfig, RunConfig, to_dict
 from flax_encoder.data.pipeline import open_data
 from flax_encoder.pages.frame import escape, number, page, table
@@ -18,6 +19,7 @@ from flax_encoder.pages.report import report_page, thinned
 from flax_encoder.pages.story import read_stories
 from flax_encoder.runs.load import load
 from flax_encoder.runs.summary import confusion, reliability, write_summary
+from flax_encoder.training.console import make_console, make_news_console
 from tests.browser import open_page
 
 NASTY = '</script><script>document.title = "taken"</script><b onclick=x>&amp;\u2028'
@@ -241,3 +243,13 @@ def test_the_end_of_a_run_is_in_its_page(tmp_path):
     said = page.read_text("utf-8")
     assert all(x in said for x in ("type this", "Reliability", "Confusion", "some text", "Lengths", "Row fill"))
     assert said.count("<script>") == 2 and NASTY not in said
+
+
+def test_quiet_leaves_out_how_far_the_work_is_alone(capsys):
+    assert obey_quiet(["predict", "--quiet", "x", "--", "--quiet"]) == ["predict", "x", "--", "--quiet"]
+    make_news_console().print("half done")
+    make_console().print("the result")
+    assert capsys.readouterr().out == "the result\n"
+    assert obey_quiet(["predict"]) == ["predict"]
+    make_news_console().print("half done")
+    assert capsys.readouterr().out == "half done\n"
