@@ -6,7 +6,7 @@ from typing import Any
 
 from flax_encoder.pages.frame import escape, number
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _RIGHT = 420, 260, 54, 12, 46, 12
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _RIGHT = 420, 260, 54, 12, 46, 20
 
 
 def bars(bins: Sequence[dict[str, Any]], x_label: str, y_label: str) -> str:

@@ -58,7 +58,7 @@ def report_page(stories: Sequence[Story]) -> str:
         + section("Machine and versions", _machines(stories))
         + section("Go on", *(_commands(story) for story in stories))
     )
-    runs = [{"name": story.name, "scale": story.scale(), "bands": story.bands()} for story in stories]
+    runs = [{"name": story.name, "scale": _sparse(story.scale()), "bands": story.bands()} for story in stories]
     return page(names, body, scripts=["charts.js"], data={"runs": runs, "charts": charts})
 
 
@@ -188,6 +188,13 @@ def thinned(points: list[tuple[int, Any]], most: int = _POINTS) -> list[tuple[in
         part = range(i * len(points) // stretches, (i + 1) * len(points) // stretches)
         kept |= {min(part, key=lambda j: points[j][1]), max(part, key=lambda j: points[j][1])}
     return [points[i] for i in sorted(kept)]
+
+
+def _sparse(scale: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """At most `_POINTS` places of a scale, evenly spread, the last among them: the page draws straight between them."""
+    count = len(scale["steps"])
+    every = max(1, math.ceil(count / _POINTS))
+    return {name: values[(count - 1) % every :: every] for name, values in scale.items()}
 
 
 def _controls(stories: Sequence[Story]) -> str:

@@ -253,3 +253,12 @@ def test_quiet_leaves_out_how_far_the_work_is_alone(capsys):
     assert obey_quiet(["predict"]) == ["predict"]
     make_news_console().print("half done")
     assert capsys.readouterr().out == "half done\n"
+
+
+def test_a_long_log_makes_a_small_page(tmp_path):
+    lines = [{"step": 10 * s, "loss": 1.0, "tokens_per_second": 10.0, "spent_seconds": s} for s in range(1, 7001)]
+    made = report_page(read_stories([write_run(tmp_path / "run", lines=lines)]))
+    data = json.loads(made.split('id="data">')[1].split("</script>")[0])
+    scale = data["runs"][0]["scale"]
+    assert len(scale["steps"]) <= 1200 and scale["steps"][-1] == 70_000 and scale["tokens"][-1] == 70_000
+    assert len({len(values) for values in scale.values()}) == 1 and len(made) < 250_000
