@@ -71,11 +71,14 @@ def _finite(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-def held_out_answers(run: LoadedRun, data: RunData) -> dict[str, Any]:
+def held_out_answers(run: Any, data: Any) -> dict[str, Any]:
     """What a run says of held-out documents, against what they have: `answers`, those that are wrong first, and by
     what the answers are `confusion` and `reliability`, or `scatter`. {} for a task whose answers are none of these."""
     task = run.task
     if task.answer is None or task.gold is None or task.score is None:
+        return {}
+    split, kinds = data.evaluation.documents[0].split, tuple(_SAID.values())
+    if not len(split) or not isinstance(task.gold(split, 0, run.label_names), kinds):
         return {}
     documents: list[int] = []
     pairs: list[tuple[Answer, Any]] = []
@@ -97,13 +100,12 @@ def held_out_answers(run: LoadedRun, data: RunData) -> dict[str, Any]:
         step = run.loss_and_outputs
         evaluate(asked, data.evaluation, step, config, run.label_names, run.tokenizer, most=some)
         name = next((name for name in _SAID if pairs and name in pairs[0][0]), None)
-        if name is None:
+        if name is None or not all(isinstance(truth, _SAID[name]) for _, truth in pairs):
             return {}
     said = [_SAID[name](answer[name]) for answer, _ in pairs]
     right = [_SAID[name](truth) for _, truth in pairs]
     sure = [answer.get("probability") for answer, _ in pairs]
     is_right = [a == b for a, b in zip(said, right, strict=True)]
-    split = data.evaluation.documents[0].split
     order = sorted(range(len(pairs)), key=lambda i: (is_right[i], -_wrongness(said[i], right[i], sure[i])))
     wrong = [i for i in order if not is_right[i]][:_WRONG]
     shown = wrong + [i for i in order if is_right[i]][:_RIGHT]

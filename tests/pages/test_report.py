@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from flax_encoder.pages.frame import escape, number, page, table
 from flax_encoder.pages.report import report_page, thinned
 from flax_encoder.pages.story import read_stories
 from flax_encoder.runs.load import load
-from flax_encoder.runs.summary import confusion, reliability, write_summary
+from flax_encoder.runs.summary import confusion, held_out_answers, reliability, write_summary
 from flax_encoder.training.console import make_console, make_news_console
 from tests.browser import open_page
 
@@ -219,17 +220,27 @@ def test_a_browser_shows_the_page_without_error_or_overflow(tmp_path, width):
         assert errors == []
 
 
-def test_the_end_of_a_run_is_in_its_page(tmp_path):
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden/runs"
+
+
+@pytest.fixture(scope="module")
+def classification(tmp_path_factory):
+    """(a loaded run, its data)."""
+    folder = tmp_path_factory.mktemp("run")
+    run = load(GOLDEN / "classification")
+    data = dataclasses.replace(run.config.data, source=str(GOLDEN / "rows.jsonl"), cache_dir=str(folder / "cache"))
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, run_dir=str(folder), data=data))
+    return run, open_data(run.config, run.task.reading, tokenizer=run.tokenizer, label_names=run.label_names)
+
+
+def test_the_end_of_a_run_is_in_its_page(classification):
     """What is counted is all held-out documents, and a number that is not finite costs itself alone."""
-    golden = pathlib.Path(__file__).parents[1] / "golden/runs"
-    run = load(golden / "classification")
-    data_config = dataclasses.replace(run.config.data, source=str(golden / "rows.jsonl"), cache_dir=str(tmp_path / "c"))
-    run = dataclasses.replace(run, config=dataclasses.replace(run.config, run_dir=str(tmp_path), data=data_config))
-    data = open_data(run.config, run.task.reading, tokenizer=run.tokenizer, label_names=run.label_names)
-    shutil.copy(golden / "classification/metrics.jsonl", tmp_path)
+    run, data = classification
+    folder = pathlib.Path(run.config.run_dir)
+    shutil.copy(GOLDEN / "classification/metrics.jsonl", folder)
     rows = {"constant": {"accuracy": float("nan")}, "this model": {"accuracy": 0.5}}
     page = write_summary(run, data, held_out=rows, examples=[NASTY], commands=["type this"], text="some text")
-    summary = json.loads((tmp_path / "report.json").read_text())
+    summary = json.loads((folder / "report.json").read_text())
     count = len(data.stores[0].validation)
     counts = np.array(summary["confusion"]["counts"])
     answers = [a["label"] for a in run.predict([
@@ -262,3 +273,13 @@ def test_a_long_log_makes_a_small_page(tmp_path):
     scale = data["runs"][0]["scale"]
     assert len(scale["steps"]) <= 1200 and scale["steps"][-1] == 70_000 and scale["tokens"][-1] == 70_000
     assert len({len(values) for values in scale.values()}) == 1 and len(made) < 250_000
+
+
+@pytest.mark.parametrize("golds", [None, np.zeros(3, np.int32), ("a", 1)])
+def test_answers_of_a_kind_that_is_not_shown_are_left_out(classification, golds):
+    """Such as texts that are written, pairs without a number, or spans: no page is lost to them."""
+    run, data = classification
+    task = dataclasses.replace(run.task, gold=lambda split, document, labels: golds)
+    assert held_out_answers(SimpleNamespace(**{
+        name: getattr(run, name) for name in ("config", "label_names", "tokenizer", "loss_and_outputs")
+    }, task=task), data) == {}  # fmt: skip
