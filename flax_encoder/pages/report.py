@@ -32,9 +32,9 @@ _CHARTS = {
     "perplexity": _Chart("Perplexity", "e to the loss, log scale", True, log=True, smooth=True),
     "tokens_per_second": _Chart("Throughput", "tokens a second", zero=True),
     "data_wait_fraction": _Chart("Waiting for data", "share of the time", zero=True, percent=True),
-    "goodput": _Chart("Goodput", "share of the time", zero=True, percent=True),
     "learning_rate": _Chart("Learning rate", "peak rate times schedule", zero=True),
     "grad_norm": _Chart("Gradient norm", "before clipping, log scale", log=True, smooth=True),
+    "skipped_updates": _Chart("Updates left out", "so far", zero=True),
     "masking_overflow": _Chart("Masked tokens without a slot", "tokens between lines", zero=True),
 }
 _NO_CHARTS = {"step", "epoch", "spent_seconds"}  # axes, not curves
@@ -50,6 +50,7 @@ def report_page(stories: Sequence[Story]) -> str:
         + ("" if several else _tiles(stories[0]))
         + section("Held-out documents", _scores(stories), *(_seeds(s) for s in _families(stories)))
         + section("Curves", _controls(stories), _figures(charts))
+        + section("Where the time went", *map(_time, stories))
         + "".join(_predictions(story, several) for story in stories)
         + section(
             "Settings that differ" if several else "Settings that are not the default", _settings(stories)
@@ -146,7 +147,7 @@ def _seeds(story: Story) -> str:
 
 def _charts(stories: Sequence[Story]) -> list[dict[str, Any]]:
     names = {name.removeprefix("eval/") for s in stories for line in s.lines for name in line} - _NO_CHARTS
-    names = {name for name in names if not name.startswith("test/")}
+    names = {name for name in names if not name.startswith(("test/", "goodput/"))}
     order = list(_CHARTS)
 
     def place(name: str) -> tuple[bool, int, str]:
@@ -226,6 +227,25 @@ def _figures(charts: list[dict[str, Any]]) -> str:
             f"</figure>"
         )
     return f'<div class="grid">{"".join(made)}</div>' if made else '<p class="note">The log has no line yet.</p>'
+
+
+def _time(story: Story) -> str:
+    """A bar of the shares of wall time that the newest start of a run spent, the largest first."""
+    shares = sorted(story.last_of("goodput/").items(), key=lambda pair: -pair[1])
+    if not shares:
+        return ""
+    parts = "".join(
+        f'<i style="flex:{share:.5f};background:var(--s{i % 8})" title="{escape(_words(name))} {share:.1%}"></i>'
+        for i, (name, share) in enumerate(shares)
+    )
+    legend = "".join(
+        f'<li><span class="swatch" style="background:var(--s{i % 8})"></span>{escape(_words(name))} {share:.1%}</li>'
+        for i, (name, share) in enumerate(shares)
+    )
+    return (
+        f'<div class="card time"><h3>{escape(story.name)}</h3><div class="stack" aria-hidden="true">{parts}</div>'
+        f'<ul class="legend">{legend}</ul></div>'
+    )
 
 
 def _predictions(story: Story, several: bool) -> str:

@@ -89,14 +89,20 @@ def test_a_page_asks_the_network_for_nothing(tmp_path):
 
 
 def test_every_number_of_the_log_is_in_a_chart_and_the_last_scores_in_a_table(tmp_path):
-    lines = [{"step": 1, "loss": 2.0, "goodput": 0.9, "a_new_figure": 3.25, "spent_seconds": 1.0},
+    lines = [{"step": 1, "loss": 2.0, "skipped_updates": 1.0, "a_new_figure": 3.25, "spent_seconds": 1.0},
              {"step": 1, "eval/loss": 1.25, "eval/exact_match": 0.125}]  # fmt: skip
     made = report_page(read_stories([write_run(tmp_path / "run", lines=lines)]))
     data = json.loads(made.split('id="data">')[1].split("</script>")[0])
-    assert [c["title"] for c in data["charts"]] == ["Loss", "Exact match", "Goodput", "A new figure"]
+    assert [c["title"] for c in data["charts"]] == ["Loss", "Exact match", "Updates left out", "A new figure"]
     loss = data["charts"][0]["series"]
     assert [(s["held_out"], s["values"]) for s in loss] == [(False, [2.0]), (True, [1.25])]
     assert ">1.2500<" in made and ">0.1250<" in made
+
+
+def test_where_the_time_went_is_a_bar_and_no_chart(tmp_path):
+    lines = [{"step": 1, "loss": 2.0}, {"step": 1, "goodput/step": 0.75, "goodput/data_wait": 0.25}]
+    made = report_page(read_stories([write_run(tmp_path / "run", lines=lines)]))
+    assert "step 75.0%" in made and "data wait 25.0%" in made and "Goodput" not in made
 
 
 def test_tokens_and_minutes_follow_from_the_log(tmp_path):
