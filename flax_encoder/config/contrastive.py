@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flax_encoder.config.model import PoolingMode
-from flax_encoder.config.rules import require, require_finite, require_positive
+from flax_encoder.config.rules import ShortRepr, require, require_finite, require_positive
 
 
-@dataclass(frozen=True)
-class ContrastiveConfig:
+@dataclass(frozen=True, repr=False)
+class ContrastiveConfig(ShortRepr):
     """How texts that belong together are drawn together, and others apart."""
 
     pooling: PoolingMode = "mean"
