@@ -467,7 +467,11 @@ def test_embed_predict_evaluate_and_export_have_the_same_vectors(trained_run, tm
     likeness[np.arange(20), 20 + np.arange(20)] = -1  # a query's own text
     order = np.argsort(-likeness, axis=1)
     np.testing.assert_allclose(harder["mrr"], (1 / (1 + (order == np.arange(20)[:, None]).argmax(1))).mean())
+    with pytest.raises(DataError, match=r"a corpus is a line of a \.txt file or a row with .* each: which"):
+        score_source(run, DataConfig(source=asked), print, asked)
     numbers = write(tmp_path / "n.jsonl", make_pairs(30, 3, number=True))
+    main(["predict", config.run_dir, "--input", numbers, "--output", said])
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 30
     scores, _, _ = score_source(run, DataConfig(source=numbers), print)
     assert {*scores} == {"pearson", "spearman"}
 
