@@ -73,7 +73,8 @@ def _finite(tree: Any) -> Any:
 
 def held_out_answers(run: LoadedRun, data: RunData) -> dict[str, Any]:
     """What a run says of held-out documents, against what they have: `answers`, those that are wrong first, and by
-    what the answers are `confusion` and `reliability`, or `scatter`. {} for a task whose answers are none of these."""
+    what the answers are `confusion` and `reliability`, or `scatter`. {} for a task whose answers are none of these, and
+    for documents that have no right value."""
     task = run.task
     if task.answer is None or task.gold is None or task.score is None:
         return {}
@@ -96,7 +97,8 @@ def held_out_answers(run: LoadedRun, data: RunData) -> dict[str, Any]:
         config: RunConfig = dataclasses.replace(run.config, eval_batches=some)
         step = run.loss_and_outputs
         evaluate(asked, data.evaluation, step, config, run.label_names, run.tokenizer, most=some)
-        name = next((name for name in _SAID if pairs and name in pairs[0][0]), None)
+        has_value = bool(pairs) and pairs[0][1] is not None  # not of pairs of texts without a number
+        name = next((name for name in _SAID if has_value and name in pairs[0][0]), None)
         if name is None:
             return {}
     said = [_SAID[name](answer[name]) for answer, _ in pairs]

@@ -27,6 +27,7 @@ from flax_encoder.runs.before import scores_before_training
 from flax_encoder.runs.embed import load_embedder
 from flax_encoder.runs.load import load
 from flax_encoder.runs.score_file import score_source
+from flax_encoder.runs.summary import held_out_answers
 from flax_encoder.tasks import TASKS
 from flax_encoder.tasks.contrastive import Contrastive, score
 from flax_encoder.tasks.contrastive_loss import cosent, cosines, info_nce
@@ -500,6 +501,7 @@ def test_the_model_before_training_is_a_baseline_beside_shared_words(trained_run
     assert {f"eval/{name}": pytest.approx(value, rel=1e-4) for name, value in before.items()} == metrics
     gone = dataclasses.replace(run, config=dataclasses.replace(run.config, init_from=f"{config.run_dir}-gone"))
     assert scores_before_training(gone, data) is None
+    assert held_out_answers(run, data) == {}, "pairs without numbers have no right value"
     rows = TASK.baselines(run, data)
     assert rows["TF-IDF"]["mrr"] > rows["shared words"]["mrr"] - 0.1 > 0.5
 
