@@ -427,7 +427,7 @@ def test_a_run_resumes_to_the_bit_and_its_loss_falls(trained_run, tmp_path, one_
     _, config, metrics = trained_run
     cut = with_fields(config, run_dir=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
-        patch.setattr("train.StopSignals", lambda **options: Stops(5))
+        patch.setattr("flax_encoder.runs.train.StopSignals", lambda **options: Stops(5))
         assert train(cut) is None
     assert train(cut) == metrics
     whole = losses(pathlib.Path(config.run_dir))
