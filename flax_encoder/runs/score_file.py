@@ -107,10 +107,14 @@ def corpus_answers(run: LoadedRun, corpus: str, say: Say) -> Iterator[Answer]:
     """The texts of a source as answers of one text each, with the prompt of what is searched."""
     settings = settings_of_run(run.config)
     assert settings is not None
-    columns = Columns()
-    records = open_input(corpus, DataConfig(text_unit="line"), columns)
+    try:
+        records = open_input(corpus, DataConfig(text_unit="line"), Columns())
+    except DataError as error:
+        raise DataError(f"a corpus is a line of a .txt file or a row with a column `text` each: {error}") from None
     texts = [text for record in records if (text := record.texts[0].strip())]
-    settings = dataclasses.replace(settings, max_tokens=run.tokenizer.max_tokens or run.row_length)
+    limits = [run.tokenizer.max_tokens or run.row_length]
+    limits += [run.config.model.max_length] if run.config.model.position == "learned" else []
+    settings = dataclasses.replace(settings, max_tokens=min(limits))
     embedder = Embedder(run.model.encoder, run.tokenizer, settings)
     name = "document" if settings.prompts else None
     vectors, _ = embedder.embed(texts, progress=lambda done: say(f"{done:,} texts of {corpus}"), prompt_name=name)

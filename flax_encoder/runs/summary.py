@@ -73,7 +73,8 @@ def _finite(tree: Any) -> Any:
 
 def held_out_answers(run: Any, data: Any) -> dict[str, Any]:
     """What a run says of held-out documents, against what they have: `answers`, those that are wrong first, and by
-    what the answers are `confusion` and `reliability`, or `scatter`. {} for a task whose answers are none of these."""
+    what the answers are `confusion` and `reliability`, or `scatter`. {} for a task whose answers are none of these, and
+    for documents that have no right value."""
     task = run.task
     if task.answer is None or task.gold is None or task.score is None:
         return {}

@@ -27,6 +27,7 @@ from flax_encoder.runs.before import scores_before_training
 from flax_encoder.runs.embed import load_embedder
 from flax_encoder.runs.load import load
 from flax_encoder.runs.score_file import score_source
+from flax_encoder.runs.summary import held_out_answers
 from flax_encoder.tasks import TASKS
 from flax_encoder.tasks.contrastive import Contrastive, score
 from flax_encoder.tasks.contrastive_loss import cosent, cosines, info_nce
@@ -426,7 +427,7 @@ def test_a_run_resumes_to_the_bit_and_its_loss_falls(trained_run, tmp_path, one_
     _, config, metrics = trained_run
     cut = with_fields(config, run_dir=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
-        patch.setattr("train.StopSignals", lambda **options: Stops(5))
+        patch.setattr("flax_encoder.runs.train.StopSignals", lambda **options: Stops(5))
         assert train(cut) is None
     assert train(cut) == metrics
     whole = losses(pathlib.Path(config.run_dir))
@@ -467,7 +468,11 @@ def test_embed_predict_evaluate_and_export_have_the_same_vectors(trained_run, tm
     likeness[np.arange(20), 20 + np.arange(20)] = -1  # a query's own text
     order = np.argsort(-likeness, axis=1)
     np.testing.assert_allclose(harder["mrr"], (1 / (1 + (order == np.arange(20)[:, None]).argmax(1))).mean())
+    with pytest.raises(DataError, match=r"a corpus is a line of a \.txt file or a row with .* each: which"):
+        score_source(run, DataConfig(source=asked), print, asked)
     numbers = write(tmp_path / "n.jsonl", make_pairs(30, 3, number=True))
+    main(["predict", config.run_dir, "--input", numbers, "--output", said])
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 30
     scores, _, _ = score_source(run, DataConfig(source=numbers), print)
     assert {*scores} == {"pearson", "spearman"}
 
@@ -496,6 +501,7 @@ def test_the_model_before_training_is_a_baseline_beside_shared_words(trained_run
     assert {f"eval/{name}": pytest.approx(value, rel=1e-4) for name, value in before.items()} == metrics
     gone = dataclasses.replace(run, config=dataclasses.replace(run.config, init_from=f"{config.run_dir}-gone"))
     assert scores_before_training(gone, data) is None
+    assert held_out_answers(run, data) == {}, "pairs without numbers have no right value"
     rows = TASK.baselines(run, data)
     assert rows["TF-IDF"]["mrr"] > rows["shared words"]["mrr"] - 0.1 > 0.5
 

@@ -233,10 +233,11 @@ def no_column(name: str, columns: list[str], where: str, role: str = "text") -> 
 
 def _texts_and_value(chooser: _Chooser) -> Layout:
     wanted, kinds = chooser.wanted, chooser.kinds
-    label = _label(chooser) if wanted.value != "none" and not wanted.is_optional else None
+    has_value = wanted.value != "none"
+    label = _label(chooser) if has_value and not wanted.is_optional else None
     labels = label if isinstance(label, tuple) else () if label is None else (label,)
     texts = _texts(chooser, labels)
-    if wanted.is_optional:
+    if has_value and wanted.is_optional:
         label = _optional_label(chooser, texts)
         labels = () if label is None else (label,)
     read = functools.partial(values.joined_tokens, texts[0])
