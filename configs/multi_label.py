@@ -10,7 +10,7 @@ from flax_encoder.config import DataConfig, EncoderConfig, OptimizerConfig, RunC
 
 config = RunConfig(
     objective="multi_label",
-    epochs=10.0,
+    epochs=3.0,
     batch_texts=32,
     checkpoint_every=200,
     model=EncoderConfig(dropout_rate=0.1, dtype="bfloat16", scan_layers=False),
