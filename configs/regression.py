@@ -4,6 +4,10 @@ python train.py --config configs/regression.py --init-from FOLDER --data.source 
 
 FOLDER is a published encoder or a run. A row is a text, or a pair, and a number; the columns are guessed, and named by
 --data.text-column, --data.text-pair-column and --data.label-column.
+
+Measured with --epochs 1, from MiniLM-L6 (22.7M parameters), on 5,749 pairs of STS benchmark: 2 CPU cores that other
+work kept busy, 16 min (2 min 34 s of processor time). On 1,379 test pairs Pearson 0.726, Spearman 0.705 and squared
+error 1.10; on 1,500 development pairs 0.765, 0.790 and 0.95, where the mean of training has 0, 0 and 2.36.
 """
 
 from flax_encoder.config import DataConfig, EncoderConfig, OptimizerConfig, RunConfig

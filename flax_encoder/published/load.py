@@ -438,9 +438,9 @@ def _check_unused(
     of_encoder = {name.partition(".")[0] for row in (*family.rows, *family.pooler) for name in row.theirs}
 
     def is_expected(name: str) -> bool:
-        plain = name.removeprefix(family.prefix)
-        is_of_head = is_alone and plain == name and plain.partition(".")[0] not in of_encoder
-        return is_of_head or plain in known or any(re.search(p, name) for p in family.leftovers)
+        bare = name.removeprefix(family.prefix)
+        is_of_head = is_alone and bare == name and bare.partition(".")[0] not in of_encoder
+        return is_of_head or plain_name(family, name) in known or any(re.search(p, name) for p in family.leftovers)
 
     expected = [name for name in unused if is_expected(name)]
     if expected:

@@ -9,6 +9,7 @@ import pytest
 
 from flax_encoder.config import ConfigError, DataConfig, HeadConfig, RunConfig
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
+from flax_encoder.published.weights import read_weights, write_weights
 from flax_encoder.runs.as_published import export_note, published_config
 from flax_encoder.runs.exchange import export_run, import_folder
 from flax_encoder.runs.load import load, read_origin
@@ -51,6 +52,20 @@ def test_every_head_that_a_family_has_is_exported_from_its_masked_lm_run(importe
         # One that is asked for stays.
         asked = RunConfig(objective=objective, data=length, head=HeadConfig(out_bias=False))
         assert like_origin(asked, record, has_head=False).head == asked.head
+
+
+def test_a_masked_lm_head_in_the_old_spelling_is_left_out_by_other_tasks(imported, tmp_path):
+    """As of Google's first folders, whose norms have gamma and beta."""
+    folder = pathlib.Path(shutil.copytree(imported / "bert-masked_lm-published", tmp_path / "old"))
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = {
+        next((name.replace(new, before) for new, before in old.items() if name.endswith(new)), name): value
+        for name, value in read_weights(folder).items()
+    }
+    assert any(name.startswith("cls.") and name.endswith("gamma") for name in tensors)
+    (folder / "model.safetensors").unlink()
+    write_weights(folder, tensors, "float32")
+    assert read_origin(folder, "classification")[0].config.objective == "classification"
 
 
 def test_a_head_that_no_family_has_is_said_before_training(imported):

@@ -1,21 +1,29 @@
 """Suites: every set is found and read in its own layout, scored as its paper does, trained once, and gone on with."""
 
+import dataclasses
 import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from flax_encoder.commands import main
 from flax_encoder.config import ConfigError, DataConfig
 from flax_encoder.data.sources.opening import open_source
 from flax_encoder.data.sources.records import DataError, Record
+from flax_encoder.runs.load import load, read_origin
+from flax_encoder.runs.loaded import model_factory
+from flax_encoder.runs.record import RunRecord
 from flax_encoder.runs.score_file import Scored
+from flax_encoder.runs.start import like_origin
 from flax_encoder.runs.suite import Suite, choose_tasks, run_suite, table_rows
 from flax_encoder.runs.suite_data import find_files, open_place
 from flax_encoder.runs.suites import SUITES, flatten_multirc, flatten_wsc, positive_f1, question_exact_match
-from flax_encoder.runs.train import train
 from flax_encoder.tasks import find_task
+from flax_encoder.training.checkpoint import Checkpoints
+from flax_encoder.training.step import TrainState
 from tests.runs import ROOT, with_fields
 from tests.suites import made_sets
 
@@ -131,13 +139,27 @@ def short(config):
     return with_fields(config, epochs=1.0, data__row_length=32, mesh__data=1)
 
 
-def test_a_suite_goes_on_where_it_was_and_tasks_start_from_mnli(made, tmp_path, one_device):
+LABELS = {"mnli": ["contradiction", "entailment", "neutral"], "stsb": None}
+
+
+def untrained(config):
+    """A run's folder, as training leaves it."""
+    labels = LABELS[pathlib.Path(config.run_dir).parent.name]
+    origin, _ = read_origin(config.init_from, config.objective)
+    config = like_origin(config, origin, has_head=False)
+    params = nnx.to_pure_dict(nnx.split(model_factory(config, labels)())[1])
+    with Checkpoints(pathlib.Path(config.run_dir), keep=1) as checkpoints:
+        record = RunRecord(config, origin.tokenizer, labels, step=1)
+        checkpoints.save(TrainState(jnp.ones((), jnp.int32), params, {}), 1, record.to_json())
+    return {}
+
+
+def test_a_suite_goes_on_where_it_was_and_tasks_start_from_mnli(made, tmp_path):
     trained, said = [], []
-    jax.config.update("jax_disable_most_optimizations", True)  # conftest.py undoes it
 
     def training(config):
         trained.append(config)
-        return None if len(trained) == 2 else train(config)
+        return None if len(trained) == 2 else untrained(config)
 
     (tmp_path / "some").mkdir()
     for name in ("MNLI", "STS-B"):
@@ -185,3 +207,58 @@ def test_a_listing_trains_nothing(made, capsys):
     main(["suite", "glue", "FOLDER", "--list", "--tasks", "cola,rte"])
     shown = capsys.readouterr().out
     assert "cola" in shown and "mrpc" not in shown
+
+
+def by_name(tmp_path, task, rows):
+    """The task with a set of the Hub's layout that lies in a folder: rows by split."""
+    folder = tmp_path / "named"
+    folder.mkdir()
+    for split, of_split in rows.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_split))
+    return dataclasses.replace(task, hf=f"hf:{folder}")
+
+
+def test_sets_by_name_are_scored_on_the_split_that_is_reported(tmp_path, cache_folder):
+    [task] = choose_tasks("ner", ["conll2003"])
+    rows = {
+        split: [{"tokens": ["Ann", split], "pos_tags": ["X", "X"], "ner_tags": ["B-PER", "O"]}]
+        for split in ("train", "validation", "test")
+    }
+    place = open_place(by_name(tmp_path, task, rows), None, "hf", tmp_path / "out")
+    assert place.train.text_column == "tokens" and place.train.label_column == "ner_tags"
+    [(config, split)] = place.reported.values()
+    source = open_source(config.sources[0], config, find_task(task.objective).reading.columns, tmp_path)
+    assert split == "test" and [record.texts for record in source.records(split)] == [("Ann test",)]
+
+    [mnli] = choose_tasks("glue", ["mnli"])
+    place = open_place(dataclasses.replace(mnli, tfds="tfds:any"), None, "tfds", tmp_path / "out")
+    splits = [(config.validation_split, split) for config, split in place.reported.values()]
+    assert splits == [("validation_matched", "validation"), ("validation_mismatched", "validation")]
+    assert place.train.validation_split == "validation_matched"
+    with pytest.raises(DataError, match="wnut_17 is no set of tfds: give --data-dir, or another --source"):
+        open_place(choose_tasks("ner", ["wnut_17"])[0], None, "tfds", tmp_path / "out")
+
+
+def test_rows_that_are_no_pairs_are_made_pairs_of_sets_by_name_too(tmp_path, cache_folder):
+    [task] = choose_tasks("superglue", ["wic"])
+    row = {"word": "bank", "sentence1": "a bank", "sentence2": "the bank", "label": 1}
+    task = by_name(tmp_path, task, {"train": [row], "validation": [row | {"label": 0}]})
+    place = open_place(task, None, "hf", tmp_path / "out")
+    [record] = records_of(place.train, task, tmp_path)
+    assert (record.texts, record.value) == (("bank: a bank", "the bank"), "1")
+    broken = by_name(tmp_path / "out", task, {"train": [row | {"label": 5}], "validation": [row]})
+    with pytest.raises(DataError, match=r"a label is 0 or 1.*: column 'label' of row 1 of wic's train holds 5"):
+        open_place(broken, None, "hf", tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_the_command_trains_scores_and_prints_one_object(made, tmp_path, capsys):
+    jax.config.update("jax_disable_most_optimizations", True)  # conftest.py undoes it
+    folders = ["--data-dir", str(made / "glue"), "--out", str(tmp_path / "out")]
+    settings = ["--epochs", "1", "--data.row-length", "32"]
+    main(["suite", "glue", str(GOLDEN), "--tasks", "rte", "--json", *folders, *settings])
+    summary = json.loads(capsys.readouterr().out)
+    assert list(summary["tasks"]) == ["rte"] and summary["missing"] == {}
+    run = load(tmp_path / "out/rte/seed-0")
+    assert run.label_names == ["entailment", "not_entailment"] and run.config.epochs == 1
+    assert summary["tasks"]["rte"]["metrics"]["accuracy"]["values"] == [summary["average"]["median"]]
