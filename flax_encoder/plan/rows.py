@@ -74,7 +74,7 @@ def sample_data(
         config.data, weights=None, validation=None, test=None, tokenizer=None, word_vectors=None, text_column=None,
         text_pair_column=None, label_column=None, label_names=None, buckets=(), workers=0, verify=False,
     )  # fmt: skip
-    tokenizer = train_wordpiece(_WORDS, 5 + 2 * 26 + len(_WORDS))
+    tokenizer = train_wordpiece(_WORDS * 3, 5 + 2 * 26 + len(_WORDS))
     size = config.data.vocab_size if config.data.tokenizer is None else read_tokenizer(config.data.tokenizer).vocab_size
     with tempfile.TemporaryDirectory() as folder:
         store = pathlib.Path(folder, "store")
@@ -89,6 +89,7 @@ def sample_data(
         settled = task.settle(with_vocab_size(made.config, max(size, tokenizer.vocab_size)), made)
         starts = [0, *(stage.end_step for stage in settled.stages[:-1])]
         batches = [made.train[number] for number in starts]
+    settled = dataclasses.replace(settled, data=config.data)
     return Sample(settled, made.label_names, batches)
 
 
