@@ -19,19 +19,28 @@ QUICK = {"steps": 12, "log_every": 1, "checkpoint_every": 6, "eval_batches": 1}
 
 
 def poison(monkeypatch, factors: dict[int, float], start: int = 0) -> None:
-    """Multiply the loss of some steps, as rows that no model can learn from would."""
+    """Multiply the weights of some steps' targets, those of every other row by the factor's negative: the loss is a sum
+    by a count of about 1 then, and so is its gradient."""
     count, real = [start], loop.put_batch
 
     def put(rows, mesh):
         count[0] += 1
-        factor = np.float32(factors.get(count[0], 1.0))
-        return real(rows | {"target_weights": rows["target_weights"] * factor}, mesh)
+        weights = rows["target_weights"].copy()
+        if count[0] in factors:
+            weights *= np.float32(factors[count[0]])
+            weights[1::2] *= -1
+        return real(rows | {"target_weights": weights}, mesh)
 
     monkeypatch.setattr(loop, "put_batch", put)
 
 
+def on_one_device(patch) -> None:
+    devices = jax.devices()
+    patch.setattr(jax, "devices", lambda *args: devices[:1])
+
+
 def params_of(config):
-    return jax.tree.leaves(read_params(f"{config.run_dir}/checkpoints/{config.steps}"))
+    return jax.tree.leaves(read_params(pathlib.Path(config.run_dir, "checkpoints", str(config.steps))))
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +48,7 @@ def plain(corpus, tmp_path_factory):
     """A run that nothing happens to, with no update that can be skipped."""
     config = tiny(corpus, tmp_path_factory.mktemp("plain") / "run", **QUICK)
     with pytest.MonkeyPatch.context() as patch:
-        devices = jax.devices()
-        patch.setattr(jax, "devices", lambda *args: devices[:1])
+        on_one_device(patch)
         train(config)
     return config
 
@@ -53,21 +61,19 @@ def test_a_run_that_may_skip_and_need_not_is_the_same_but_for_rounding(plain, tm
     assert all(line["skipped_updates"] == 0 for line in read_metrics(tmp_path / "run") if "loss" in line)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_step_is_as_if_its_rows_had_been_left_out(plain, tmp_path, monkeypatch, one_device, bad):
-    poison(monkeypatch, {4: bad, 9: bad})
+def test_a_bad_step_is_as_if_its_rows_had_been_left_out(plain, tmp_path, monkeypatch, one_device):
+    poison(monkeypatch, {4: np.nan, 9: np.nan})
     config = dataclasses.replace(plain, run_dir=str(tmp_path / "bad"), max_skipped=2)
     train(config)
     monkeypatch.undo()
-    devices = jax.devices()
-    monkeypatch.setattr(jax, "devices", lambda *args: devices[:1])
+    on_one_device(monkeypatch)
     named = dataclasses.replace(plain, run_dir=str(tmp_path / "named"), skip_rows=(4, 9))
     train(named)
     for got, want in zip(params_of(config), params_of(named), strict=True):
         np.testing.assert_array_equal(got, want)
     assert losses(tmp_path / "bad") == losses(tmp_path / "named")
     assert not {4, 9} & losses(tmp_path / "bad").keys()
-    assert read_metrics(tmp_path / "bad")[-2]["skipped_updates"] == 2
+    assert [line["skipped_updates"] for line in read_metrics(tmp_path / "bad") if "loss" in line][-1] == 2
 
 
 def test_one_more_than_may_be_skipped_stops_the_run_which_goes_on_without_those_rows(
@@ -95,8 +101,7 @@ def test_a_norm_far_above_the_median_is_skipped_also_after_a_resume(plain, tmp_p
             with pytest.raises(KeyboardInterrupt):
                 train(config)
             monkeypatch.undo()
-            devices = jax.devices()
-            monkeypatch.setattr(jax, "devices", lambda *args, devices=devices: devices[:1])
+            on_one_device(monkeypatch)
         poison(monkeypatch, {19: 1e4, 25: 1e4}, start=max(stops, default=0))
         train(config)
         seen[name] = losses(tmp_path / name), [np.asarray(x) for x in params_of(config)]

@@ -63,17 +63,17 @@ def _plan(asked: argparse.Namespace, settings: list[str]) -> None:
     def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
-    planner = Planner(hardware, config.model.dtype)
     split = hardware.num_chips // config.mesh.tensor
     sample = sample_data(
         config, document_tokens=asked.document_tokens, texts=asked.texts, unit=max(1, split) * config.num_microbatches
     )
-    if asked.search:
-        rows = planner.search(sample, asked.search_minutes, say)
-        print(json.dumps(rows) if asked.json else _search_table(rows))
-        return
-    say(f"compiling {len(sample.config.stages)} stage(s) for {hardware.name}")
-    made = planner.plan(sample, asked.price_per_chip_hour)
+    with Planner(hardware, config.model.dtype) as planner:
+        if asked.search:
+            rows = planner.search(sample, asked.search_minutes, say)
+            print(json.dumps(rows) if asked.json else _search_table(rows))
+            return
+        say(f"compiling {len(sample.config.stages)} stage(s) for {hardware.name}")
+        made = planner.plan(sample, asked.price_per_chip_hour)
     print(json.dumps(made) if asked.json else _report(made, sample.config.model.dtype, hardware.platform))
 
 

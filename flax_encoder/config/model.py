@@ -161,6 +161,7 @@ class EncoderConfig(ShortRepr):
             require(value >= 0, f"{name} must be at least 0: got {value}.")
         require(self.vocab_size >= 0, f"vocab_size must be at least 0 (0 is the tokenizer's): got {self.vocab_size}.")
         self._check_layer()
+        require(self.num_layers <= 10_000, f"num_layers is at most 10,000: got {self.num_layers}.")
         require(
             self.layer != "attention" or self.attention_head_dim is not None or self.embed_dim % self.num_heads == 0,
             f"num_heads must divide embed_dim: got {self.num_heads} for {self.embed_dim}; "

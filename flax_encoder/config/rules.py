@@ -50,10 +50,12 @@ def require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{name} must be above 0: got {value}.")
+        require(value < 2**31, f"{name} must be below 2147483648, as sizes and counts are: got {value}.")
 
 
 def nearest_divisors(n: int, near: int) -> str:
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    divisors = sorted({*small, *(n // d for d in small)})
     below, above = [d for d in divisors if d < near], [d for d in divisors if d > near]
     return " and ".join(map(str, below[-1:] + above[:1]))
 

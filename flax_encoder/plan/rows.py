@@ -13,21 +13,21 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from flax_encoder.config import ConfigError, RunConfig
-from flax_encoder.data.pipeline import open_data
+from flax_encoder.data.pipeline import open_data, settle_tokenizer
 from flax_encoder.data.rows.documents import Batch
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source
 from flax_encoder.data.sources.records import Part, Record
 from flax_encoder.data.store.prepare import prepare
 from flax_encoder.data.store.tokenizing import HeldOut
-from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
 from flax_encoder.runs.length import settle_length
 from flax_encoder.runs.start import with_vocab_size
 from flax_encoder.tasks import find_task
 
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
-_WORDS = ["".join(pair) for pair in itertools.product(_SYLLABLES[:20], _SYLLABLES[:20])]
+_WORDS = ["".join(pair) for pair in itertools.product(_SYLLABLES[:10], _SYLLABLES[10:20])]
+_VOCABULARY = 1024  # holds all of them
 _ROWS = 8  # that the documents fill, at least
 
 
@@ -74,7 +74,6 @@ def sample_data(
         config.data, weights=None, validation=None, test=None, tokenizer=None, word_vectors=None, text_column=None,
         text_pair_column=None, label_column=None, label_names=None, buckets=(), workers=0, verify=False,
     )  # fmt: skip
-    tokenizer = train_wordpiece(_WORDS, 5 + 2 * 26 + len(_WORDS))
     size = config.data.vocab_size if config.data.tokenizer is None else read_tokenizer(config.data.tokenizer).vocab_size
     with tempfile.TemporaryDirectory() as folder:
         store = pathlib.Path(folder, "store")
@@ -83,12 +82,15 @@ def sample_data(
             for split, number in (("train", count), ("validation", 8))
         ]
         source = Source(parts, fingerprint="made up", label_names=names, name="made up")
+        data = dataclasses.replace(data, vocab_size=_VOCABULARY)
+        tokenizer = settle_tokenizer(data, columns, [], [source], lambda message: None)
         prepare(source, tokenizer, store, columns, held_out=HeldOut(0.0), workers=1)
         here = dataclasses.replace(config, data=dataclasses.replace(data, source=str(store)))
         made = open_data(here, task.reading, tokenizer=tokenizer, settle=settle)
-        settled = task.settle(with_vocab_size(made.config, max(size, tokenizer.vocab_size)), made)
+        settled = task.settle(with_vocab_size(made.config, size), made)
         starts = [0, *(stage.end_step for stage in settled.stages[:-1])]
         batches = [made.train[number] for number in starts]
+    settled = dataclasses.replace(settled, data=config.data)
     return Sample(settled, made.label_names, batches)
 
 
@@ -101,7 +103,7 @@ class _Documents:
 
     def __call__(self) -> Iterator[Record]:
         draw = random.Random(self.count)
-        texts = max(self.columns.min_texts, 2 if self.columns.max_texts == 2 else 1)
+        texts = max(self.columns.min_texts, min(self.columns.max_texts, 2))
         each = max(1, self.tokens // (texts if self.columns.min_texts < 3 else 2))
         for i in range(self.count):
             words = [[draw.choice(_WORDS) for _ in range(each)] for _ in range(texts)]
@@ -109,6 +111,8 @@ class _Documents:
 
     def _value(self, i: int, words: list[list[str]]) -> Any:
         name = self.names[i % len(self.names)]
+        if self.columns.value == "text":
+            return " ".join(words[0])
         kinds = {"none": None, "class": name, "classes": (name,), "number": float(i % 7)}
         if self.columns.value == "tags":
             ends = list(itertools.accumulate(len(word) + 1 for word in words[0]))

@@ -21,7 +21,7 @@ _REMATS = ("none", "feed_forward", "dots", "full")
 
 
 class Planner:
-    """Compiles for some hardware. Made before any other program of this process is compiled for a TPU.
+    """Compiles for some hardware, within a `with`. Made before any other program of this process is compiled for a TPU.
 
     Raises:
       ConfigError: the platform's compiler is not installed, or there is no such slice.
@@ -44,6 +44,12 @@ class Planner:
                 told = os.environ.get("LIBTPU_INIT_ARGS", "")
                 os.environ["LIBTPU_INIT_ARGS"] = f"{told} {dump_schedules(self._schedules)}".strip()
             self._devices, self.chip = devices(hardware.platform, hardware.topology), CHIPS[hardware.kind]
+
+    def __enter__(self) -> "Planner":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._folder.cleanup()
 
     def plan(self, sample: Sample, price_per_chip_hour: float | None = None) -> dict[str, Any]:
         """The plan of a run, ready for JSON.

@@ -197,7 +197,8 @@ def model_flops(sample: Sample, batch: dict[str, np.ndarray]) -> float:
     params = nnx.to_pure_dict(params)
     if config.model.layer == "attention" and set(params) <= {"encoder", "head", "lora"}:
         classes = None if config.objective == "masked_lm" else len(labels or "x")
-        return step_flops(config.model, batch["segment_ids"], int(np.count_nonzero(batch["target_weights"])), classes)
+        targets = int(np.count_nonzero(batch["target_weights"]))
+        return float(step_flops(config.model, batch["segment_ids"], targets, classes))
     shapes = {name: x for name, x in batch.items() if name not in HOST_FIELDS}
     forward = jax.make_jaxpr(lambda params, batch: assembled(graphdef, params).loss(batch).sum)(params, shapes)
-    return 3 * product_flops(forward.jaxpr)
+    return 3.0 * product_flops(forward.jaxpr)

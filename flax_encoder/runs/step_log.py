@@ -2,6 +2,7 @@
 
 import collections
 import pathlib
+from contextlib import suppress
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from flax_encoder.data.rows.batches import Stages
 from flax_encoder.runs.length import budget_seconds, epochs_after
 from flax_encoder.runs.skipping import Skipping
 from flax_encoder.tasks import Task
-from flax_encoder.training.checkpoint import Checkpoints
+from flax_encoder.training.checkpoint import CheckpointError, Checkpoints
 from flax_encoder.training.run_log import Clock, RunLog
 from flax_encoder.training.schedule import share_of_update
 from flax_encoder.training.step import StepMetrics
@@ -96,6 +97,8 @@ class StepLog:
         )
 
     def _way_out(self) -> str:
+        with suppress(CheckpointError):  # the save that is under way, if any, counts
+            self._checkpoints.wait()
         saved, run_dir = self._checkpoints.latest_step(), pathlib.Path(self._config.run_dir)
         there = f"{run_dir} holds step {saved}, from before" if saved else "no checkpoint was made yet"
         return f"{there}. A lower learning rate, a longer warm-up or a smaller optimizer.clip_norm often helps."

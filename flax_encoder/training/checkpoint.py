@@ -389,9 +389,12 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
     folder = _checkpoint_folder(path)
     text = _read(folder, {"run": None}, _verify(folder, _OF_RUN))["run"]["json"]
     try:
-        return json.loads(text)
-    except ValueError as error:
+        values = json.loads(text)
+        if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
+            raise ValueError("what it says of its run is no JSON object with a config")
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {folder} could not be read: {_one_line(error)}") from error
+    return values
 
 
 def read_params(path: pathlib.Path, like: Any | None = None) -> Any:

@@ -25,8 +25,10 @@ import functools
 import hashlib
 import json
 import pathlib
+import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -182,6 +184,8 @@ def open_store(folder: pathlib.Path) -> Store:
     manifest = read_manifest(folder)
     try:
         for name, about in manifest["files"].items():
+            if type(about["sha256"]) is not str:
+                raise ValueError(f"{MANIFEST} has no checksum of {name}")
             if (size := (folder / name).stat().st_size) != about["bytes"]:
                 raise DataError(
                     f"a prepared file does not fit its manifest: {folder / name} has {size} bytes, expected "
@@ -191,7 +195,7 @@ def open_store(folder: pathlib.Path) -> Store:
         held_out = splits.pop("test", None)
         validation = splits.get("validation", held_out)
         return Store(splits["train"], validation, held_out if "validation" in splits else None, manifest, folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"prepared text is damaged: {error}. Delete {folder} and prepare it again.") from error
@@ -202,8 +206,16 @@ def _open_split(folder: pathlib.Path) -> StoredSplit:
     shards = range(manifest["splits"][folder.name]["shards"])
     tokens = [np.memmap(folder / f"tokens-{i:05}.bin", manifest["dtype"], "r") for i in shards]
     words = [np.memmap(folder / f"words-{i:05}.bin", np.uint8, "r") for i in shards]
-    offsets = np.load(folder / "offsets.npy", mmap_mode="r")
-    values = {name: np.load(folder / f"{name}.npy") for name in VALUES if (folder / f"{name}.npy").exists()}
+    offsets = _load(folder / "offsets.npy", mmap_mode="r")
+    values = {name: _load(folder / f"{name}.npy") for name in VALUES if (folder / f"{name}.npy").exists()}
     has_tags = (folder / "tags-00000.bin").exists()
     tags = [np.memmap(folder / f"tags-{i:05}.bin", np.int16, "r") for i in shards] if has_tags else None
-    return StoredSplit(tokens, words, offsets, values, np.load(folder / "histogram.npy"), tags, folder)
+    return StoredSplit(tokens, words, offsets, values, _load(folder / "histogram.npy"), tags, folder)
+
+
+def _load(path: pathlib.Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """Raises: ValueError: a damaged header, which NumPy reads by Python's tokenizer and parser."""
+    try:
+        return np.load(path, mmap_mode=mmap_mode)
+    except (tokenize.TokenError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
