@@ -351,8 +351,8 @@ _OF_SAMPLED = ("temperature", "top_k", "top_p", "seed")
 _OF_BEAMS = ("length_penalty", "early_stopping")
 
 
-@dataclass(frozen=True)
-class GenerationConfig:
+@dataclass(frozen=True, repr=False)
+class GenerationConfig(ShortRepr):
     """How a decoder writes. None is what the model's folder says, or else what stands in brackets."""
 
     max_new_tokens: int | None = None
