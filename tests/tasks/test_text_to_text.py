@@ -225,6 +225,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reversed_run(folder):
+    jax.config.update("jax_disable_most_optimizations", True)  # as conftest.py has it for tests, which this precedes
     return reversing(folder, folder / "run"), train(reversing(folder, folder / "run"))
 
 
