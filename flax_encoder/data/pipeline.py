@@ -190,8 +190,8 @@ def _batches(
 
 
 def few_lengths(row_length: int) -> tuple[int, ...]:
-    """Two shorter lengths for batches of short rows: few, since each is compiled."""
-    return tuple(length for length in (row_length // 4, row_length // 2) if length >= 8)
+    """At most two shorter lengths for batches of short rows: few, since each is compiled."""
+    return tuple(length for length in (row_length // 4, row_length // 2) if length >= 32)
 
 
 def open_stores(

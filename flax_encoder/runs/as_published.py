@@ -67,6 +67,8 @@ def family_head(origin: RunConfig, objective: str) -> HeadConfig:
     """The head of `objective` as the family of another run's model has it, so that the run can be exported; what is
     left open where no family has both."""
     task = find_task(objective).head
+    if has_decoder(task):
+        return HeadConfig()
     try:
         family, published, _ = published_config(origin, None, find_task(origin.objective).head)
     except ConfigError:

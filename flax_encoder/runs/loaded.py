@@ -187,10 +187,12 @@ class LoadedRun:
             )
         dtype = token_dtype(self.tokenizer)
         if columns.value == "text":
-            prefix = self.config.data.prefix
-            records = [record._replace(texts=(prefix + record.texts[0],), value=None) for record in records]
+            records = [record._replace(value=None) for record in records]
         encoded = encode_records(records, self.tokenizer, columns, {}, dtype, with_offsets=task.needs_offsets)
-        if (is_empty := encoded.is_empty).any():
+        is_empty = encoded.is_empty
+        if any(columns.prompts):  # which are no texts by themselves
+            is_empty = is_empty | [not "".join(record.texts).strip() for record in records]
+        if is_empty.any():
             filled = [record for record, empty in zip(records, is_empty, strict=True) if not empty]
             kept = iter(self._answers(filled, unknown) if filled else ())
             for empty in is_empty:

@@ -32,15 +32,18 @@ def describe_data(data: RunData) -> str:
     fill = sum(plan.rows_per_epoch * plan.fill_rate for plan in data.train_plans) / rows
     apart = f"; for the test {test['documents']:,} and {test['tokens']:,}" if test["documents"] else ""
     contradictory = sum(m.get("contradictory", 0) for m in manifests)
+    length = data.config.data.target_length
+    of_target, beside = (" or --data.target-length", f", beside {length} of the decoder") if length else ("", "")
     notes = [
-        (data.num_cut, "longer than a row and cut: --data.row-length takes more of them"),
+        (data.num_cut, f"longer than a row and cut: --data.row-length{of_target} takes more of them"),
+        (data.num_left_out, "with a target longer than a decoder's row and left out: --data.target-length takes more"),
         (contradictory, "texts occur with more than one value"),
         (sum(m.get("unread_words", 0) for m in manifests), "words have no token, and so no tag that is learnt"),
     ]
     return (
         f"data: {train['documents']:,} documents, {train['tokens']:,} tokens; held out {held_out['documents']:,} and "
         f"{held_out['tokens']:,}{apart}{'; dropped ' + dropped if dropped else ''}; vocabulary "
-        f"{data.tokenizer.vocab_size:,}; {rows:,} rows an epoch, {fill:.1%} full"
+        f"{data.tokenizer.vocab_size:,}; {rows:,} rows an epoch{beside}, {fill:.1%} full"
         + "".join(f"\n{count:,} {what}" for count, what in notes if count)
     )
 

@@ -10,6 +10,7 @@ from flax_encoder.tasks import (
     question_answering,
     regression,
     replaced_token_detection,
+    span_corruption,
     text_to_text,
     token_classification,
 )
@@ -31,6 +32,7 @@ TASKS: dict[str, Task] = {
     "replaced_token_detection": replaced_token_detection.TASK,
     "contrastive": contrastive.TASK,
     "text_to_text": text_to_text.TASK,
+    "span_corruption": span_corruption.TASK,
 }
 
 

@@ -154,6 +154,10 @@ def _layout(config: RunConfig) -> Layout:
     return Layout(written=Written(length, config.decoder.end_id, data.long_targets == "leave_out"))
 
 
+def _prompts(config: RunConfig) -> tuple[str, ...]:
+    return (config.data.prefix, "") if config.data.prefix else ()
+
+
 def check_model(config: RunConfig) -> None:
     """The rules of a run whose model has a decoder.
 
@@ -235,7 +239,9 @@ def _shown(text: str) -> str:
 
 
 TASK = Task(
-    reading=Reading(Columns("text", writes=True), _targets, _layout, asks_one_a_row=True),
+    reading=Reading(
+        Columns("text", writes=True), _targets, _layout, prompts=_prompts, asks_one_a_row=True
+    ),
     make_model=make_model,
     report=MaskedLM.report,
     reads=(

@@ -56,8 +56,10 @@ class Clock:
         self._run_began += time.monotonic() - began
 
     def count(self, rows: dict[str, np.ndarray], processes: int = 1) -> None:
-        """Take in a batch's real tokens, and what masking left out for want of slots, on this of several processes."""
-        self.tokens += int(np.count_nonzero(rows["segment_ids"])) * processes
+        """Take in a batch's real tokens, a decoder's too, and what masking left out for want of slots, on this of
+        several processes."""
+        for name in ("segment_ids", "decoder_segment_ids"):
+            self.tokens += int(np.count_nonzero(rows[name])) * processes if name in rows else 0
         self.overflow += int(rows["overflow"].sum()) * processes if "overflow" in rows else 0
 
     def read(self) -> dict[str, float]:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_encoder.config import OptimizerConfig
+from flax_encoder.config import ConfigError, OptimizerConfig
 from flax_encoder.training.schedule import share_of_peak
 
 SCHEDULES = [("linear", "linear"), ("cosine", "linear"), ("wsd", "linear"), ("wsd", "one_minus_sqrt")]
@@ -51,6 +51,18 @@ def test_a_warm_up_of_half_the_run_makes_a_triangle():
     config = OptimizerConfig(warmup_rate=0.5)
     progress = np.linspace(0, 1, 21)
     np.testing.assert_allclose(share_of_peak(config, jnp.array(progress)), 1 - np.abs(2 * progress - 1), atol=1e-6)
+
+
+def test_inverse_sqrt_falls_as_one_over_the_root_of_the_step():
+    """Vaswani et al.'s rate, arXiv 1706.03762, equation 3, as a share of its peak."""
+    steps, warmup = 400, 40
+    step = np.arange(1, steps + 1)
+    wanted = np.minimum(step**-0.5, step * warmup**-1.5) * warmup**0.5
+    config = OptimizerConfig(schedule="inverse_sqrt", warmup_rate=warmup / steps)
+    np.testing.assert_allclose(share_of_peak(config, jnp.array(step / steps)), wanted, rtol=1e-5)
+    for refused in ({"warmup_rate": 0.0}, {"final_rate": 0.1}):
+        with pytest.raises(ConfigError, match="inverse_sqrt falls from the end of its warm-up"):
+            OptimizerConfig(schedule="inverse_sqrt", **refused)
 
 
 def test_before_and_after_the_run_the_rate_is_that_of_its_ends():

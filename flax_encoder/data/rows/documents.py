@@ -125,9 +125,9 @@ class Documents:
     def __init__(self, split: Split, layout: Layout, frame: Frame, row_length: int):
         self.split, self.layout, self.frame = split, layout, frame
         has_texts = "text_lengths" in split.values and layout.long != "split"  # which takes them for one
-        self._num_texts = split.values["text_lengths"].shape[1] if has_texts else 1
+        num_texts = split.values["text_lengths"].shape[1] if has_texts else 1
         is_written = layout.written is not None
-        self.runs = _runs(layout, frame, 1 if is_written else self._num_texts)
+        self.runs = _runs(layout, frame, 1 if is_written else num_texts)
         self.num_segments = self.runs[-1].segment + 1
         self.has_types = any(run.token_type for run in self.runs)
         self.num_cut = self.num_left_out = 0
@@ -136,7 +136,7 @@ class Documents:
         self._room = row_length - sum(frame.specials)
         self.source: np.ndarray | None = None  # document [V] of each; None: they are the split's own
         self.window_start: np.ndarray | None = None  # [V], where windows of the last text begin in it, in tokens
-        if self._num_texts > 1 and is_written:
+        if num_texts > 1 and is_written:
             self._two_streams(row_length, layout.written)
         elif len(self.runs) > 1:
             self._lay_out(row_length)

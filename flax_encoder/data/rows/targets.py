@@ -103,22 +103,29 @@ def _masked_lm_targets(vocabulary, masking: MaskingConfig, rates, slots, num_bat
 
 
 def span_corruption_targets(
-    tokenizer: TextTokenizer, rate: float, mean_span_tokens: float, row_length: int, slots: int, seed: int
-) -> Targets:
+    tokenizer: TextTokenizer, rate: float, mean_span_tokens: float, row_length: int, slots: int, seed: int, *,
+    start: int | None = None, end: int | None = None,
+) -> Targets:  # fmt: skip
     """T5's targets, for an encoder-decoder.
+
+    Args:
+      start, end: what a target starts from, and ends with; None is the padding's, and the one after a text.
 
     Raises:
       DataError: the tokenizer has no last token, or fewer sentinels <extra_id_0> ... than a full row has spans.
     """
-    ids = tokenizer.sentinel_ids
-    if not len(ids) or tokenizer.frame[1] is None:
-        raise DataError("T5's spans need a tokenizer with sentinels <extra_id_0>, <extra_id_1> ... and a last token.")
-    if (spans := round(rate * row_length / mean_span_tokens)) > len(ids):
+    ids, pad = tokenizer.sentinel_ids, tokenizer.special("pad")
+    end = tokenizer.frame[1] if end is None else end
+    if end is None:
+        raise DataError("T5's spans need a tokenizer with a token after a text, such as </s>, to end every target.")
+    if (spans := max(1, round(rate * row_length / mean_span_tokens))) > len(ids):
         raise DataError(
             f"every span of a row needs its sentinel: a row of {row_length} tokens has up to {spans} spans, the "
-            f"tokenizer {len(ids)} sentinels. Take shorter rows, a lower rate or longer spans."
+            f"tokenizer {len(ids)} sentinels <extra_id_0>, <extra_id_1> ... Without --data.tokenizer one is made that "
+            f"has 100, and T5's have as many; or take shorter rows (--data.row-length), a lower --spans.rate or longer "
+            f"spans (--spans.mean-tokens)."
         )
-    sentinels = Sentinels(ids, tokenizer.frame[1], tokenizer.special("pad"), tokenizer.special("pad"))
+    sentinels = Sentinels(ids, end, pad if start is None else start, pad)
     is_text = np.ones(tokenizer.vocab_size, bool)
     is_text[tokenizer.special_ids] = is_text[ids] = False
     return functools.partial(_span_corruption_targets, sentinels, is_text, rate, mean_span_tokens, slots, seed)

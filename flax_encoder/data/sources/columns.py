@@ -398,7 +398,7 @@ def _choices(chooser: _Chooser) -> Layout:
 
 def _written(chooser: _Chooser) -> Layout:
     """A source and its target: two columns that were named, or whose names belong together."""
-    kinds, config = chooser.kinds, chooser.config
+    kinds = chooser.kinds
     strings = [name for name, kind in kinds.items() if kind == "str"]
     pairs = [pair for names in _PAIRS if len(pair := [n for n in chooser.known(names) if n in strings]) == 2]
     if chooser.text is not None:
@@ -411,7 +411,7 @@ def _written(chooser: _Chooser) -> Layout:
     else:
         raise chooser.unclear("source and target", f"{', or '.join(f'{a} with {b}' for a, b in pairs)} could be"
                               if len(pairs) > 1 else "")  # fmt: skip
-    make = functools.partial(values.written, source, target, config.prefix)
+    make = functools.partial(values.written, source, target)
     return Layout((source, target), make, target, notes=chooser.notes)
 
 

@@ -84,13 +84,13 @@ def with_value(read: Callable[[Row], tuple[str, ...]], value: Callable[[Row], An
     return Record(read(row), value(row))
 
 
-def written(source: str, target: str, prefix: str, row: Row) -> Record:
-    """A text, after `prefix`, and the text that is to be written for it."""
+def written(source: str, target: str, row: Row) -> Record:
+    """A text, and the text that is to be written for it."""
     both = text(row, source), text(row, target)
     for column, found in zip((source, target), both, strict=True):
         if not found.strip():
             raise BadRow("a source and its target must have text", f"holds {found!r}", column)
-    return Record((prefix + both[0],), both[1])
+    return Record((both[0],), both[1])
 
 
 def is_no_label(value: Any, names: list[str] | None) -> bool:
