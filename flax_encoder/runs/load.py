@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
-from flax_encoder.config import DataConfig, GenerationConfig, HeadConfig, RunConfig
-from flax_encoder.data.sources.records import DataError
+from flax_encoder.config import ConfigError, DataConfig, GenerationConfig, HeadConfig, RunConfig, differences
+from flax_encoder.data.sources.records import DataError, Say
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.families import find_family
 from flax_encoder.nn.lora import assembled
@@ -23,11 +23,17 @@ from flax_encoder.published.load import (
     read_json,
     read_published_config,
 )
+from flax_encoder.published.sentence_transformers import (
+    NORMALIZE,
+    encoder_folder,
+    is_sentence_folder,
+    read_sentence_settings,
+)
 from flax_encoder.published.tasks import Task
 from flax_encoder.runs.best import best_checkpoint
 from flax_encoder.runs.loaded import LoadedRun, model_factory
 from flax_encoder.runs.record import RunRecord, read_record
-from flax_encoder.tasks import TASKS
+from flax_encoder.tasks import TASKS, find_task
 from flax_encoder.training.checkpoint import read_params
 
 logger = logging.getLogger(__name__)
@@ -54,12 +60,12 @@ def load(
       CheckpointError: no checkpoint, or one that cannot be read. ConfigError, WeightsError: as `load_pretrained`.
       DataError: a published folder without a tokenizer, or without the head that `objective` has.
     """
-    path = pathlib.Path(path)
+    given, path = path, encoder_folder(path)
     if not is_published(path):
         return load_run(path)
     head = head if objective is None else TASKS[objective].head
     loaded = load_pretrained(path, task=head, allow_unused=allow_unused)
-    return from_pretrained(loaded, objective or objective_of(loaded, path))
+    return from_pretrained(loaded, objective or objective_of(loaded, path), str(given))
 
 
 def load_run(path: str | pathlib.Path) -> LoadedRun:
@@ -150,12 +156,13 @@ def as_settings(settings: Settings, tokenizer: TextTokenizer) -> tuple[int, int 
     return settings.meant["start_id"], ends, GenerationConfig().over(folder)
 
 
-def from_pretrained(loaded: Pretrained, objective: str | None) -> LoadedRun:
+def from_pretrained(loaded: Pretrained, objective: str | None, folder: str | None = None) -> LoadedRun:
     """A published model as that of a task. What is missing of the head is made anew; a head whose labels nobody knows
-    then is left out."""
+    then is left out. `folder` may be a sentence-transformers one that says how vectors are made."""
     if objective is not None and any(path.startswith("head.out") for path in loaded.fresh):
         objective = None
     record, params = as_record(loaded, objective)
+    record = record.replace(config=with_vectors_of(record.config, folder, logger.warning))
     make_model = model_factory(record.config, record.label_names)
     graphdef, abstract = abstract_model(make_model)
     own = flatten(params)
@@ -173,12 +180,39 @@ def from_pretrained(loaded: Pretrained, objective: str | None) -> LoadedRun:
     return LoadedRun(model, record.config, record.tokenizer, record.label_names, 0, tuple(fresh))
 
 
+def with_vectors_of(config: RunConfig, folder: str | None, say: Say) -> RunConfig:
+    """The config of a run that learns vectors, with the pooling and, where it has none, the prompts of the
+    sentence-transformers folder that it starts from: with others its vectors would not be those that are published.
+
+    Raises:
+      ConfigError: the folder pools in several ways.
+    """
+    if folder is None or find_task(config.objective).vectors is None or not is_sentence_folder(folder):
+        return config
+    theirs, own = read_sentence_settings(folder), config.contrastive
+    if len(theirs.pooling) > 1:
+        raise ConfigError(
+            f"vectors are pooled in one way here: {folder} has {', '.join(theirs.pooling)}. --init-from "
+            f"{encoder_folder(folder)} with a --contrastive.pooling starts from its encoder, if that is a folder of "
+            f"its own."
+        )
+    if left_out := [layer.kind for layer in theirs.layers if layer != NORMALIZE]:
+        say(f"{folder} has {', '.join(left_out)} after its pooling, which are left out: the encoder's vectors learn on")
+    prompts = {} if any(own.prompts) else {
+        f"{name}_prompt": theirs.prompts[name] for name in ("query", "document") if theirs.prompts.get(name)
+    }  # fmt: skip
+    found = dataclasses.replace(own, pooling=theirs.pooling[0], **prompts)
+    for name, (was, now) in differences(own, found).items():
+        say(f"contrastive.{name} is {now!r}, from {folder} (the config has {was!r})")
+    return dataclasses.replace(config, contrastive=found)
+
+
 def read_origin(path: str | pathlib.Path, objective: str) -> tuple[RunRecord, Any]:
     """(record, parameters) of what `init_from` names: a run folder, a checkpoint or a published folder.
 
     `objective` says which head to load of a published folder, as far as it has one; a run folder has its own.
     """
-    path = pathlib.Path(path)
+    path = encoder_folder(path)
     if not is_published(path):
         run = load_run(path)
         whole = run if run.config.objective == objective else run.part()

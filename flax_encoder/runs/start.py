@@ -16,7 +16,7 @@ from flax_encoder.data.tokens.word_vectors import embedding_from_vectors, word_l
 from flax_encoder.nn.partition import flatten, round_up_vocab
 from flax_encoder.runs.as_published import export_note, family_head
 from flax_encoder.runs.length import with_lengths_of
-from flax_encoder.runs.load import read_origin
+from flax_encoder.runs.load import read_origin, with_vectors_of
 from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.tasks import is_setting_read, shares_head
 from flax_encoder.training.run_log import RunLog
@@ -47,6 +47,7 @@ def settle(
     Raises:
       ConfigError: a resumed run's settings that matter differ from before.
     """
+    config = with_vectors_of(config, config.init_from, (lambda message: None) if start else log.say)
     if start:
         record = read_record(run_dir)
         config, before = with_lengths_of(config, record.config)

@@ -25,7 +25,7 @@ from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import Split
 from flax_encoder.runs.before import scores_before_training
 from flax_encoder.runs.embed import load_embedder
-from flax_encoder.runs.load import load
+from flax_encoder.runs.load import load, with_vectors_of
 from flax_encoder.runs.score_file import score_source
 from flax_encoder.runs.summary import held_out_answers
 from flax_encoder.tasks import TASKS
@@ -564,3 +564,27 @@ def test_what_cannot_be_learned_is_said_before_training(trained_run, tmp_path, o
     with pytest.raises(ConfigError, match="a corpus is searched by vectors, which classification does not make"):
         score_source(dataclasses.replace(load(config.run_dir), config=with_fields(config, objective="classification",
                      contrastive=ContrastiveConfig())), config.data, print, "c.txt")  # fmt: skip
+
+
+def test_a_sentence_folder_says_how_the_vectors_that_it_starts_have_been_pooled(trained_run, tmp_path):
+    """Trained from or opened, its own pooling and prompts are what the vectors are made by, and it is said."""
+    _, config, _ = trained_run
+    run, folder = load(config.run_dir), tmp_path / "published"
+    main(["export", config.run_dir, str(folder)])
+    pooling = folder / "1_Pooling/config.json"
+    flags = json.loads(pooling.read_text())
+    flags |= {name: name == "pooling_mode_max_tokens" for name in flags if name.startswith("pooling_mode_")}
+    pooling.write_text(json.dumps(flags))
+    opened = load(folder, objective="contrastive")
+    assert opened.config.contrastive.pooling == opened.model.settings.pooling == "max"
+    pair = [("the list returns a value", "of each item in order")]
+    [answer], embedder = list(opened.predict(pair)), load_embedder(folder)
+    one, other = (embedder.embed(list(texts), prompt_name=name)[0] for texts, name in (
+        ((pair[0][0],), "query"), ((pair[0][1],), "document")))  # fmt: skip
+    np.testing.assert_allclose(answer["score"], (one @ other.T).item(), rtol=0, atol=1e-5)
+    said = []
+    start = dataclasses.replace(run.config, init_from=str(folder), contrastive=ContrastiveConfig())
+    settled = with_vectors_of(start, str(folder), said.append)
+    assert settled.contrastive.pooling == "max" and settled.contrastive.prompts == ("find: ", "text ")
+    assert any("contrastive.pooling is 'max'" in line for line in said)
+    assert with_vectors_of(settled, str(folder), said.append) == settled  # as it is resumed
