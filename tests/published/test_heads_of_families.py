@@ -43,7 +43,7 @@ def test_every_head_that_a_family_has_is_exported_from_its_masked_lm_run(importe
         config = like_origin(RunConfig(objective=objective, data=length), record, has_head=False)
         head = TASKS[objective].head
         try:
-            family, published = published_config(config, model_type, head)
+            family, published, _ = published_config(config, model_type, head)
         except ConfigError as error:
             assert f"{model_type} has no {head} head" in str(error)
             continue

@@ -355,9 +355,11 @@ def test_a_folder_without_a_head_is_no_run_to_ask_but_one_to_start_from(tmp_path
     folder = pathlib.Path(shutil.copytree(GOLDEN / "electra-discriminator", tmp_path / "plain"))
     (folder / "tokenizer.json").write_text(tokenizer.json)
     with pytest.raises(DataError, match=r"the folder has no head\.bias, head\.dense\.bias"):
+        load(folder, head="none").fill_mask("a [MASK]")
+    with pytest.raises(DataError, match="this one is replaced_token_detection"):
         load(folder).fill_mask("a [MASK]")
     with caplog.at_level(logging.WARNING):
-        import_folder(folder, tmp_path / "run")
+        import_folder(folder, tmp_path / "run", head="none")
     assert "needs head.bias, head.dense.bias" in caplog.text
     assert load_run(tmp_path / "run").config.model.embedding_dim == load_pretrained(folder).config.embedding_dim
 
