@@ -186,12 +186,10 @@ def _steps(
     with goodput.during("save"):
         checkpoints.wait()
     log.end_progress()
-    if last_step > start:  # a finished run that only reports again has spent nothing
-        log.write(step, {f"goodput/{name}": share for name, share in goodput.shares().items()})
-        log.say(f"time went {goodput}")
 
     # What the run ends with: its last parameters, or the best by what it was to keep. The test chose neither.
     params = state.params
+    goodput.enter("evaluation")
     metrics = held_out.by_step[step] if held_out.made_at == step else held_out.evaluate(params, step)
     kept = {at: found for at, found in held_out.by_step.items() if at in checkpoint_steps(run_dir)}
     chosen = best_evaluation(kept, config.keep_best)
@@ -201,7 +199,11 @@ def _steps(
         if chosen.step != step:
             params = read_params(run_dir / "checkpoints" / str(chosen.step), params)
             metrics = held_out.by_step[chosen.step]
-    return (metrics or {}) | (held_out.evaluate(params, step, name="test") or {} if data.test else {})
+    tested = held_out.evaluate(params, step, name="test") if data.test else None
+    if last_step > start:  # a finished run that only reports again has spent nothing
+        log.write(step, {f"goodput/{name}": share for name, share in goodput.shares().items()})
+        log.say(f"time went {goodput}")
+    return (metrics or {}) | (tested or {})
 
 
 def _marks(

@@ -94,12 +94,15 @@ class RunLog:
         self._last_line = 0.0
         self._run_dir, self._resume_step = run_dir, resume_step
         self._file: BinaryIO | None = None
+        self._after: list[dict[str, Any]] = []
 
     def _open(self) -> BinaryIO:
         path = self._run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(self._run_dir) if line["step"] <= self._resume_step]
-        if self.is_finished:  # the last evaluation and the test are made, and written, again
-            kept = [line for line in kept if line["step"] < self._resume_step or not _is_of_held_out(line)]
+        if self.is_finished:  # the last evaluation and the test are made, and written, again, before what came last
+            kept = [line for line in kept if line["step"] < self._resume_step or not _is_of(line, "eval/", "test/")]
+            self._after = [line for line in kept if line["step"] == self._resume_step and _is_of(line, "goodput/")]
+            kept = [line for line in kept if line not in self._after]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         from tensorboardX import SummaryWriter  # slow to import, and only needed here
 
@@ -167,6 +170,8 @@ class RunLog:
     def __exit__(self, kind: type | None, *exc_info: object) -> None:
         self.end_progress()
         if self._file is not None:
+            with suppress(OSError):
+                self._file.write("".join(json.dumps(line) + "\n" for line in self._after).encode())
             self._file.close()
             self._tensorboard.close()
 
@@ -192,8 +197,8 @@ def _forgive_full_disk(events: Any) -> None:
         setattr(events, name, forgiving(getattr(events, name)))
 
 
-def _is_of_held_out(line: dict[str, Any]) -> bool:
-    return any(name.startswith(("eval/", "test/")) for name in line)
+def _is_of(line: dict[str, Any], *prefixes: str) -> bool:
+    return any(name.startswith(prefixes) for name in line)
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

@@ -76,7 +76,7 @@ def test_the_clock_counts_tokens_over_the_time_that_counts(monkeypatch):
     with clock.paused():
         now[0] += 100
     clock.tokens, clock.steps = 800, 2
-    assert clock.read() == {"tokens_per_second": 200.0, "data_wait_fraction": 0.25}
+    assert clock.read() == {"tokens_per_second": 200.0, "data_wait_fraction": 0.25, "spent_seconds": 4.0}
     assert clock.seconds_per_step == 2.0
     assert clock.tokens == clock.steps == 0
 
