@@ -15,6 +15,7 @@ from flax_encoder import EncoderConfig
 from flax_encoder.commands import make_parser
 from flax_encoder.commands.evaluate import EvaluateArguments
 from flax_encoder.commands.recipe import parse_run_config
+from flax_encoder.tasks import check_task
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,10 +39,10 @@ def commands(page: pathlib.Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
 def test_commands_are_commands(page, monkeypatch):
-    """Every option that a page names is one, with a value that it can have."""
+    """Every option that a page names is one, with a value that it can have, and that the objective reads."""
     monkeypatch.chdir(ROOT)
     own = {
-        "train": lambda words: parse_run_config(words, default="configs/quickstart.py"),
+        "train": lambda words: check_task(parse_run_config(words, default="configs/quickstart.py")),
         "evaluate": lambda words: tyro.cli(EvaluateArguments, args=words),
     }
     parser = make_parser()
