@@ -189,7 +189,7 @@ def _settled(config: RunConfig) -> RunConfig:
 def _commands(run: Any) -> list[str]:
     run_dir = shlex.quote(run.config.run_dir)
     return [
-        f"python train.py --config classify --init-from {run_dir} --data.source train.csv --run-dir runs/mine",
+        f"python -m flax_encoder train --config classify --init-from {run_dir} --data.source train.csv",
         f"python -m flax_encoder export {run_dir} OUT",
         f"python -m flax_encoder export {run_dir} OUT --part generator",
     ]
