@@ -5,11 +5,16 @@
 
 Each side runs in a process of its own, by turns (ours, peer, ours, peer ...), on batches that are made beforehand.
 `--data full` has rows without padding; otherwise both read the same documents, ours packed into rows of --length, the
-peer padded to the longest of a batch of as many documents in random order. Tokens a second count real tokens only.
---objective classification learns a label a document (with --data SOURCE, of the source's column `label`).
---peer torch is transformers' PyTorch model with fused AdamW (bfloat16 by autocast); --peer flax its FlaxBert, up to
-transformers 4.57.6. MFU is model FLOPs (flax_encoder/plan/flops.py) over the matmul peak that is measured in the same
-run.
+peer padded to the longest of a batch of as many documents. --texts gives both sides so many documents an update (ours
+on average: as many rows as hold them). Tokens a second count real tokens only. --objective classification learns a
+label a document (with --data SOURCE, of its column `label`).
+
+--peer torch is transformers' PyTorch model with fused AdamW (bfloat16 by autocast), run as --peer-mode says:
+  eager     as most scripts do, documents in random order
+  compiled  by torch.compile, documents grouped by length, and only masked positions in the vocabulary head
+  unpadded  compiled, on our packed rows, in which each document sees itself alone
+--peer flax is its FlaxBert, up to transformers 4.57.6. MFU is model FLOPs (flax_encoder/plan/flops.py) over the matmul
+peak that is measured in the same run.
 """
 
 import dataclasses
@@ -17,7 +22,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +31,7 @@ import jax
 import numpy as np
 from flax import nnx
 from harness import header, matmul_peak, parser, say, show
+from sides import Side
 
 from flax_encoder.config import DataConfig, EncoderConfig, MaskingConfig, OptimizerConfig, RunConfig
 from flax_encoder.data.pipeline import open_data
@@ -36,6 +41,7 @@ from flax_encoder.families import FAMILIES, PRESETS, preset
 from flax_encoder.families.mapping import write_config
 from flax_encoder.nn.partition import round_up_vocab
 from flax_encoder.plan.flops import step_flops
+from flax_encoder.runs.length import settle_length
 from flax_encoder.tasks import Classifier, MaskedLM, find_task
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.runtime import free_temporaries, set_up_runtime
@@ -46,50 +52,22 @@ HERE = pathlib.Path(__file__).parent
 ADAMW = OptimizerConfig(name="adamw", learning_rate=1e-4, warmup_rate=0.0, clip_norm=None)
 
 
-class Worker:
-    """One side: a process that reads a line `run SECONDS`, makes steps for so long, and prints its milliseconds."""
-
-    def __init__(self, command: list[str], folder: pathlib.Path, name: str):
-        self.name = name
-        self._errors = (folder / f"{name}.log").open("w+")
-        self._process = subprocess.Popen(
-            [*command, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
-        self.ready = self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
-        if not line.startswith("{"):
-            self._process.wait()
-            self._errors.seek(0)
-            raise SystemExit(f"the {self.name} side failed:\n{line}{self._errors.read()[-3000:]}")
-        return json.loads(line)
-
-    def run(self, seconds: float) -> dict[str, Any]:
-        self._process.stdin.write(f"run {seconds}\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-        self._errors.close()
-
-
-def serve(step, tokens: list[int], ready: dict[str, Any], peak_memory_bytes) -> None:
+def serve(step, tokens: list[int], texts: list[int], ready: dict[str, Any], peak_memory_bytes) -> None:
     """The worker's side of the protocol: `step(i)` makes one step on batch i, to its end."""
     print(json.dumps(ready), flush=True)
     made = 0
     for line in sys.stdin:
         until = time.perf_counter() + float(line.split()[1])
-        milliseconds, count = [], 0
+        milliseconds, count, documents = [], 0, 0
         while not milliseconds or time.perf_counter() < until:
             began = time.perf_counter()
             step(made % len(tokens))
             milliseconds.append(1000 * (time.perf_counter() - began))
             count += tokens[made % len(tokens)]
+            documents += texts[made % len(texts)]
             made += 1
-        print(json.dumps({"milliseconds": milliseconds, "tokens": count, "memory": peak_memory_bytes()}), flush=True)
+        answer = {"milliseconds": milliseconds, "tokens": count, "texts": documents, "memory": peak_memory_bytes()}
+        print(json.dumps(answer), flush=True)
 
 
 def resident_peak_bytes() -> int:
@@ -131,7 +109,7 @@ def ours(folder: pathlib.Path) -> None:
 
     step(0)
     ready = {"compile_seconds": seconds, "matmul_peak": matmul_peak(spec["dtype"])}
-    serve(step, spec["ours_tokens"], ready, memory)
+    serve(step, spec["ours_tokens"], spec["ours_texts"], ready, memory)
 
 
 def masked_rows(config: EncoderConfig, rows: int, length: int, rate: float, seed: int) -> dict[str, np.ndarray]:
@@ -167,11 +145,11 @@ def read_rows(asked, config: EncoderConfig, packing: str, batches: int) -> list[
     masking = MaskingConfig(rate=asked.masked_rate)
     model = dataclasses.replace(config, max_length=max(config.max_length, asked.length))
     run = RunConfig(
-        model=model, data=data, masking=masking, batch_size=asked.batch, steps=batches, eval_batches=1,
-        objective=asked.objective,
+        model=model, data=data, masking=masking, batch_size=asked.batch, batch_texts=asked.texts, steps=batches,
+        eval_batches=1, objective=asked.objective,
     )  # fmt: skip
     try:
-        train = open_data(run, find_task(run.objective).reading, progress=say).train
+        train = open_data(run, find_task(run.objective).reading, settle=settle_length, progress=say).train
     except DataError as error:
         raise SystemExit(f"--data: {error}") from None
     wanted = {"tokens", "segment_ids", "positions", "target_positions", "targets", "target_weights"}
@@ -181,20 +159,51 @@ def read_rows(asked, config: EncoderConfig, packing: str, batches: int) -> list[
     return found
 
 
+def grouped_by_length(batches: list[dict[str, np.ndarray]], seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """The same rows in batches of like length, which then come in random order: transformers' `group_by_length`, whose
+    group is 50 batches."""
+    rng = np.random.default_rng(seed)
+    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    lengths = (rows["segment_ids"] > 0).sum(1)
+    size = len(batches[0]["tokens"])
+    order = rng.permutation(len(lengths))
+    groups = np.split(order, range(50 * size, len(order), 50 * size))
+    order = np.concatenate([group[np.argsort(-lengths[group], kind="stable")] for group in groups])
+    return [
+        {name: x[order[i * size : (i + 1) * size]] for name, x in rows.items()} for i in rng.permutation(len(batches))
+    ]
+
+
 def padded(batch: dict[str, np.ndarray], objective: str) -> dict[str, np.ndarray]:
-    """A batch of one document a row as a padding trainer has it: cut to its longest, labels at every token or one."""
+    """A batch of one document a row as a padding trainer has it, cut to its longest: labels at every token, or one a
+    row; and of masked tokens `slots`, their positions, with the labels there."""
     longest = int((batch["segment_ids"] > 0).sum(1).max())
-    labels = batch["targets"][:, 0].astype(np.int64)
+    made = {
+        "input_ids": batch["tokens"][:, :longest].astype(np.int64),
+        "attention_mask": (batch["segment_ids"][:, :longest] > 0).astype(np.int64),
+        "slots": batch["target_positions"].astype(np.int64),
+        "slot_labels": np.where(batch["target_weights"] > 0, batch["targets"], -100).astype(np.int64),
+        "labels": batch["targets"][:, 0].astype(np.int64),
+    }
     if objective == "masked_lm":
         labels = np.full(batch["tokens"].shape, -100, np.int64)
         row, slot = np.nonzero(batch["target_weights"])
         labels[row, batch["target_positions"][row, slot]] = batch["targets"][row, slot]
-        labels = labels[:, :longest]
-    return {
-        "input_ids": batch["tokens"][:, :longest].astype(np.int64),
-        "attention_mask": (batch["segment_ids"][:, :longest] > 0).astype(np.int64),
-        "labels": labels,
-    }
+        made["labels"] = labels[:, :longest]
+    return made
+
+
+def unpadded(batch: dict[str, np.ndarray], objective: str) -> dict[str, np.ndarray]:
+    """One of our batches, for a peer that reads packed rows: a token sees those of its own document."""
+    made = padded(batch, objective) | {"segment_ids": batch["segment_ids"], "position_ids": batch["positions"]}
+    made["input_ids"] = batch["tokens"].astype(np.int64)
+    return {name: x.astype(np.int64) for name, x in made.items() if name not in ("attention_mask", "labels")}
+
+
+def counts(batches: list[dict[str, np.ndarray]]) -> tuple[list[int], list[int]]:
+    """(real tokens, documents or pieces of them) of each batch."""
+    tokens = [int(np.count_nonzero(batch["segment_ids"])) for batch in batches]
+    return tokens, [int(batch["segment_ids"].max(1).sum()) for batch in batches]
 
 
 def peer_config(name: str, config: EncoderConfig, objective: str = "masked_lm") -> dict[str, Any]:
@@ -242,6 +251,11 @@ def main() -> None:
         "--microbatches", type=int, default=1, help="parts of a batch whose gradients ours adds up (default 1)"
     )
     arguments.add_argument("--peer", choices=("torch", "flax", "none"), default="none")
+    arguments.add_argument(
+        "--peer-mode", choices=("eager", "compiled", "unpadded"), default="compiled",
+        help="how torch runs (default compiled, what a user in a hurry types)",
+    )  # fmt: skip
+    arguments.add_argument("--texts", type=int, help="documents an update on both sides, instead of --batch rows")
     arguments.add_argument("--peer-python", help="the Python of the peer's environment")
     arguments.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
     arguments.add_argument("--seconds", type=float, default=15.0, help="of a turn, a step at least (default 15)")
@@ -249,6 +263,8 @@ def main() -> None:
         "--apart", action="store_true", help="start a side anew for each turn, for two that do not fit memory together"
     )
     asked = arguments.parse_args()
+    if asked.texts is not None and asked.data == "full":
+        raise SystemExit("--texts counts documents of a text: give --data real or a file.")
     if (asked.peer == "none") != (asked.peer_python is None):
         raise SystemExit("a peer runs in its own environment: give --peer and --peer-python together, or neither.")
 
@@ -267,8 +283,13 @@ def main() -> None:
         singles = read_rows(asked, own, "one-per-row", 64)
         if asked.objective == "classification":
             num_classes = 1 + max(int(batch["targets"].max()) for batch in rows + singles)
+    if asked.data != "full" and asked.peer_mode != "eager":
+        singles = grouped_by_length(singles)
     theirs = [padded(batch, asked.objective) for batch in singles]
-    tokens = [int(np.count_nonzero(batch["segment_ids"])) for batch in rows]
+    if asked.peer_mode == "unpadded":
+        singles, theirs = rows, [unpadded(batch, asked.objective) for batch in rows]
+    tokens, texts = counts(rows)
+    peer_tokens, peer_texts = counts(singles)
     flops = statistics.mean(
         step_flops(own, b["segment_ids"], int(b["target_weights"].sum()), num_classes) for b in rows
     )
@@ -281,6 +302,7 @@ def main() -> None:
             "config": dataclasses.asdict(config),
             "dtype": asked.dtype,
             "ours_tokens": tokens,
+            "ours_texts": texts,
             "microbatches": asked.microbatches,
             "num_classes": num_classes,
         }
@@ -289,8 +311,11 @@ def main() -> None:
                 np.savez(folder / f"peer-{i:03}.npz", **batch)
             spec |= {
                 "peer": asked.peer,
+                "peer_mode": asked.peer_mode,
+                "objective": asked.objective,
                 "peer_config": peer_config(asked.model, own, asked.objective),
-                "peer_tokens": [int(batch["attention_mask"].sum()) for batch in theirs],
+                "peer_tokens": peer_tokens,
+                "peer_texts": peer_texts,
                 "learning_rate": ADAMW.learning_rate,
                 "betas": [ADAMW.b1, ADAMW.b2],
                 "epsilon": ADAMW.epsilon,
@@ -303,14 +328,14 @@ def main() -> None:
             sides["peer"] = [asked.peer_python, str(HERE / "peer_step.py")]
         turns: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         ready: dict[str, dict[str, Any]] = {}
-        workers: dict[str, Worker] = {}
+        workers: dict[str, Side] = {}
 
-        def worker(name: str) -> Worker:
+        def worker(name: str) -> Side:
             if name not in workers:
                 say(f"starting {name}: {asked.model}, {asked.batch} x {asked.length}, {asked.dtype}")
-                workers[name] = Worker(sides[name], folder, name)
+                workers[name] = Side(name, [*sides[name], str(folder)])
                 ready.setdefault(name, workers[name].ready)
-                workers[name].run(0.0)  # warms up
+                workers[name].ask("run 0")  # warms up
             return workers[name]
 
         try:
@@ -318,7 +343,7 @@ def main() -> None:
                 worker(name)
             for turn in range(1, asked.rounds + 1):
                 for name in sides:
-                    answer = worker(name).run(asked.seconds)
+                    answer = worker(name).ask(f"run {asked.seconds}")
                     rate = 1000 * answer["tokens"] / sum(answer["milliseconds"])
                     say(f"turn {turn}/{asked.rounds}  {name}: {rate:,.0f} tokens/s")
                     turns[name].append(answer | {"rate": rate})
@@ -334,6 +359,10 @@ def main() -> None:
         steps = [ms for turn in turns[name] for ms in turn["milliseconds"]]
         result[name] = {
             "tokens_per_second": statistics.median(turn["rate"] for turn in turns[name]),
+            "texts_per_second": statistics.median(
+                1000 * turn["texts"] / sum(turn["milliseconds"]) for turn in turns[name]
+            ),
+            "texts_per_update": sum(turn["texts"] for turn in turns[name]) / len(steps),
             "step_milliseconds": statistics.median(steps),
             "step_spread_milliseconds": [min(steps), max(steps)],
             "compile_seconds": ready[name]["compile_seconds"],
@@ -354,6 +383,8 @@ def main() -> None:
         {
             "": name,
             "tokens/s": result[name]["tokens_per_second"],
+            "texts/s": result[name]["texts_per_second"],
+            "texts an update": result[name]["texts_per_update"],
             "step ms": result[name]["step_milliseconds"],
             "spread": "{:,.0f} to {:,.0f}".format(*result[name]["step_spread_milliseconds"]),
             "compile s": result[name]["compile_seconds"],

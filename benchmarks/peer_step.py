@@ -23,6 +23,48 @@ def resident_peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+# Of a masked-language model, what stands between its hidden states and the logits of the vocabulary.
+VOCABULARY_HEADS = {
+    "bert": lambda model, x: model.cls(x),
+    "electra": lambda model, x: model.generator_lm_head(model.generator_predictions(x)),
+    "roberta": lambda model, x: model.lm_head(x),
+    "modernbert": lambda model, x: model.decoder(model.head(x)),
+}
+
+
+def block_mask(segment_ids, dtype):
+    """What is added to the scores of packed rows [B, 1, T, T]: 0 within a document, the lowest number elsewhere."""
+    import torch
+
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return torch.zeros(same.shape, dtype=dtype, device=same.device).masked_fill(~same, torch.finfo(dtype).min)
+
+
+def torch_loss(model, kind):
+    """The loss of a batch as a good user writes it: only the positions that are predicted go through the head."""
+    from torch.nn import functional as F
+
+    encoder = getattr(model, model.base_model_prefix)
+
+    def loss_of(batch):
+        if "segment_ids" in batch:
+            mask = block_mask(batch["segment_ids"], next(model.parameters()).dtype)
+            told = {"attention_mask": mask, "position_ids": batch["position_ids"]}
+        else:
+            told = {"attention_mask": batch["attention_mask"]}
+        states = encoder(input_ids=batch["input_ids"], **told).last_hidden_state
+        slots = batch["slots"][..., None].expand(-1, -1, states.shape[-1])
+        states = states.gather(1, slots)
+        if spec["objective"] == "masked_lm":
+            logits = VOCABULARY_HEADS[kind](model, states)
+        else:  # a document's first token through the pooler
+            pooled = encoder.pooler.activation(encoder.pooler.dense(states))
+            logits = model.classifier(model.dropout(pooled))
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch["slot_labels"].flatten(), ignore_index=-100)
+
+    return loss_of
+
+
 def torch_step():
     import torch
 
@@ -40,18 +82,31 @@ def torch_step():
     ]
     tx = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=spec["betas"], eps=spec["epsilon"], fused=True)
     tensors = [{k: torch.from_numpy(v).to(device) for k, v in batch.items()} for batch in batches]
+    whole, mode = ("input_ids", "attention_mask", "labels"), spec["peer_mode"]
+    gathers = mode == "unpadded" or (mode == "compiled" and spec["objective"] == "masked_lm")
+    loss_of = torch_loss(model, config.model_type) if gathers else lambda batch: model(**batch).loss
+    left_out = ("labels",) if gathers else tuple(set(tensors[0]) - set(whole))
+    tensors = [{k: v for k, v in batch.items() if k not in left_out} for batch in tensors]
+    shapes = {batch["input_ids"].shape for batch in tensors}
+    if mode != "eager":
+        loss_of = torch.compile(loss_of, dynamic=len(shapes) > 1)
 
     def step(i):
         with torch.autocast(device, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
-            loss = model(**tensors[i]).loss
+            loss = loss_of(tensors[i])
         loss.backward()
         tx.step()
         tx.zero_grad(set_to_none=True)
         assert torch.isfinite(loss).item()
 
+    began = time.perf_counter()
+    by_size = sorted(range(len(tensors)), key=lambda i: tensors[i]["input_ids"].numel())
+    for i in (by_size[0], by_size[-1], by_size[len(by_size) // 2]):  # a shape that is new may be compiled again
+        step(i)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     memory = torch.cuda.max_memory_allocated if device == "cuda" else resident_peak_bytes
-    return step, memory, {"versions": versions, "attention": config._attn_implementation}
+    about = {"versions": versions, "attention": config._attn_implementation, "mode": mode}
+    return step, memory, about | {"compile_seconds": time.perf_counter() - began}
 
 
 def flax_step():
@@ -110,12 +165,13 @@ print(json.dumps({"compile_seconds": time.perf_counter() - began, **about}), flu
 made = 0
 for line in sys.stdin:
     until = time.perf_counter() + float(line.split()[1])
-    milliseconds, tokens = [], 0
+    milliseconds, tokens, texts = [], 0, 0
     while not milliseconds or time.perf_counter() < until:
         began = time.perf_counter()
         i = made % len(batches)
         step(i)
         milliseconds.append(1000 * (time.perf_counter() - began))
         tokens += spec["peer_tokens"][i]
+        texts += spec["peer_texts"][i]
         made += 1
-    print(json.dumps({"milliseconds": milliseconds, "tokens": tokens, "memory": memory()}), flush=True)
+    print(json.dumps({"milliseconds": milliseconds, "tokens": tokens, "texts": texts, "memory": memory()}), flush=True)

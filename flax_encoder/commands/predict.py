@@ -27,6 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefix", help="text to text: what is put before every text (default: the run's data.prefix)")
     add_generation_options(parser)
     parser.add_argument("--objective", help="the task to open a published folder for (default: what it says itself)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: the model's)")
     parser.add_argument("--allow-unused", action="store_true", help="leave out tensors that nothing reads")
 
 
@@ -37,7 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     set_up_runtime()
     folder = pathlib.Path(arguments.folder)
-    loaded = load(folder, objective=arguments.objective, allow_unused=arguments.allow_unused)
+    loaded = load(
+        folder, objective=arguments.objective, allow_unused=arguments.allow_unused,
+        dtype=arguments.dtype,
+    )  # fmt: skip
     generation = generation_options(arguments)
     if generation != GenerationConfig() or arguments.prefix is not None:
         loaded = loaded.with_settings(generation, arguments.prefix)
@@ -59,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         for answer in loaded.predict(records):
             print(json.dumps(shown(answer, *options), ensure_ascii=False))
         return
-    told = (loaded.config.generation, loaded.config.data.prefix)
+    told = (loaded.config.generation, loaded.config.data.prefix, loaded.config.model.dtype)
     what = (str(folder.resolve()), loaded.step, file_identity(arguments.input), columns, config, options, told)
     out = AnswerFile(pathlib.Path(arguments.output), identity_of(what))
     done = 0 if arguments.input == "-" else out.num_done()

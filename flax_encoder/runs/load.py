@@ -47,6 +47,7 @@ def load(
     objective: str | None = None,
     head: Task | Literal["none"] | None = None,
     allow_unused: bool = False,
+    dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> LoadedRun:
     """Open a run folder (its newest checkpoint, or its best with keep_best), one checkpoint, or a published folder, to
     ask it, export it, embed with it or train from it.
@@ -55,6 +56,7 @@ def load(
       objective: the task to open a published folder for; None is what its config.json says. A run has its own.
       head: the head to load of a published folder where no objective is given, "none" for the encoder alone.
       allow_unused: leave out tensors of a published folder that nothing here reads, rather than refuse them.
+      dtype: of the operands of matrix products; None is the model's own. Parameters stay float32.
 
     Raises:
       CheckpointError: no checkpoint, or one that cannot be read. ConfigError, WeightsError: as `load_pretrained`.
@@ -62,10 +64,10 @@ def load(
     """
     given, path = path, encoder_folder(path)
     if not is_published(path):
-        return load_run(path)
+        return load_run(path).with_dtype(dtype)
     head = head if objective is None else TASKS[objective].head
     loaded = load_pretrained(path, task=head, allow_unused=allow_unused)
-    return from_pretrained(loaded, objective or objective_of(loaded, path), str(given))
+    return from_pretrained(loaded, objective or objective_of(loaded, path), str(given)).with_dtype(dtype)
 
 
 def load_run(path: str | pathlib.Path) -> LoadedRun:

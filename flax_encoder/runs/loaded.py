@@ -5,7 +5,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -140,6 +140,15 @@ class LoadedRun:
             raise ConfigError(f"generation and prefix are of models that write: this one is {self.config.objective}.")
         data = self.config.data if prefix is None else dataclasses.replace(self.config.data, prefix=prefix)
         config = dataclasses.replace(self.config, data=data, generation=given.over(self.config.generation))
+        return self._as(config)
+
+    def with_dtype(self, dtype: Literal["float32", "bfloat16"] | None) -> "LoadedRun":
+        """This run with the operands of its matrix products in another dtype; None leaves the model's own. Parameters,
+        sums and norms stay float32."""
+        model = dataclasses.replace(self.config.model, dtype=dtype or self.config.model.dtype)
+        return self if model == self.config.model else self._as(dataclasses.replace(self.config, model=model))
+
+    def _as(self, config: RunConfig) -> "LoadedRun":
         make = self.task.make_model(config, self.label_names)
         graphdef, _ = abstract_model(lambda: make(nnx.Rngs(0)))
         return dataclasses.replace(self, config=config, model=nnx.merge(graphdef, self._split_model[1]))

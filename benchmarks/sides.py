@@ -1,0 +1,66 @@
+"""The sides of a comparison: processes that wait for a line, work, and answer with a line of JSON.
+
+It imports nothing but the standard library, so that a peer's environment can import it too.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+
+
+class Side:
+    """A process of its own; `ready` is what it said when it could begin."""
+
+    def __init__(self, name: str, command: list[str]):
+        self.name = name
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+        self.ready = self._answer()
+
+    def ask(self, line: str):
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self):
+        while line := self._process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        self._process.wait()
+        self._errors.seek(0)
+        raise SystemExit(f"the {self.name} side failed:\n{self._errors.read()[-3000:]}")
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._errors.close()
+
+
+def serve(answers, texts: list[str], began: float, versions: dict[str, str]) -> None:
+    """The process's side for `bench_use.py`: times `answers(texts)`, all of them or one at a time.
+
+    Args:
+      began: when the process did, by `time.perf_counter`.
+    """
+    answers(texts[:1])
+    print(json.dumps({"seconds": time.perf_counter() - began, "versions": versions}), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "all":
+            start = time.perf_counter()
+            answers(texts)
+            answer = {"seconds": time.perf_counter() - start}
+        elif line.strip() == "one":
+            times = []
+            for i in range(120):
+                start = time.perf_counter()
+                answers([texts[i % len(texts)]])
+                times.append(1000 * (time.perf_counter() - start))
+            answer = {"milliseconds": times[20:]}
+        else:
+            some = answers(texts[:256])
+            answer = {"answers": some.astype(float).tolist() if hasattr(some, "astype") else some}
+        print(json.dumps(answer), flush=True)
