@@ -157,7 +157,7 @@ def open_data(
             num_batches=min(batches, config.eval_batches or batches),
         )  # fmt: skip
 
-    tests = [store.test for store in stores if store.test is not None]
+    tests = [store.separate_test for store in stores if store.separate_test is not None]
     test = held_out(tests) if tests else None
     num_cut, num_left_out = sum(d.num_cut for d in documents), sum(d.num_left_out for d in documents)
     return RunData(
@@ -299,12 +299,14 @@ def _open_sources(names: list[str], config: DataConfig, columns: Columns, progre
 
 def _held_out(config: DataConfig, columns: Columns, sources: dict[str, Source], progress: Say) -> dict[str, HeldOut]:
     """What is held out of each source. Training leaves out what any other source, or a file of its own, holds out."""
-    rule = HeldOut(config.held_out_rate, keep_all=bool(config.validation or config.test))
-    by_class = columns.value == "class" and config.held_out_by_class
-    rules = {name: rule._replace(by_class=by_class and not source.has_held_out) for name, source in sources.items()}
-    if len(sources) < 2 and not rule.keep_all:
+    by_class, are_named = columns.value == "class" and config.held_out_by_class, bool(config.validation or config.test)
+    rules = {
+        name: HeldOut(config.held_out_rate, by_class and not s.has_held_out, keep_all=s.has_held_out or are_named)
+        for name, s in sources.items()
+    }
+    if len(sources) < 2 and not any(rule.keep_all for rule in rules.values()):
         return rules
-    rates = {name: 0.0 if source.has_held_out else rule.rate for name, source in sources.items()}
+    rates = {name: 0.0 if source.has_held_out else config.held_out_rate for name, source in sources.items()}
     texts: dict[str, frozenset[bytes]] = {}
     for name, source in sources.items():
         # Sources that hold out by the same rule hold out the same texts; the others' are read here.
@@ -321,7 +323,7 @@ def _held_out(config: DataConfig, columns: Columns, sources: dict[str, Source], 
         texts[name] = frozenset(found)
     return {
         name: rules[name]._replace(excluded=frozenset().union(
-            *(held for other, held in texts.items() if other != name or rule.keep_all)))
+            *(held for other, held in texts.items() if other != name or rules[name].keep_all)))
         for name in sources
     }  # fmt: skip
 

@@ -35,8 +35,9 @@ def describe_data(data: RunData) -> str:
     length = data.config.data.target_length
     of_target, beside = (" or --data.target-length", f", beside {length} of the decoder") if length else ("", "")
     notes = [
-        (data.num_cut, f"longer than a row and cut: --data.row-length{of_target} takes more of them"),
-        (data.num_left_out, "with a target longer than a decoder's row and left out: --data.target-length takes more"),
+        (data.num_cut, f"documents are longer than a row and cut: --data.row-length{of_target} takes more of them"),
+        (data.num_left_out, "documents have a longer target than a decoder's row and are left out: --data.target-"
+         "length takes more"),
         (contradictory, "texts occur with more than one value"),
         (sum(m.get("unread_words", 0) for m in manifests), "words have no token, and so no tag that is learnt"),
     ]
@@ -44,7 +45,7 @@ def describe_data(data: RunData) -> str:
         f"data: {train['documents']:,} documents, {train['tokens']:,} tokens; held out {held_out['documents']:,} and "
         f"{held_out['tokens']:,}{apart}{'; dropped ' + dropped if dropped else ''}; vocabulary "
         f"{data.tokenizer.vocab_size:,}; {rows:,} rows an epoch{beside}, {fill:.1%} full"
-        + "".join(f"\n{count:,} {what}" for count, what in notes if count)
+        + "".join(f"\ndata: {count:,} {what}" for count, what in notes if count)
     )
 
 

@@ -128,7 +128,7 @@ def _loss(run: LoadedRun, config: DataConfig, say: Say) -> tuple[dict[str, float
     reading = run.task.reading
     whole = dataclasses.replace(config, held_out_rate=0.0, validation=None, test=None)
     _, [store, *_], _ = open_stores(whole, reading.columns_of(run.config), tokenizer=run.tokenizer, progress=say)
-    split = store.test or (store.validation if len(store.validation) else store.train)
+    split = store.test if len(store.test) else store.train
     frame = Frame.of(run.tokenizer, run.config.model.position_offset)
     documents = Documents(split, reading.layout(run.config), frame, run.row_length)
     plan = documents.plan(run.row_length)

@@ -68,6 +68,20 @@ def test_named_files_are_the_splits_and_training_leaves_their_texts_out(tmp_path
     assert store.manifest["dropped"]["also held out"] == 18
 
 
+def test_a_published_test_split_is_kept_whole_and_training_leaves_its_texts_out(tmp_path, tokenizer):
+    pytest.importorskip("datasets", reason="reads hf: sources")
+    (train, labels), (test, others) = labelled(200, 11), labelled(40, 12)
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", [*train, *test[:9]], [*labels, *others[:9]])
+    write(tmp_path / "set" / "test.jsonl", [*test, test[0]], [*others, others[0]])
+    config = DataConfig(source=f"hf:{tmp_path / 'set'}", cache_dir=str(tmp_path / "cache"))
+    _, [store], _ = open_stores(config, Columns("class"), tokenizer=tokenizer)
+    assert store.separate_test is None and store.test is store.validation
+    assert sorted(split_texts(store.test, tokenizer)) == sorted([*test, test[0]])
+    assert sorted(split_texts(store.train, tokenizer)) == sorted(train)
+    assert store.manifest["dropped"]["also held out"] == 9
+
+
 @pytest.mark.parametrize("value", ["none", "class"])
 def test_with_a_test_file_alone_others_are_held_out_to_choose_by(tmp_path, tokenizer, value):
     train, test = labelled(400, 4), labelled(60, 5)

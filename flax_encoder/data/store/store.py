@@ -96,9 +96,15 @@ class StoredSplit(Split):
 class Store:
     train: Split
     validation: Split
-    test: Split | None
+    separate_test: Split | None
+    """Documents that nothing is chosen by; None where one split is held out for both."""
     manifest: dict
     folder: pathlib.Path
+
+    @property
+    def test(self) -> Split:
+        """The documents that a result is reported on: the test split, or where there is none, the validation split."""
+        return self.validation if self.separate_test is None else self.separate_test
 
     @property
     def label_names(self) -> list[str] | None:
@@ -113,7 +119,7 @@ class Store:
     def hash(self) -> str:
         """Of the contents: the same text by the same tokenizer has the same hash wherever it is prepared."""
         # Where one split is held out its files count under the name that they had when there were two.
-        old = {"validation": "test"} if self.test is None else {}
+        old = {"validation": "test"} if self.separate_test is None else {}
         files = {}
         for name, about in self.manifest["files"].items():
             split, _, file = name.rpartition("/")

@@ -53,7 +53,8 @@ class HeldOut(NamedTuple):
     by_class: bool = False
     """Whether every class keeps its share."""
     keep_all: bool = False
-    """Whether documents for evaluation are kept when they are duplicates: those of a file that was named for it."""
+    """Whether documents for evaluation are kept when they are duplicates: those of a split or a file that is there for
+    it, of which results are published."""
     excluded: frozenset[bytes] = frozenset()
     """Digests of texts that others evaluate on: training leaves them out."""
 
