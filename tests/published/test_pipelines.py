@@ -1,6 +1,7 @@
 """An exported run in transformers' own pipeline gives the answers that `predict` gives of the run."""
 
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -71,14 +72,14 @@ def test_texts_are_classified_alike(exported):
     several, other = exported("multi_label", ["cheap", "good", "fast"])
     number, third = exported("regression", None)
     texts = {"kind": "text-classification", "inputs": TEXTS}
-    pairs = {"kind": "text-classification", "inputs": [{"text": a, "text_pair": b} for a, b in zip(
-        TEXTS, TEXTS[1:], strict=False)]}  # fmt: skip
+    two = [*itertools.pairwise(TEXTS)]
+    pairs = {"kind": "text-classification", "inputs": [{"text": a, "text_pair": b} for a, b in two]}
     every, plain = {"top_k": None}, {"function_to_apply": "none"}
     of_one, of_pairs, of_several, of_number = ask(
         texts | {"folder": folder, "options": every}, pairs | {"folder": folder, "options": every},
         texts | {"folder": other, "options": every}, texts | {"folder": third, "options": plain},
     )  # fmt: skip
-    for theirs, asked in ((of_one, TEXTS), (of_pairs, [*zip(TEXTS, TEXTS[1:], strict=False)])):
+    for theirs, asked in ((of_one, TEXTS), (of_pairs, two)):
         for one, answer in zip(theirs, run.predict(asked), strict=True):
             scores = {x["label"]: x["score"] for x in one}
             assert max(scores, key=scores.__getitem__) == answer["label"]
