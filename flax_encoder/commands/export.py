@@ -12,7 +12,7 @@ HELP = "write a run as a folder that transformers opens"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", help="a run folder, one checkpoint in it, or a published folder")
-    parser.add_argument("out", help="a folder that is empty or new")
+    parser.add_argument("out", help="a folder that is empty or new; with --stablehlo a file")
     add_folder_options(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     parser.add_argument("--model-type", help="the family to write it as (default: the first that can say it)")
@@ -24,6 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", action="store_true", help="write the run's adapters (lora) alone, as a folder "
                         "that PEFT opens beside the model that they were trained on")  # fmt: skip
     parser.add_argument("--base", help="with --adapter: that model's published folder (default: the run's init_from)")
+    parser.add_argument("--stablehlo", action="store_true", help="make OUT one file of StableHLO instead, which runs "
+                        "on CPUs, GPUs and TPUs by `jax.export.deserialize` alone")  # fmt: skip
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None, help="with --pooling")
 
 
@@ -39,6 +41,14 @@ def run(arguments: argparse.Namespace) -> None:
 
         count = export_adapter(arguments.run_dir, arguments.out, arguments.base)
         print(f"wrote {arguments.out}, adapters of {count} linear maps, for PEFT")
+        return
+    if arguments.stablehlo:
+        from flax_encoder.runs.load import load
+        from flax_encoder.runs.stablehlo import export_stablehlo
+
+        loaded = load(arguments.run_dir, **folder_options(arguments)).part(arguments.part)
+        names = export_stablehlo(loaded, arguments.out)
+        print(f"wrote {arguments.out}, a program of {', '.join(names)}")
         return
     is_sentence = arguments.pooling is not None or own_settings(arguments.run_dir) is not None
     if arguments.normalize is not None and not is_sentence:

@@ -145,7 +145,11 @@ class LoadedRun:
     def with_dtype(self, dtype: Literal["float32", "bfloat16"] | None) -> "LoadedRun":
         """This run with the operands of its matrix products in another dtype; None leaves the model's own. Parameters,
         sums and norms stay float32."""
-        model = dataclasses.replace(self.config.model, dtype=dtype or self.config.model.dtype)
+        return self if dtype is None else self.with_model_settings(dtype=dtype)
+
+    def with_model_settings(self, **settings: Any) -> "LoadedRun":
+        """This run with other settings of `config.model` that say how it computes, and not what it is."""
+        model = dataclasses.replace(self.config.model, **settings)
         return self if model == self.config.model else self._as(dataclasses.replace(self.config, model=model))
 
     def _as(self, config: RunConfig) -> "LoadedRun":

@@ -166,6 +166,8 @@ def _narrowest(window: Window | None, T: int, S: int) -> Window | None:
         return tuple(jnp.asarray(w, jnp.int32) for w in window)
     if left < 0 or right < 0:
         raise ValueError(f"a window reaches at least 0 tokens to the left and right: got {left} and {right}.")
+    if not isinstance(T, int):  # a symbol, where a program is exported for rows of any length
+        return left, right
     left, right = min(left, T - 1), min(right, S - 1)
     return None if left == T - 1 and right == S - 1 else (left, right)
 

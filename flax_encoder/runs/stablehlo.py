@@ -1,0 +1,81 @@
+"""A model as one file of StableHLO, which runs wherever XLA does, without this library."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from flax_encoder.config import ConfigError
+from flax_encoder.ops.platform import platform_for_tracing
+from flax_encoder.runs.loaded import LoadedRun
+
+# Whether a head, by its name among a family's, answers for each token or once for a text.
+_OF_TOKENS = {"masked_lm": True, "token_classification": True, "question_answering": True, "classification": False}
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def as_function(run: LoadedRun) -> Callable[..., dict[str, Array]]:
+    """The model as a function of arrays alone, one text or pair a row.
+
+    The function takes `input_ids`, `attention_mask` and, where the model has token types, `token_type_ids`, each int32
+    [B, T] as tokenizers make them, padded on the right. It returns `last_hidden_state`, float32 [B, T, D], and `logits`
+    of the head: [B, T, C] of heads for tokens, [B, C] of heads for texts; an encoder alone has none.
+
+    Raises:
+      ConfigError: a model that writes text, whose steps a program cannot hold.
+    """
+    if run.config.objective == "multiple_choice" or run.task.reading.columns.writes:
+        raise ConfigError(
+            f"a program holds an encoder, and a head for texts or tokens: this model is {run.config.objective}. "
+            f"`export` without --stablehlo writes it as a folder."
+        )
+    # By definition of attention: kernels are for one platform, and tiles for one length.
+    graphdef, params = nnx.split(run.with_model_settings(attention_implementation="reference", remat="none").model)
+    of_tokens = None if run.fresh else _OF_TOKENS.get(run.task.head or "")
+
+    def apply(input_ids, attention_mask, token_type_ids=None):
+        model = nnx.merge(graphdef, params)
+        places = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+        batch = {
+            "tokens": input_ids, "segment_ids": attention_mask, "positions": places,
+            "target_positions": places if of_tokens else places[:, :1],
+        }  # fmt: skip
+        if token_type_ids is not None:
+            batch["token_types"] = token_type_ids
+        rows = (batch["tokens"], batch["segment_ids"], batch["positions"], batch.get("token_types"))
+        made = {"last_hidden_state": model.encoder(*rows)}
+        if of_tokens is not None:
+            logits = model(batch)
+            made["logits"] = logits if of_tokens else logits[:, 0]
+        return made
+
+    return apply
+
+
+def export_stablehlo(
+    run: LoadedRun, path: str | pathlib.Path, platforms: Sequence[str] = PLATFORMS
+) -> tuple[str, ...]:
+    """Write `as_function(run)` with its parameters to a file that `jax.export.deserialize` reads; B and T stay open.
+
+    Returns:
+      the names of its arguments.
+
+    Raises:
+      ConfigError: as `as_function`; or `flatbuffers` is not installed, by which the file is written.
+    """
+    try:
+        import flatbuffers as _  # noqa: F401
+    except ImportError:
+        raise ConfigError("StableHLO is written by flatbuffers: pip install 'flax-encoder[stablehlo]'.") from None
+    rows, length = jax.export.symbolic_shape("rows, length")
+    names = ("input_ids", "attention_mask", "token_type_ids")[: 3 if run.config.model.num_token_types else 2]
+    shapes: list[Any] = [jax.ShapeDtypeStruct((rows, length), jnp.int32)] * len(names)
+    # Traced as for a TPU, whose code has no constraints of layouts, which are for this machine.
+    with platform_for_tracing("tpu"):
+        program = jax.export.export(jax.jit(as_function(run)), platforms=list(platforms))(*shapes)
+    pathlib.Path(path).write_bytes(program.serialize())
+    return names
