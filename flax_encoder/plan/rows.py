@@ -61,7 +61,7 @@ def sample_data(
             "with --epochs None."
         )
     columns, names = task.reading.columns, list(config.data.label_names or ("first", "second"))
-    longest = max(config.data.row_length, config.data.final_row_length)
+    longest = max(config.row_lengths)
     document_tokens = min(document_tokens or longest, longest - 4)
     count = max(64, -(-_ROWS * longest // document_tokens))
 
@@ -88,8 +88,7 @@ def sample_data(
         here = dataclasses.replace(config, data=dataclasses.replace(data, source=str(store)))
         made = open_data(here, task.reading, tokenizer=tokenizer, settle=settle)
         settled = task.settle(with_vocab_size(made.config, size), made)
-        starts = [0, *(stage.end_step for stage in settled.stages[:-1])]
-        batches = [made.train[number] for number in starts]
+        batches = [made.train[stage.start_step] for stage in settled.stages]
     settled = dataclasses.replace(settled, data=config.data)
     return Sample(settled, made.label_names, batches)
 

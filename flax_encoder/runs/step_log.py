@@ -56,9 +56,12 @@ class StepLog:
                 continue
             began = config.schedule_began
             progress = float(metrics.progress or 0.0)
-            share = share_of_update(config.optimizer, step - 1 - began, config.steps - began, progress)
+            phases = config.timeline.learning_rates
+            share = share_of_update(config.optimizer, step - 1 - began, config.steps - began, progress, phases)
             rate = config.optimizer.learning_rate * float(share)
             values |= {"learning_rate": rate, "epoch": epochs_after(config, self._rows_per_epoch, step)} | throughput
+            if config.phases:
+                values["phase"] = config.timeline.stage_of(step - 1).phase + 1
             self._log.write(step, values)
             left = min(
                 self._clock.seconds_per_step * (config.steps - step), budget_seconds(config) - self._clock.spent_seconds
