@@ -143,5 +143,5 @@ def _search_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _gb(size: float) -> str:
+def _gb(size: float | int) -> str:
     return f"{size / 1e9:.2f} GB"

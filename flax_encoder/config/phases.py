@@ -35,6 +35,9 @@ class Phase(ShortRepr):
     window."""
     weights: tuple[float, ...] | None = None
     """data.weights from here on; a source with 0 is not read."""
+    objective: str | None = None
+    """What is learned from here on: a task whose model has the same parameters, such as causal_lm before masked_lm. The
+    last phase has the run's own, by which all evaluations are made."""
     learning_rate: float | tuple[float, float] | None = None
     """optimizer.learning_rate from here on, no more by optimizer.schedule. Other peak rates are multiplied by the same
     factor."""
@@ -53,7 +56,7 @@ class Phase(ShortRepr):
         unknown = [name for name in names if name not in known]
         require(
             not unknown,
-            f"a phase changes what leaves the parameters' shapes, and what is learned, as they are: "
+            f"a phase changes what leaves the parameters' shapes as they are: "
             f"{', '.join(known[3:])}; got {', '.join(unknown)}. Give it to the whole run, or start another from this "
             f"one's model with --init-from.",
         )
@@ -112,7 +115,7 @@ class Phase(ShortRepr):
 SETTINGS = {
     "row_length": "data.last_row_length", "batch_size": "batch_size", "num_microbatches": "num_microbatches",
     "masking_rate": "masking.last_rate", "rope_theta": "model.rope_theta", "weights": "data.weights",
-    "learning_rate": "optimizer.learning_rate",
+    "objective": "objective", "learning_rate": "optimizer.learning_rate",
 }  # fmt: skip
 
 
@@ -141,6 +144,7 @@ class Stage(NamedTuple):
     rope_theta: float = 10_000.0
     weights: tuple[float, ...] | None = None
     """Of the sources; None reads all equally often."""
+    objective: str = "masked_lm"
 
 
 class Timeline(NamedTuple):
@@ -205,12 +209,11 @@ def describe_phase(phases: Sequence[Phase], timeline: Timeline, number: int) -> 
     for name in phases[number].changes:
         values = _pair(getattr(phases[number], name))
         if name not in ("row_length", "batch_size") and values is not None:
-            of_weights = name == "weights"
-            shown = " ".join(f"{w:g}" for w in values) if of_weights else " to ".join(
-                dict.fromkeys(f"{value:g}" for value in values)
-            )
+            words = [value if isinstance(value, str) else f"{value:g}" for value in values]
+            shown = " ".join(words) if name == "weights" else " to ".join(dict.fromkeys(words))
             said.append(f"{name.replace('_', ' ')} {shown}")
-    return f"phase {number + 1} of {len(phases)}, steps {start + 1:,} to {end:,}: {', '.join(said)}"
+    steps = f"steps {start + 1:,} to {end:,}" if start < end else "no step of so few"
+    return f"phase {number + 1} of {len(phases)}, {steps}: {', '.join(said)}"
 
 
 def grown(first: int, full: int, steps: float) -> list[tuple[int, int]]:
@@ -237,7 +240,7 @@ def _mean(first: int, full: int) -> float:
 
 def _changed(now: Stage, phase: Phase, number: int) -> Stage:
     fields: dict[str, Any] = {
-        name: value for name in ("row_length", "num_microbatches", "rope_theta", "weights")
+        name: value for name in ("row_length", "num_microbatches", "rope_theta", "weights", "objective")
         if (value := getattr(phase, name)) is not None
     }  # fmt: skip
     if phase.row_length is not None and phase.batch_size is None:
@@ -303,6 +306,16 @@ def check_phases(phases: tuple[Phase, ...], num_sources: int, old_ramps: dict[st
             f"weights are one number for each source: got phases.{number}.weights {phase.weights} for {num_sources} "
             f"of data.source.",
         )
+
+
+def check_objective(timeline: Timeline, objective: str) -> None:
+    """Raise ConfigError for phases that end with another objective than the run's."""
+    last = timeline.stages[-1].objective
+    require(
+        last == objective,
+        f"a run's last phase has the run's own objective, by which it is evaluated and opened: got {last} in the last "
+        f"phase of a run of {objective}. Give --objective {last}, or {objective} to the last phase.",
+    )
 
 
 def check_steps(timeline: Timeline, steps: int) -> None:

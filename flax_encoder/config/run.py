@@ -10,6 +10,7 @@ from flax_encoder.config.phases import (
     Ramp,
     Stage,
     Timeline,
+    check_objective,
     check_phases,
     check_steps,
     make_timeline,
@@ -616,6 +617,7 @@ class RunConfig(ShortRepr):
             f"the steps follow from epochs, so phases are shares of them: got epochs {self.epochs} and phases in steps "
             f"or tokens. Give every phase a share, or leave epochs out.",
         )
+        check_objective(self.timeline, self.objective)
         if not in_shares:
             check_steps(self.timeline, self.steps)
         for stage in self.stages:
@@ -675,7 +677,7 @@ class RunConfig(ShortRepr):
         own = Stage(
             self.steps, self.batch_size, data.row_length, num_microbatches=self.num_microbatches,
             masking_rate=Ramp(0, self.steps, *self.masking.rates), rope_theta=self.model.rope_theta,
-            weights=data.weights,
+            weights=data.weights, objective=self.objective,
         )  # fmt: skip
         return make_timeline(phases, self.steps, own)
 

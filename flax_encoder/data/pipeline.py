@@ -103,6 +103,7 @@ def open_data(
     progress: Say = lambda message: None,
     process: tuple[int, int] = (0, 1),
     settle: Callable[[RunConfig, int, int], RunConfig] = lambda config, rows, texts: config,
+    reading_of: Callable[[str], Reading] | None = None,
 ) -> RunData:
     """Everything a run reads.
 
@@ -113,6 +114,7 @@ def open_data(
       label_names: settled already, likewise.
       process: (index, count); each process makes its own rows of every batch.
       settle: gives the config once the rows and the texts of an epoch are known; `RunData.config` has it.
+      reading_of: that of an objective that a phase has, of the same columns and layout; without it all have `reading`.
     """
     tokenizer, stores, weights = open_stores(
         config.data, reading.columns_of(config), tokenizer=tokenizer, label_names=label_names, progress=progress
@@ -125,7 +127,7 @@ def open_data(
     data, stages = config.data, []
     documents, plans = _lay_out(stores, layout, frame, data, data.row_length)
     config = settle(config, sum(p.rows_per_epoch for p in plans), sum(len(store.train) for store in stores))
-    make = functools.partial(_batches, config, reading, tokenizer, process)
+    make = functools.partial(_batches, config, tokenizer=tokenizer, process=process)
     row_length, of_sources, first_row, order = data.row_length, data.weights, 0, None
     left: list[np.ndarray] = []
     start: list[int] = []
@@ -143,9 +145,11 @@ def open_data(
             documents, plans = _lay_out(stores, layout, frame, data, row_length)
         if order is None or not is_same:
             order = Mixture(plans, weights or [float(plan.rows_per_epoch) for plan in plans], left, start)
+        is_own = stage.objective == config.objective or reading_of is None
         stages.append(make(
-            documents, order, row_length, stage.batch_size, is_training=True, num_batches=stage.end_step,
-            first=(stage.start_step, first_row), masking_rate=stage.masking_rate,
+            reading if is_own else reading_of(stage.objective), documents, order, row_length, stage.batch_size,
+            is_training=True, num_batches=stage.end_step, first=(stage.start_step, first_row),
+            masking_rate=stage.masking_rate,
         ))  # fmt: skip
         first_row += (stage.end_step - stage.start_step) * stage.batch_size
     for store in stores:
@@ -164,7 +168,7 @@ def open_data(
         order = OneByOne([d.plan(T, packing) for d in documents])
         batches = -(-len(order) // batch_size)
         return make(
-            documents, order, T, batch_size, is_training=False, stop_row=len(order),
+            reading, documents, order, T, batch_size, is_training=False, stop_row=len(order),
             num_batches=min(batches, config.eval_batches or batches),
         )  # fmt: skip
 
@@ -184,9 +188,9 @@ def _lay_out(stores: list[Store], layout: Layout, frame: Frame, data: DataConfig
 
 
 def _batches(
-    config: RunConfig, reading: Reading, tokenizer: TextTokenizer, process: tuple[int, int],
-    documents: list[Documents], order: Mixture | OneByOne, row_length: int, batch_size: int, *, is_training: bool,
-    num_batches: int, first: tuple[int, int] = (0, 0), stop_row: int | None = None, masking_rate: Ramp | None = None,
+    config: RunConfig, reading: Reading, documents: list[Documents], order: Mixture | OneByOne, row_length: int,
+    batch_size: int, *, tokenizer: TextTokenizer, process: tuple[int, int], is_training: bool, num_batches: int,
+    first: tuple[int, int] = (0, 0), stop_row: int | None = None, masking_rate: Ramp | None = None,
 ) -> Batches:  # fmt: skip
     max_pieces = max(plan.max_pieces_per_row for plan in order.plans)
     inputs = TargetInputs(

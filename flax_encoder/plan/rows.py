@@ -85,11 +85,13 @@ def sample_data(
         data = dataclasses.replace(data, vocab_size=_VOCABULARY)
         tokenizer = settle_tokenizer(data, columns, [], [source], lambda message: None)
         prepare(source, tokenizer, store, columns, held_out=HeldOut(0.0), workers=1)
-        here = dataclasses.replace(config, data=dataclasses.replace(data, source=str(store)))
-        made = open_data(here, task.reading, tokenizer=tokenizer, settle=settle)
+        phases = tuple(dataclasses.replace(phase, weights=None) for phase in config.phases)
+        here = dataclasses.replace(config, data=dataclasses.replace(data, source=str(store)), phases=phases)
+        reading_of = lambda objective: find_task(objective).reading  # noqa: E731
+        made = open_data(here, task.reading, tokenizer=tokenizer, settle=settle, reading_of=reading_of)
         settled = task.settle(with_vocab_size(made.config, size), made)
         batches = [made.train[stage.start_step] for stage in settled.stages]
-    settled = dataclasses.replace(settled, data=config.data)
+    settled = dataclasses.replace(settled, data=config.data, phases=config.phases)
     return Sample(settled, made.label_names, batches)
 
 

@@ -47,7 +47,7 @@ class Evaluations:
 
     def _step_of(self, step: int) -> Callable[[Any, Any], tuple[LossSum, dict[str, Any]]]:
         """The loss and outputs of (parameters, batch) with the model as it is after `step` updates."""
-        graphdef = self._programs.at(step).graphdef
+        graphdef = self._programs.model_after(step)
         if id(graphdef) not in self._steps:
             if self._task.answer is None:
                 loss_step = make_eval_step(graphdef, self._shardings)

@@ -59,7 +59,10 @@ def open_run(
     """
     config, resumed, tokenizer, labels = settle(config, run_dir, start, log)
     task, process = find_task(config.objective), (jax.process_index(), jax.process_count())
-    options: dict[str, Any] = {"tokenizer": tokenizer, "progress": log.say, "process": process}
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer, "progress": log.say, "process": process,
+        "reading_of": lambda objective: find_task(objective).reading,
+    }  # fmt: skip
     if not start:
         unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.num_microbatches
         options["settle"] = functools.partial(settle_length, unit=unit, say=log.say)

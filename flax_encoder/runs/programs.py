@@ -1,5 +1,6 @@
 """The programs of a run: what is compiled of its stages."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,8 @@ class Program(NamedTuple):
 
 
 class Programs:
-    """Stages have one program together unless a phase changes the model or its microbatches; the parameters are the
-    same in all.
+    """Stages have one program together unless a phase changes the model, its objective or its microbatches; the
+    parameters are the same in all.
 
     Args:
       graphdef: of the model as the run's own settings have it.
@@ -36,16 +37,13 @@ class Programs:
         self._config, self._labels, self._timeline = config, labels, config.timeline
         self._tx, self._shardings = tx, shardings
         self._trained = None if all(m is True for m in jax.tree.leaves(mask)) else mask
-        self._graphdefs: dict[float, Any] = {config.model.rope_theta: graphdef}
-        self._made: dict[tuple[float, int], Program] = {}
+        self._graphdefs: dict[Any, Any] = {(config.model.rope_theta, config.objective): graphdef}
+        self._made: dict[Any, Program] = {}
 
     def of(self, stage: Stage) -> Program:
-        key = stage.rope_theta, stage.num_microbatches
-        if stage.rope_theta not in self._graphdefs:
-            make_model = model_factory(self._config.after(stage.end_step), self._labels)
-            self._graphdefs[stage.rope_theta], _ = abstract_model(make_model)
+        key = stage.rope_theta, stage.objective, stage.num_microbatches
         if key not in self._made:
-            graphdef = self._graphdefs[stage.rope_theta]
+            graphdef = self._graphdef(stage, stage.objective)
             step_fn = make_train_step(
                 graphdef, self._tx, seed=self._config.seed, num_microbatches=stage.num_microbatches,
                 shardings=self._shardings, trained=self._trained,
@@ -53,6 +51,13 @@ class Programs:
             self._made[key] = Program(graphdef, step_fn)
         return self._made[key]
 
-    def at(self, step: int) -> Program:
-        """The program of update number `step`, counted from 1; its model is the run's after that update."""
-        return self.of(self._timeline.stage_of(step - 1))
+    def model_after(self, step: int) -> Any:
+        """The graphdef of the run's model, which evaluations ask, as it is after so many updates."""
+        return self._graphdef(self._timeline.stage_of(step - 1), self._config.objective)
+
+    def _graphdef(self, stage: Stage, objective: str) -> Any:
+        key = stage.rope_theta, objective
+        if key not in self._graphdefs:
+            config = dataclasses.replace(self._config.after(stage.end_step), objective=objective, phases=())
+            self._graphdefs[key], _ = abstract_model(model_factory(config, self._labels))
+        return self._graphdefs[key]

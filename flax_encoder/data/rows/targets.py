@@ -75,16 +75,28 @@ def tokens_per_word(split: Split) -> float:
 
 def masked_lm(inputs: TargetInputs) -> Targets:
     """Targets of masked language modelling, as `config.masking` says."""
-    masking, steps = inputs.config.masking, inputs.config.steps
-    ramp = Ramp(0, steps, masking.eval_rate, masking.eval_rate)
-    if inputs.is_training:
-        ramp = inputs.masking_rate or Ramp(0, steps, *masking.rates)
+    masking, ramp = inputs.config.masking, masking_ramp(inputs)
     rates = (ramp.first, ramp.last)
     per_word = 1.0 if masking.kind == "token" else tokens_per_word(inputs.documents.split)
     slots = masking.budget or budget(masking.kind, max(rates), inputs.row_length, per_word)
     return masked_lm_targets(
         inputs.tokenizer, masking, rates, slots, ramp.end - ramp.start, inputs.config.seed, ramp.start
     )
+
+
+def masking_ramp(inputs: TargetInputs) -> Ramp:
+    """The share of masked tokens by the batch's number: in training as it goes, in evaluation as it is."""
+    masking, steps = inputs.config.masking, inputs.config.steps
+    if not inputs.is_training:
+        return Ramp(0, steps, masking.eval_rate, masking.eval_rate)
+    return inputs.masking_rate or Ramp(0, steps, *masking.rates)
+
+
+def masking_rate(first: float, last: float, num_batches: int, number: int) -> float:
+    """The share in a batch, by its number from where the first share holds; the last holds from batch num_batches - 1
+    on."""
+    done = min(1.0, number / max(num_batches - 1, 1))
+    return first + done * (last - first)
 
 
 def masked_lm_targets(
@@ -102,12 +114,11 @@ def masked_lm_targets(
 def _masked_lm_targets(
     vocabulary, masking: MaskingConfig, rates, slots, num_batches, seed, first_batch, rows: Rows
 ) -> Batch:
-    done = min(1.0, (rows.number - first_batch) / max(num_batches - 1, 1))
     return mask_rows(
         rows.batch["tokens"], rows.batch["segment_ids"], rows.word_starts, rows.address, vocabulary,
-        kind=masking.kind, rate=rates[0] + done * (rates[1] - rates[0]), mask_rate=masking.mask_rate,
-        random_rate=masking.random_rate, slots=slots, seed=seed, new_span_rate=1 / masking.mean_span_words,
-        max_span_words=masking.max_span_words,
+        kind=masking.kind, rate=masking_rate(*rates, num_batches, rows.number - first_batch),
+        mask_rate=masking.mask_rate, random_rate=masking.random_rate, slots=slots, seed=seed,
+        new_span_rate=1 / masking.mean_span_words, max_span_words=masking.max_span_words,
     )  # fmt: skip
 
 
