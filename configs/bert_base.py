@@ -10,7 +10,7 @@ was Wikipedia and BookCorpus. Not run here: this project has had no such machine
 
 import dataclasses
 
-from flax_encoder.config import DataConfig, MaskingConfig, OptimizerConfig, RunConfig
+from flax_encoder.config import DataConfig, MaskingConfig, OptimizerConfig, Phase, RunConfig
 from flax_encoder.families import preset
 
 config = RunConfig(
@@ -20,11 +20,13 @@ config = RunConfig(
     checkpoint_every=10_000,
     eval_every=10_000,
     model=dataclasses.replace(preset("bert_base"), dtype="bfloat16"),
-    data=DataConfig(source="hf:wikimedia/wikipedia:20231101.en", vocab_size=30_522, row_length=128,
-                    last_row_length=512, last_rate=0.1, held_out_rate=0.001),
+    phases=(Phase(share=0.9, row_length=128), Phase(share=0.1, row_length=512)),
+    data=DataConfig(
+        source="hf:wikimedia/wikipedia:20231101.en", vocab_size=30_522, row_length=128, held_out_rate=0.001
+    ),
     masking=MaskingConfig(rate=0.15, mask_rate=0.8, random_rate=0.1),
     optimizer=OptimizerConfig(
         name="adamw", learning_rate=1e-4, b1=0.9, b2=0.999, epsilon=1e-6, weight_decay=0.01, clip_norm=1.0,
         schedule="linear", warmup_rate=0.01,
     ),
-)  # fmt: skip
+)

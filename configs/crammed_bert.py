@@ -9,15 +9,14 @@ batches grow over the first 60% of the steps, where the original grows straight 
 
 import dataclasses
 
-from flax_encoder.config import DataConfig, MaskingConfig, OptimizerConfig, RunConfig
+from flax_encoder.config import DataConfig, MaskingConfig, OptimizerConfig, Phase, RunConfig
 from flax_encoder.families import preset
 
 config = RunConfig(
     steps=60_000,  # more than a day holds
     budget_minutes=24 * 60.0,
     batch_size=8192,
-    first_batch_size=128,
-    batch_warmup_rate=0.6,
+    phases=(Phase(share=0.6, batch_size=(128, 8192)), Phase(share=0.4)),
     log_every=100,
     checkpoint_every=1_000,
     model=dataclasses.replace(preset("crammed_bert"), dtype="bfloat16"),

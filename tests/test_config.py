@@ -178,7 +178,7 @@ def test_each_rule_says_its_values(cls, values, message):
     ],
 )  # fmt: skip
 def test_batches_double_up_to_their_full_size_and_then_rows_change_length(values, stages):
-    assert [tuple(stage) for stage in RunConfig(steps=100, **values).stages] == stages
+    assert [stage[:3] for stage in RunConfig(steps=100, **values).stages] == stages
 
 
 def test_differences_are_the_fields_that_differ():

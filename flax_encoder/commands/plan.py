@@ -49,14 +49,15 @@ def _plan(asked: argparse.Namespace, settings: list[str]) -> None:
     from flax_encoder.plan.rows import sample_data
     from flax_encoder.plan.run import Planner
     from flax_encoder.runs.load import read_origin
-    from flax_encoder.runs.start import like_origin
+    from flax_encoder.runs.start import like_origin, reaching
     from flax_encoder.tasks import check_task
     from flax_encoder.training.runtime import set_up_runtime
 
     model = preset(asked.preset) if asked.preset else None
     config = parse_run_config(settings, default=asked.config, model=model)
     if config.init_from:
-        config = like_origin(config, read_origin(config.init_from, config.objective)[0], has_head=False)
+        origin = read_origin(config.init_from, config.objective)[0]
+        config = reaching(like_origin(config, origin, has_head=False), config.model)
     check_task(config)
     set_up_runtime()
 
@@ -92,7 +93,9 @@ def _report(made: dict[str, Any], dtype: str, platform: str) -> str:
     uses = (f"{name} {_gb(size)}" for name, size in made["hbm_bytes_by_use"].items() if name != "total")
     lines.append(f"  {', '.join(uses)}")
     for i, stage in enumerate(made["stages"], 1):
-        lines.append(f"stage {i}: {stage['steps']:,} steps of {stage['rows']:,} rows of {stage['row_length']} tokens")
+        of_phase = f" (phase {stage['phase']})" if stage["phase"] else ""
+        batches = f"{stage['rows']:,} rows of {stage['row_length']} tokens"
+        lines.append(f"stage {i}{of_phase}: {stage['steps']:,} steps of {batches}")
         if stage["step_seconds"] is not None:
             parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * s:,.1f}" for name, s in stage["parts"].items() if s)
             lines.append(
@@ -140,5 +143,5 @@ def _search_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _gb(size: float) -> str:
+def _gb(size: float | int) -> str:
     return f"{size / 1e9:.2f} GB"

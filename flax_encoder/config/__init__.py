@@ -13,6 +13,7 @@ from flax_encoder.config.model import (
     GenerationConfig,
     HeadConfig,
 )
+from flax_encoder.config.phases import Phase, Ramp, Stage
 from flax_encoder.config.rules import ConfigError, differences, from_dict, to_dict
 from flax_encoder.config.run import (
     DataConfig,
@@ -29,5 +30,6 @@ from flax_encoder.config.run import (
 __all__ = [
     "FREE_OF_PARAMETERS", "Activation", "ConfigError", "ContrastiveConfig", "DataConfig", "DecoderConfig",
     "EncoderConfig", "GenerationConfig", "GeneratorConfig", "HeadConfig", "LabelsConfig", "LoraConfig", "MaskingConfig",
-    "MeshConfig", "OptimizerConfig", "RunConfig", "SpansConfig", "differences", "from_dict", "to_dict",
+    "MeshConfig", "OptimizerConfig", "Phase", "Ramp", "RunConfig", "SpansConfig", "Stage",
+    "differences", "from_dict", "to_dict",
 ]  # fmt: skip

@@ -71,6 +71,8 @@ def from_dict(cls: type[T], values: Any, path: str = "") -> T:
         raise ConfigError(f"{path.rstrip('.') or cls.__name__} must be a section of settings: got {values!r}.")
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if check_names := getattr(cls, "check_names", None):
+        check_names(values)
     if unknown := sorted(set(values) - known):
         raise ConfigError(f"unknown field {path}{unknown[0]}; known are {', '.join(sorted(known))}.")
     parsed = {}
@@ -92,7 +94,10 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
         elif option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         elif typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
-            return tuple(_checked(v, typing.get_args(option)[0], name) for v in value)
+            of_each = typing.get_args(option)[0]
+            if dataclasses.is_dataclass(of_each):
+                return tuple(from_dict(of_each, v, f"{name}.{i}.") for i, v in enumerate(value))  # type: ignore[arg-type]
+            return tuple(_checked(v, of_each, name) for v in value)
         elif type(value) is option:
             return value
     shown = hint if len(options) == 1 else " | ".join(_shown(option) for option in options)

@@ -1,10 +1,21 @@
 """The settings of a run: its data, masking, optimizer and mesh, and the model's."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from flax_encoder.config.contrastive import ContrastiveConfig
 from flax_encoder.config.model import DecoderConfig, EncoderConfig, GenerationConfig, HeadConfig
+from flax_encoder.config.phases import (
+    Phase,
+    Ramp,
+    Stage,
+    Timeline,
+    check_objective,
+    check_phases,
+    check_steps,
+    make_timeline,
+    phases_of_ramps,
+)
 from flax_encoder.config.rules import (
     ShortRepr,
     nearest_divisors,
@@ -408,14 +419,6 @@ class MeshConfig(ShortRepr):
         require_positive(self, "fsdp", "tensor", "num_processes")
 
 
-class Stage(NamedTuple):
-    """Steps up to number `end_step` whose batches are [batch_size, row_length]."""
-
-    end_step: int
-    batch_size: int
-    row_length: int
-
-
 @dataclass(frozen=True, repr=False)
 class RunConfig(ShortRepr):
     """A run: what is learned, from what, how, and where it is written."""
@@ -447,6 +450,9 @@ class RunConfig(ShortRepr):
     """Rows in the first step; batches then double in size until they have batch_size. Each size is compiled once."""
     batch_warmup_rate: float = 0.1
     """With first_batch_size: the share of steps that have smaller batches."""
+    phases: tuple[Phase, ...] = ()
+    """Parts of the run with other settings, one after the other, such as longer rows or fewer masks: `Phase` has what
+    may change. A recipe has them; their settings then are options, such as --phases.0.share 0.9."""
     num_microbatches: int = 1
     """Gradients are accumulated over this many equal parts of a batch; the update is the same. CPUs are fastest with
     2,000 to 4,000 tokens in each (LOG.md)."""
@@ -544,11 +550,12 @@ class RunConfig(ShortRepr):
             self.seeds == 1 or not self.compare_with_scratch,
             f"compare_with_scratch is of one run: got seeds {self.seeds}. Leave it out with --no-compare-with-scratch.",
         )
+        shapes = {name for phase in self.phases for name in phase.changes} & {"row_length", "batch_size"}
         require(
             (self.epochs is None and self.batch_texts is None)
-            or (self.first_batch_size is None and self.data.last_row_length is None),
+            or (self.first_batch_size is None and self.data.last_row_length is None and not shapes),
             "epochs and batch_texts count rows of one length in batches of one size: give steps and batch_size with "
-            "first_batch_size or data.last_row_length.",
+            "first_batch_size, data.last_row_length or phases of another shape.",
         )
         require(
             self.keep_best is None or self.keep_best.startswith("eval/"),
@@ -581,15 +588,9 @@ class RunConfig(ShortRepr):
             "batches have grown before rows change length: batch_warmup_rate + data.last_rate is at most 1, got "
             f"{self.batch_warmup_rate} + {last_rate}.",
         )
-        longest = max(self.data.row_length, self.data.final_row_length)
         require(
             self.data.word_vectors is None or self.init_from is None,
             "the token embedding starts from data.word_vectors or from init_from: got both.",
-        )
-        require(
-            self.model.position != "learned" or longest <= self.model.max_length,
-            f"learned positions reach max_length: got data.row_length {longest} for "
-            f"model.max_length {self.model.max_length}.",
         )
         tokens = self.batch_size * self.data.row_length
         require(
@@ -598,7 +599,65 @@ class RunConfig(ShortRepr):
             f"rows of {self.data.row_length} are {tokens} tokens, not a multiple of {self.num_microbatches} times "
             f"data.last_row_length {self.data.final_row_length}.",
         )
+        if self.phases:
+            self._check_phases()
+        if self.init_from is None:  # or else the model is another's, and checked once that is known
+            self.check_model_serves()
         require_finite(self)
+
+    def _check_phases(self) -> None:
+        names = {name for phase in self.phases for name in phase.changes}
+        old = {"first_batch_size": self.first_batch_size, "data.last_row_length": self.data.last_row_length}
+        if "masking_rate" in names:
+            old["masking.last_rate"] = self.masking.last_rate
+        check_phases(self.phases, len(self.data.sources), old)
+        in_shares = self.phases[0].share is not None
+        require(
+            self.epochs is None or in_shares,
+            f"the steps follow from epochs, so phases are shares of them: got epochs {self.epochs} and phases in steps "
+            f"or tokens. Give every phase a share, or leave epochs out.",
+        )
+        check_objective(self.timeline, self.objective)
+        if not in_shares:
+            check_steps(self.timeline, self.steps)
+        for stage in self.stages:
+            at = f"phases.{stage.phase}"
+            require(
+                stage.batch_size % stage.num_microbatches == 0,
+                f"num_microbatches must divide every batch: got {stage.num_microbatches} for {stage.batch_size} rows "
+                f"in {at}. Give it {at}.num-microbatches, such as {nearest_divisors(stage.batch_size, 1)}.",
+            )
+            longest = max(self.data.buckets, default=0)
+            require(
+                longest < stage.row_length or not self.data.buckets,
+                f"buckets are shorter than every row: got {longest} and rows of {stage.row_length} in {at}.",
+            )
+        require(
+            "learning_rate" not in names or self.budget_minutes is None,
+            f"phases' learning rates go by steps, and a run with budget_minutes ends by its clock: got budget_minutes "
+            f"{self.budget_minutes}. Leave it out, or let optimizer.schedule say the learning rate.",
+        )
+        require(
+            "learning_rate" not in names or self.optimizer.learning_rate > 0,
+            f"phases' learning rates are shares of optimizer.learning_rate, which must be above 0: got "
+            f"{self.optimizer.learning_rate}.",
+        )
+
+    def check_model_serves(self) -> None:
+        """Raise ConfigError for rows that the model cannot read, or phases that change what it has not."""
+        longest = max(self.row_lengths)
+        require(
+            self.model.position != "learned" or longest <= self.model.max_length,
+            f"learned positions reach max_length: got data.row_length {longest} for model.max_length "
+            f"{self.model.max_length}. Give rows of at most {self.model.max_length}"
+            + (", or start from a model without a table of positions, such as ModernBERT." if self.init_from else "."),
+        )
+        turned = [phase.rope_theta for phase in self.phases if phase.rope_theta is not None]
+        require(
+            not turned or self.model.position == "rope",
+            f"rope_theta is of rotary positions: got phases with {', '.join(map(str, turned))}, and model.position "
+            f"{self.model.position}.",
+        )
 
     @property
     def trained_by(self) -> OptimizerConfig:
@@ -608,17 +667,31 @@ class RunConfig(ShortRepr):
         return replace(self.optimizer, freeze=("encoder", *self.optimizer.freeze))
 
     @property
+    def timeline(self) -> Timeline:
+        """What `phases`, or else the settings that change by themselves, come to."""
+        data = self.data
+        phases = self.phases or phases_of_ramps(
+            self.steps, self.batch_size, self.first_batch_size, self.batch_warmup_rate, data.last_row_length,
+            data.last_rate,
+        )
+        own = Stage(
+            self.steps, self.batch_size, data.row_length, num_microbatches=self.num_microbatches,
+            masking_rate=Ramp(0, self.steps, *self.masking.rates), rope_theta=self.model.rope_theta,
+            weights=data.weights, objective=self.objective,
+        )  # fmt: skip
+        return make_timeline(phases, self.steps, own)
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
-        """The run's parts, within which all batches have one size: their sizes grow straight, rounded down."""
-        data, full = self.data, self.batch_size
-        sizes = [self.first_batch_size or full]
-        while sizes[-1] < full:
-            sizes.append(min(2 * sizes[-1], full))
-        growing = self.steps * self.batch_warmup_rate
-        starts = [round(growing * (size - sizes[0]) / max(full - sizes[0], 1)) for size in sizes]
-        stages = [Stage(end, size, data.row_length) for end, size in zip(starts[1:], sizes[:-1], strict=True)]
-        if data.last_row_length is not None:
-            stages.append(Stage(self.steps - round(self.steps * data.last_rate), full, data.row_length))
-        stages.append(Stage(self.steps, full * data.row_length // data.final_row_length, data.final_row_length))
-        ends = [0, *(stage.end_step for stage in stages)]
-        return tuple(stage for start, stage in zip(ends, stages, strict=False) if start < stage.end_step)
+        """The run's parts, within which all batches have one shape."""
+        return tuple(stage for stage in self.timeline.stages if stage.start_step < stage.end_step)
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """T of each stage in turn; the last one's is that of evaluations too."""
+        return tuple(stage.row_length for stage in self.timeline.stages)
+
+    def after(self, step: int) -> "RunConfig":
+        """These settings, with those of the model as they are after so many updates, where phases change them."""
+        theta = self.timeline.stage_of(step - 1).rope_theta
+        return self if theta == self.model.rope_theta else replace(self, model=replace(self.model, rope_theta=theta))

@@ -9,10 +9,12 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from flax_encoder.config import DataConfig, RunConfig
+import numpy as np
+
+from flax_encoder.config import DataConfig, Ramp, RunConfig
 from flax_encoder.data.reading import MASKED_TEXT, Reading
 from flax_encoder.data.rows.batches import Batches, Mixture, OneByOne, Stages
 from flax_encoder.data.rows.documents import Documents, Frame, Layout, balanced_length
@@ -101,6 +103,7 @@ def open_data(
     progress: Say = lambda message: None,
     process: tuple[int, int] = (0, 1),
     settle: Callable[[RunConfig, int, int], RunConfig] = lambda config, rows, texts: config,
+    reading_of: Callable[[str], Reading] | None = None,
 ) -> RunData:
     """Everything a run reads.
 
@@ -111,6 +114,7 @@ def open_data(
       label_names: settled already, likewise.
       process: (index, count); each process makes its own rows of every batch.
       settle: gives the config once the rows and the texts of an epoch are known; `RunData.config` has it.
+      reading_of: that of an objective that a phase has, of the same columns and layout; without it all have `reading`.
     """
     tokenizer, stores, weights = open_stores(
         config.data, reading.columns_of(config), tokenizer=tokenizer, label_names=label_names, progress=progress
@@ -120,23 +124,34 @@ def open_data(
         length = balanced_length(stores[0].train, config.data.row_length, frame)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, target_length=length))
     layout = reading.layout(config)
-    data, stages, order = config.data, [], None
+    data, stages = config.data, []
     documents, plans = _lay_out(stores, layout, frame, data, data.row_length)
     config = settle(config, sum(p.rows_per_epoch for p in plans), sum(len(store.train) for store in stores))
-    make = functools.partial(_batches, config, reading, tokenizer, process)
-    first_step, first_row, row_length = 0, 0, 0
+    make = functools.partial(_batches, config, tokenizer=tokenizer, process=process)
+    row_length, of_sources, first_row, order = data.row_length, data.weights, 0, None
+    left: list[np.ndarray] = []
+    start: list[int] = []
     for stage in config.stages:
+        is_same = order is not None
+        if stage.weights != of_sources:
+            if order is not None:  # every source goes on where it was
+                (left, start), first_row = order.unread(first_row, config.seed), 0
+            of_sources, weights, is_same = stage.weights, _members(data, stage.weights)[1], False
         if stage.row_length != row_length:
-            first_row, row_length = first_row * row_length // stage.row_length, stage.row_length
-            if row_length != data.row_length:
-                documents, plans = _lay_out(stores, layout, frame, data, row_length)
-            order = Mixture(plans, weights or [float(plan.rows_per_epoch) for plan in plans])
+            start = [first - len(rest) for first, rest in zip(start, left, strict=True)]  # rows read, in any order
+            left = [rest[:0] for rest in left]
+            first_row, *start = (n * row_length // stage.row_length for n in (first_row, *start))
+            row_length, is_same = stage.row_length, False
+            documents, plans = _lay_out(stores, layout, frame, data, row_length)
+        if order is None or not is_same:
+            order = Mixture(plans, weights or [float(plan.rows_per_epoch) for plan in plans], left, start)
+        is_own = stage.objective == config.objective or reading_of is None
         stages.append(make(
-            documents, order, row_length, stage.batch_size, is_training=True, num_batches=stage.end_step,
-            first=(first_step, first_row),
+            reading if is_own else reading_of(stage.objective), documents, order, row_length, stage.batch_size,
+            is_training=True, num_batches=stage.end_step, first=(stage.start_step, first_row),
+            masking_rate=stage.masking_rate,
         ))  # fmt: skip
-        first_row += (stage.end_step - first_step) * stage.batch_size
-        first_step = stage.end_step
+        first_row += (stage.end_step - stage.start_step) * stage.batch_size
     for store in stores:
         if not len(store.validation):
             raise DataError(
@@ -144,7 +159,7 @@ def open_data(
                 f"--data.held-out-rate (now {data.held_out_rate}), or cut text finer with --data.text-unit line; a "
                 f"store that prepare wrote must be prepared again."
             )
-    T, batch_size = data.final_row_length, config.stages[-1].batch_size
+    T, batch_size = config.row_lengths[-1], config.stages[-1].batch_size
 
     def held_out(splits: list[Split]) -> Batches:
         written = layout.written and layout.written._replace(leave_out_long=False)
@@ -153,7 +168,7 @@ def open_data(
         order = OneByOne([d.plan(T, packing) for d in documents])
         batches = -(-len(order) // batch_size)
         return make(
-            documents, order, T, batch_size, is_training=False, stop_row=len(order),
+            reading, documents, order, T, batch_size, is_training=False, stop_row=len(order),
             num_batches=min(batches, config.eval_batches or batches),
         )  # fmt: skip
 
@@ -173,12 +188,14 @@ def _lay_out(stores: list[Store], layout: Layout, frame: Frame, data: DataConfig
 
 
 def _batches(
-    config: RunConfig, reading: Reading, tokenizer: TextTokenizer, process: tuple[int, int],
-    documents: list[Documents], order: Mixture | OneByOne, row_length: int, batch_size: int, *, is_training: bool,
-    num_batches: int, first: tuple[int, int] = (0, 0), stop_row: int | None = None,
+    config: RunConfig, reading: Reading, documents: list[Documents], order: Mixture | OneByOne, row_length: int,
+    batch_size: int, *, tokenizer: TextTokenizer, process: tuple[int, int], is_training: bool, num_batches: int,
+    first: tuple[int, int] = (0, 0), stop_row: int | None = None, masking_rate: Ramp | None = None,
 ) -> Batches:  # fmt: skip
     max_pieces = max(plan.max_pieces_per_row for plan in order.plans)
-    inputs = TargetInputs(config, tokenizer, documents[0], row_length, max_pieces, is_training, not is_training)
+    inputs = TargetInputs(
+        config, tokenizer, documents[0], row_length, max_pieces, is_training, not is_training, masking_rate
+    )
     is_asked = reading.asks_one_a_row and not is_training
     share = batch_size // process[1]
     return Batches(
@@ -207,7 +224,7 @@ def open_stores(
     Raises:
       DataError: as `open_source`, `prepare` and `open_store`; or a store was made with another tokenizer.
     """
-    names, weights = _members(config)
+    names, weights = _members(config, config.weights)
     prepared = {name: open_store(pathlib.Path(name)) for name in names if is_store(pathlib.Path(name))}
     if prepared and (config.validation or config.test):
         raise DataError(
@@ -359,12 +376,12 @@ def _check_store(
         )
 
 
-def _members(config: DataConfig) -> tuple[list[str], list[float] | None]:
-    """The sources, a mixture's folder replaced by its members, and their weights."""
+def _members(config: DataConfig, shares: Sequence[float] | None) -> tuple[list[str], list[float] | None]:
+    """The sources, a mixture's folder replaced by its members, and their weights, where the sources' are `shares`."""
     names: list[str] = []
     weights: list[float] = []
-    is_weighted = config.weights is not None
-    for name, weight in zip(config.sources, config.weights or [1.0] * len(config.sources), strict=True):
+    is_weighted = shares is not None
+    for name, weight in zip(config.sources, shares or [1.0] * len(config.sources), strict=True):
         folder = pathlib.Path(name)
         manifest = read_manifest(folder) if is_store(folder) else {}
         members = manifest.get("members", [{"folder": "", "weight": 1.0}])
@@ -372,7 +389,7 @@ def _members(config: DataConfig) -> tuple[list[str], list[float] | None]:
         names += [os.fspath(folder / m["folder"]) if "members" in manifest else name for m in members]
         weights += [weight * m["weight"] / total for m in members]
         is_weighted |= "members" in manifest
-    if is_weighted and config.weights is None and len(config.sources) > 1:
+    if is_weighted and shares is None and len(config.sources) > 1:
         raise DataError(
             f"a mixture among several sources needs --data.weights, one for each: got none for {config.sources}."
         )

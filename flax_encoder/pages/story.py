@@ -74,6 +74,9 @@ class Story:
         if self.config is None:
             return []
         stages = self.config.stages
+        if len(self.config.phases) > 1:
+            ends = self.config.timeline.phase_ends
+            return [{"end": end, "label": f"phase {number}"} for number, end in enumerate(ends, 1)]
         if len(stages) > 1:
             return [{"end": s.end_step, "label": f"{s.batch_size} x {s.row_length}"} for s in stages]
         return list(_parts_of_schedule(self.config.optimizer, self.config.schedule_began, self.config.steps))

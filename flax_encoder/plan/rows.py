@@ -61,7 +61,7 @@ def sample_data(
             "with --epochs None."
         )
     columns, names = task.reading.columns, list(config.data.label_names or ("first", "second"))
-    longest = max(config.data.row_length, config.data.final_row_length)
+    longest = max(config.row_lengths)
     document_tokens = min(document_tokens or longest, longest - 4)
     count = max(64, -(-_ROWS * longest // document_tokens))
 
@@ -85,12 +85,13 @@ def sample_data(
         data = dataclasses.replace(data, vocab_size=_VOCABULARY)
         tokenizer = settle_tokenizer(data, columns, [], [source], lambda message: None)
         prepare(source, tokenizer, store, columns, held_out=HeldOut(0.0), workers=1)
-        here = dataclasses.replace(config, data=dataclasses.replace(data, source=str(store)))
-        made = open_data(here, task.reading, tokenizer=tokenizer, settle=settle)
+        phases = tuple(dataclasses.replace(phase, weights=None) for phase in config.phases)
+        here = dataclasses.replace(config, data=dataclasses.replace(data, source=str(store)), phases=phases)
+        reading_of = lambda objective: find_task(objective).reading  # noqa: E731
+        made = open_data(here, task.reading, tokenizer=tokenizer, settle=settle, reading_of=reading_of)
         settled = task.settle(with_vocab_size(made.config, size), made)
-        starts = [0, *(stage.end_step for stage in settled.stages[:-1])]
-        batches = [made.train[number] for number in starts]
-    settled = dataclasses.replace(settled, data=config.data)
+        batches = [made.train[stage.start_step] for stage in settled.stages]
+    settled = dataclasses.replace(settled, data=config.data, phases=config.phases)
     return Sample(settled, made.label_names, batches)
 
 

@@ -154,7 +154,8 @@ def _microbatches(config: RunConfig, chips: int) -> Iterator[RunConfig]:
     parts = split["data"] * split["fsdp"]
     for number in (1, 2, 4, 8):
         if all(stage.batch_size % (parts * number) == 0 for stage in config.stages):
-            yield dataclasses.replace(config, num_microbatches=number)
+            phases = tuple(dataclasses.replace(phase, num_microbatches=None) for phase in config.phases)
+            yield dataclasses.replace(config, num_microbatches=number, phases=phases)
 
 
 def _remats(config: RunConfig, chips: int) -> Iterator[RunConfig]:

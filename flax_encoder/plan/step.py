@@ -23,7 +23,8 @@ from flax_encoder.plan.flops import product_flops, step_flops
 from flax_encoder.plan.rows import Sample
 from flax_encoder.plan.schedules import kernel_cycles
 from flax_encoder.plan.targets import Chip, compiler_options
-from flax_encoder.runs.opened import check_batches, make_learner, make_step
+from flax_encoder.runs.opened import check_batches, make_learner
+from flax_encoder.runs.programs import Programs
 from flax_encoder.training.parameters import trained
 from flax_encoder.training.sharding import BATCH_SPEC, make_mesh
 from flax_encoder.training.step import TrainState, abstract_train_state
@@ -94,6 +95,8 @@ class StagePlan(NamedTuple):
     compile_seconds: float = 0.0
     collectives: list[dict[str, Any]] = []  # noqa: RUF012
     notes: tuple[str, ...] = ()
+    phase: int | None = None
+    """Of the run's phases, counted from 1, where it has any."""
 
 
 def plan_stages(
@@ -114,17 +117,21 @@ def plan_stages(
     with platform_for_tracing(platform):
         make_model, tx = make_learner(config, sample.label_names)
         graphdef, state, shardings = abstract_train_state(make_model, tx, mesh)
-        step_fn = make_step(config, graphdef, tx, shardings, trained(config.trained_by, state.params))
-    plans, ends = [], [0, *(stage.end_step for stage in config.stages)]
+    programs = Programs(config, sample.label_names, graphdef, tx, shardings, trained(config.trained_by, state.params))
+    plans = []
     for i, (stage, batch) in enumerate(zip(config.stages, sample.batches, strict=True)):
         if only_last and i < len(config.stages) - 1:
             continue
-        steps = stage.end_step - ends[i]
         held = {"parameters": held_bytes(state.params), "optimizer": held_bytes(state.opt_state)}
-        plan = StagePlan(steps, stage.batch_size, stage.row_length, False, held)
+        plan = StagePlan(
+            stage.end_step - stage.start_step, stage.batch_size, stage.row_length, False, held,
+            phase=stage.phase + 1 if config.phases else None,
+        )  # fmt: skip
         for left in schedules.glob("*"):  # of another shape
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
+            with platform_for_tracing(platform):
+                step_fn = programs.of(stage).step_fn
             compiled = compile_step(state, step_fn, batch, mesh, platform)
         except DoesNotFit as error:
             total = {"total": error.needed_bytes} if error.needed_bytes else {}

@@ -398,7 +398,7 @@ def write_sentence_files(
     else:
         record = read_record(source)
         embed_dim = record.config.model.embed_dim
-        limits = [record.tokenizer.max_tokens or record.config.data.final_row_length]
+        limits = [record.tokenizer.max_tokens or record.config.row_lengths[-1]]
     limit = max_tokens or settings.max_tokens or min([n for n in limits if n is not None], default=None)
     settings = _with_given(dataclasses.replace(settings, max_tokens=limit), pooling, normalize)
     _check_layers(source, settings, embed_dim)

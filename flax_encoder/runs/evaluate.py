@@ -18,6 +18,7 @@ from flax_encoder.data.store.prepare import unhurried
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.runs.best import read_evaluations
 from flax_encoder.runs.loaded import Piece, by_owner, in_order
+from flax_encoder.runs.programs import Programs
 from flax_encoder.tasks import Task
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.task import Answer, Labels, Question
@@ -36,26 +37,36 @@ class Evaluations:
     """
 
     def __init__(
-        self, task: Task, data: RunData, config: RunConfig, graphdef: Any, shardings: Any, log: RunLog, mesh: Mesh,
+        self, task: Task, data: RunData, config: RunConfig, programs: Programs, shardings: Any, log: RunLog, mesh: Mesh,
         start: int,
     ):  # fmt: skip
         self._task, self._data, self._config, self._log, self._mesh = task, data, config, log, mesh
         self.by_step = read_evaluations(pathlib.Path(config.run_dir), start)
         self.made_at: int | None = None
-        if task.answer is None:
-            loss_step = make_eval_step(graphdef, shardings)
-            self._step = lambda params, batch: (loss_step(params, batch), {})
-        else:
-            self._step = make_answer_step(graphdef, shardings)
+        self._programs, self._shardings, self._steps = programs, shardings, {}
+
+    def _step_of(self, step: int) -> Callable[[Any, Any], tuple[LossSum, dict[str, Any]]]:
+        """The loss and outputs of (parameters, batch) with the model as it is after `step` updates."""
+        graphdef = self._programs.model_after(step)
+        if id(graphdef) not in self._steps:
+            if self._task.answer is None:
+                loss_step = make_eval_step(graphdef, self._shardings)
+                self._steps[id(graphdef)] = lambda params, batch: (loss_step(params, batch), {})
+            else:
+                self._steps[id(graphdef)] = make_answer_step(graphdef, self._shardings)
+        return self._steps[id(graphdef)]
 
     def evaluate(
-        self, params: Any, step: int, *, stop: Any = None, name: str = "eval", most: int | None = None
-    ) -> dict[str, float] | None:
+        self, params: Any, step: int, *, stop: Any = None, name: str = "eval", most: int | None = None,
+        made_after: int | None = None,
+    ) -> dict[str, float] | None:  # fmt: skip
         """Metrics of the held-out documents, or of the test's if `name` is "test", written to the log; None if `stop`,
-        of `StopSignals`, was asked to meanwhile. Those of the first `most` batches alone are not written."""
+        of `StopSignals`, was asked to meanwhile. Those of the first `most` batches alone are not written. `made_after`
+        is the step of which the parameters are, where that is another."""
+        step_of = self._step_of(step if made_after is None else made_after)
         metrics = evaluate(
             self._task, self._data.evaluation if name == "eval" else self._data.test,
-            lambda batch: self._step(params, put_batch(batch, self._mesh)), self._config,
+            lambda batch: step_of(params, put_batch(batch, self._mesh)), self._config,
             self._data.label_names, self._data.tokenizer, say=self._log.say, most=most,
             is_stopped=lambda: stop is not None and stop.requested is not None and jax.process_count() == 1,
         )  # fmt: skip

@@ -54,13 +54,12 @@ def epochs_after(config: RunConfig, rows: int, step: int) -> float:
     """How often all text has been read after so many steps.
 
     Args:
-      rows: of an epoch, of data.final_row_length.
+      rows: of an epoch, of the run's last length.
     """
-    tokens, start = 0, 0
+    tokens = 0
     for stage in config.stages:
-        tokens += max(0, min(step, stage.end_step) - start) * stage.batch_size * stage.row_length
-        start = stage.end_step
-    return tokens / (rows * config.data.final_row_length)
+        tokens += max(0, min(step, stage.end_step) - stage.start_step) * stage.batch_size * stage.row_length
+    return tokens / (rows * config.row_lengths[-1])
 
 
 def is_evaluation_due(config: RunConfig, rows: int, step: int) -> bool:

@@ -79,9 +79,10 @@ def load_run(path: str | pathlib.Path) -> LoadedRun:
     """
     path = best_checkpoint(path)
     record = read_record(path)
-    graphdef, _ = abstract_model(model_factory(record.config, record.label_names))
+    config = record.config.after(record.step)
+    graphdef, _ = abstract_model(model_factory(config, record.label_names))
     model = assembled(graphdef, read_params(path))
-    return LoadedRun(model, record.config, record.tokenizer, record.label_names, record.step)
+    return LoadedRun(model, config, record.tokenizer, record.label_names, record.step)
 
 
 def objective_of(loaded: Pretrained, path: pathlib.Path) -> str | None:
@@ -218,7 +219,9 @@ def read_origin(path: str | pathlib.Path, objective: str) -> tuple[RunRecord, An
     if not is_published(path):
         run = load_run(path)
         whole = run if run.config.objective == objective else run.part()
-        return read_record(best_checkpoint(path)), nnx.to_pure_dict(nnx.split(whole.model)[1])
+        record = read_record(best_checkpoint(path))
+        record = record.replace(config=record.config.after(record.step))
+        return record, nnx.to_pure_dict(nnx.split(whole.model)[1])
     family = find_family(read_published_config(path))
     head = TASKS[objective].head
     loaded = load_pretrained(path, task=head if head in family.heads else None)

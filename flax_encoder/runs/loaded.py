@@ -90,8 +90,8 @@ class LoadedRun:
 
     @property
     def row_length(self) -> int:
-        """Tokens of the rows that it was trained on, which the longest document fits."""
-        return self.config.data.final_row_length
+        """Tokens of the rows that it was trained on last, which the longest document fits."""
+        return self.config.row_lengths[-1]
 
     @functools.cached_property
     def _split_model(self) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from flax_encoder.data.sources.records import LabelError
 from flax_encoder.runs.goodput import Goodput
 from flax_encoder.runs.length import settle_length
 from flax_encoder.runs.loaded import model_factory
+from flax_encoder.runs.programs import Programs
 from flax_encoder.runs.record import RunRecord
 from flax_encoder.runs.report import describe_data, describe_mesh, describe_parameters, describe_stages
 from flax_encoder.runs.start import settle, start_from, with_vocab_size, with_word_vectors
@@ -27,7 +28,7 @@ from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.parameters import count_trained, trained
 from flax_encoder.training.run_log import RunLog, write_atomically
 from flax_encoder.training.sharding import check_batch, logical_axes
-from flax_encoder.training.step import TrainState, init_train_state, make_train_step, with_params
+from flax_encoder.training.step import TrainState, init_train_state, with_params
 
 
 @dataclasses.dataclass
@@ -41,10 +42,8 @@ class OpenedRun:
     record: RunRecord
     """What a checkpoint holds beside the state, as of the start."""
     state: TrainState
-    graphdef: Any
     shardings: Any
-    step_fn: Any
-    """`step_fn(state, batch) -> (state, StepMetrics)`, jitted; the state given is donated."""
+    programs: Programs
 
 
 def open_run(
@@ -60,7 +59,10 @@ def open_run(
     """
     config, resumed, tokenizer, labels = settle(config, run_dir, start, log)
     task, process = find_task(config.objective), (jax.process_index(), jax.process_count())
-    options: dict[str, Any] = {"tokenizer": tokenizer, "progress": log.say, "process": process}
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer, "progress": log.say, "process": process,
+        "reading_of": lambda objective: find_task(objective).reading,
+    }  # fmt: skip
     if not start:
         unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.num_microbatches
         options["settle"] = functools.partial(settle_length, unit=unit, say=log.say)
@@ -104,8 +106,8 @@ def open_run(
         state = with_params(state, params, tx, shardings)
     mask = trained(config.trained_by, state.params)
     log.say(f"model: {describe_parameters(*count_trained(mask, state.params))} on {describe_mesh(mesh)}")
-    step_fn = make_step(config, graphdef, tx, shardings, mask)
-    return OpenedRun(config, task, data, record, state, graphdef, shardings, step_fn)
+    programs = Programs(config, data.label_names, graphdef, tx, shardings, mask)
+    return OpenedRun(config, task, data, record, state, shardings, programs)
 
 
 def make_learner(
@@ -113,22 +115,13 @@ def make_learner(
 ) -> tuple[Callable[[], nnx.Module], optax.GradientTransformation]:
     """(makes the run's model, its optimizer)."""
     make_model = model_factory(config, label_names)
-    return make_model, make_optimizer(config.trained_by, config.steps, logical_axes(make_model), config.schedule_began)
-
-
-def make_step(config: RunConfig, graphdef: Any, tx: optax.GradientTransformation, shardings: Any, mask: Any) -> Any:
-    """The jitted step of a run, `step(state, batch) -> (state, StepMetrics)`.
-
-    Args:
-      mask: which parameters are trained, as `training.parameters.trained` has it.
-    """
-    return make_train_step(
-        graphdef, tx, seed=config.seed, num_microbatches=config.num_microbatches, shardings=shardings,
-        trained=None if all(m is True for m in jax.tree.leaves(mask)) else mask,
+    return make_model, make_optimizer(
+        config.trained_by, config.steps, logical_axes(make_model), config.schedule_began,
+        config.timeline.learning_rates,
     )  # fmt: skip
 
 
 def check_batches(config: RunConfig, mesh: Mesh) -> None:
     """Raise ConfigError for a batch that the mesh or the microbatches cannot split."""
     for stage in config.stages:
-        check_batch(stage.batch_size, config.num_microbatches, mesh)
+        check_batch(stage.batch_size, stage.num_microbatches, mesh)

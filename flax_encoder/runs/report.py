@@ -9,9 +9,11 @@ import jax
 from rich.table import Table
 
 from flax_encoder.config import ConfigError, RunConfig
+from flax_encoder.config.phases import describe_phase
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.runs.before import scores_before_training
 from flax_encoder.runs.load import load_run
+from flax_encoder.runs.record import read_record
 from flax_encoder.runs.summary import write_summary
 from flax_encoder.training.console import make_console, print_table
 from flax_encoder.training.run_log import read_metrics
@@ -51,8 +53,12 @@ def describe_data(data: RunData) -> str:
 
 def describe_stages(config: RunConfig) -> str:
     shapes = {
-        (s.batch_size, T, s.row_length) for s in config.stages for T in (*config.data.buckets, s.row_length)
+        (s.batch_size, T, s.row_length, s.num_microbatches, s.rope_theta)
+        for s in config.stages for T in (*config.data.buckets, s.row_length)
     }
+    if config.phases:
+        parts = [describe_phase(config.phases, config.timeline, number) for number in range(len(config.phases))]
+        return "\n".join([*parts, f"the step is compiled for {len(shapes)} shapes, each when it comes"])
     parts = [f"{s.batch_size} rows of {s.row_length} up to step {s.end_step}" for s in config.stages]
     return f"batches: {', '.join(parts)}; the step is compiled for {len(shapes)} shapes, each when it comes"
 
@@ -79,7 +85,7 @@ def show_report(
     if config.compare_with_scratch and run.config.init_from:
         run_dir = pathlib.Path(config.run_dir)
         scratch = train(dataclasses.replace(
-            run.config, init_from=None, compare_with_scratch=False, schedule_began=0,
+            read_record(run_dir).config, init_from=None, compare_with_scratch=False, schedule_began=0,
             run_dir=str(run_dir / "from_scratch"),
             data=dataclasses.replace(run.config.data, tokenizer=str(run_dir / "tokenizer.json")),
         ))  # fmt: skip

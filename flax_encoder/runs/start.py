@@ -7,7 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, HeadConfig, RunConfig, differences
+from flax_encoder.config import (
+    FREE_OF_PARAMETERS,
+    ConfigError,
+    EncoderConfig,
+    HeadConfig,
+    RunConfig,
+    differences,
+)
 from flax_encoder.data.pipeline import settle_tokenizer
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.records import Say
@@ -78,10 +85,12 @@ def settle(
         raise ConfigError(f"extend is of a run that has been trained: {run_dir} has no checkpoint. Leave it out.")
     if config.init_from:
         record, params = read_origin(config.init_from, config.objective)
-        settled = like_origin(config, record, has_head="head.out.kernel" in flatten(params))
+        settled = reaching(like_origin(config, record, has_head="head.out.kernel" in flatten(params)), config.model)
         model = dataclasses.replace(config.model, vocab_size=settled.model.vocab_size)
         for name, (was, now) in differences(dataclasses.replace(config, model=model), settled).items():
             log.say(f"{name} is {now}, from {config.init_from} (the config has {was})")
+        if settled.model.rope_theta != (theirs := record.config.model.rope_theta):
+            log.say(f"model.rope_theta is {settled.model.rope_theta:g}, as asked; {config.init_from} has {theirs:g}")
         if note := export_note(settled):
             log.say(note)
         if config.data.tokenizer is not None:
@@ -110,6 +119,7 @@ def schedule_start(before: RunConfig, config: RunConfig, start: int) -> int:
     by_steps = {
         "masking.last_rate": before.masking.last_rate, "data.last_row_length": before.data.last_row_length,
         "first_batch_size": before.first_batch_size, "budget_minutes": before.budget_minutes,
+        "phases": before.phases or None,
     }  # fmt: skip
     if fixed := [name for name, value in by_steps.items() if value is not None]:
         raise ConfigError(
@@ -147,6 +157,23 @@ def like_origin(config: RunConfig, record: RunRecord, *, has_head: bool) -> RunC
     if has_head and config.objective == origin.objective:
         head["pooling"] = origin.pooling
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **theirs), **head)
+
+
+def reaching(config: RunConfig, asked: EncoderConfig) -> RunConfig:
+    """`config`, whose model is another's, with the rope_theta that was asked for, if one was, and a max_length of its
+    longest rows at least: without a table of positions neither is of any parameter.
+
+    Raises:
+      ConfigError: the model cannot read rows so long, or phases change what it has not.
+    """
+    model = config.model
+    if model.position == "rope" and asked.rope_theta != EncoderConfig.rope_theta:
+        model = dataclasses.replace(model, rope_theta=asked.rope_theta)
+    if model.position != "learned":
+        model = dataclasses.replace(model, max_length=max(model.max_length, *config.row_lengths))
+    config = dataclasses.replace(config, model=model)
+    config.check_model_serves()
+    return config
 
 
 def with_vocab_size(config: RunConfig, tokenizer_size: int) -> RunConfig:

@@ -11,7 +11,7 @@ from flax_encoder.config import RunConfig
 from flax_encoder.data.rows.batches import Stages
 from flax_encoder.runs.length import budget_seconds, epochs_after
 from flax_encoder.runs.skipping import Skipping
-from flax_encoder.tasks import Task
+from flax_encoder.tasks import Task, find_task
 from flax_encoder.training.checkpoint import CheckpointError, Checkpoints
 from flax_encoder.training.run_log import Clock, RunLog
 from flax_encoder.training.schedule import share_of_update
@@ -56,9 +56,12 @@ class StepLog:
                 continue
             began = config.schedule_began
             progress = float(metrics.progress or 0.0)
-            share = share_of_update(config.optimizer, step - 1 - began, config.steps - began, progress)
+            phases = config.timeline.learning_rates
+            share = share_of_update(config.optimizer, step - 1 - began, config.steps - began, progress, phases)
             rate = config.optimizer.learning_rate * float(share)
             values |= {"learning_rate": rate, "epoch": epochs_after(config, self._rows_per_epoch, step)} | throughput
+            if config.phases:
+                values["phase"] = config.timeline.stage_of(step - 1).phase + 1
             self._log.write(step, values)
             left = min(
                 self._clock.seconds_per_step * (config.steps - step), budget_seconds(config) - self._clock.spent_seconds
@@ -73,7 +76,10 @@ class StepLog:
     def _fetch(self, step: int, metrics: StepMetrics) -> dict[str, float]:
         if metrics.is_skipped is not None and bool(metrics.is_skipped):
             return {}  # its numbers are no finite ones, or of an update that was not made
-        values = self._task.report(jax.device_get(metrics.loss)) | {"grad_norm": float(metrics.grad_norm)}
+        task = self._task
+        if (objective := self._config.timeline.stage_of(step - 1).objective) != self._config.objective:
+            task = find_task(objective)
+        values = task.report(jax.device_get(metrics.loss)) | {"grad_norm": float(metrics.grad_norm)}
         if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
             raise Diverged(
                 f"the loss must stay finite: it is {values['loss']} and the gradient norm {values['grad_norm']} at "

@@ -1,6 +1,6 @@
 """A training run, top to bottom: open it, step, log, evaluate, save, end.
 
-The data's way: `OpenedRun.data` gives packed rows, `put_batch` lays them on the mesh, `step_fn` makes one update of the
+The data's way: `OpenedRun.data` gives packed rows, `put_batch` lays them on the mesh, a program makes one update of the
 state, and its metrics are fetched one log interval late (`StepLog`). The same config again resumes the run.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_encoder.config import ConfigError, RunConfig
+from flax_encoder.config.phases import describe_phase
 from flax_encoder.runs.best import best_evaluation, check_metric
 from flax_encoder.runs.evaluate import Evaluations
 from flax_encoder.runs.goodput import Goodput
@@ -85,7 +86,7 @@ def _steps(
     run = open_run(config, start, run_dir, checkpoints, log, mesh, goodput)
     config, task, data, state = run.config, run.task, run.data, run.state
     rows_per_epoch = data.rows_per_epoch
-    held_out = Evaluations(task, data, config, run.graphdef, run.shardings, log, mesh, start)
+    held_out = Evaluations(task, data, config, run.programs, run.shardings, log, mesh, start)
     if config.keep_best is not None and not held_out.by_step:  # a wrong name is heard of now, not after an epoch
         check_metric(config.keep_best, held_out.evaluate(state.params, start, most=1))
 
@@ -99,7 +100,8 @@ def _steps(
     logged = StepLog(task, config, rows_per_epoch, log, clock, checkpoints, start, skipping, data.train)
     in_flight: collections.deque[tuple[int, StepMetrics]] = collections.deque()
     compiled: dict[Any, Any] = {}
-    step = start
+    timeline, step = config.timeline, start
+    begins = {at + 1: number for number, at in enumerate((0, *timeline.phase_ends[:-1])) if config.phases}
 
     def say_stopped(step: int) -> None:
         why = stop.requested or "another process's signal"
@@ -123,6 +125,9 @@ def _steps(
                     return say_stopped(start)
         last_step = start if is_over(config, start, clock.spent_seconds, best()) else config.steps
         for step in range(start + 1, last_step + 1):
+            if step in begins:
+                log.say(f"begins {describe_phase(config.phases, timeline, begins[step])}")
+            program = run.programs.of(timeline.stage_of(step - 1))
             goodput.enter("step" if step > made_before else "lost_work")
             with clock.waiting(), goodput.during("data_wait"):
                 rows = next(batches)
@@ -130,10 +135,10 @@ def _steps(
             marks = _marks(rows, progress, stop.requested is not None, skipping.marks(step))
             batch = put_batch(rows | marks, mesh)  # while the device has the last steps to do
             clock.count(rows, jax.process_count())
-            shape = tuple(sorted((name, x.shape) for name, x in rows.items()))
+            shape = (id(program), *sorted((name, x.shape) for name, x in rows.items()))
             if shape not in compiled:  # a few times in a run at most
                 with clock.paused(), goodput.during("compile"):
-                    compiled[shape] = _compile(run.step_fn, state, batch, rows["tokens"].shape, log)
+                    compiled[shape] = _compile(program.step_fn, state, batch, rows["tokens"].shape, log)
             if in_flight:
                 free_temporaries(in_flight[-1][1])
             profile.before(step)
@@ -199,7 +204,8 @@ def _steps(
         if chosen.step != step:
             params = read_params(run_dir / "checkpoints" / str(chosen.step), params)
             metrics = held_out.by_step[chosen.step]
-    tested = held_out.evaluate(params, step, name="test") if data.test else None
+    made_after = step if chosen is None else chosen.step
+    tested = held_out.evaluate(params, step, name="test", made_after=made_after) if data.test else None
     if last_step > start:  # a finished run that only reports again has spent nothing
         log.write(step, {f"goodput/{name}": share for name, share in goodput.shares().items()})
         log.say(f"time went {goodput}")

@@ -1,6 +1,9 @@
 """What a model is trained for: a task a file, each a record of functions, in one table."""
 
+from dataclasses import replace
+
 from flax_encoder.config import ConfigError, RunConfig
+from flax_encoder.config.rules import require
 from flax_encoder.tasks import (
     classification,
     contrastive,
@@ -61,6 +64,17 @@ def check_task(config: RunConfig) -> Task:
     """
     task = find_task(config.objective)
     check_settings(task, config.objective, config, _settings_of_some())
+    for stage in config.stages:
+        if stage.objective != config.objective:
+            other = find_task(stage.objective)
+            mine, theirs = ((t.reading.columns, t.reading.layout(config)) for t in (task, other))
+            require(
+                shares_head(config.objective, stage.objective) and mine == theirs,
+                f"phases change to an objective whose model has the same parameters, and of the same rows: got "
+                f"phases.{stage.phase}.objective {stage.objective} in a run of {config.objective}. --init-from starts "
+                f"a run of another objective from this one's encoder.",
+            )
+            other.check(replace(config, objective=stage.objective, phases=()))
     return task
 
 

@@ -64,14 +64,14 @@ def _check(config: RunConfig) -> None:
         f"tied logits need vectors as wide as the embedding: got {config.model.embed_dim} for {width}; set "
         f"head.transform, or head.tied to False.",
     )
-    longest = max(config.data.row_length, config.data.final_row_length)
-    rate = max(*config.masking.rates, config.masking.eval_rate)
-    needed = math.ceil(rate * longest)
-    require(
-        config.masking.budget is None or config.masking.budget >= needed,
-        f"masking.budget must hold the masked tokens of a full row: got {config.masking.budget}, and a rate of "
-        f"{rate} of {longest} tokens needs {needed}.",
-    )
+    rates = [(max(stage.masking_rate.first, stage.masking_rate.last), stage.row_length) for stage in config.stages]
+    for rate, row_length in (*rates, (config.masking.eval_rate, config.row_lengths[-1])):
+        needed = math.ceil(rate * row_length)
+        require(
+            config.masking.budget is None or config.masking.budget >= needed,
+            f"masking.budget must hold the masked tokens of a full row: got {config.masking.budget}, and a rate of "
+            f"{rate} of {row_length} tokens needs {needed}.",
+        )
 
 
 def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:

@@ -135,7 +135,7 @@ def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], Quest
 
 
 def _layout(config: RunConfig) -> Layout:
-    shortest = min(config.data.row_length, config.data.final_row_length)
+    shortest = min(config.row_lengths)
     overlap = config.data.window_overlap
     return Layout(long="windows", overlap=min(_OVERLAP, shortest // 3) if overlap is None else overlap)
 

@@ -1,6 +1,7 @@
 """Replaced token detection: a small masked LM writes words, the encoder finds them (ELECTRA, arXiv 2003.10555)."""
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_encoder.config import ConfigError, EncoderConfig, HeadConfig, RunConfig
+from flax_encoder.config import ConfigError, EncoderConfig, HeadConfig, Ramp, RunConfig
 from flax_encoder.config.rules import require
 from flax_encoder.data.reading import MASKED_TEXT
+from flax_encoder.data.rows.targets import Rows, TargetInputs, Targets, masking_ramp, masking_rate
+from flax_encoder.data.rows.targets import masked_lm as masked_text
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import ClassificationHead
 from flax_encoder.tasks import masked_lm
@@ -53,8 +56,10 @@ class ReplacedTokenDetection(nnx.Module):
         """Equation 3 of the paper: the generator's cross-entropy, a mean over masked tokens, plus `detection_weight`
         times the discriminator's binary cross-entropy, a mean over all tokens but padding.
 
-        Loss is a sum and a count, here of masked tokens; masked tokens are taken to be masking.rate of all, so that any
-        split of a batch makes the same update. Without a key the draws are those of a fixed one.
+        Loss is a sum and a count, here of masked tokens; masked tokens are taken to be the masking rate's share of all,
+        so that any split of a batch makes the same update. `detection_weight` [B, 1] of the batch is the factor times
+        that rate, where the rate changes; without it the rate is masking.rate. Without a key the draws are those of a
+        fixed one.
         """
         generator_key, detector_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, 1))
         weights, real = batch["target_weights"], batch["segment_ids"] > 0
@@ -80,7 +85,8 @@ class ReplacedTokenDetection(nnx.Module):
             "found": count(found),
             "found_replaced": count(found & is_replaced),
         }
-        return LossSum(generator_sum + self.weight * self.rate * entropy, weights.sum(), metrics)
+        weight = batch["detection_weight"].max() if "detection_weight" in batch else self.weight * self.rate
+        return LossSum(generator_sum + weight * entropy, weights.sum(), metrics)
 
 
 def replace(batch: dict[str, Array], drawn: Int[Array, "B M"]) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
@@ -113,6 +119,18 @@ def generator_config(config: RunConfig) -> EncoderConfig:
     )  # fmt: skip
 
 
+def _targets(inputs: TargetInputs) -> Targets:
+    ramp = masking_ramp(inputs)
+    return functools.partial(_with_weight, masked_text(inputs), ramp, inputs.config.generator.detection_weight)
+
+
+def _with_weight(targets: Targets, ramp: Ramp, factor: float, rows: Rows) -> dict[str, np.ndarray]:
+    """The targets, and the factor of the detector's loss: it is a mean over tokens, the loss one over masked ones."""
+    rate = masking_rate(ramp.first, ramp.last, ramp.end - ramp.start, rows.number - ramp.start)
+    batch = targets(rows)
+    return batch | {"detection_weight": np.full((len(rows.address), 1), factor * rate, np.float32)}
+
+
 def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], ReplacedTokenDetection]:
     return lambda rngs: ReplacedTokenDetection(config, rngs=rngs)
 
@@ -141,11 +159,6 @@ def _check(config: RunConfig) -> None:
     require(
         config.head.transform is not False,
         "the discriminator's head begins with a dense map: leave head.transform at None or True.",
-    )
-    require(
-        config.masking.last_rate is None and config.masking.eval_rate == config.masking.rate,
-        f"the two losses are weighed by masking.rate, which stays: give masking.eval_rate the same and no "
-        f"masking.last_rate; got {config.masking.rate}, {config.masking.eval_rate} and {config.masking.last_rate}.",
     )
     require(
         config.generator.sharing != "disentangled" or (config.init_from, config.data.word_vectors) == (None, None),
@@ -196,7 +209,7 @@ def _commands(run: Any) -> list[str]:
 
 
 TASK = Task(
-    reading=MASKED_TEXT,
+    reading=dataclasses.replace(MASKED_TEXT, targets=_targets),
     make_model=_make_model,
     report=_report,
     headline="f1",

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from flax_encoder.config import ConfigError, RunConfig, differences
 from flax_encoder.config.model import PoolingMode
+from flax_encoder.config.phases import SETTINGS
 from flax_encoder.data.reading import Reading
 from flax_encoder.data.sources.records import Record
 from flax_encoder.data.store.store import Split
@@ -169,4 +170,11 @@ def check_settings(task: Task, name: str, config: RunConfig, of_some: frozenset[
     for setting, (default, given) in differences(RunConfig(objective=config.objective), config).items():
         if not reads_setting(task, setting, of_some):
             raise ConfigError(f"{setting} is not read by the objective {name}: leave it at {default!r}; got {given!r}.")
+    for number, phase in enumerate(config.phases):
+        for changed in phase.changes:
+            if not reads_setting(task, SETTINGS[changed], of_some):
+                raise ConfigError(
+                    f"phases.{number}.{changed} is not read by the objective {name}: leave it out; got "
+                    f"{getattr(phase, changed)}."
+                )
     task.check(config)

@@ -1,7 +1,7 @@
 """Optimizers by name: Optax's where it has them, with what decays, what is stacked and what is frozen settled."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from flax_encoder.config import OptimizerConfig
+from flax_encoder.config import OptimizerConfig, Ramp
 from flax_encoder.training.parameters import is_head, rates, trained
 from flax_encoder.training.schedule import share_of_update
 from flax_encoder.training.transformations import (
@@ -33,7 +33,7 @@ class ScheduledState(NamedTuple):
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, axes: Any, schedule_began: int = 0
+    config: OptimizerConfig, steps: int, axes: Any, schedule_began: int = 0, phases: Sequence[Ramp] = ()
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then config.name with its schedule and decoupled weight decay; what is frozen stays,
     and has no state. With config.average the parameters are the average (`averaged`).
@@ -44,6 +44,7 @@ def make_optimizer(
     Args:
       axes: the tree of logical axes (training/sharding.py).
       schedule_began: updates that had been made when the schedule began, which ends with the last of `steps`.
+      phases: learning rates in the schedule's place, by updates made, as `share_of_update` takes them.
 
     Raises (`init`):
       ConfigError: config.freeze names what is no parameter, or all parameters.
@@ -71,7 +72,7 @@ def make_optimizer(
 
     def update(updates, state, params=None, *, progress: Float[Array, ""] | float = 0.0):
         number = state.count - schedule_began if schedule_began else state.count
-        share = share_of_update(config, number, steps - schedule_began, progress)
+        share = share_of_update(config, number, steps - schedule_began, progress, phases)
         updates, inner = at(share, params).update(updates, state.inner, params)
         return updates, ScheduledState(optax.safe_increment(state.count), inner)
 

@@ -1,19 +1,43 @@
 """Learning rates, as functions of how much of a run is behind it."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flax_encoder.config import OptimizerConfig
+from flax_encoder.config import OptimizerConfig, Ramp
 
 
 def share_of_update(
-    config: OptimizerConfig, number: Int[Array, ""] | int, updates: int, progress: Float[Array, ""] | float = 0.0
-) -> Float[Array, ""]:
+    config: OptimizerConfig, number: Int[Array, ""] | int, updates: int, progress: Float[Array, ""] | float = 0.0,
+    phases: Sequence[Ramp] = (),
+) -> Float[Array, ""]:  # fmt: skip
     """The learning rate of update `number`, from 0, of so many, as a share of its peak; by `progress`, from 0 to 1,
-    where that is further. A run of one update has no room to warm up: its rate is what comes after."""
-    if updates == 1:
-        return share_of_peak(config, jnp.maximum(config.warmup_rate, progress))
-    return share_of_peak(config, jnp.maximum(number / updates, progress))
+    where that is further.
+
+    A warm-up of less than one update has no room: the first update's rate is what comes after it, and is not 0.
+
+    Args:
+      phases: learning rates that hold from their start on, in place of the schedule's and of those before them.
+    """
+    gone = jnp.maximum(number / updates, progress)
+    if updates == 1 or config.warmup_rate * updates < 1:
+        gone = jnp.maximum(gone, config.warmup_rate)
+    share = share_of_peak(config, gone)
+    for ramp in phases:
+        share = jnp.where(number >= ramp.start, _rate(ramp, number) / config.learning_rate, share)
+    return share
+
+
+def _rate(ramp: Ramp, number: Int[Array, ""] | int) -> Float[Array, ""]:
+    done = jnp.clip(jnp.asarray(number - ramp.start, jnp.float32) / max(ramp.end - ramp.start, 1), 0.0, 1.0)
+    if ramp.shape == "inverse_sqrt":  # one over its square goes straight
+        return jnp.reciprocal(jnp.sqrt(ramp.first**-2 + (ramp.last**-2 - ramp.first**-2) * done))
+    if ramp.shape == "cosine":
+        done = (1.0 - jnp.cos(jnp.pi * done)) / 2
+    elif ramp.shape == "one_minus_sqrt":
+        done = jnp.sqrt(done)
+    return ramp.first + (ramp.last - ramp.first) * done
 
 
 def share_of_peak(config: OptimizerConfig, progress: Float[Array, "..."] | float) -> Float[Array, "..."]:

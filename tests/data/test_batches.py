@@ -263,6 +263,24 @@ def test_a_small_share_is_kept_as_exactly_as_a_large_one(split):
     assert np.diff(ends, prepend=0).tolist() == [2**30 - 2, 1, 1]
 
 
+@pytest.mark.parametrize("sources", [1, 2, 3])
+def test_a_mixture_that_changes_reads_no_row_twice_and_leaves_none_out(split, sources):
+    """Each source goes on where it was, in the middle of a block of rows too, and one of weight 0 is not read."""
+    plans, rng = [plan_of(split)] * sources, np.random.default_rng(sources)
+    for _ in range(10):
+        found, left, start = [[] for _ in plans], (), ()
+        for count in rng.choice([0, 1, 50, 4095, 4096, 4097, 9000], 4):
+            weights = [*rng.choice([0.0, 1.0, 0.01, 5.0], sources - 1), 1.0]
+            mixture = Mixture(plans, [float(w) for w in weights], left, start)
+            plan, inner = mixture.locate(np.arange(count), SEED)
+            assert not set(plan.tolist()) & {k for k, weight in enumerate(weights) if weight == 0}
+            for k in range(sources):
+                found[k] += inner[plan == k].tolist()
+            left, start = mixture.unread(int(count), SEED)
+        for k in range(sources):
+            assert sorted([*found[k], *left[k].tolist()]) == list(range(start[k]))
+
+
 @pytest.fixture(scope="module")
 def elaborate(make, split, tokenizer):
     """Everything at once: a mixture of two stores in windows, whole words, a falling rate, ends of epochs inside."""

@@ -11,12 +11,13 @@ import pytest
 from flax import nnx
 from runs import losses, tiny, with_fields
 
-from flax_encoder.config import ConfigError, EncoderConfig, GeneratorConfig, MaskingConfig, RunConfig
+from flax_encoder.config import ConfigError, EncoderConfig, GeneratorConfig, MaskingConfig, Phase, RunConfig
+from flax_encoder.data.pipeline import open_data
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.load import load_pretrained
 from flax_encoder.runs.exchange import export_run, import_folder
 from flax_encoder.runs.load import load
-from flax_encoder.tasks import check_task
+from flax_encoder.tasks import check_task, find_task
 from flax_encoder.tasks.replaced_token_detection import ReplacedTokenDetection, generator_config, replace
 from flax_encoder.training.step import init_train_state, make_train_step
 from tests.test_train import Stops
@@ -132,9 +133,28 @@ def test_microbatches_make_the_update_of_one_batch_but_for_their_draws():
         np.testing.assert_allclose(one, other, atol=1e-5 * max(1.0, np.abs(one).max()))
 
 
+def test_the_detectors_loss_is_weighed_by_the_rate_of_its_batch(corpus):
+    """As it falls in training, and by evaluation's own; what the model says of a batch goes by the batch."""
+    config = tiny(corpus, "none", objective="replaced_token_detection", steps=11, masking__rate=0.3,
+                  masking__last_rate=0.1, masking__eval_rate=0.2, generator__detection_weight=20.0)  # fmt: skip
+    check_task(config)
+    data = open_data(config, find_task(config.objective).reading)
+    found = [set(data.train[number]["detection_weight"].ravel().tolist()) for number in (0, 5, 10)]
+    np.testing.assert_allclose([x for weights in found for x in weights], [6, 4, 2], rtol=1e-6)
+    np.testing.assert_allclose(data.evaluation[0]["detection_weight"], 4, rtol=1e-6)
+    phases = (Phase(share=0.5), Phase(share=0.5, masking_rate=0.05))
+    phased = open_data(dataclasses.replace(with_fields(config, masking__last_rate=None), phases=phases),
+                       find_task(config.objective).reading)  # fmt: skip
+    np.testing.assert_allclose([phased.train[n]["detection_weight"].max() for n in (4, 5, 6, 10)], [6, 6, 1, 1])
+    model, (batch, _) = make(CONFIG), draw_batch()
+    plain, weighed = model.loss(batch), model.loss(batch | {"detection_weight": jnp.full((B, 1), 3.0)})
+    np.testing.assert_allclose(
+        weighed.sum - weighed.metrics["generator"], (plain.sum - plain.metrics["generator"]) * 3 / 7.5, rtol=1e-5
+    )
+
+
 def test_settings_that_cannot_be_are_refused():
     for fields, message in (
-        ({"masking__last_rate": 0.05}, "masking.rate"),
         ({"model": EncoderConfig(layer="lstm", embed_dim=32, num_layers=1)}, "attention"),
         ({"generator__sharing": "disentangled", "init_from": "runs/x"}, "disentangled"),
         ({"head": dataclasses.replace(CONFIG.head, transform=False)}, "dense"),

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_encoder.config import ConfigError, OptimizerConfig
-from flax_encoder.training.schedule import share_of_peak
+from flax_encoder.config import ConfigError, OptimizerConfig, Ramp
+from flax_encoder.training.schedule import share_of_peak, share_of_update
 
 SCHEDULES = [("linear", "linear"), ("cosine", "linear"), ("wsd", "linear"), ("wsd", "one_minus_sqrt")]
 
@@ -68,3 +68,37 @@ def test_inverse_sqrt_falls_as_one_over_the_root_of_the_step():
 def test_before_and_after_the_run_the_rate_is_that_of_its_ends():
     config = OptimizerConfig(warmup_rate=0.0, final_rate=0.3)
     np.testing.assert_allclose(share_of_peak(config, jnp.array([-0.5, 1.5])), [1.0, 0.3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 5, 16, 17, 40])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "inverse_sqrt"])
+def test_no_update_is_lost_to_a_warm_up_of_less_than_one(schedule, updates):
+    """A warm-up of less than one update is none; a longer one begins at 0, and its rates are as they were."""
+    config = OptimizerConfig(schedule=schedule, warmup_rate=0.06)
+    rates = np.array([float(share_of_update(config, number, updates)) for number in range(updates)])
+    plain = np.asarray(share_of_peak(config, jnp.arange(updates) / updates))
+    np.testing.assert_allclose(rates[1:], plain[1:], rtol=1e-6)
+    if 0.06 * updates < 1:
+        assert rates[0] == pytest.approx(1.0) and rates.min() > 0
+    else:
+        assert rates[0] == 0
+
+
+def test_phases_take_the_place_of_the_schedule_from_their_start_on():
+    config = OptimizerConfig(learning_rate=4e-4, warmup_rate=0.1)
+    phases = (Ramp(40, 60, 2e-4, 2e-4), Ramp(60, 80, 2e-4, 0.0, "cosine"), Ramp(80, 100, 0.0, 1e-4))
+    rates = np.array([float(share_of_update(config, number, 100, 0.0, phases)) for number in range(100)]) * 4e-4
+    plain = [float(share_of_update(config, number, 100)) * 4e-4 for number in range(40)]
+    np.testing.assert_allclose(rates[:40], plain, rtol=1e-6)
+    np.testing.assert_allclose(rates[40:60], 2e-4, rtol=1e-6)
+    gone = np.arange(20) / 20
+    np.testing.assert_allclose(rates[60:80], 2e-4 * (1 + np.cos(np.pi * gone)) / 2, rtol=1e-4, atol=1e-12)
+    np.testing.assert_allclose(rates[80:], 1e-4 * gone, rtol=1e-5, atol=1e-12)
+
+
+def test_t5s_rate_is_one_over_the_root_of_the_step_after_ten_thousand():
+    """1 / sqrt(max(n, k)) of Raffel et al., arXiv 1910.10683, section 3.1.2, with k a quarter of the run."""
+    config, k, steps = OptimizerConfig(learning_rate=0.1), 100, 400
+    phases = (Ramp(0, k, k**-0.5, k**-0.5), Ramp(k, steps, k**-0.5, steps**-0.5, "inverse_sqrt"))
+    rates = [float(share_of_update(config, n, steps, 0.0, phases)) * 0.1 for n in range(steps)]
+    np.testing.assert_allclose(rates, np.maximum(np.arange(steps), k) ** -0.5, rtol=1e-5)

@@ -18,6 +18,7 @@ from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.workers import serve_parent
 
 _LEAST_BLOCK, _MOST_BLOCK = 2**12, 2**30  # rows in which a mixture keeps its weights
+_MOST_LEFT = 2**22
 _LEAST_SHARE = 64  # of these, rows of each source: a weight is kept to one part in twice as many
 _POOL = 64  # batches whose rows are sorted by length together, where rows are of several lengths
 _PREFETCH = 4
@@ -29,21 +30,25 @@ class Mixture:
     """The endless sequence of rows that a run reads: which plan each comes from, and its number in that plan.
 
     In every block of rows each plan has its share, in an order of the block's own; so each keeps its own epochs, and
-    any row is found by its number. A block has 4,096 rows, or as many more as the smallest share wants.
+    any row is found by its number. A block has 4,096 rows, or as many more as the smallest share wants. A plan of
+    weight 0 is not read.
     """
 
     plans: Sequence[RowPlan]
     weights: Sequence[float]
+    left: Sequence[np.ndarray] = ()
+    """Numbers of each plan's rows that come before those from `start` on, where another mixture was before this one."""
+    start: Sequence[int] = ()
 
     @functools.cached_property
     def _block(self) -> int:
-        wanted = _LEAST_SHARE * sum(self.weights) / min(self.weights)
+        wanted = _LEAST_SHARE * sum(self.weights) / min(weight for weight in self.weights if weight > 0)
         return min(max(_LEAST_BLOCK, 2 ** math.ceil(math.log2(wanted))), _MOST_BLOCK)
 
     @functools.cached_property
     def _ends(self) -> np.ndarray:
         exact = np.asarray(self.weights, float) / sum(self.weights) * self._block
-        rows = np.maximum(1, np.floor(exact)).astype(np.int64)
+        rows = np.where(exact > 0, np.maximum(1, np.floor(exact)), 0).astype(np.int64)
         for k in np.argsort(np.floor(exact) - exact, kind="stable")[: max(0, self._block - rows.sum())]:
             rows[k] += 1
         rows[np.argmax(rows)] += self._block - rows.sum()
@@ -52,12 +57,36 @@ class Mixture:
     def locate(self, numbers: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(plan [B], number in it [B])."""
         if len(self.plans) == 1:
-            return np.zeros(len(numbers), np.int64), numbers
+            plan, inner = np.zeros(len(numbers), np.int64), numbers
+        else:
+            plan, inner = self._locate(numbers, seed)
+        for k, (left, first) in enumerate(zip(self.left, self.start, strict=True)):
+            own, count = plan == k, len(left)
+            is_left = own & (inner < count)
+            inner = np.where(own & ~is_left, inner + first - count, inner)
+            inner[is_left] = left[inner[is_left]]
+        return plan, inner
+
+    def _locate(self, numbers: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         block, inside = np.divmod(numbers, self._block)
         place = permute(inside, self._block, seed, 8, block)
         plan = np.searchsorted(self._ends, place, side="right")
         start, share = (self._ends - np.diff(self._ends, prepend=0))[plan], np.diff(self._ends, prepend=0)[plan]
         return plan, block * share + place - start
+
+    def unread(self, number: int, seed: int) -> tuple[list[np.ndarray], list[int]]:
+        """(left, start) of a mixture that goes on with the same plans' rows from row `number` of this one on."""
+        if len(self.plans) == 1:
+            ended, shares = number, np.ones(1, np.int64)
+            plan = inner = np.zeros(0, np.int64)
+        else:
+            ended, shares = -(-number // self._block), np.diff(self._ends, prepend=0)
+            rest = ended * self._block - number  # of a block; what is left of a very large one is passed over
+            plan, inner = self.locate(np.arange(number, number + (rest if rest < _MOST_LEFT else 0)), seed)
+        before = list(zip(self.left, self.start, strict=True)) or [(np.zeros(0, np.int64), 0)] * len(self.plans)
+        reached = [int(ended * share) for share in shares]
+        left = [np.concatenate([inner[plan == k], old[reached[k] :]]) for k, (old, _) in enumerate(before)]
+        return left, [first + max(0, reached[k] - len(old)) for k, (old, first) in enumerate(before)]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flax_encoder.config import MaskingConfig, RunConfig
+from flax_encoder.config import MaskingConfig, Ramp, RunConfig
 from flax_encoder.data.rows.documents import Batch, Documents
 from flax_encoder.data.rows.masking import Vocabulary, budget, mask_rows
 from flax_encoder.data.rows.packing import Pieces
@@ -62,6 +62,8 @@ class TargetInputs(NamedTuple):
     """Add `owners` int32 [B, M], each target's document among `documents`, where every window is one, or -1: by it a
     prediction finds its way back. Where a document may be several pieces, `starts` int32 [B, M] says where the
     target's piece begins in it, in tokens."""
+    masking_rate: Ramp | None = None
+    """Of training: the share of masked tokens by the batch's number; None is what config.masking says of the run."""
 
 
 def tokens_per_word(split: Split) -> float:
@@ -73,32 +75,50 @@ def tokens_per_word(split: Split) -> float:
 
 def masked_lm(inputs: TargetInputs) -> Targets:
     """Targets of masked language modelling, as `config.masking` says."""
-    masking = inputs.config.masking
-    rates = masking.rates if inputs.is_training else (masking.eval_rate,) * 2
+    masking, ramp = inputs.config.masking, masking_ramp(inputs)
+    rates = (ramp.first, ramp.last)
     per_word = 1.0 if masking.kind == "token" else tokens_per_word(inputs.documents.split)
     slots = masking.budget or budget(masking.kind, max(rates), inputs.row_length, per_word)
-    return masked_lm_targets(inputs.tokenizer, masking, rates, slots, inputs.config.steps, inputs.config.seed)
+    return masked_lm_targets(
+        inputs.tokenizer, masking, rates, slots, ramp.end - ramp.start, inputs.config.seed, ramp.start
+    )
+
+
+def masking_ramp(inputs: TargetInputs) -> Ramp:
+    """The share of masked tokens by the batch's number: in training as it goes, in evaluation as it is."""
+    masking, steps = inputs.config.masking, inputs.config.steps
+    if not inputs.is_training:
+        return Ramp(0, steps, masking.eval_rate, masking.eval_rate)
+    return inputs.masking_rate or Ramp(0, steps, *masking.rates)
+
+
+def masking_rate(first: float, last: float, num_batches: int, number: int) -> float:
+    """The share in a batch, by its number from where the first share holds; the last holds from batch num_batches - 1
+    on."""
+    done = min(1.0, number / max(num_batches - 1, 1))
+    return first + done * (last - first)
 
 
 def masked_lm_targets(
     tokenizer: TextTokenizer, masking: MaskingConfig, rates: tuple[float, float], slots: int, num_batches: int,
-    seed: int,
+    seed: int, first_batch: int = 0,
 ) -> Targets:  # fmt: skip
     """Targets by dynamic masking: each epoch's rows are masked anew.
 
-    The rate goes straight from rates[0] in the first batch to rates[1] in the last.
+    The rate goes straight from rates[0] in batch `first_batch` to rates[1] in the last of `num_batches`, and stays.
     """
     vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.special("mask"), tokenizer.special_ids)
-    return functools.partial(_masked_lm_targets, vocabulary, masking, rates, slots, num_batches, seed)
+    return functools.partial(_masked_lm_targets, vocabulary, masking, rates, slots, num_batches, seed, first_batch)
 
 
-def _masked_lm_targets(vocabulary, masking: MaskingConfig, rates, slots, num_batches, seed, rows: Rows) -> Batch:
-    done = min(1.0, rows.number / max(num_batches - 1, 1))
+def _masked_lm_targets(
+    vocabulary, masking: MaskingConfig, rates, slots, num_batches, seed, first_batch, rows: Rows
+) -> Batch:
     return mask_rows(
         rows.batch["tokens"], rows.batch["segment_ids"], rows.word_starts, rows.address, vocabulary,
-        kind=masking.kind, rate=rates[0] + done * (rates[1] - rates[0]), mask_rate=masking.mask_rate,
-        random_rate=masking.random_rate, slots=slots, seed=seed, new_span_rate=1 / masking.mean_span_words,
-        max_span_words=masking.max_span_words,
+        kind=masking.kind, rate=masking_rate(*rates, num_batches, rows.number - first_batch),
+        mask_rate=masking.mask_rate, random_rate=masking.random_rate, slots=slots, seed=seed,
+        new_span_rate=1 / masking.mean_span_words, max_span_words=masking.max_span_words,
     )  # fmt: skip
 
 

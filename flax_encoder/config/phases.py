@@ -1,0 +1,328 @@
+"""What changes during a run: phases, and the stages that they come to, in each of which every batch has one shape."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from flax_encoder.config.rules import ConfigError, ShortRepr, require, require_finite
+
+Shape = Literal["linear", "cosine", "one_minus_sqrt", "inverse_sqrt"]
+
+
+@dataclass(frozen=True, repr=False)
+class Phase(ShortRepr):
+    """A part of a run and the settings that it changes. A setting that a phase leaves at None stays as the phase before
+    left it, and before any changes it the run's own settings hold, their ramps over the whole run included. Of two
+    values a setting goes from the first, where the phase begins, to the second, where it ends."""
+
+    share: float | None = None
+    """Of the run's steps; a phase has a share, steps or tokens, and the shares of all phases add up to 1."""
+    steps: int | None = None
+    tokens: float | None = None
+    """Tokens of the rows that the phase reads, padding included: as many steps as come nearest."""
+    row_length: int | None = None
+    """data.row_length from here on; a batch keeps its tokens, unless batch_size says otherwise."""
+    batch_size: int | tuple[int, int] | None = None
+    """Of two, batches double in size as often as it takes. Each size is compiled once."""
+    num_microbatches: int | None = None
+    masking_rate: float | tuple[float, float] | None = None
+    """masking.rate from here on."""
+    rope_theta: float | None = None
+    """model.rope_theta from here on: of all layers, or where model.local_rope_theta is given of those without a
+    window."""
+    weights: tuple[float, ...] | None = None
+    """data.weights from here on; a source with 0 is not read."""
+    objective: str | None = None
+    """What is learned from here on: a task whose model has the same parameters, such as causal_lm before masked_lm. The
+    last phase has the run's own, by which all evaluations are made."""
+    learning_rate: float | tuple[float, float] | None = None
+    """optimizer.learning_rate from here on, no more by optimizer.schedule. Other peak rates are multiplied by the same
+    factor."""
+    learning_rate_shape: Shape = "linear"
+    """How two learning rates go from one to the other: straight, as half a cosine, as the root of what of the phase is
+    gone (one_minus_sqrt, arXiv 2405.18392), or as one over the root of steps (inverse_sqrt, T5's)."""
+
+    def __new__(cls, *_: Any, **settings: Any) -> "Phase":
+        cls.check_names(settings)
+        return super().__new__(cls)
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Raise ConfigError for settings that no phase changes."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = [name for name in names if name not in known]
+        require(
+            not unknown,
+            f"a phase changes what leaves the parameters' shapes as they are: "
+            f"{', '.join(known[3:])}; got {', '.join(unknown)}. Give it to the whole run, or start another from this "
+            f"one's model with --init-from.",
+        )
+
+    def __post_init__(self):
+        extents = {name: getattr(self, name) for name in ("share", "steps", "tokens")}
+        given = {name: value for name, value in extents.items() if value is not None}
+        require(
+            len(given) == 1 and min(given.values()) >= 0,
+            f"a phase has one of share, steps or tokens, at least 0: got {given or 'none'}.",
+        )
+        require(
+            self.row_length is None or self.row_length >= 3,
+            f"a row holds [CLS], one token and [SEP] at least: got row_length {self.row_length} of a phase.",
+        )
+        for name in ("batch_size", "num_microbatches", "rope_theta", "masking_rate"):
+            require(
+                min(_pair(getattr(self, name)) or (1,)) > 0, f"a phase's {name} is above 0: got {getattr(self, name)}."
+            )
+        for name in ("batch_size", "masking_rate", "learning_rate"):
+            value = getattr(self, name)
+            require(
+                not isinstance(value, tuple) or len(value) == 2,
+                f"a phase's {name} is one value, or the first and the last: got {value}.",
+            )
+        sizes, rates = _pair(self.batch_size) or (1, 1), _pair(self.learning_rate) or (0.0, 0.0)
+        require(sizes[0] <= sizes[1], f"batches grow within a phase: got batch_size {self.batch_size}.")
+        require(
+            max(_pair(self.masking_rate) or (0.0,)) <= 1,
+            f"a phase's masking_rate is a probability above 0, at most 1: got {self.masking_rate}.",
+        )
+        require(
+            min(rates) >= 0 and (self.learning_rate_shape != "inverse_sqrt" or min(rates) > 0),
+            f"a phase's learning_rate is at least 0, and above 0 where it falls as inverse_sqrt: got "
+            f"{self.learning_rate}.",
+        )
+        require(
+            self.learning_rate_shape == "linear" or rates[0] != rates[1],
+            f"learning_rate_shape is of two learning rates: got {self.learning_rate_shape} with learning_rate "
+            f"{self.learning_rate}.",
+        )
+        require(
+            self.weights is None or (min(self.weights, default=-1) >= 0 and sum(self.weights) > 0),
+            f"a phase's weights are at least 0, one of them above: got {self.weights}.",
+        )
+        require_finite(self)
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """The names of the settings that it changes."""
+        names = [f.name for f in dataclasses.fields(self)][3:-1]
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+
+# The setting of a run that each of a phase's stands for, by which a task says that it reads it.
+SETTINGS = {
+    "row_length": "data.last_row_length", "batch_size": "batch_size", "num_microbatches": "num_microbatches",
+    "masking_rate": "masking.last_rate", "rope_theta": "model.rope_theta", "weights": "data.weights",
+    "objective": "objective", "learning_rate": "optimizer.learning_rate",
+}  # fmt: skip
+
+
+class Ramp(NamedTuple):
+    """A number that goes from `first` at step `start` to `last` at step `end`; steps are counted from 0."""
+
+    start: int
+    end: int
+    first: float
+    last: float
+    shape: Shape = "linear"
+
+
+class Stage(NamedTuple):
+    """Steps `start_step` (from 0) up to `end_step`, this one not, whose batches are [batch_size, row_length]."""
+
+    end_step: int
+    batch_size: int
+    row_length: int
+    start_step: int = 0
+    phase: int = 0
+    """Its number, from 0."""
+    num_microbatches: int = 1
+    masking_rate: Ramp = Ramp(0, 1, 0.15, 0.15)
+    """The share of masked tokens, of which a stage may be a part."""
+    rope_theta: float = 10_000.0
+    weights: tuple[float, ...] | None = None
+    """Of the sources; None reads all equally often."""
+    objective: str = "masked_lm"
+
+
+class Timeline(NamedTuple):
+    """What a run's phases come to."""
+
+    stages: tuple[Stage, ...]
+    """Those without a step are among them."""
+    phase_ends: tuple[int, ...]
+    learning_rates: tuple[Ramp, ...]
+    """Each holds from its start on, until the next one's."""
+
+    def stage_of(self, number: int) -> Stage:
+        """The stage of a step, counted from 0; before the first step and after the last that of its neighbour."""
+        with_steps = [stage for stage in self.stages if stage.start_step < stage.end_step]
+        return next((stage for stage in with_steps if number < stage.end_step), with_steps[-1])
+
+
+def make_timeline(phases: Sequence[Phase], steps: int, own: Stage) -> Timeline:
+    """The stages of phases, and the learning rates that they set.
+
+    Args:
+      steps: of the run, which shares are of.
+      own: what holds before any phase changes it.
+
+    Raises:
+      ConfigError: rows of another length that a batch's tokens do not fill.
+    """
+    stages, ends, rates, start, share = [], [], [], 0, 0.0
+    whole = sum(phase.share or 0.0 for phase in phases)
+    now = own
+    for number, phase in enumerate(phases):
+        now = _changed(now, phase, number)
+        first, full = _pair(phase.batch_size) or (now.batch_size, now.batch_size)
+        if phase.share is not None:
+            share += phase.share
+            end = round(steps * share / whole) if whole else start
+        elif phase.steps is not None:
+            end = start + phase.steps
+        else:
+            end = start + round(phase.tokens / (_mean(first, full) * now.row_length))  # type: ignore[operator]
+        if phase.masking_rate is not None:
+            now = now._replace(masking_rate=Ramp(start, end, *_pair(phase.masking_rate)))  # type: ignore[misc]
+        if phase.learning_rate is not None:
+            rates.append(Ramp(start, end, *_pair(phase.learning_rate), phase.learning_rate_shape))  # type: ignore[misc]
+        at = start
+        for stop, size in grown(first, full, float(end - start)) or [(end - start, full)]:
+            stages.append(now._replace(start_step=at, end_step=start + stop, batch_size=size))
+            at = start + stop
+        if phase.masking_rate is not None:
+            now = now._replace(masking_rate=Ramp(end, end, now.masking_rate.last, now.masking_rate.last))
+        now, start = now._replace(batch_size=full), end
+        ends.append(end)
+    return Timeline(tuple(stages), tuple(ends), tuple(rates))
+
+
+def describe_phase(phases: Sequence[Phase], timeline: Timeline, number: int) -> str:
+    """A phase in words: its place, its steps and its batches, and what else it changes."""
+    start, end = (0, *timeline.phase_ends)[number : number + 2]
+    stages = [stage for stage in timeline.stages if stage.phase == number]
+    sizes = " to ".join(dict.fromkeys(f"{stage.batch_size}" for stage in (stages[0], stages[-1])))
+    said = [f"{sizes} rows of {stages[0].row_length}"]
+    for name in phases[number].changes:
+        values = _pair(getattr(phases[number], name))
+        if name not in ("row_length", "batch_size") and values is not None:
+            words = [value if isinstance(value, str) else f"{value:g}" for value in values]
+            shown = " ".join(words) if name == "weights" else " to ".join(dict.fromkeys(words))
+            said.append(f"{name.replace('_', ' ')} {shown}")
+    steps = f"steps {start + 1:,} to {end:,}" if start < end else "no step of so few"
+    return f"phase {number + 1} of {len(phases)}, {steps}: {', '.join(said)}"
+
+
+def grown(first: int, full: int, steps: float) -> list[tuple[int, int]]:
+    """(the step that it ends with, batch size) of each size below `full` through which batches double from `first`:
+    they grow straight over so many steps, and sizes are rounded down."""
+    sizes = _sizes(first, full)
+    ends = [round(steps * (size - first) / max(full - first, 1)) for size in sizes[1:]]
+    return list(zip(ends, sizes, strict=False))
+
+
+def _sizes(first: int, full: int) -> list[int]:
+    sizes = [first]
+    while sizes[-1] < full:
+        sizes.append(min(2 * sizes[-1], full))
+    return sizes
+
+
+def _mean(first: int, full: int) -> float:
+    """Rows of a batch, on average over a phase whose batches grow."""
+    sizes = _sizes(first, full)
+    rises = [(size, above - size) for size, above in itertools.pairwise(sizes)]
+    return sum(size * rise for size, rise in rises) / (full - first) if rises else float(full)
+
+
+def _changed(now: Stage, phase: Phase, number: int) -> Stage:
+    fields: dict[str, Any] = {
+        name: value for name in ("row_length", "num_microbatches", "rope_theta", "weights", "objective")
+        if (value := getattr(phase, name)) is not None
+    }  # fmt: skip
+    if phase.row_length is not None and phase.batch_size is None:
+        tokens = now.batch_size * now.row_length
+        require(
+            tokens % phase.row_length == 0,
+            f"a batch keeps its tokens when rows change length: {now.batch_size} rows of {now.row_length} are {tokens} "
+            f"tokens, not a multiple of phases.{number}.row_length {phase.row_length}. Give the phase a batch_size.",
+        )
+        fields["batch_size"] = tokens // phase.row_length
+    return now._replace(phase=number, **fields)
+
+
+def _pair(value: Any) -> tuple[Any, Any] | None:
+    """(first, last) of a setting that is one value or two; None where it has none."""
+    return None if value is None else value if isinstance(value, tuple) else (value, value)
+
+
+def phases_of_ramps(
+    steps: int, batch_size: int, first_batch_size: int | None, batch_warmup_rate: float, last_row_length: int | None,
+    last_rate: float,
+) -> tuple[Phase, ...]:  # fmt: skip
+    """What first_batch_size, batch_warmup_rate, data.last_row_length and data.last_rate come to: a phase for each batch
+    size, one of full batches and one of rows of another length. The boundaries are those of every version."""
+    phases, start = [], 0
+    for end, size in grown(first_batch_size or batch_size, batch_size, steps * batch_warmup_rate):
+        phases.append(Phase(steps=end - start, batch_size=size))
+        start = end
+    last = max(start, steps - round(steps * last_rate)) if last_row_length is not None else steps
+    phases.append(Phase(steps=last - start, batch_size=batch_size))
+    if last_row_length is not None:
+        phases.append(Phase(steps=steps - last, row_length=last_row_length))
+    return tuple(phases)
+
+
+def check_phases(phases: tuple[Phase, ...], num_sources: int, old_ramps: dict[str, Any]) -> None:
+    """Raise ConfigError for phases that do not add up to the run, or beside settings that say the same.
+
+    Args:
+      old_ramps: the run's settings that change by themselves, and their values.
+    """
+    shares = [phase.share for phase in phases]
+    require(
+        all(share is None for share in shares) or None not in shares,
+        f"phases are all shares of the run, or none is: got shares {shares}. Give every phase a share, or every phase "
+        f"steps or tokens.",
+    )
+    whole = sum(share or 0.0 for share in shares)
+    require(
+        None in shares or math.isclose(whole, 1.0, abs_tol=1e-6),
+        f"the shares of phases add up to 1: got {' + '.join(map(str, shares))} = {whole:g}. Give the last one "
+        f"{1 - whole + (shares[-1] or 0.0):g}, if that is above 0.",
+    )
+    given = {name: value for name, value in old_ramps.items() if value is not None}
+    require(
+        not given,
+        f"phases say what changes during a run: got {', '.join(f'{name} {value}' for name, value in given.items())} "
+        f"beside them. Leave that out, or say it as a phase.",
+    )
+    for number, phase in enumerate(phases):
+        require(
+            phase.weights is None or len(phase.weights) == num_sources,
+            f"weights are one number for each source: got phases.{number}.weights {phase.weights} for {num_sources} "
+            f"of data.source.",
+        )
+
+
+def check_objective(timeline: Timeline, objective: str) -> None:
+    """Raise ConfigError for phases that end with another objective than the run's."""
+    last = timeline.stages[-1].objective
+    require(
+        last == objective,
+        f"a run's last phase has the run's own objective, by which it is evaluated and opened: got {last} in the last "
+        f"phase of a run of {objective}. Give --objective {last}, or {objective} to the last phase.",
+    )
+
+
+def check_steps(timeline: Timeline, steps: int) -> None:
+    """Raise ConfigError for phases in steps or tokens that are not as long as the run."""
+    if (end := timeline.phase_ends[-1]) != steps:
+        lengths = [b - a for a, b in itertools.pairwise((0, *timeline.phase_ends))]
+        raise ConfigError(
+            f"phases in steps or tokens are as long as the run: got {' + '.join(f'{n:,}' for n in lengths)} = {end:,} "
+            f"steps for steps {steps:,}. Give --steps {end}, or phases by share, which fit a run of any length."
+        )
