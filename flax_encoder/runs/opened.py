@@ -21,13 +21,14 @@ from flax_encoder.runs.loaded import model_factory
 from flax_encoder.runs.record import RunRecord
 from flax_encoder.runs.report import describe_data, describe_mesh, describe_parameters, describe_stages
 from flax_encoder.runs.start import settle, start_from, with_vocab_size, with_word_vectors
+from flax_encoder.runs.teacher import open_teacher
 from flax_encoder.tasks import Task, find_task
 from flax_encoder.training.checkpoint import Checkpoints
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.parameters import count_trained, trained
 from flax_encoder.training.run_log import RunLog, write_atomically
 from flax_encoder.training.sharding import check_batch, logical_axes
-from flax_encoder.training.step import TrainState, init_train_state, make_train_step, with_params
+from flax_encoder.training.step import Teacher, TrainState, init_train_state, make_train_step, with_params
 
 
 @dataclasses.dataclass
@@ -59,6 +60,10 @@ def open_run(
       DamagedCheckpoint: the checkpoint cannot be restored.
     """
     config, resumed, tokenizer, labels = settle(config, run_dir, start, log)
+    teacher = open_teacher(config)
+    if teacher is not None:
+        before = resumed and resumed.config.distillation.teacher_hash
+        config, tokenizer, labels = teacher.settle(config, tokenizer, labels, log.say, before)
     task, process = find_task(config.objective), (jax.process_index(), jax.process_count())
     options: dict[str, Any] = {"tokenizer": tokenizer, "progress": log.say, "process": process}
     if not start:
@@ -67,10 +72,12 @@ def open_run(
     try:
         data = open_data(config, task.reading, label_names=labels, **options)
     except LabelError:
-        if start or labels is None:
+        if start or labels is None or teacher is not None:
             raise
         data = open_data(config, task.reading, **options)  # init_from was made for other labels
     task.check_labels(data.label_names)
+    if teacher is not None:
+        teacher.check_data(config, data)
     config = task.settle(with_vocab_size(data.config, data.tokenizer.vocab_size), data)
     check_batches(config, mesh)
     log.say(describe_data(data))
@@ -99,12 +106,15 @@ def open_run(
     elif config.init_from:
         params = start_from(config, data.label_names, state.params, log.say)
         state = with_params(state, params, tx, shardings)
+    elif teacher is not None and config.distillation.initial_layers is not None:
+        params = teacher.initial_params(config, state.params, log.say)
+        state = with_params(state, params, tx, shardings)
     elif config.data.word_vectors:
         params = with_word_vectors(config.data.word_vectors, data.tokenizer, state.params, log.say)
         state = with_params(state, params, tx, shardings)
     mask = trained(config.trained_by, state.params)
     log.say(f"model: {describe_parameters(*count_trained(mask, state.params))} on {describe_mesh(mesh)}")
-    step_fn = make_step(config, graphdef, tx, shardings, mask)
+    step_fn = make_step(config, graphdef, tx, shardings, mask, teacher and teacher.on_mesh(config, mesh))
     return OpenedRun(config, task, data, record, state, graphdef, shardings, step_fn)
 
 
@@ -116,7 +126,10 @@ def make_learner(
     return make_model, make_optimizer(config.trained_by, config.steps, logical_axes(make_model), config.schedule_began)
 
 
-def make_step(config: RunConfig, graphdef: Any, tx: optax.GradientTransformation, shardings: Any, mask: Any) -> Any:
+def make_step(
+    config: RunConfig, graphdef: Any, tx: optax.GradientTransformation, shardings: Any, mask: Any,
+    teacher: Teacher | None = None,
+) -> Any:  # fmt: skip
     """The jitted step of a run, `step(state, batch) -> (state, StepMetrics)`.
 
     Args:
@@ -124,7 +137,7 @@ def make_step(config: RunConfig, graphdef: Any, tx: optax.GradientTransformation
     """
     return make_train_step(
         graphdef, tx, seed=config.seed, num_microbatches=config.num_microbatches, shardings=shardings,
-        trained=None if all(m is True for m in jax.tree.leaves(mask)) else mask,
+        trained=None if all(m is True for m in jax.tree.leaves(mask)) else mask, teacher=teacher,
     )  # fmt: skip
 
 
