@@ -2,6 +2,7 @@
 
 from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.tasks import (
+    causal_lm,
     classification,
     contrastive,
     masked_lm,
@@ -29,6 +30,7 @@ TASKS: dict[str, Task] = {
     "token_classification": token_classification.TASK,
     "question_answering": question_answering.TASK,
     "multiple_choice": multiple_choice.TASK,
+    "causal_lm": causal_lm.TASK,
     "replaced_token_detection": replaced_token_detection.TASK,
     "contrastive": contrastive.TASK,
     "text_to_text": text_to_text.TASK,
