@@ -14,6 +14,7 @@ from flax_encoder.tasks import (
     span_corruption,
     text_to_text,
     token_classification,
+    two_sentences,
 )
 from flax_encoder.tasks.classification import Classifier
 from flax_encoder.tasks.masked_lm import MaskedLM
@@ -31,6 +32,8 @@ TASKS: dict[str, Task] = {
     "question_answering": question_answering.TASK,
     "multiple_choice": multiple_choice.TASK,
     "causal_lm": causal_lm.TASK,
+    "next_sentence": two_sentences.NEXT_SENTENCE,
+    "sentence_order": two_sentences.SENTENCE_ORDER,
     "replaced_token_detection": replaced_token_detection.TASK,
     "contrastive": contrastive.TASK,
     "text_to_text": text_to_text.TASK,
