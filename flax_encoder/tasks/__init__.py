@@ -2,6 +2,7 @@
 
 from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.tasks import (
+    autoencoder,
     causal_lm,
     classification,
     contrastive,
@@ -36,6 +37,7 @@ TASKS: dict[str, Task] = {
     "sentence_order": two_sentences.SENTENCE_ORDER,
     "replaced_token_detection": replaced_token_detection.TASK,
     "contrastive": contrastive.TASK,
+    "autoencoder": autoencoder.TASK,
     "text_to_text": text_to_text.TASK,
     "span_corruption": span_corruption.TASK,
 }
