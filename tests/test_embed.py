@@ -181,6 +181,19 @@ def test_cutting_keeps_the_special_tokens(folder):
         load_embedder(folder, max_tokens=999)
 
 
+@pytest.mark.parametrize("normalize", [None, True])
+def test_cut_vectors_are_the_first_features_of_whole_ones(folder, embedder, normalize):
+    """And of length 1 again, where whole ones are."""
+    whole, _ = embedder.embed(TEXTS)
+    cut, _ = load_embedder(folder, dimensions=3, normalize=normalize).embed(TEXTS)
+    want = whole[:, :3]
+    if normalize:
+        want = want / np.maximum(np.linalg.norm(want, axis=1, keepdims=True), 1e-12)
+    np.testing.assert_allclose(cut, want, atol=1e-5)
+    with pytest.raises(DataError, match=r"from 1 to the vectors' \d+: got 0"):
+        load_embedder(folder, dimensions=0)
+
+
 def test_the_command_writes_a_row_a_line(folder, tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("".join(f"{t}\n" for t in TEXTS), "utf-8")
     out = tmp_path / "vectors.npy"

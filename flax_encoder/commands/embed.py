@@ -21,6 +21,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--normalize", action=argparse.BooleanOptionalAction, default=None, help="to length 1 (default: the folder's)"
     )
+    parser.add_argument("--dimensions", type=int, help="features of each vector to keep, the first, of models that "
+                        "learned such widths (default: all, or what the folder says)")  # fmt: skip
     parser.add_argument("--prompt-name", help="which of the folder's prompts to put before each text (default: the "
                         "folder's default)")  # fmt: skip
     parser.add_argument("--batch-size", type=int, help="rows of 64 tokens at a time, or their tokens in longer rows "
@@ -51,6 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         max_tokens=arguments.max_tokens,
         dtype=arguments.dtype,
         allow_unused=arguments.allow_unused,
+        dimensions=arguments.dimensions,
     )
     vectors = embedder.stream(read_texts(arguments.input), arguments.batch_size, prompt_name=arguments.prompt_name)
     num_texts = num_cut = 0

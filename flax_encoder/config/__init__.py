@@ -5,6 +5,7 @@ checkpoint stores it as JSON. The first lines of a field's comment are its `--he
 """
 
 from flax_encoder.config.contrastive import ContrastiveConfig
+from flax_encoder.config.distillation import DistillationConfig
 from flax_encoder.config.model import (
     FREE_OF_PARAMETERS,
     Activation,
@@ -13,6 +14,7 @@ from flax_encoder.config.model import (
     GenerationConfig,
     HeadConfig,
 )
+from flax_encoder.config.objectives import AutoencoderConfig, SentencesConfig
 from flax_encoder.config.phases import Phase, Ramp, Stage
 from flax_encoder.config.rules import ConfigError, differences, from_dict, to_dict
 from flax_encoder.config.run import (
@@ -28,8 +30,8 @@ from flax_encoder.config.run import (
 )
 
 __all__ = [
-    "FREE_OF_PARAMETERS", "Activation", "ConfigError", "ContrastiveConfig", "DataConfig", "DecoderConfig",
-    "EncoderConfig", "GenerationConfig", "GeneratorConfig", "HeadConfig", "LabelsConfig", "LoraConfig", "MaskingConfig",
-    "MeshConfig", "OptimizerConfig", "Phase", "Ramp", "RunConfig", "SpansConfig", "Stage",
-    "differences", "from_dict", "to_dict",
+    "FREE_OF_PARAMETERS", "Activation", "AutoencoderConfig", "ConfigError", "ContrastiveConfig", "DataConfig",
+    "DecoderConfig", "DistillationConfig", "EncoderConfig", "GenerationConfig", "GeneratorConfig", "HeadConfig",
+    "LabelsConfig", "LoraConfig", "MaskingConfig", "MeshConfig", "OptimizerConfig", "Phase", "Ramp", "RunConfig",
+    "SentencesConfig", "SpansConfig", "Stage", "differences", "from_dict", "to_dict",
 ]  # fmt: skip

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from flax_encoder.config.contrastive import ContrastiveConfig
+from flax_encoder.config.distillation import DistillationConfig
 from flax_encoder.config.model import DecoderConfig, EncoderConfig, GenerationConfig, HeadConfig
+from flax_encoder.config.objectives import AutoencoderConfig, SentencesConfig
 from flax_encoder.config.phases import (
     Phase,
     Ramp,
@@ -501,6 +503,9 @@ class RunConfig(ShortRepr):
     spans: SpansConfig = field(default_factory=SpansConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    sentences: SentencesConfig = field(default_factory=SentencesConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -591,6 +596,11 @@ class RunConfig(ShortRepr):
         require(
             self.data.word_vectors is None or self.init_from is None,
             "the token embedding starts from data.word_vectors or from init_from: got both.",
+        )
+        require(
+            self.distillation.initial_layers is None or (self.init_from, self.data.word_vectors) == (None, None),
+            f"a model starts from one place: got distillation.initial_layers {self.distillation.initial_layers} with "
+            f"init_from {self.init_from} and data.word_vectors {self.data.word_vectors}. Leave one out.",
         )
         tokens = self.batch_size * self.data.row_length
         require(

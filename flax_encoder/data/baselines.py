@@ -16,16 +16,7 @@ class NeighbourCounts:
     """
 
     def __init__(self, splits, tokenizer, row_length: int):
-        frame = Frame.of(tokenizer)
-        parts = []
-        for split in splits:
-            documents = Documents(split, Layout(long="split"), frame, row_length)
-            plan = documents.plan(row_length)
-            numbers = np.arange(min(plan.rows_per_epoch, _COUNTED_TOKENS // row_length // len(splits)))
-            parts.append(frame.empty(len(numbers), row_length))
-            assemble(documents, plan.rows(numbers, 0), parts[-1], numbers)
-        rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        tokens, segments = rows["tokens"].astype(np.int64), rows["segment_ids"]
+        tokens, segments = _training_rows(splits, tokenizer, row_length)
         left, middle, right = tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
         inside = (segments[:, :-2] == segments[:, 2:]) & (segments[:, 1:-1] > 0)
         left, middle, right = left[inside], middle[inside], right[inside]
@@ -67,6 +58,57 @@ class NeighbourCounts:
             at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
             guess = np.where(known & (keys[at] == wanted), values[at], guess)
         return guess
+
+
+class PreviousCounts:
+    """The most frequent token after the one before, else of all; counted on training rows, special tokens included."""
+
+    def __init__(self, splits, tokenizer, row_length: int):
+        tokens, segments = _training_rows(splits, tokenizer, row_length)
+        inside = (segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] > 0)
+        before, after = tokens[:, :-1][inside], tokens[:, 1:][inside]
+        self._followers = _best(before, after, tokenizer.vocab_size)
+        counts = np.bincount(after, minlength=tokenizer.vocab_size)
+        self._frequency = (counts + 1) / (counts + 1).sum()
+
+    def score(self, batches: Batches, given: str = "tokens") -> dict[str, dict[str, float]]:
+        """Of targets that follow each token of the batches: the accuracy of both guesses, and the loss of always giving
+        the tokens' frequencies.
+
+        Args:
+          given: the field of the tokens that the targets follow.
+        """
+        hits, best, nats, count = 0.0, 0.0, 0.0, 0.0
+        likeliest, (known, followers) = int(self._frequency.argmax()), self._followers
+        for i in range(len(batches)):
+            batch = batches[i]
+            is_target = batch["target_weights"] > 0
+            before, targets = batch[given][is_target].astype(np.int64), batch["targets"][is_target]
+            at = np.minimum(np.searchsorted(known, before), len(known) - 1)
+            guess = np.where(known[at] == before, followers[at], likeliest)
+            best += float((targets == likeliest).sum())
+            hits += float((targets == guess).sum())
+            nats -= float(np.log(self._frequency[targets]).sum())
+            count += float(is_target.sum())
+        perplexity = float(np.exp(nats / count))
+        return {
+            "most_frequent": {"accuracy": best / count, "loss": nats / count, "perplexity": perplexity},
+            "previous": {"accuracy": hits / count},
+        }
+
+
+def _training_rows(splits, tokenizer, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int64 [B, T], segments) of training rows, of a large corpus a part."""
+    frame = Frame.of(tokenizer)
+    parts = []
+    for split in splits:
+        documents = Documents(split, Layout(long="split"), frame, row_length)
+        plan = documents.plan(row_length)
+        numbers = np.arange(min(plan.rows_per_epoch, _COUNTED_TOKENS // row_length // len(splits)))
+        parts.append(frame.empty(len(numbers), row_length))
+        assemble(documents, plan.rows(numbers, 0), parts[-1], numbers)
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return rows["tokens"].astype(np.int64), rows["segment_ids"]
 
 
 def _best(context: np.ndarray, token: np.ndarray, V: int) -> tuple[np.ndarray, np.ndarray]:

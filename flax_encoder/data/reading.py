@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from flax_encoder.config import RunConfig
 from flax_encoder.data.rows.documents import Layout
-from flax_encoder.data.rows.targets import TargetInputs, Targets, masked_lm
+from flax_encoder.data.rows.targets import TargetInputs, Targets, masked_lm, next_token_targets
 from flax_encoder.data.sources.columns import Columns
 
 
@@ -50,3 +50,5 @@ def _word_starts(config: RunConfig) -> tuple[str, ...]:
 
 MASKED_TEXT = Reading(Columns(), masked_lm, layout=_split, streams=_word_starts)
 """Texts alone, long ones in pieces, some of whose tokens are masked and predicted."""
+CONTINUED_TEXT = Reading(Columns(), next_token_targets, layout=_split)
+"""Texts alone, long ones in pieces, each of whose tokens is predicted from those before it."""

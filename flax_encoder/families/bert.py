@@ -99,6 +99,13 @@ def masked_lm_rows(transform: str, norm_name: str, out: str, *biases: str) -> tu
     return (*linear(transform, "head.dense"), *norm(norm_name, "head.norm"), *decoder(out, *biases))
 
 
+def pretraining(name: str, masked_lm: Head, dense: str, out: str) -> dict[str, Head]:
+    """The head of masked_lm, and beside it two logits of a text's two segments."""
+    rows = (*masked_lm.rows, *linear(dense, "pair_head.dense"), *linear(out, "pair_head.out"))
+    return {"pretraining": dataclasses.replace(
+        masked_lm, architectures=(f"{name}ForPreTraining",), rows=rows, num_outputs=2)}  # fmt: skip
+
+
 PREDICTIONS = "cls.predictions"
 BERT_MASKED_LM = Head(
     ("BertForMaskedLM", "BertForPreTraining"),
@@ -119,6 +126,7 @@ BERT = Family(
     rows=ROWS,
     heads={
         "masked_lm": BERT_MASKED_LM,
+        **pretraining("Bert", BERT_MASKED_LM, "bert.pooler.dense", "cls.seq_relationship"),
         "classification": Head(("BertForSequenceClassification",), classes("classifier", "bert.pooler.dense")),
         **plain_heads("Bert"),
         **multiple_choice("Bert", "bert.pooler.dense"),
@@ -284,6 +292,12 @@ albert_base_v2 = dataclasses.replace(
     bert_base, vocab_size=30_000, num_layer_groups=1, embedding_dim=128, activation="gelu_tanh", dropout_rate=0.0,
     attention_dropout_rate=0.0,
 )  # fmt: skip
+ALBERT_MASKED_LM = Head(
+    ("AlbertForMaskedLM", "AlbertForPreTraining"),
+    masked_lm_rows("predictions.dense", "predictions.LayerNorm", "predictions.decoder", "predictions.bias"),
+    fields=(TIED,),
+    tied="predictions.decoder.weight",
+)
 GROUP = "encoder.albert_layer_groups.{i}.albert_layers.0"
 ALBERT = Family(
     model_type="albert",
@@ -311,12 +325,8 @@ ALBERT = Family(
         *norm(f"{GROUP}.full_layer_layer_norm", "layers.feed_forward_norm"),
     ),
     heads={
-        "masked_lm": Head(
-            ("AlbertForMaskedLM", "AlbertForPreTraining"),
-            masked_lm_rows("predictions.dense", "predictions.LayerNorm", "predictions.decoder", "predictions.bias"),
-            fields=(TIED,),
-            tied="predictions.decoder.weight",
-        ),
+        "masked_lm": ALBERT_MASKED_LM,
+        **pretraining("Albert", ALBERT_MASKED_LM, "albert.pooler", "sop_classifier.classifier"),
         "classification": Head(("AlbertForSequenceClassification",), classes("classifier", "albert.pooler")),
         **plain_heads("Albert"),
         **multiple_choice("Albert", "albert.pooler"),

@@ -36,6 +36,8 @@ POOLINGS = ("cls", "mean", "late")
 POOLED = ("classification", "multiple_choice", "next_sentence")
 # Tasks whose head has no transform, unless one is asked for.
 WITHOUT_TRANSFORM = ("token_classification", "question_answering")
+# Tasks whose head gives logits of the vocabulary; `pretraining` is that of masked_lm with one more, of two segments.
+OF_VOCABULARY = ("masked_lm", "pretraining")
 
 
 class Field(NamedTuple):
@@ -334,7 +336,7 @@ def write_config(
         theirs |= {k: v for k, v in fields.items() if v is not None}
         own_head, own_pooling = read_head(family, task, theirs)
         own_head = settled_head(config, task, own_head)
-        reads = [name for name in vars(head) if name != "tied" or task == "masked_lm"]
+        reads = [name for name in vars(head) if name != "tied" or task in OF_VOCABULARY]
         wanted |= {f"head.{name}": getattr(head, name) for name in reads}
         got |= {f"head.{name}": getattr(own_head, name) for name in reads}
         if task in POOLED:
@@ -385,7 +387,7 @@ def settled_head(config: EncoderConfig, task: str, head: HeadConfig) -> HeadConf
         head = dataclasses.replace(head, transform=task not in WITHOUT_TRANSFORM)
     if not head.transform:
         return head
-    kind = (config.activation, True, config.use_bias) if task == "masked_lm" else ("tanh", False, True)
+    kind = (config.activation, True, config.use_bias) if task in OF_VOCABULARY else ("tanh", False, True)
     names = ("activation", "norm", "dense_bias")
     own = {n: d for n, d in zip(names, kind, strict=True) if getattr(head, n) is None}
     return dataclasses.replace(head, **own)

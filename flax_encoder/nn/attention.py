@@ -109,9 +109,16 @@ class SelfAttention(nnx.Module):
         options = {"segment_ids": segment_ids, "window": window, "rope": position.rope}
         return attention_weights(query, keys, bias=bias, scale=scale, **options)
 
+    def projections(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """(queries, keys, values), before positions turn them."""
+        query, keys, value = packed(x, self.query, self.key, self.value)
+        return query, keys, value
+
     def _inputs(self, x, position: PositionInputs, key: Array | None):
         """(query, keys, values, bias, scale) of the attention op; `key` drops vectors of distances."""
-        query, keys, value = packed(x, self.query, self.key, self.value)
+        query, keys, value = self.projections(x)
         bias, scale = position.bias, self.config.attention_scale
         if position.distances is not None:
             bias, scale = self._disentangled(query, keys, position.distances, key)

@@ -72,8 +72,17 @@ class EncoderLayer(nnx.Module):
         window: Window | None,
     ) -> Float[Array, "B N T T"]:
         """By which the layer's attention weighs values, where the layer is given x."""
-        is_normed = self.is_pre_norm and self.attention_norm is not None
-        return self.attention.weights(self.attention_norm(x) if is_normed else x, segment_ids, position, window)
+        return self.attention.weights(self._read(x), segment_ids, position, window)
+
+    def projections(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """(queries, keys, values) of the layer's attention, where the layer is given x; not turned by positions."""
+        return self.attention.projections(self._read(x))
+
+    def _read(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What attention reads of x."""
+        return self.attention_norm(x) if self.is_pre_norm and self.attention_norm is not None else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -124,6 +133,15 @@ def _period(kinds: Sequence[Any]) -> int:
     return next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False)))
 
 
+def looks_ahead(config: EncoderConfig) -> str | None:
+    """What of a model sees later tokens whatever the window, with a way out; None if nothing does."""
+    if config.layer != "attention" and config.bidirectional:
+        return f"half of each {config.layer} layer reads from the end; give --no-model.bidirectional."
+    if config.conv_width:
+        return f"a convolution of {config.conv_width} tokens reads the next ones; give --model.conv-width 0."
+    return None
+
+
 class Encoder(nnx.Module):
     """Packed rows of tokens to vectors, [B, T] -> [B, T, D], float32.
 
@@ -162,6 +180,7 @@ class Encoder(nnx.Module):
         *,
         key: Array | None = None,
         every_layer: bool = False,
+        is_causal: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Float[Array, "L1 B T D"]]:
         """Encode rows.
 
@@ -172,12 +191,17 @@ class Encoder(nnx.Module):
           key: for dropout; None is deterministic.
           every_layer: return (hidden, states) with the embeddings, unless recurrent layers are wider than those, and
             what each layer leaves; the last is `hidden`, after the final norm of a pre-norm stack.
+          is_causal: no token sees those after it: the right side of every layer's window is closed. The parameters are
+            the same.
 
         Tokens, positions and types are as many as the config says; a number beyond makes its whole document NaN.
 
         Raises:
-          ValueError: rows without positions that are longer than max_length, or types for a model that has none.
+          ValueError: rows without positions that are longer than max_length, types for a model that has none, or
+            is_causal for one whose layers look ahead without attention.
         """
+        if is_causal and (reason := looks_ahead(self.config)):
+            raise ValueError(f"a causal encoder looks back alone: {reason}")
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
@@ -193,6 +217,8 @@ class Encoder(nnx.Module):
         def run_layer(graphdef, reach, x, params, index):
             key = None if layers_key is None else jax.random.fold_in(layers_key, index)
             window = None if reach is None else (reach, reach)
+            if is_causal:
+                window = (segment_ids.shape[1] if reach is None else reach, 0)
             return nnx.merge(graphdef, params)(x, segment_ids, position[reach], window, key=key)
 
         def run_stack(x, stack, start, stop):
@@ -266,16 +292,26 @@ class Encoder(nnx.Module):
         if positions is None:
             positions = places(tokens, config)
         _, states = self(tokens, segment_ids, positions, token_types, every_layer=True)
-        position, found = self._position_inputs(positions), []
-        for stack, start, stop in self._stacks():
-            graphdef, params = nnx.split(stack)
-            layers = unstack(params)
-            runs = (stop - start) // len(layers)
-            for i in range(start, stop):
-                layer, reach = nnx.merge(graphdef, layers[(i - start) // runs]), config.windows[i]
-                window = None if reach is None else (reach, reach)
-                found.append(layer.attention_weights(states[i], segment_ids, position[reach], window))
-        return jnp.stack(found)
+        rows = (segment_ids, self._position_inputs(positions))
+        return jnp.stack([self._weights(i, states[i], *rows) for i in range(config.num_layers)])
+
+    def layer_weights(
+        self, index: int, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B N T T"]:
+        """`attention_weights` of layer `index` alone, counted from 0, where it is given x."""
+        return self._weights(index, x, segment_ids, self._position_inputs(positions))
+
+    def _weights(self, index, x, segment_ids, position: dict[int | None, PositionInputs]) -> Float[Array, "B N T T"]:
+        reach = self.config.windows[index]
+        window = None if reach is None else (reach, reach)
+        return self.layer(index).attention_weights(x, segment_ids, position[reach], window)
+
+    def layer(self, index: int) -> nnx.Module:
+        """The layer that runs as number `index`, from 0, out of its stack."""
+        stack, start, stop = next(found for found in self._stacks() if index < found[2])
+        graphdef, params = nnx.split(stack)
+        runs = (stop - start) // jax.tree.leaves(params)[0].shape[0]
+        return nnx.merge(graphdef, jax.tree.map(lambda a: a[(index - start) // runs], params))
 
     def __repr__(self) -> str:
         config = self.config

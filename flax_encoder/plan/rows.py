@@ -23,6 +23,7 @@ from flax_encoder.data.store.tokenizing import HeldOut
 from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
 from flax_encoder.runs.length import settle_length
 from flax_encoder.runs.start import with_vocab_size
+from flax_encoder.runs.teacher import OpenTeacher, open_teacher
 from flax_encoder.tasks import find_task
 
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
@@ -39,6 +40,7 @@ class Sample(NamedTuple):
     label_names: list[str] | None
     batches: list[Batch]
     """The first of each stage."""
+    teacher: OpenTeacher | None = None
 
 
 def sample_data(
@@ -61,6 +63,9 @@ def sample_data(
             "with --epochs None."
         )
     columns, names = task.reading.columns, list(config.data.label_names or ("first", "second"))
+    if (teacher := open_teacher(config)) is not None:
+        config, of_teacher, labels = teacher.settle(config, None, None, lambda message: None)
+        names = labels or names
     longest = max(config.row_lengths)
     document_tokens = min(document_tokens or longest, longest - 4)
     count = max(64, -(-_ROWS * longest // document_tokens))
@@ -75,6 +80,7 @@ def sample_data(
         text_pair_column=None, label_column=None, label_names=None, buckets=(), workers=0, verify=False,
     )  # fmt: skip
     size = config.data.vocab_size if config.data.tokenizer is None else read_tokenizer(config.data.tokenizer).vocab_size
+    size = size if teacher is None else of_teacher.vocab_size
     with tempfile.TemporaryDirectory() as folder:
         store = pathlib.Path(folder, "store")
         parts = [
@@ -86,13 +92,17 @@ def sample_data(
         tokenizer = settle_tokenizer(data, columns, [], [source], lambda message: None)
         prepare(source, tokenizer, store, columns, held_out=HeldOut(0.0), workers=1)
         phases = tuple(dataclasses.replace(phase, weights=None) for phase in config.phases)
-        here = dataclasses.replace(config, data=dataclasses.replace(data, source=str(store)), phases=phases)
+        # What is made up has words alone; where a text is cut changes no shape.
+        sentences = dataclasses.replace(config.sentences, unit="word")
+        here = dataclasses.replace(
+            config, data=dataclasses.replace(data, source=str(store)), phases=phases, sentences=sentences
+        )
         reading_of = lambda objective: find_task(objective).reading  # noqa: E731
         made = open_data(here, task.reading, tokenizer=tokenizer, settle=settle, reading_of=reading_of)
         settled = task.settle(with_vocab_size(made.config, size), made)
         batches = [made.train[stage.start_step] for stage in settled.stages]
-    settled = dataclasses.replace(settled, data=config.data, phases=config.phases)
-    return Sample(settled, made.label_names, batches)
+    settled = dataclasses.replace(settled, data=config.data, phases=config.phases, sentences=config.sentences)
+    return Sample(settled, made.label_names, batches, teacher)
 
 
 @dataclasses.dataclass(frozen=True)

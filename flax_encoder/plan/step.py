@@ -19,7 +19,7 @@ from flax_encoder.nn.partition import abstract_model
 from flax_encoder.ops.platform import platform_for_tracing
 from flax_encoder.plan.collectives import collectives, exposed_seconds, summary
 from flax_encoder.plan.estimate import estimate, memory_of, report
-from flax_encoder.plan.flops import product_flops, step_flops
+from flax_encoder.plan.flops import forward_flops, product_flops, step_flops
 from flax_encoder.plan.rows import Sample
 from flax_encoder.plan.schedules import kernel_cycles
 from flax_encoder.plan.targets import Chip, compiler_options
@@ -117,12 +117,16 @@ def plan_stages(
     with platform_for_tracing(platform):
         make_model, tx = make_learner(config, sample.label_names)
         graphdef, state, shardings = abstract_train_state(make_model, tx, mesh)
-    programs = Programs(config, sample.label_names, graphdef, tx, shardings, trained(config.trained_by, state.params))
+        teacher = sample.teacher and sample.teacher.on_mesh(config, mesh, is_abstract=True)
+    programs = Programs(
+        config, sample.label_names, graphdef, tx, shardings, trained(config.trained_by, state.params), teacher
+    )
     plans = []
     for i, (stage, batch) in enumerate(zip(config.stages, sample.batches, strict=True)):
         if only_last and i < len(config.stages) - 1:
             continue
         held = {"parameters": held_bytes(state.params), "optimizer": held_bytes(state.opt_state)}
+        held |= {} if teacher is None else {"teacher": held_bytes(teacher.params)}
         plan = StagePlan(
             stage.end_step - stage.start_step, stage.batch_size, stage.row_length, False, held,
             phase=stage.phase + 1 if config.phases else None,
@@ -203,9 +207,11 @@ def model_flops(sample: Sample, batch: dict[str, np.ndarray]) -> float:
     graphdef, params = abstract_model(make_model)
     params = nnx.to_pure_dict(params)
     if config.model.layer == "attention" and set(params) <= {"encoder", "head", "lora"}:
-        classes = None if config.objective == "masked_lm" else len(labels or "x")
+        classes = None if find_task(config.objective).head == "masked_lm" else len(labels or "x")
         targets = int(np.count_nonzero(batch["target_weights"]))
-        return float(step_flops(config.model, batch["segment_ids"], targets, classes))
+        rows = (batch["segment_ids"], targets, classes)
+        of_teacher = 0 if sample.teacher is None else forward_flops(sample.teacher.run.config.model, *rows)
+        return float(step_flops(config.model, *rows) + of_teacher)
     shapes = {name: x for name, x in batch.items() if name not in HOST_FIELDS}
     forward = jax.make_jaxpr(lambda params, batch: assembled(graphdef, params).loss(batch).sum)(params, shapes)
     return 3.0 * product_flops(forward.jaxpr)

@@ -24,6 +24,7 @@ from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
 from flax_encoder.families import find_family
 from flax_encoder.families.mapping import (
+    OF_VOCABULARY,
     POOLED,
     Family,
     Head,
@@ -71,6 +72,9 @@ class Output:
     encoder-decoder those of the target, [B, S, V]."""
     decoder_hidden_states: tuple[Float[np.ndarray, "B S D"], ...] | None = None
     """Of an encoder-decoder's target, likewise."""
+    pair_logits: Float[np.ndarray, "B 2"] | None = None
+    """Of a pretraining head: 0 is that a row's second segment follows its first (BERT), or that the two are in order
+    (ALBERT)."""
 
 
 class PretrainedModel(nnx.Module):
@@ -89,11 +93,12 @@ class PretrainedModel(nnx.Module):
     ):
         self.task, self.pooling = task, pooling
         self.encoder = Encoder(config, rngs=rngs)
-        if task == "masked_lm":
+        if task in OF_VOCABULARY:
             self.head = MaskedLMHead(config, head, rngs=rngs)
         else:
             self.head = ClassificationHead(config, num_outputs, head, rngs=rngs) if task else None
         self.pooler = ClassificationHead(config, 0, rngs=rngs) if has_pooler else None
+        self.pair_head = ClassificationHead(config, 2, rngs=rngs) if task == "pretraining" else None
 
     def __call__(
         self,
@@ -108,7 +113,7 @@ class PretrainedModel(nnx.Module):
         first = (segment_ids > 0).argmax(1)[:, None]
         pooled = jnp.take_along_axis(hidden, first[..., None], axis=1)
         logits = None
-        if self.task == "masked_lm":
+        if self.task in OF_VOCABULARY:
             logits = self.head(hidden, self.encoder.embedding.token[...])
         elif self.task in POOLED and self.pooling == "late":
             logits = segment_mean(self.head(hidden), segment_ids, first)[:, 0]
@@ -120,7 +125,8 @@ class PretrainedModel(nnx.Module):
         if self.task in ("discriminator", "multiple_choice"):
             logits = logits[..., 0]
         pooler_output = None if self.pooler is None else self.pooler(pooled)[:, 0]
-        return {"last_hidden_state": hidden, "hidden_states": states, "pooler_output": pooler_output, "logits": logits}
+        out = {"last_hidden_state": hidden, "hidden_states": states, "pooler_output": pooler_output, "logits": logits}
+        return out if self.pair_head is None else out | {"pair_logits": self.pair_head(pooled)[:, 0]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,7 +415,10 @@ def _label_names(folder: pathlib.Path, published: Mapping[str, Any], num_labels:
 def _task(family: Family, published: Mapping[str, Any], tensors: Mapping[str, Any]) -> Task | None:
     """What a folder is for: what its config says, or else the first head of which it has every weight."""
     architecture = (published.get("architectures") or [None])[0]
-    known = {name: task for task, head in family.heads.items() for name in head.architectures}
+    known: dict[str, Task] = {}
+    for task, head in family.heads.items():
+        for name in head.architectures:
+            known.setdefault(name, task)
     if architecture is not None and architecture not in (*known, family.base):
         raise ConfigError(
             f"architecture {architecture!r} of {family.model_type} is not known; known are "

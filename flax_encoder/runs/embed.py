@@ -284,6 +284,7 @@ def load_embedder(
     max_tokens: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     allow_unused: bool = False,
+    dimensions: int | None = None,
 ) -> Embedder:
     """An Embedder of a run, a published folder, whatever head it has, or a sentence-transformers folder.
 
@@ -292,11 +293,14 @@ def load_embedder(
         what the model takes: what its tokenizer and its config say, or the length of a run's rows.
       dtype: of matrix products; None is the model's.
       allow_unused: leave out tensors of a published folder that nothing here reads. Heads always are.
+      dimensions: of each vector keep so many features, the first (Kusupati et al., arXiv 2205.13147), scaled to length
+        1 again where whole vectors are; None keeps what the folder says.
 
     Raises:
       ConfigError: a sentence-transformers folder has something that is not done here, or layers that do not fit its
         encoder or the pooling; a pooling that is not known.
-      DataError: the folder has no tokenizer, or max_tokens is more than the model takes or leaves no room for text.
+      DataError: the folder has no tokenizer, max_tokens is more than the model takes or leaves no room for text, or
+        dimensions are more than a vector has.
       And whatever `load_pretrained` and `load_run` raise.
     """
     folder = pathlib.Path(folder)
@@ -322,7 +326,13 @@ def load_embedder(
     wanted = max_tokens or settings.max_tokens
     limit = min([n for n in ([wanted] if wanted else limits) + [most] if n is not None], default=None)
     settings = _with_given(dataclasses.replace(settings, max_tokens=limit), pooling, normalize)
-    return Embedder(encoder, tokenizer, settings, bool(normalize and settings.truncate_dim))
+    embedder = Embedder(encoder, tokenizer, settings, bool(normalize and settings.truncate_dim))
+    if dimensions is None:
+        return embedder
+    if not 1 <= dimensions <= embedder.embed_dim:
+        raise DataError(f"dimensions must be from 1 to the vectors' {embedder.embed_dim}: got {dimensions}.")
+    cut = dataclasses.replace(settings, truncate_dim=dimensions)
+    return Embedder(encoder, tokenizer, cut, embedder.normalize)
 
 
 def settings_of_run(config: RunConfig) -> SentenceSettings | None:

@@ -33,7 +33,7 @@ from flax_encoder.published.tasks import Task
 from flax_encoder.runs.best import best_checkpoint
 from flax_encoder.runs.loaded import LoadedRun, model_factory
 from flax_encoder.runs.record import RunRecord, read_record
-from flax_encoder.tasks import TASKS, find_task
+from flax_encoder.tasks import TASKS, is_setting_read
 from flax_encoder.training.checkpoint import read_params
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def as_record(loaded: Pretrained, objective: str | None) -> tuple[RunRecord, dic
         decoder = dataclasses.replace(loaded.decoder, start_id=start, end_id=end)
         config = dataclasses.replace(config, decoder=decoder, generation=generation)
     params = flatten(nnx.to_pure_dict(nnx.split(loaded.model)[1]))
-    kept = ("encoder.", "head.", "decoder.") if keeps_head else ("encoder.",)
+    kept = ("encoder.", "head.", "decoder.", "pair_head.") if keeps_head else ("encoder.",)
     params = {path: value for path, value in params.items() if path.startswith(kept) and path not in loaded.fresh}
     # Names of classes that a head made anew has are nobody's.
     names = loaded.label_names if "head.out.kernel" in params else None
@@ -190,7 +190,7 @@ def with_vectors_of(config: RunConfig, folder: str | None, say: Say) -> RunConfi
     Raises:
       ConfigError: the folder pools in several ways.
     """
-    if folder is None or find_task(config.objective).vectors is None or not is_sentence_folder(folder):
+    if folder is None or not is_setting_read(config.objective, "contrastive.pooling") or not is_sentence_folder(folder):
         return config
     theirs, own = read_sentence_settings(folder), config.contrastive
     if len(theirs.pooling) > 1:

@@ -270,7 +270,7 @@ class LoadedRun:
         Raises:
           DataError: the text has no mask, or is longer than the model takes, or the run has no masked-LM head.
         """
-        if self.config.objective != "masked_lm":
+        if not self.task.fills_masks:
             raise DataError(f"fill-mask needs a masked_lm run: this one is {self.config.objective}.")
         self._check_asked()
         mask_id = self.tokenizer.special("mask")

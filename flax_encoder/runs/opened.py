@@ -22,6 +22,7 @@ from flax_encoder.runs.programs import Programs
 from flax_encoder.runs.record import RunRecord
 from flax_encoder.runs.report import describe_data, describe_mesh, describe_parameters, describe_stages
 from flax_encoder.runs.start import settle, start_from, with_vocab_size, with_word_vectors
+from flax_encoder.runs.teacher import open_teacher
 from flax_encoder.tasks import Task, find_task
 from flax_encoder.training.checkpoint import Checkpoints
 from flax_encoder.training.optimizer import make_optimizer
@@ -58,6 +59,10 @@ def open_run(
       DamagedCheckpoint: the checkpoint cannot be restored.
     """
     config, resumed, tokenizer, labels = settle(config, run_dir, start, log)
+    teacher = open_teacher(config)
+    if teacher is not None:
+        before = resumed and resumed.config.distillation.teacher_hash
+        config, tokenizer, labels = teacher.settle(config, tokenizer, labels, log.say, before)
     task, process = find_task(config.objective), (jax.process_index(), jax.process_count())
     options: dict[str, Any] = {
         "tokenizer": tokenizer, "progress": log.say, "process": process,
@@ -69,10 +74,12 @@ def open_run(
     try:
         data = open_data(config, task.reading, label_names=labels, **options)
     except LabelError:
-        if start or labels is None:
+        if start or labels is None or teacher is not None:
             raise
         data = open_data(config, task.reading, **options)  # init_from was made for other labels
     task.check_labels(data.label_names)
+    if teacher is not None:
+        teacher.check_data(config, data)
     config = task.settle(with_vocab_size(data.config, data.tokenizer.vocab_size), data)
     check_batches(config, mesh)
     log.say(describe_data(data))
@@ -101,12 +108,16 @@ def open_run(
     elif config.init_from:
         params = start_from(config, data.label_names, state.params, log.say)
         state = with_params(state, params, tx, shardings)
+    elif teacher is not None and config.distillation.initial_layers is not None:
+        params = teacher.initial_params(config, state.params, log.say)
+        state = with_params(state, params, tx, shardings)
     elif config.data.word_vectors:
         params = with_word_vectors(config.data.word_vectors, data.tokenizer, state.params, log.say)
         state = with_params(state, params, tx, shardings)
     mask = trained(config.trained_by, state.params)
     log.say(f"model: {describe_parameters(*count_trained(mask, state.params))} on {describe_mesh(mesh)}")
-    programs = Programs(config, data.label_names, graphdef, tx, shardings, mask)
+    of_mesh = teacher and teacher.on_mesh(config, mesh)
+    programs = Programs(config, data.label_names, graphdef, tx, shardings, mask, of_mesh)
     return OpenedRun(config, task, data, record, state, shardings, programs)
 
 

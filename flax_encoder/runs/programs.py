@@ -9,7 +9,7 @@ import optax
 from flax_encoder.config import RunConfig, Stage
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.runs.loaded import model_factory
-from flax_encoder.training.step import make_train_step
+from flax_encoder.training.step import Teacher, make_train_step
 
 
 class Program(NamedTuple):
@@ -28,14 +28,15 @@ class Programs:
     Args:
       graphdef: of the model as the run's own settings have it.
       mask: which parameters are trained, as `training.parameters.trained` has it.
+      teacher: whose outputs are learned from, if any.
     """
 
     def __init__(
         self, config: RunConfig, labels: list[str] | None, graphdef: Any, tx: optax.GradientTransformation,
-        shardings: Any, mask: Any,
+        shardings: Any, mask: Any, teacher: Teacher | None = None,
     ):  # fmt: skip
         self._config, self._labels, self._timeline = config, labels, config.timeline
-        self._tx, self._shardings = tx, shardings
+        self._tx, self._shardings, self._teacher = tx, shardings, teacher
         self._trained = None if all(m is True for m in jax.tree.leaves(mask)) else mask
         self._graphdefs: dict[Any, Any] = {(config.model.rope_theta, config.objective): graphdef}
         self._made: dict[Any, Program] = {}
@@ -46,7 +47,7 @@ class Programs:
             graphdef = self._graphdef(stage, stage.objective)
             step_fn = make_train_step(
                 graphdef, self._tx, seed=self._config.seed, num_microbatches=stage.num_microbatches,
-                shardings=self._shardings, trained=self._trained,
+                shardings=self._shardings, trained=self._trained, teacher=self._teacher,
             )  # fmt: skip
             self._made[key] = Program(graphdef, step_fn)
         return self._made[key]

@@ -29,14 +29,14 @@ from flax_encoder.tasks import is_setting_read, shares_head
 from flax_encoder.training.run_log import RunLog
 
 # Settings that do not change what is computed: a resumed run may differ in them. (Text may have moved, and its columns
-# have other names: the prepared text's hash says whether it is the same.)
+# have other names: the prepared text's hash says whether it is the same. So does the teacher's.)
 FREE_ON_RESUME = (
     "run_dir", "init_from", "compare_with_scratch", "log_every", "eval_every", "eval_batches", "checkpoint_every",
     "patience", "seeds", "stall_seconds", "profile", "max_skipped", "max_norm_factor", "skip_rows",
     "keep_checkpoints", "mesh.", "data.cache_dir", "data.source", "data.validation", "data.test",
     "data.tokenizer", "data.text_column", "data.text_pair_column", "data.label_column", "data.skip_bad_rows",
     "generation.", "data.word_vectors", "data.workers", "data.verify", "model.scan_layers", "model.remat",
-    "model.attention_implementation",
+    "model.attention_implementation", "distillation.teacher",
 )  # fmt: skip
 # Settings that a run fills in itself, and the value that leaves them to it.
 LEFT_OPEN = {
@@ -58,7 +58,7 @@ def settle(
     if start:
         record = read_record(run_dir)
         config, before = with_lengths_of(config, record.config)
-        known = like_origin(config, record, has_head=True)
+        known, is_from_other = like_origin(config, record, has_head=True), begins_elsewhere(config)
         if not before.data.held_out_by_class:  # a run from before there was the choice keeps its documents
             known, config = (dataclasses.replace(
                 c, data=dataclasses.replace(c.data, held_out_by_class=False)) for c in (known, config))  # fmt: skip
@@ -68,7 +68,7 @@ def settle(
         config, known = (dataclasses.replace(c, **length) for c in (config, known))
         changed = {
             name: values
-            for name, values in differences(before, config if config.init_from is None else known).items()
+            for name, values in differences(before, known if is_from_other else config).items()
             if not name.startswith(FREE_ON_RESUME)
             and is_setting_read(config.objective, name)
             and not (name in LEFT_OPEN and values[1] == LEFT_OPEN[name])
@@ -106,6 +106,11 @@ def settle(
     if config.data.word_vectors and config.data.tokenizer is None:
         tokenizer = word_level_tokenizer(config.data.word_vectors, config.data.vocab_size)
     return config, None, tokenizer, None
+
+
+def begins_elsewhere(config: RunConfig) -> bool:
+    """Whether a run's model has the settings of another, which it begins from."""
+    return config.init_from is not None or config.distillation.initial_layers is not None
 
 
 def schedule_start(before: RunConfig, config: RunConfig, start: int) -> int:

@@ -5,6 +5,8 @@ from dataclasses import replace
 from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.config.rules import require
 from flax_encoder.tasks import (
+    autoencoder,
+    causal_lm,
     classification,
     contrastive,
     masked_lm,
@@ -16,6 +18,7 @@ from flax_encoder.tasks import (
     span_corruption,
     text_to_text,
     token_classification,
+    two_sentences,
 )
 from flax_encoder.tasks.classification import Classifier
 from flax_encoder.tasks.masked_lm import MaskedLM
@@ -32,8 +35,12 @@ TASKS: dict[str, Task] = {
     "token_classification": token_classification.TASK,
     "question_answering": question_answering.TASK,
     "multiple_choice": multiple_choice.TASK,
+    "causal_lm": causal_lm.TASK,
+    "next_sentence": two_sentences.NEXT_SENTENCE,
+    "sentence_order": two_sentences.SENTENCE_ORDER,
     "replaced_token_detection": replaced_token_detection.TASK,
     "contrastive": contrastive.TASK,
+    "autoencoder": autoencoder.TASK,
     "text_to_text": text_to_text.TASK,
     "span_corruption": span_corruption.TASK,
 }

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from flax_encoder.config import EncoderConfig, HeadConfig, RunConfig
+from flax_encoder.config import DistillationConfig, EncoderConfig, HeadConfig, RunConfig
 from flax_encoder.config.rules import require
 from flax_encoder.data.reading import Reading
 from flax_encoder.data.rows.documents import Batch
@@ -19,6 +19,8 @@ from flax_encoder.data.rows.targets import Rows, TargetInputs, Targets, document
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import Split
+from flax_encoder.tasks import distillation
+from flax_encoder.tasks.distillation import distillation_loss
 from flax_encoder.tasks.document_model import DocumentModel, ask_file_commands, check_whole_documents
 from flax_encoder.tasks.loss import LossSum, target_loss
 from flax_encoder.tasks.metrics import sklearn_metrics
@@ -36,13 +38,20 @@ class Classifier(DocumentModel):
         head: HeadConfig | None = None,
         *,
         smoothing: float = 0.0,
+        distillation: DistillationConfig | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(config, num_classes, pooling, head, rngs=rngs)
-        self.smoothing = smoothing
+        self.smoothing, self.distillation = smoothing, distillation or DistillationConfig()
 
-    def loss(self, batch: dict[str, Array], *, key: Array | None = None) -> LossSum:
-        logits = self(batch, key=key)
+    def loss(self, batch: dict[str, Array], *, key: Array | None = None, teacher: Any = None) -> LossSum:
+        """Of `self(batch)`; with a teacher, a model like this one, `distillation_loss`."""
+        if teacher is not None:
+            return distillation_loss(self, teacher, batch, self.distillation, key=key)
+        return self.loss_of(self(batch, key=key), batch)
+
+    def loss_of(self, logits: Float[Array, "B M C"], batch: dict[str, Array]) -> LossSum:
+        """Cross-entropy, and counts [actual, predicted] of the classes."""
         total = target_loss(logits, batch["targets"], batch["target_weights"], self.smoothing)
         actual = jax.nn.one_hot(batch["targets"], logits.shape[-1]) * batch["target_weights"][..., None]
         predicted = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1])
@@ -55,13 +64,14 @@ class Classifier(DocumentModel):
 
     @staticmethod
     def report(total: LossSum) -> dict[str, float]:
-        """Means for people: loss (nats a document), accuracy, macro-F1 over the classes that occur."""
+        """Means for people: loss (nats a document), accuracy, macro-F1 over the classes that occur; with a teacher the
+        terms of the loss too."""
         count = max(float(total.count), 1.0)
         return {
             "loss": float(np.asarray(total.sum)) / count,
             "accuracy": float(np.asarray(total.metrics["correct"])) / count,
             "macro_f1": macro_f1(np.asarray(total.metrics["confusion"])),
-        }
+        } | distillation.term_means(total)
 
 
 def macro_f1(confusion: np.ndarray) -> float:
@@ -74,8 +84,9 @@ def macro_f1(confusion: np.ndarray) -> float:
 def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], Classifier]:
     own, names = config.labels, labels or []
     return lambda rngs: Classifier(
-        config.model, len(names), config.pooling, config.head, smoothing=own.smoothing, rngs=rngs
-    )
+        config.model, len(names), config.pooling, config.head, smoothing=own.smoothing,
+        distillation=config.distillation, rngs=rngs,
+    )  # fmt: skip
 
 
 def _targets(inputs: TargetInputs) -> Targets:
@@ -99,6 +110,11 @@ def _targets(inputs: TargetInputs) -> Targets:
 def _weighted(targets: Targets, class_weights: np.ndarray, rows: Rows) -> Batch:
     batch = targets(rows)
     return batch | {"target_weights": batch["target_weights"] * class_weights[batch["targets"]]}
+
+
+def _check(config: RunConfig) -> None:
+    check_whole_documents(config)
+    distillation.check_settings(config)
 
 
 def _check_labels(labels: Labels) -> None:
@@ -192,8 +208,11 @@ TASK = Task(
     reading=Reading(Columns("class", 1, 2), _targets),
     make_model=_make_model,
     report=Classifier.report,
-    reads=("pooling", "labels.smoothing", "labels.class_weights", "data.label_column", "data.text_pair_column"),
-    check=check_whole_documents,
+    reads=(
+        "pooling", "labels.smoothing", "labels.class_weights", "data.label_column", "data.text_pair_column",
+        *distillation.READS,
+    ),
+    check=_check,
     check_labels=_check_labels,
     answer=_answer,
     gold=_gold,

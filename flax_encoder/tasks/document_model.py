@@ -33,14 +33,19 @@ class DocumentModel(nnx.Module):
         """Outputs of the documents at `target_positions` [B, M]."""
         encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
         rows = (batch["tokens"], batch["segment_ids"], batch["positions"], batch.get("token_types"))
-        hidden = self.encoder(*rows, key=encoder_key)
+        return self.logits(self.encoder(*rows, key=encoder_key), batch, key=head_key)
+
+    def logits(
+        self, hidden: Float[Array, "B T D"], batch: dict[str, Array], *, key: Array | None = None
+    ) -> Float[Array, "B M C"]:
+        """Those of the documents at `target_positions`, of the encoder's output."""
         if self.pooling == "late":
-            return segment_mean(self.head(hidden, key=head_key), batch["segment_ids"], batch["target_positions"])
+            return segment_mean(self.head(hidden, key=key), batch["segment_ids"], batch["target_positions"])
         if self.pooling == "mean":
             pooled = segment_mean(hidden, batch["segment_ids"], batch["target_positions"])
         else:
             pooled = gather_rows(hidden, batch["target_positions"])
-        return self.head(pooled, key=head_key)
+        return self.head(pooled, key=key)
 
 
 def check_whole_documents(config: RunConfig) -> None:

@@ -9,33 +9,55 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flax_encoder.config import EncoderConfig, HeadConfig, RunConfig
+from flax_encoder.config import DistillationConfig, EncoderConfig, HeadConfig, RunConfig
 from flax_encoder.config.rules import require
 from flax_encoder.data.reading import MASKED_TEXT
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import MaskedLMHead, gather_rows
-from flax_encoder.tasks.loss import LossSum
+from flax_encoder.tasks import distillation
+from flax_encoder.tasks.distillation import distillation_loss
+from flax_encoder.tasks.loss import LossSum, target_loss
 from flax_encoder.tasks.task import Labels, Task
 
 
 class MaskedLM(nnx.Module):
     """Encoder and vocabulary head; reads only the batch's target positions."""
 
-    def __init__(self, config: EncoderConfig, head: HeadConfig | None = None, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: EncoderConfig,
+        head: HeadConfig | None = None,
+        *,
+        distillation: DistillationConfig | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.encoder = Encoder(config, rngs=rngs)
         self.head = MaskedLMHead(config, head, rngs=rngs)
+        self.distillation = distillation or DistillationConfig()
 
     def __call__(self, batch: dict[str, Array], *, key: Array | None = None) -> Float[Array, "B M V"]:
         """Logits at `target_positions` [B, M]; the batch also holds tokens, segment_ids and positions [B, T], and
         token_types if it has any."""
         return self.head(self._target_rows(batch, key), self.encoder.embedding.token[...])
 
-    def loss(self, batch: dict[str, Array], *, key: Array | None = None) -> LossSum:
-        """Of `self(batch)`, without those logits all at once where they are large."""
+    def loss(self, batch: dict[str, Array], *, key: Array | None = None, teacher: Any = None) -> LossSum:
+        """Of `self(batch)`, without those logits all at once where they are large; with a teacher, a model like this
+        one, `distillation_loss`."""
+        if teacher is not None:
+            return distillation_loss(self, teacher, batch, self.distillation, key=key)
         weights, token_embedding = batch["target_weights"], self.encoder.embedding.token[...]
         rows = self._target_rows(batch, key)
         total, correct = self.head.cross_entropy(rows, token_embedding, batch["targets"], weights)
         return LossSum(total, weights.sum(), {"correct": correct})
+
+    def logits(
+        self, hidden: Float[Array, "B T D"], batch: dict[str, Array], *, key: Array | None = None
+    ) -> Float[Array, "B M V"]:
+        """Those at `target_positions`, of the encoder's output."""
+        return self.head(gather_rows(hidden, batch["target_positions"]), self.encoder.embedding.token[...])
+
+    def loss_of(self, logits: Float[Array, "B M V"], batch: dict[str, Array]) -> LossSum:
+        return target_loss(logits, batch["targets"], batch["target_weights"])
 
     def _target_rows(self, batch, key) -> Float[Array, "B M D"]:
         rows = (batch["tokens"], batch["segment_ids"], batch["positions"], batch.get("token_types"))
@@ -43,27 +65,36 @@ class MaskedLM(nnx.Module):
 
     @staticmethod
     def report(total: LossSum) -> dict[str, float]:
-        """Means for people: loss (nats a target), accuracy, perplexity."""
+        """Means for people: loss (nats a target), accuracy, perplexity; with a teacher the terms of the loss too."""
         count = max(float(total.count), 1.0)
-        loss = float(np.asarray(total.sum)) / count
+        nats = float(np.asarray(distillation.own_sum(total))) / count
         return {
-            "loss": loss,
+            "loss": float(np.asarray(total.sum)) / count,
             "accuracy": float(np.asarray(total.metrics["correct"])) / count,
-            "perplexity": math.exp(min(loss, 700.0)),
-        }
+            "perplexity": math.exp(min(nats, 700.0)),
+        } | distillation.term_means(total)
 
 
 def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], MaskedLM]:
-    return lambda rngs: MaskedLM(config.model, head=config.head, rngs=rngs)
+    return lambda rngs: MaskedLM(config.model, head=config.head, distillation=config.distillation, rngs=rngs)
 
 
-def _check(config: RunConfig) -> None:
+def check_head(config: RunConfig) -> None:
+    """The rule of a head with logits of the vocabulary.
+
+    Raises:
+      ConfigError: tied logits of vectors that are not as wide as the embedding.
+    """
     width = config.model.embedding_dim or config.model.embed_dim
     require(
         config.head.transform is not False or not config.head.tied or width == config.model.embed_dim,
         f"tied logits need vectors as wide as the embedding: got {config.model.embed_dim} for {width}; set "
         f"head.transform, or head.tied to False.",
     )
+
+
+def _check(config: RunConfig) -> None:
+    check_head(config)
     rates = [(max(stage.masking_rate.first, stage.masking_rate.last), stage.row_length) for stage in config.stages]
     for rate, row_length in (*rates, (config.masking.eval_rate, config.row_lengths[-1])):
         needed = math.ceil(rate * row_length)
@@ -72,6 +103,7 @@ def _check(config: RunConfig) -> None:
             f"masking.budget must hold the masked tokens of a full row: got {config.masking.budget}, and a rate of "
             f"{rate} of {row_length} tokens needs {needed}.",
         )
+    distillation.check_settings(config)
 
 
 def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
@@ -120,10 +152,11 @@ TASK = Task(
     reading=MASKED_TEXT,
     make_model=_make_model,
     report=MaskedLM.report,
-    reads=("masking.", "head.tied", "data.last_row_length", "data.last_rate"),
+    reads=("masking.", "head.tied", "data.last_row_length", "data.last_rate", *distillation.READS),
     check=_check,
     baselines=_baselines,
     examples=_examples,
     commands=_commands,
     head="masked_lm",
+    fills_masks=True,
 )

@@ -140,6 +140,8 @@ class Task:
     """Name of its head among a published family's `heads`; None exports the encoder alone."""
     problem_type: str | None = None
     """What a published config says of a head that several tasks have."""
+    fills_masks: bool = False
+    """Whether the model predicts masked tokens, so that `fill_mask` can ask it."""
     needs_offsets: bool = False
     """Whether answers count characters."""
     compares_start: bool = False

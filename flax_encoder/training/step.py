@@ -42,6 +42,36 @@ class StepMetrics(NamedTuple):
     """Whether the state was left as it was; None where nothing says when it is to be."""
 
 
+class Teacher(NamedTuple):
+    """A model that is learned from and not trained."""
+
+    graphdef: Any
+    params: Any
+    """On the mesh of the state, or as shapes."""
+
+
+class Taught(NamedTuple):
+    """A step that is given its teacher's parameters: as it is jitted, lowered or compiled."""
+
+    stage: Any
+    params: Any
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        return self.stage(state, batch, self.params)
+
+    def lower(self, state: TrainState, batch: Batch) -> "Taught":
+        return self._replace(stage=self.stage.lower(state, batch, self.params))
+
+    def compile(self, *options: Any) -> "Taught":
+        return self._replace(stage=self.stage.compile(*options))
+
+    def as_text(self) -> str:
+        return self.stage.as_text()
+
+    def memory_analysis(self) -> Any:
+        return self.stage.memory_analysis()
+
+
 def init_train_state(
     make_model: Callable[[], nnx.Module], tx: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> tuple[Any, TrainState, Any]:
@@ -109,6 +139,7 @@ def make_train_step(
     num_microbatches: int = 1,
     shardings: TrainState | None = None,
     trained: Any = None,
+    teacher: Teacher | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """A jitted `step(state, batch) -> (state, metrics)`. The state passed in is donated: use the one returned.
 
@@ -122,18 +153,20 @@ def make_train_step(
       graphdef, shardings: from `init_train_state`.
       num_microbatches: must divide the batch's rows; gradients are summed over them in float32.
       trained: which parameters are (training/parameters.py); of the others there are no gradients. None: all.
+      teacher: what `loss(batch, key=, teacher=)` is given besides. It is an argument of the jitted step, beside the
+        state: no gradient is made of it, and no optimizer or checkpoint has it.
     """
 
     def model_of(own, rest):
         return assembled(graphdef, own if trained is None else join(own, rest, trained))
 
-    def loss_fn(own, rest, batch, key):
-        loss = model_of(own, rest).loss(batch, key=key)
-        return loss.sum, loss
+    def step(state: TrainState, batch: Batch, teacher_params: Any = None) -> tuple[TrainState, StepMetrics]:
+        def loss_fn(own, rest, batch, key):
+            given = {} if teacher is None else {"teacher": nnx.merge(teacher.graphdef, teacher_params)}
+            loss = model_of(own, rest).loss(batch, key=key, **given)
+            return loss.sum, loss
 
-    grad_fn = jax.grad(loss_fn, has_aux=True)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        grad_fn = jax.grad(loss_fn, has_aux=True)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         told = {name: batch[name].max() for name in ("progress", "stop", "max_norm") if name in batch}
         batch = {name: rows for name, rows in batch.items() if name not in told}
@@ -161,10 +194,13 @@ def make_train_step(
         return new_state, StepMetrics(loss, norm, **told)
 
     jit = partial(jax.jit, donate_argnums=0)
-    if shardings is None:
-        return jit(step)
-    everywhere = shardings.step
-    return jit(step, in_shardings=(shardings, _rows(everywhere.mesh)), out_shardings=(shardings, everywhere))
+    if shardings is not None:
+        everywhere = shardings.step
+        theirs = () if teacher is None else (jax.tree.map(lambda x: x.sharding, teacher.params),)
+        jit = partial(
+            jit, in_shardings=(shardings, _rows(everywhere.mesh), *theirs), out_shardings=(shardings, everywhere)
+        )
+    return jit(step) if teacher is None else Taught(jit(step), teacher.params)
 
 
 def dealt(batch: Any, parts: int) -> Any:

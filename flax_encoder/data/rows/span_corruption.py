@@ -44,7 +44,7 @@ def corrupt_spans(
     """
     B, T = tokens.shape
     row, column = np.nonzero(segment_ids)
-    document = _rank(row, segment_ids[row, column])  # numbered through the batch
+    document = number_runs(row, segment_ids[row, column])  # numbered through the batch
     D = int(document[-1]) + 1 if len(document) else 0
     row_of = np.zeros(D, np.int64)
     row_of[document] = row
@@ -81,7 +81,7 @@ def corrupt_spans(
 
     # The encoder's rows: what is kept, and a sentinel where a span opens.
     shown = ~is_cut | opens
-    out = _place(row[shown], document[shown], first, B, T, sentinels.pad)
+    out = put_in_rows(row[shown], document[shown], first, B, T, sentinels.pad)
     out.fill(np.where(opens, sentinels.ids[sentinel], tokens[row, column])[shown])
     # The decoder's: sentinel, span, sentinel, span ... and the end.
     which = np.flatnonzero(is_cut)
@@ -94,7 +94,7 @@ def corrupt_spans(
     place = np.concatenate([2 * which + 1, 2 * opened, np.full(len(ended), 2 * len(row) + 2)])
     order = np.lexsort((place, owner))
     owner, value = owner[order], value[order]
-    decoder = _place(row_of[owner], owner, first, B, slots, sentinels.pad)
+    decoder = put_in_rows(row_of[owner], owner, first, B, slots, sentinels.pad)
     decoder.fill(value)
     given = np.concatenate([[sentinels.start], value[:-1]]) if len(value) else value
     given[np.diff(owner, prepend=-1) != 0] = sentinels.start
@@ -109,7 +109,7 @@ def corrupt_spans(
     }  # fmt: skip
 
 
-def _rank(row: np.ndarray, segment: np.ndarray) -> np.ndarray:
+def number_runs(row: np.ndarray, segment: np.ndarray) -> np.ndarray:
     """Number the (row, segment) runs from 0."""
     if not len(row):
         return row
@@ -152,7 +152,7 @@ class _Placed:
         self.tokens[self.row, self.column] = values
 
 
-def _place(row: np.ndarray, document: np.ndarray, first: np.ndarray, B: int, T: int, pad: int) -> _Placed:
+def put_in_rows(row: np.ndarray, document: np.ndarray, first: np.ndarray, B: int, T: int, pad: int) -> _Placed:
     """Columns for items that stand in order: each row's from the left, documents numbered from 1 in their row."""
     column = np.arange(len(row)) - np.searchsorted(row, row)
     placed = _Placed(row, column, np.full((B, T), pad, np.int32), *(np.zeros((B, T), np.int32) for _ in range(2)))

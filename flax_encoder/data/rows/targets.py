@@ -122,6 +122,22 @@ def _masked_lm_targets(
     )  # fmt: skip
 
 
+def next_token_targets(inputs: TargetInputs) -> Targets:
+    """At every token the one after it in its document: `targets` int32 and `target_weights` float32 [B, T], 0 at each
+    document's last token and at padding."""
+    return _next_token_targets
+
+
+def _next_token_targets(rows: Rows) -> Batch:
+    tokens, segments = rows.batch["tokens"], rows.batch["segment_ids"]
+    has_next = np.zeros(segments.shape, bool)
+    has_next[:, :-1] = (segments[:, :-1] > 0) & (segments[:, 1:] == segments[:, :-1])
+    return {
+        "targets": np.where(has_next, np.roll(tokens, -1, axis=1), 0).astype(np.int32),
+        "target_weights": has_next.astype(np.float32),
+    }
+
+
 def span_corruption_targets(
     tokenizer: TextTokenizer, rate: float, mean_span_tokens: float, row_length: int, slots: int, seed: int, *,
     start: int | None = None, end: int | None = None,

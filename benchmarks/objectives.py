@@ -1,0 +1,160 @@
+"""The table of docs/objectives.md: each objective with its law, its recipe and what was measured of it.
+
+    python benchmarks/objectives.py                            # print the page
+    python benchmarks/objectives.py --write docs/objectives.md
+
+A row is written here and nowhere else. Every figure of it stands in the header of its recipe or in LOG.md, whichever
+`source` names, its law is a test, and every objective has a row: or else the page is not written.
+"""
+
+import argparse
+import ast
+import pathlib
+import re
+import sys
+from typing import NamedTuple
+
+from flax_encoder.tasks import TASKS
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOT_RUN, NOT_KEPT = "not run", "not kept"
+
+
+class Row(NamedTuple):
+    objective: str
+    """A name in TASKS, with what is set besides if that makes it another row."""
+    law: str
+    """A test, FILE::NAME."""
+    recipe: str
+    """A file of configs/, without its end."""
+    data: str
+    minutes: str
+    result: str
+    baseline: str
+    """What can be had without it."""
+    peer: str = NOT_RUN
+    """The same by another program."""
+    source: str = ""
+    """What the figures stand in: empty is the recipe, or a file."""
+
+
+ROWS = (
+    Row(
+        "masked_lm", "tests/data/test_masking.py::test_choice_equals_a_plain_reference", "quickstart",
+        "CPython's help and docstrings", "5 min 32 s", "masked accuracy 0.421", "two neighbours' counts 0.290",
+    ),
+    Row(
+        "classification", "tests/tasks/test_objectives.py::test_packed_documents_are_classified_as_if_alone",
+        "classify",
+        "1,584 rated movie snippets", NOT_KEPT, "accuracy 0.744", NOT_KEPT, "transformers 0.740",
+    ),
+    Row(
+        "multi_label",
+        "tests/tasks/test_labels_and_numbers.py::test_the_loss_of_labels_is_the_mean_binary_cross_entropy_of_each",
+        "multi_label", "2,566 addresses and names", "27", "micro F1 0.682", "most frequent label 0.175",
+    ),
+    Row(
+        "regression", "tests/tasks/test_labels_and_numbers.py::test_the_loss_of_numbers_is_the_squared_error",
+        "regression", "5,749 pairs of the STS benchmark", "16", "Pearson 0.765, squared error 0.95",
+        "mean of training 0 and 2.36",
+    ),
+    Row(
+        "token_classification",
+        "tests/tasks/test_token_classification.py::test_packed_rows_equal_one_text_a_row_forward_and_gradient", "ner",
+        "2,566 US addresses", "5 of processor time", "F1 of entities 0.908", "most frequent tag of each word 0.509",
+    ),
+    Row(
+        "question_answering",
+        "tests/tasks/test_question_answering.py::test_packed_windows_learn_and_answer_as_if_alone",
+        "question_answering", "729 questions of SQuAD 1.1", "16", "F1 0.468, exact match 0.354",
+        "sentence most like the question 0.199 and 0.004",
+    ),
+    Row(
+        "multiple_choice", "tests/tasks/test_multiple_choice.py::test_packed_choices_are_weighed_as_if_alone",
+        "multiple_choice", "3,400 Wikipedia leads and descriptions", "5", "accuracy 0.988", "most common words 0.935",
+    ),
+    Row(
+        "contrastive", "tests/tasks/test_contrastive.py::test_the_loss_is_the_slow_ones_whatever_texts_are_equal",
+        "contrastive", "7,606 descriptions and Wikipedia leads", "8", "nDCG@10 0.797, 0.803, 0.805 of three seeds",
+        "TF-IDF 0.732, before training 0.415",
+    ),
+    Row(
+        "text_to_text", "tests/tasks/test_text_to_text_task.py::test_packed_pairs_learn_as_if_alone",
+        "translate_en_fr", "33,448 pairs of LibreOffice's help, English to French", "26", "BLEU 17.8, chrF 42.6",
+        "the source itself 5.7 and 26.8",
+    ),
+)
+
+HEADER = """# Objectives
+
+What each objective has been seen to do here, on 2 CPU cores: a law that a test holds, a recipe of `configs/`, and a
+measured run of it beside what can be had without it. [Tasks](tasks.md) says what each reads and answers; the recipes'
+headers have the settings and the spread. `python benchmarks/objectives.py --write docs/objectives.md` makes this page.
+
+| objective | law | recipe | data | minutes | result | baseline | peer |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def page(rows: tuple[Row, ...] = ROWS) -> str:
+    """The page, Markdown."""
+    lines = []
+    for row in rows:
+        file, _, test = row.law.partition("::")
+        law = f"{test.removeprefix('test_').replace('_', ' ')} (`{file.rpartition('/')[2]}`)"
+        cells = (f"`{row.objective}`", law, f"`{row.recipe}`", *row[3:8])
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return HEADER + "".join(lines)
+
+
+def problems(rows: tuple[Row, ...] = ROWS) -> list[str]:
+    """What of the rows is not so: laws that are no test, recipes that are no file, figures that their source lacks."""
+    found = []
+    for row in rows:
+        name = row.objective.split()[0]
+        if name not in TASKS:
+            found.append(f"{row.objective}: {name} is no objective")
+        file, _, test = row.law.partition("::")
+        if not (ROOT / file).is_file() or test not in _functions(ROOT / file):
+            found.append(f"{row.objective}: {row.law} is no test")
+        recipe = ROOT / "configs" / f"{row.recipe}.py"
+        if not recipe.is_file():
+            found.append(f"{row.objective}: there is no {recipe.relative_to(ROOT)}")
+            continue
+        source = (ROOT / row.source).read_text("utf-8") if row.source else ast.get_docstring(
+            ast.parse(recipe.read_text("utf-8")))  # fmt: skip
+        known = set(_figures(source or ""))
+        cells = (row.minutes, row.result, row.baseline, row.peer)
+        where, figures = row.source or recipe.name, _figures(" ".join(cells))
+        found += [f"{row.objective}: {figure} is not in {where}" for figure in figures if figure not in known]
+    return found
+
+
+def missing(rows: tuple[Row, ...] = ROWS) -> list[str]:
+    """Objectives without a row."""
+    return [name for name in TASKS if not any(row.objective.split()[0] == name for row in rows)]
+
+
+def _functions(path: pathlib.Path) -> set[str]:
+    return {node.name for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)}
+
+
+def _figures(text: str) -> list[str]:
+    """Numbers with a decimal point, and whole ones that stand apart from words."""
+    return re.findall(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?![\w])", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", metavar="FILE", help="write the page there instead of printing it")
+    arguments = parser.parse_args()
+    if found := [*problems(), *(f"{name} has no row" for name in missing())]:
+        sys.exit("\n".join(found))
+    if arguments.write is None:
+        print(page(), end="")
+    else:
+        pathlib.Path(arguments.write).write_text(page(), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

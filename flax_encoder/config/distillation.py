@@ -1,0 +1,91 @@
+"""The settings of distillation."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from flax_encoder.config.rules import ShortRepr, require, require_finite, require_positive
+
+Relation = Literal["attention", "query", "key", "value"]
+
+
+@dataclass(frozen=True, repr=False)
+class DistillationConfig(ShortRepr):
+    """masked_lm and classification: learning from another model beside the data (Hinton et al., arXiv 1503.02531).
+
+    The loss is a sum of four terms, each with its weight. A layer's number is that of its name, `encoder.layers.0` and
+    so on; a hidden state's is of how many layers made it, so that 0 is the embeddings.
+    """
+
+    teacher: str | None = None
+    """A run, a checkpoint or a published folder with the same vocabulary. It is read beside the run, and not trained;
+    without --data.tokenizer and --init-from its tokenizer is the run's."""
+    teacher_hash: str | None = None
+    """SHA-256 of the teacher's parameters. A run fills it in, and is resumed with that teacher alone."""
+    task_weight: float = 1.0
+    """Of the objective's own loss, on the data's targets."""
+    soft_weight: float = 1.0
+    """Of the divergence of the two models' predictions of the same targets; 0 needs no head of the teacher."""
+    temperature: float = 2.0
+    """Both models' logits are divided by it before that, and the divergence is multiplied by its square."""
+    hidden_weight: float = 0.0
+    """Of the distance of the two models' hidden states at every token; they must be as wide."""
+    hidden_loss: Literal["cosine", "mse"] = "cosine"
+    """One minus the cosine (DistilBERT, arXiv 1910.01108), or the mean squared difference (TinyBERT, arXiv
+    1909.10351)."""
+    layer_map: tuple[int, ...] = ()
+    """The teacher's hidden state for each of the student's layers, such as 4 8 12 of 3 layers; the distances are added
+    up. Empty compares the last with the last."""
+    relation_weight: float = 0.0
+    """Of the divergence of the two models' relations between tokens, in the student's last layer (MiniLM); widths may
+    differ."""
+    relations: tuple[Relation, ...] = ("query", "key", "value")
+    """Products of queries with queries, keys with keys or values with values (arXiv 2012.15828), or attention, those of
+    queries with keys, which is the layer's own attention (arXiv 2002.10957, whose relations are attention value)."""
+    relation_heads: int | None = None
+    """Parts into which queries, keys and values are cut for their relations; None is the student's heads."""
+    relation_layer: int | None = None
+    """The teacher's layer, from 0, whose relations are learned; None is its last."""
+    initial_layers: Literal["spread"] | tuple[int, ...] | None = None
+    """The teacher's layers, from 0, that the student's start from, one for each; spread takes the first, the last and
+    evenly between (of 12 for 6: 0 2 4 7 9 11, as DistilBERT). The student then has the teacher's settings of the
+    model, but for its number of layers, and its embeddings and head too. None starts anew, or from init_from."""
+
+    def __post_init__(self):
+        require_positive(self, "temperature")
+        names = ("task_weight", "soft_weight", "hidden_weight", "relation_weight")
+        weights = [getattr(self, name) for name in names]
+        require(
+            min(weights) >= 0 and max(weights) > 0,
+            f"distillation.{', '.join(names)} are at least 0, and one is above: got {weights}.",
+        )
+        others = [f.name for f in fields(self) if f.name != "teacher" and getattr(self, f.name) != f.default]
+        require(
+            self.teacher is not None or not others,
+            f"distillation.{others[0] if others else ''} is of runs that have a teacher: give --distillation.teacher "
+            f"FOLDER, or leave it out.",
+        )
+        require(
+            self.teacher is None or max(weights[1:]) > 0,
+            "a teacher is there to be learned from: one of distillation.soft_weight, hidden_weight and relation_weight "
+            "must be above 0.",
+        )
+        require(
+            self.hidden_weight > 0 or (self.layer_map, self.hidden_loss) == ((), "cosine"),
+            f"distillation.layer_map and hidden_loss are of hidden states, whose weight is 0: got {self.layer_map} and "
+            f"{self.hidden_loss}. Give --distillation.hidden-weight too.",
+        )
+        require(len(self.relations) > 0, "distillation.relations must name at least one, such as query key value.")
+        for name in ("layer_map", "initial_layers"):
+            value = getattr(self, name)
+            require(
+                not isinstance(value, tuple) or min(value, default=0) >= 0,
+                f"distillation.{name} are numbers of layers, at least 0: got {value}.",
+            )
+        require(
+            self.initial_layers != (),
+            "distillation.initial_layers are one layer of the teacher for each of the student's, or spread: got none.",
+        )
+        for name, least in (("relation_heads", 1), ("relation_layer", 0)):
+            value = getattr(self, name)
+            require(value is None or value >= least, f"distillation.{name} is at least {least}, or None: got {value}.")
+        require_finite(self)
