@@ -55,7 +55,7 @@ def test_whole_numbers_serve_as_floats():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stepz": 1}, "unknown field stepz; known are batch_size, batch_texts, "),
+        ({"stepz": 1}, "unknown field stepz; known are autoencoder, batch_size, batch_texts, "),
         ({"model": {"depth": 1}}, r"unknown field model\.depth; known are activation, "),
         ({"steps": "many"}, "steps must be .*int.*: got 'many'"),
         ({"steps": 1.5}, r"steps must be .*int.*: got 1\.5"),

@@ -488,6 +488,8 @@ class RunConfig(ShortRepr):
     checkpoint_every: int = 500
     """Steps between checkpoints; one is also written at the end and before a signal stops the run."""
     keep_checkpoints: int = 2
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Who gets the numbers of metrics.jsonl too; wandb needs pip install 'flax-encoder[wandb]'."""
     stall_seconds: float | None = None
     """End with status 86 when no step was made for so long, evaluations and compiling included, and say where every
     thread stands; None waits for ever."""

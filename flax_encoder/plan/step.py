@@ -25,6 +25,7 @@ from flax_encoder.plan.schedules import kernel_cycles
 from flax_encoder.plan.targets import Chip, compiler_options
 from flax_encoder.runs.opened import check_batches, make_learner
 from flax_encoder.runs.programs import Programs
+from flax_encoder.tasks import find_task
 from flax_encoder.training.parameters import trained
 from flax_encoder.training.sharding import BATCH_SPEC, make_mesh
 from flax_encoder.training.step import TrainState, abstract_train_state

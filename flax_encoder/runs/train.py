@@ -10,13 +10,14 @@ import functools
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_encoder.config import ConfigError, RunConfig
+from flax_encoder.config import ConfigError, RunConfig, to_dict
 from flax_encoder.config.phases import describe_phase
 from flax_encoder.runs.best import best_evaluation, check_metric
 from flax_encoder.runs.evaluate import Evaluations
@@ -33,12 +34,16 @@ from flax_encoder.training.run_log import Clock, RunLog, read_metrics
 from flax_encoder.training.runtime import StopSignals, cache_hits, free_temporaries, join_processes, set_up_runtime
 from flax_encoder.training.sharding import make_mesh, put_batch
 from flax_encoder.training.step import StepMetrics
+from flax_encoder.training.trackers import Tracker, make_trackers
 
 STEPS_IN_FLIGHT = 2  # how far the host runs ahead of the device: enough to keep it busy, little enough to stop soon
 
 
-def train(config: RunConfig) -> dict[str, float] | None:
+def train(config: RunConfig, trackers: Sequence[Tracker] = ()) -> dict[str, float] | None:
     """Train, or go on training, to the last step or the end of the budget.
+
+    Args:
+      trackers: more of them than `config.trackers` names.
 
     Returns:
       the final held-out metrics, `eval/...`, and those of a test, `test/...`; None if a signal stopped it.
@@ -49,6 +54,7 @@ def train(config: RunConfig) -> dict[str, float] | None:
       Diverged: a loss or gradient that is not finite; the checkpoints from before it are whole.
     """
     check_task(config)
+    trackers = [*make_trackers(config.trackers), *trackers]
     join_processes(config.mesh.num_processes)
     set_up_runtime()
     mesh = make_mesh(config.mesh)
@@ -59,13 +65,14 @@ def train(config: RunConfig) -> dict[str, float] | None:
     with run_folder(run_dir), run_lock(run_dir), Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
         while True:
             try:
-                return _train_from(config, checkpoints.resumable_step(say), run_dir, checkpoints, mesh)
+                return _train_from(config, checkpoints.resumable_step(say), run_dir, checkpoints, mesh, trackers)
             except DamagedCheckpoint as damage:  # found as its largest files were read; there may be an older one
                 checkpoints.set_aside(damage, say)
 
 
 def _train_from(
-    config: RunConfig, latest: int | None, run_dir: pathlib.Path, checkpoints: Checkpoints, mesh: Mesh
+    config: RunConfig, latest: int | None, run_dir: pathlib.Path, checkpoints: Checkpoints, mesh: Mesh,
+    trackers: Sequence[Tracker],
 ) -> dict[str, float] | None:
     """The run from its checkpoint at step `latest`, or from its beginning."""
     if latest == 0:
@@ -74,7 +81,8 @@ def _train_from(
             f"--init-from {run_dir} starts from that model."
         )
     start, is_main = latest or 0, jax.process_index() == 0
-    with RunLog(run_dir, steps=config.steps, resume_step=start, is_main=is_main) as log, jax.set_mesh(mesh):
+    told = {"trackers": trackers, "config": to_dict(config)}
+    with RunLog(run_dir, steps=config.steps, resume_step=start, is_main=is_main, **told) as log, jax.set_mesh(mesh):
         return _steps(config, start, run_dir, checkpoints, log, mesh)
 
 

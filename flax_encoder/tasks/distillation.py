@@ -78,7 +78,11 @@ def distillation_loss(
     if settings.relation_weight:
         distance = relation_distance(ours.relations, theirs.relations)
         sums["relation"] = per_row(distance, segments, weights)
-    total = sum(getattr(settings, f"{name}_weight") * value for name, value in sums.items())
+    factors = {
+        "task": settings.task_weight, "soft": settings.soft_weight, "hidden": settings.hidden_weight,
+        "relation": settings.relation_weight,
+    }  # fmt: skip
+    total = sum(factors[name] * value for name, value in sums.items())
     return LossSum(total, own.count, own.metrics | sums)
 
 

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl and TensorBoard for later, a progress line for whoever is watching."""
+"""What a run tells: metrics.jsonl and trackers for later, a progress line for whoever is watching."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
@@ -15,6 +15,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn
 
 from flax_encoder.training.console import make_news_console
+from flax_encoder.training.trackers import Tracked, Tracker
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
@@ -86,8 +87,9 @@ class RunLog:
     """
 
     def __init__(
-        self, run_dir: pathlib.Path, *, steps: int, resume_step: int, is_finished: bool = False, is_main: bool = True
-    ):
+        self, run_dir: pathlib.Path, *, steps: int, resume_step: int, is_finished: bool = False, is_main: bool = True,
+        trackers: Sequence[Tracker] = (), config: dict[str, Any] | None = None,
+    ):  # fmt: skip
         self.steps, self.is_finished, self._is_main = steps, is_finished, is_main
         self._console = make_news_console(is_shown=is_main)
         self._progress: Progress | None = None
@@ -95,6 +97,7 @@ class RunLog:
         self._run_dir, self._resume_step = run_dir, resume_step
         self._file: BinaryIO | None = None
         self._after: list[dict[str, Any]] = []
+        self._trackers, self._config = Tracked(trackers), config or {}
 
     def _open(self) -> BinaryIO:
         path = self._run_dir / "metrics.jsonl"
@@ -104,18 +107,14 @@ class RunLog:
             self._after = [line for line in kept if line["step"] == self._resume_step and _is_of(line, "goodput/")]
             kept = [line for line in kept if line not in self._after]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        from tensorboardX import SummaryWriter  # slow to import, and only needed here
-
-        self._tensorboard = SummaryWriter(str(self._run_dir), purge_step=self._resume_step + 1, write_to_disk=True)
-        for writer in self._tensorboard.all_writers.values():
-            _forgive_full_disk(writer.event_writer._ev_writer)
+        self._trackers.call("begin", self._run_dir, self._config, self._resume_step)
         return path.open("ab", buffering=0)
 
     def say(self, message: str) -> None:
         self._console.print(message)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and a TensorBoard point for every number."""
+        """One line of metrics.jsonl, which trackers get too."""
         if not self._is_main:
             return
         path = self._run_dir / "metrics.jsonl"
@@ -128,8 +127,7 @@ class RunLog:
         except OSError as error:
             why = f"{error.strerror}; once it can be written, the same command goes on"
             raise OSError(error.errno, why, str(path)) from None
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._trackers.call("log", step, values)
 
     def progress(self, step: int, values: dict[str, float], headline: str, seconds_left: float) -> None:
         """Show where the run is: step, loss, the task's headline metric, tokens/s, data wait, time left."""
@@ -173,28 +171,7 @@ class RunLog:
             with suppress(OSError):
                 self._file.write("".join(json.dumps(line) + "\n" for line in self._after).encode())
             self._file.close()
-            self._tensorboard.close()
-
-
-def _forgive_full_disk(events: Any) -> None:
-    """Let TensorBoard's file go where it cannot be written. Its thread would end, and the run would wait for that for
-    ever, or end in its traceback; metrics.jsonl has the same numbers, and says what is wrong."""
-    is_told = False
-
-    def forgiving(act: Callable[..., Any]) -> Callable[..., Any]:
-        def maybe(*arguments: Any) -> Any:
-            nonlocal is_told
-            try:
-                return act(*arguments)
-            except (OSError, ValueError) as error:
-                if not is_told:
-                    logger.warning("TensorBoard's events cannot be written (%s); metrics.jsonl has them.", error)
-                is_told = True
-
-        return maybe
-
-    for name in ("write_event", "flush", "close"):
-        setattr(events, name, forgiving(getattr(events, name)))
+            self._trackers.call("end")
 
 
 def _is_of(line: dict[str, Any], *prefixes: str) -> bool:
