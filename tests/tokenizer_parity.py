@@ -209,6 +209,14 @@ FOLDERS: dict[str, Callable[[pathlib.Path], None]] = {
     "BERT, special_tokens_map.json": then(bert_json(), special_tokens_map__json={
         "mask_token": _NEW | {"content": "[MASK]", "lstrip": True}, "additional_special_tokens": ["[NEW]", "[OTHER]"],
     }),
+    "BERT, added_tokens.json, an extra token of the older file": then(
+        bert_files(), added_tokens__json={"[NEW]": len(word_piece_vocab())},
+        special_tokens_map__json={"additional_special_tokens": ["[NEW]"], "mask_token": "[MASK]"},
+    ),
+    "BERT, added_tokens.json, an extra token of its settings": then(
+        bert_files(additional_special_tokens=["[NEW]"]), added_tokens__json={"[NEW]": len(word_piece_vocab())}
+    ),
+    "ConvBERT's class, which takes the file as it is": bert_json(kind="ConvBertTokenizer", lower=False),
     "RoBERTa, tokenizer.json": lambda f: saved(byte_level(), f, "RobertaTokenizer", "roberta"),
     "RoBERTa, space before": lambda f: saved(byte_level(), f, "RobertaTokenizer", "roberta", add_prefix_space=True),
     "RoBERTa, tokenizer.json without model.type": lambda f: saved(byte_level(), f, None, "roberta", untyped=True),

@@ -15,7 +15,8 @@ from flax_encoder.config.rules import (
 
 Activation = Literal[
     "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2", "relu6", "leaky_relu", "mish", "tanh", "sigmoid",
-    "identity",
+    "identity", "elu", "celu", "selu", "softplus", "softsign", "log_sigmoid", "hard_tanh", "hard_sigmoid",
+    "hard_swish", "tanh_shrink",
 ]  # fmt: skip
 
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]

@@ -67,11 +67,11 @@ _COMPUTES = re.compile(
 # sentence-transformers keeps there, and how a model was trained.
 _ASIDE = re.compile(
     r"^(?!use_|has_)(?:[a-z]+_)+token(?:_ids?)?$"
-    r"|^_(?:attn_implementation|commit_hash|flash_attn|name_or_path|num_labels)"
+    r"|^_(?:attn_implementation|commit_hash|flash_attn|from_model_config|name_or_path|num_labels)"
     r"|^(?:sbert|sentence_transformers)(?:_|$)|^transformers\."
     r"|^(?:num_)?(?:train|eval)(?:ing)?_(?:epochs?|steps?|batch_size|examples)|(?:^|_)(?:epochs?|warmup|optimizer)(?:$|_)"
     r"|batch_size$|learning_rate$|^weight_decay$|^(?:random_)?seed$"
-    r"|^max_seq(?:uence)?_len(?:gth)?$|^model_(?:name|id|max_length)$"
+    r"|(?:^|_)(?:file|path|folder|dir)$|^max_seq(?:uence)?_len(?:gth)?$|^model_(?:name|id|max_length)$"
 )
 
 

@@ -497,6 +497,17 @@ def plain_name(family: Family, name: str) -> str:
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", plain))
 
 
+def with_table(
+    family: Family, published: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The tensors with the token embedding, where a tied head's name for it is the only one that is there."""
+    table, names = family.rows[0].theirs[0], {plain_name(family, name): name for name in tensors}
+    for task, head in family.heads.items():
+        if table not in names and head.tied in names and getattr(read_head(family, task, published)[0], "tied", False):
+            return {**tensors, family.prefix + table: tensors[names[head.tied]]}
+    return dict(tensors)
+
+
 def import_tensors(
     family: Family, task: str | None, tensors: Mapping[str, np.ndarray], shapes: Shapes, num_heads: int
 ) -> Imported:
@@ -504,7 +515,8 @@ def import_tensors(
 
     Raises:
       ConfigError: a tensor of the encoder that is missing, with the prefix under which it lies if it does; one of
-        another shape than the config says, with its name and both; a copy that is none; two names of one tensor.
+        another shape than the config says, with its name and both; one of whole numbers; a copy that is none; two names
+        of one tensor.
     """
     by_name: dict[str, str] = {}
     for name in tensors:
@@ -522,6 +534,11 @@ def import_tensors(
             missing += [tensor.names[0]] if tensor.pieces[0][0].startswith(("encoder.", "decoder.")) else []
             continue
         value = np.asarray(tensors[by_name[found[0]]])
+        if value.dtype.kind in "iub":
+            raise ConfigError(
+                f"tensor {by_name[found[0]]} must hold floating-point numbers: it holds {value.dtype}. Quantized "
+                f"weights are not read: take the folder that they were made from."
+            )
         # Of a bias that is written twice the first is used; tables and kernels that differ are two meanings.
         for other in found[1:] if tensor.row.num_written == 1 else ():
             if not np.array_equal(value, tensors[by_name[other]]):

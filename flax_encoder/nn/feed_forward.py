@@ -29,6 +29,16 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "tanh": jax.numpy.tanh,
     "sigmoid": jax.nn.sigmoid,
     "identity": lambda x: x,
+    "elu": jax.nn.elu,
+    "celu": jax.nn.celu,
+    "selu": jax.nn.selu,
+    "softplus": jax.nn.softplus,
+    "softsign": jax.nn.soft_sign,
+    "log_sigmoid": jax.nn.log_sigmoid,
+    "hard_tanh": jax.nn.hard_tanh,
+    "hard_sigmoid": jax.nn.hard_sigmoid,
+    "hard_swish": jax.nn.hard_swish,
+    "tanh_shrink": lambda x: x - jax.numpy.tanh(x),
 }
 
 

@@ -35,6 +35,7 @@ from flax_encoder.families.mapping import (
     read_head,
     understood,
     unwrapped,
+    with_table,
 )
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
@@ -331,6 +332,7 @@ def load_pretrained(
     tensors, wrapper = unwrapped(family, {n: w for n, w in read_weights(folder).items() if not BUFFERS.search(n)})
     if wrapper:
         logger.warning("%s: left out %s, which all names of its tensors begin with", folder, wrapper)
+    tensors = with_table(family, published, tensors)
     is_alone = task == NO_HEAD
     task = None if is_alone else task or _task(family, published, tensors)
     if task is not None and task not in family.heads:

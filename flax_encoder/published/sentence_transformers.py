@@ -15,13 +15,12 @@ import numpy as np
 
 from flax_encoder.config import ConfigError
 from flax_encoder.config.model import Activation, PoolingMode
+from flax_encoder.data.tokens.tokenizer_files import SENTENCE_FILES, SETTINGS_READ
+from flax_encoder.families.fields import IGNORED
 from flax_encoder.published.weights import read_weights, write_weights
 
 MODULES = "modules.json"
-TEXT_FILES = tuple(
-    f"sentence_{name}_config.json"
-    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-)
+TEXT_FILES = SENTENCE_FILES
 PROMPTS_FILE = "config_sentence_transformers.json"
 
 # Older folders have a flag a mode. Several that are set are concatenated in this order.
@@ -35,7 +34,9 @@ POOLING_MODES = tuple(_FLAGS.values())
 _TRANSFORMERS = ("Transformer", "BERT", "RoBERTa", "DistilBERT", "CamemBERT", "ALBERT", "XLMRoBERTa", "XLNet")
 _ACTIVATIONS: dict[str, Activation] = {
     "Identity": "identity", "Tanh": "tanh", "ReLU": "relu", "ReLU6": "relu6", "GELU": "gelu", "SiLU": "silu",
-    "Sigmoid": "sigmoid", "Mish": "mish", "LeakyReLU": "leaky_relu",
+    "Sigmoid": "sigmoid", "Mish": "mish", "LeakyReLU": "leaky_relu", "ELU": "elu", "CELU": "celu", "SELU": "selu",
+    "Softplus": "softplus", "Softsign": "softsign", "LogSigmoid": "log_sigmoid", "Hardtanh": "hard_tanh",
+    "Hardsigmoid": "hard_sigmoid", "Hardswish": "hard_swish", "Tanhshrink": "tanh_shrink",
 }  # fmt: skip
 # Settings of a Transformer with the values under which they change no vector; None takes any.
 _HARMLESS: dict[str, tuple | None] = {
@@ -47,10 +48,12 @@ _HARMLESS: dict[str, tuple | None] = {
 _HARMLESS_ARGUMENTS = {
     "model": {"torch_dtype", "dtype", "attn_implementation", "add_pooling_layer", "trust_remote_code",
               "use_safetensors", "low_cpu_mem_usage", "device_map", "unpad_inputs", "use_memory_efficient_attention"},
-    "config": {"trust_remote_code", "use_cache", "unpad_inputs", "use_memory_efficient_attention",
-               "attn_implementation"},
+    "config": {"trust_remote_code", "unpad_inputs", "use_memory_efficient_attention", *IGNORED},
     "tokenizer": {"trust_remote_code", "use_fast", "padding_side", "clean_up_tokenization_spaces"},
 }  # fmt: skip
+# And of how it fetches a folder, which is here.
+_OF_FETCHING = {"revision", "code_revision", "token", "use_auth_token", "cache_dir", "local_files_only",
+                "force_download", "proxies"}  # fmt: skip
 _TEXT_KEPT = {"padding": None, "truncation": (True, "longest_first", "only_first"), "return_tensors": None,
               "add_special_tokens": (True,)}  # fmt: skip
 
@@ -84,6 +87,8 @@ class SentenceSettings:
     truncation_side: Literal["left", "right"] | None = None
     """Where longer texts are cut; None is what the tokenizer says."""
     do_lower_case: bool = False
+    tokenizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What `read_tokenizer` takes of the folder beside its tokenizer_config.json."""
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Name -> what is put before a text."""
     default_prompt_name: str | None = None
@@ -189,7 +194,7 @@ def _read_layer(kind: str, folder: pathlib.Path) -> Layer:
 
 
 def _read_text_settings(folder: pathlib.Path) -> dict[str, Any]:
-    """max_tokens, truncation_side and do_lower_case of a Transformer."""
+    """max_tokens, truncation_side, do_lower_case and tokenizer of a Transformer."""
     path = next((folder / name for name in TEXT_FILES if _json(folder / name)), folder / TEXT_FILES[0])
     content = _json(path)
     lengths = [content.pop("max_seq_length", None)]
@@ -200,9 +205,12 @@ def _read_text_settings(folder: pathlib.Path) -> dict[str, Any]:
         "config": ("config_args", "config_kwargs"),
     }.items():  # fmt: skip
         given = {k: v for name in names for k, v in _member(path, content, name).items()}
-        handed_on[what] = {k: v for k, v in given.items() if k not in _HARMLESS_ARGUMENTS[what]}
+        handed_on[what] = {k: v for k, v in given.items() if k not in _HARMLESS_ARGUMENTS[what] | _OF_FETCHING}
     lengths.append(handed_on["tokenizer"].pop("model_max_length", None))
     settings["truncation_side"] = handed_on["tokenizer"].pop("truncation_side", None)
+    settings["tokenizer"] = {
+        name: handed_on["tokenizer"].pop(name) for name in SETTINGS_READ if name in handed_on["tokenizer"]
+    }
     processing = _member(path, content, "processing_kwargs")
     for name in ("common", "text"):
         given = _member(path, processing, name)
@@ -282,7 +290,8 @@ def write_sentence_settings(folder: str | pathlib.Path, settings: SentenceSettin
         pooling |= {flag: mode in settings.pooling for flag, mode in _FLAGS.items()}
     else:
         pooling |= {"pooling_mode": list(settings.pooling)}
-    tokenizer = {"truncation_side": settings.truncation_side} if settings.truncation_side else {}
+    side = {"truncation_side": settings.truncation_side} if settings.truncation_side else {}
+    tokenizer = dict(settings.tokenizer) | side
     files: dict[str, Any] = {
         MODULES: [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}

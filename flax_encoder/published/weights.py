@@ -33,6 +33,13 @@ _OTHER_FILES = {
     "*.onnx": "a compiled graph, not weights by name; take the folder that it was exported from",
     "*.gguf": "llama.cpp's; take the folder that it was converted from",
     "openvino_model.*": "OpenVINO's graph; take the folder that it was exported from",
+    "*.ot": "Rust's; take a folder with safetensors of the same model",
+    "*.tflite": "a compiled graph, not weights by name; take the folder that it was exported from",
+    "*.mlmodel": "a compiled graph, not weights by name; take the folder that it was exported from",
+    "*.pb": "TensorFlow's graph; take the folder that it was exported from",
+    "*.keras": "Keras's; take a folder with safetensors of the same model",
+    "*-?????-of-?????.*": "one of several shards, without the index of what each holds; fetch that from where it came, "
+    "model.safetensors.index.json or pytorch_model.bin.index.json",
     "*.safetensors": "safetensors under another name; rename it to model.safetensors",
     "*.bin": "perhaps pickled weights under another name; if so, rename it to pytorch_model.bin",
     "*.pt": "perhaps pickled weights under another name; if so, rename it to pytorch_model.bin",
@@ -180,6 +187,7 @@ def _beside(index: pathlib.Path, file: Any) -> str:
     is_absolute = pathlib.PurePosixPath(file).is_absolute() or pathlib.PureWindowsPath(file).is_absolute()
     name = pathlib.PureWindowsPath(file).name if is_absolute else file
     path = pathlib.PurePath(name)
+    name = name.removeprefix("./")
     if path.name != name or path.suffix != pathlib.Path(index.stem.removesuffix(".index")).suffix:
         raise WeightsError(f"{index} must name weight files beside it: got {file!r}.")
     return name

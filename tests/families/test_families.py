@@ -132,6 +132,7 @@ def test_what_a_config_says_and_is_not_understood_is_named(config, message):
 ASIDE = (
     "language", "name", "_num_labels", "unk_token_id", "sentence_transformers", "_attn_implementation", "colour",
     "sbert_ce_default_activation_function", "transformers.js_config", "learning_rate", "num_train_epochs",
+    "_from_model_config", "vocab_file", "output_dir",
 )  # fmt: skip
 
 

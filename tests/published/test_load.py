@@ -230,6 +230,26 @@ def test_a_tied_decoder_that_differs_is_refused(folder):
         load_pretrained(folder)
 
 
+@pytest.mark.parametrize("task", ["masked_lm", "none"])
+def test_the_embedding_is_read_by_either_of_its_tied_names(folder, task):
+    tokens = np.array([[2, 7, 8, 3]])
+    want = load_pretrained(folder, task=task)(tokens).last_hidden_state
+    table = "bert.embeddings.word_embeddings.weight"
+    change_tensors(folder, lambda t: t.update({"cls.predictions.decoder.weight": t.pop(table)}))
+    np.testing.assert_array_equal(load_pretrained(folder, task=task)(tokens).last_hidden_state, want)
+    edit(folder, tie_word_embeddings=False)  # then it is a table of logits, and there is none of tokens
+    with pytest.raises(ConfigError, match=f"tensors that are missing: {table}"):
+        load_pretrained(folder, task=task)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "bool"])
+def test_whole_numbers_are_no_weights(folder, dtype):
+    name = "bert.encoder.layer.1.output.dense.weight"
+    change_tensors(folder, lambda t: t.update({name: (t[name] * 10).astype(dtype)}))
+    with pytest.raises(ConfigError, match=f"{name} must hold floating-point numbers: it holds {dtype}. Quantized"):
+        load_pretrained(folder)
+
+
 def test_damaged_weights_and_configs_are_named(folder, tmp_path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 from typing import get_args
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from flax_encoder.commands import main
 from flax_encoder.config import ConfigError
 from flax_encoder.config.model import PoolingMode
+from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
 from flax_encoder.published.load import load_pretrained
 from flax_encoder.published.sentence_transformers import (
     NORMALIZE,
@@ -24,7 +26,7 @@ from flax_encoder.published.sentence_transformers import (
     write_sentence_settings,
 )
 from flax_encoder.published.weights import read_weights, write_weights
-from flax_encoder.runs.embed import load_embedder, write_sentence_files
+from flax_encoder.runs.embed import apply_layer, load_embedder, write_sentence_files
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden/bert-masked_lm"
 TEXTS = ["a b c", "", "d", "a a a a a a a a a a a a", "b", "e f g h"]
@@ -197,6 +199,43 @@ def test_lower_casing_leaves_special_tokens(folder):
     assert np.abs(vectors[1] - vectors[2]).max() > 1e-3
 
 
+@pytest.mark.parametrize("arguments", [
+    {"tokenizer_args": {"do_lower_case": False}}, {"processor_kwargs": {"do_lower_case": False, "revision": "main"}},
+])  # fmt: skip
+def test_what_a_folder_hands_to_its_tokenizer_wins_wherever_it_is_opened(folder, tmp_path, arguments):
+    dump(folder, "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": True})
+    (text,) = read_tokenizer(folder).encode_batch(["A b"])
+    dump(folder, "sentence_bert_config.json", {"config_args": {"output_attentions": False}} | arguments)
+    (cased,) = read_tokenizer(folder).encode_batch(["A b"])
+    assert cased.tolist() == [1, text[1]] and text[0] != 1
+    embedder = load_embedder(folder)
+    want = embedder.embed(["A b"])[0]
+    main(["import", str(folder), str(tmp_path / "run")])
+    main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    main(["export", str(folder), str(tmp_path / "again")])
+    for path in (tmp_path / "run", tmp_path / "out", tmp_path / "again"):
+        assert np.abs(load_embedder(path).embed(["A b"])[0] - want).max() < 1e-5
+        assert load_embedder(path).tokenizer.encode_batch(["A b"])[0].tolist() == cased.tolist()
+
+
+@pytest.mark.parametrize(("name", "of_two", "of_minus_two"), [
+    ("ELU", 2, np.exp(-2) - 1), ("CELU", 2, np.exp(-2) - 1), ("Softplus", np.log1p(np.exp(2)), np.log1p(np.exp(-2))),
+    ("SELU", 2 * 1.0507009873554805, 1.0507009873554805 * 1.6732632423543772 * (np.exp(-2) - 1)),
+    ("Softsign", 2 / 3, -2 / 3), ("LogSigmoid", -np.log1p(np.exp(-2)), -np.log1p(np.exp(2))), ("Hardtanh", 1, -1),
+    ("Hardsigmoid", 5 / 6, 1 / 6), ("Hardswish", 5 / 3, -1 / 3), ("Tanhshrink", 2 - np.tanh(2), np.tanh(2) - 2),
+])  # fmt: skip
+def test_a_dense_modules_activation_is_that_of_torch(tmp_path, name, of_two, of_minus_two):
+    dump(tmp_path, "modules.json", [
+        {"path": path, "type": f"sentence_transformers.models.{kind}"}
+        for path, kind in (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense"))
+    ])  # fmt: skip
+    dump(tmp_path, "2_Dense/config.json", {"bias": False, "activation_function": f"torch.nn.modules.activation.{name}"})
+    write_weights(tmp_path / "2_Dense", {"linear.weight": np.eye(2, dtype=np.float32)})
+    (layer,) = read_sentence_settings(tmp_path).layers
+    got = apply_layer(layer, jnp.asarray([[2.0, -2.0]]))
+    np.testing.assert_allclose(got, [[of_two, of_minus_two]], rtol=1e-5)
+
+
 def test_what_follows_pooling_is_done_in_turn(folder, tmp_path):
     rng = np.random.default_rng(0)
     plain = load_embedder(folder, pooling=["cls", "mean"], normalize=False)
@@ -232,7 +271,7 @@ def test_what_follows_pooling_is_done_in_turn(folder, tmp_path):
     ("sentence_bert_config.json", [], "must hold a JSON dict: got list"),
     ("sentence_bert_config.json", {"max_seq_length": "12"}, "must be a number of at least 3 tokens: got '12'"),
     ("sentence_bert_config.json", {"model_args": {"hidden_act": "relu"}}, "not understood: model.hidden_act"),
-    ("sentence_bert_config.json", {"tokenizer_args": {"strip_accents": True}}, "not understood: tokenizer.strip_acc"),
+    ("sentence_bert_config.json", {"tokenizer_args": {"sp_model_kwargs": {}}}, "not understood: tokenizer.sp_mod"),
     ("sentence_bert_config.json", {"new_setting": 1}, "not understood: new_setting"),
     ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "not understood: transformer_task"),
     ("config_sentence_transformers.json", {"default_prompt_name": "q"}, r"must be one of prompts: got 'q' of \[\]"),

@@ -108,7 +108,7 @@ def test_shards_must_fit_their_index(tmp_path, edit, message):
         read_weights(tmp_path)
 
 
-@pytest.mark.parametrize("folder", ["/home/someone/model/", "C:\\Users\\someone\\model\\", "file:///"])
+@pytest.mark.parametrize("folder", ["/home/someone/model/", "C:\\Users\\someone\\model\\", "./", "file:///"])
 def test_an_index_may_name_where_its_shards_lay_on_another_machine(tmp_path, folder):
     write_weights(tmp_path, TENSORS, max_shard_bytes=100)
     _edit_index(tmp_path, lambda m: m.update({name: folder + file for name, file in m.items()}))
@@ -190,6 +190,8 @@ def test_a_dtype_that_is_not_read_is_named_with_its_tensor(tmp_path):
     ("flax_model.msgpack", "flax_model.msgpack is Flax's; transformers below version 5 .*from_flax=True"),
     ("onnx/model.onnx", "onnx/model.onnx is a compiled graph"), ("bert.q8.gguf", "bert.q8.gguf is llama.cpp's"),
     ("adapter_model.safetensors", "adapter_model.safetensors is an adapter without the model"),
+    ("rust_model.ot", "rust_model.ot is Rust's; take a folder with safetensors"),
+    ("model-00001-of-00002.safetensors", "00002.safetensors is one of several shards, without the index of"),
     ("weights.safetensors", "weights.safetensors is safetensors under another name; rename it to model.safetensors"),
     ("best.ckpt", "best.ckpt is perhaps a trainer's pickled checkpoint; if so, rename it to pytorch_model.bin"),
 ])  # fmt: skip

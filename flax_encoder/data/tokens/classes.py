@@ -129,7 +129,7 @@ def _deberta_v2(parts: Parts, config: Mapping[str, Any], names: Names) -> Tokeni
 _BERT = TokenizerClass(models.WordPiece, BERT_NAMES, "bert", word_piece)
 _ROBERTA = TokenizerClass(models.BPE, FAIRSEQ_NAMES, "roberta", byte_level)
 CLASSES = {
-    **dict.fromkeys(("bert", "distilbert", "electra", "convbert", "mobilebert", "squeezebert", "layoutlm", "lxmert"),
+    **dict.fromkeys(("bert", "distilbert", "electra", "mobilebert", "squeezebert", "layoutlm", "lxmert"),
                     _BERT),
     **dict.fromkeys(("roberta", "bart", "longformer"), _ROBERTA),
     "xlmroberta": TokenizerClass(models.Unigram, FAIRSEQ_NAMES, "xlmroberta", _xlm_roberta),
@@ -137,7 +137,7 @@ CLASSES = {
     "t5": TokenizerClass(models.Unigram, T5_NAMES, "t5", _t5, num_extra_ids=100),
     "debertav2": TokenizerClass(models.Unigram, DEBERTA_NAMES, "bert", _deberta_v2),
 }  # fmt: skip
-AS_IT_IS = ("tokenizersbackend", "pretrained", "pythonbackend")  # classes that say nothing of their own
+AS_IT_IS = ("tokenizersbackend", "pretrained", "pythonbackend", "convbert")  # classes that say nothing of their own
 # The class of a model_type whose folder names none. For a ModernBERT transformers doesn't believe what it names.
 CLASS_OF_TYPE = {
     "bert": "bert", "distilbert": "bert", "electra": "bert", "roberta": "roberta", "xlm-roberta": "xlmroberta",

@@ -38,6 +38,15 @@ from flax_encoder.data.tokens.tokenizer import SETTINGS, TextTokenizer, load_tok
 
 logger = logging.getLogger(__name__)
 
+SENTENCE_FILES = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+# Settings of tokenizer_config.json that are read, beside those of its length and of the names of special tokens.
+SETTINGS_READ = (
+    "do_lower_case", "strip_accents", "tokenize_chinese_chars", "keep_accents", "add_prefix_space", "split_by_punct",
+    "extra_ids",
+)  # fmt: skip
 # Settings of tokenizer_config.json that have one value here; any other would change the ids.
 _FIXED = {"split_special_tokens": (False,)}
 # Likewise, where there is no tokenizer.json; beside one, transformers reads them no more.
@@ -142,6 +151,13 @@ def _template(tokenizer: TextTokenizer, second: str) -> processors.TemplateProce
     )
 
 
+def sentence_arguments(folder: pathlib.Path) -> dict[str, Any]:
+    """What a sentence-transformers folder hands to the tokenizer: it wins over tokenizer_config.json."""
+    content = next((found for name in SENTENCE_FILES if (found := _json(folder / name))), {})
+    given = [content.get(name) for name in ("tokenizer_args", "processor_kwargs")]
+    return {k: v for own in given if isinstance(own, dict) for k, v in own.items()}
+
+
 class _Beside(NamedTuple):
     """What a folder says of its tokenizer beside the vocabulary."""
 
@@ -164,13 +180,16 @@ class _Beside(NamedTuple):
         config = _json(folder / "tokenizer_config.json")
         published = _json(folder / "config.json")
         older = _json(folder / "special_tokens_map.json")
+        settings = sentence_arguments(folder)
         is_published = bool(config or older) or "model_type" in published or not (folder / "tokenizer.json").is_file()
+        config |= settings
         if "added_tokens_decoder" in config:
             added = {int(i): _added(token) for i, token in config["added_tokens_decoder"].items()}
         else:
-            config |= older
-            special = {_text(config[key]) for key in _special_keys(config)}
-            special |= set(map(_text, _extra(config)))
+            # As extra ones those count that the older file does not call by their older name.
+            special = set(map(_text, [*_extra(config), *(older.get("extra_special_tokens") or [])]))
+            config |= older | settings
+            special |= {_text(config[key]) for key in _special_keys(config)}
             listed = _json(folder / "added_tokens.json")
             added = {
                 i: AddedToken(text, normalized=text not in special, special=text in special)
@@ -223,6 +242,9 @@ def _built(text: str | None, beside: _Beside, num_rows: int | None) -> Tokenizer
     """The tokenizer as the folder's class makes it, with all its special and added tokens and its template."""
     own = beside.tokenizer_class
     processor = None
+    if own is None and beside.class_name not in AS_IT_IS:
+        what = "its files are" if text is None else "the file is"
+        logger.warning("%s: nothing here knows the class %r: %s taken as it is", beside.folder, beside.class_name, what)
     if text is None:
         tokenizer, default, template = _of_files(beside)
         if template is not None:
@@ -236,8 +258,6 @@ def _built(text: str | None, beside: _Beside, num_rows: int | None) -> Tokenizer
                 beside.file, beside.class_name, own.model.__name__, type(tokenizer.model).__name__,
             )  # fmt: skip
             own = None
-        if own is None and beside.class_name not in (*AS_IT_IS, *CLASSES):
-            logger.warning("%s: nothing here knows the class %r: it is taken as it is", beside.file, beside.class_name)
         default, template = ({}, None) if own is None else (own.names, own.template)
         if own is not None:
             processor = tokenizer.post_processor
