@@ -7,18 +7,26 @@ The first makes the teacher, runs/quickstart; --distillation.teacher FOLDER take
 with a masked-LM head, whose tokenizer is then the student's. The weights and the temperature are DistilBERT's (Sanh et
 al., arXiv 1910.01108, and their training script): soft targets 5, masked words 2, cosine of the last hidden states 1,
 temperature 2; the student starts from the teacher's layers, evenly spread.
+
+Measured with --distillation.teacher BERT (2 layers of width 128, 4.4M parameters, published) --model.num-layers 1
+--data.source en.jsonl --masking.rate 0.15 --steps 200, on 9,833 Wikipedia leads: 2 CPU cores that other work kept busy,
+2 min 25 s and 2 min 0 s with seeds 0 and 1. On 200 leads held out the student's masked-LM loss is 6.199 and 6.233, its
+accuracy 0.156 and 0.150. The same student alone, begun anew, same steps (1 min 15 s and 53 s): loss 7.160 and 7.178,
+accuracy 0.080 and 0.078. The most frequent token has 7.083 and 0.061, two neighbours' counts an accuracy of 0.279: 200
+steps are not many. Which part of the gain is the start from the teacher's layer was not measured apart.
 """
 
 import dataclasses
 
 from quickstart import config as quickstart
 
-from flax_encoder.config import DistillationConfig
+from flax_encoder.config import DistillationConfig, OptimizerConfig
 
 config = dataclasses.replace(
     quickstart,
     run_dir="runs/distillation",
     model=dataclasses.replace(quickstart.model, num_layers=2),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_rate=0.05),
     distillation=DistillationConfig(
         teacher="runs/quickstart", task_weight=2.0, soft_weight=5.0, temperature=2.0, hidden_weight=1.0,
         initial_layers="spread",

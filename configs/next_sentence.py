@@ -4,6 +4,10 @@ python train.py --config configs/next_sentence.py
 
 (Devlin et al., arXiv 1810.04805, section 3.1.) The head goes out with the model as a BertForPreTraining. configs/
 bert_base.py is the published recipe, of masked words alone: --objective next_sentence has both.
+
+Hardware and time: 2 CPU cores that other work kept busy, 2 min 46 s for the whole command (1 min 43 s of processor
+time). Result on 663 texts held out: pairs told right 0.699, where the more frequent answer has 0.506; masked accuracy
+0.178 and loss 5.54, where two neighbours' counts have an accuracy of 0.274 and the most frequent token 0.051.
 """
 
 from flax_encoder.config import DataConfig, EncoderConfig, OptimizerConfig, RunConfig

@@ -1,12 +1,19 @@
 """A small model and small batches that several tests share. Sizes differ, so that a swapped axis cannot pass."""
 
+import dataclasses
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from flax_encoder.config import EncoderConfig
-from flax_encoder.nn.partition import abstract_model
+from flax_encoder.nn.partition import abstract_model, round_up_vocab
+from flax_encoder.runs.loaded import model_factory
+from flax_encoder.runs.record import RunRecord
+from flax_encoder.training.checkpoint import Checkpoints
+from flax_encoder.training.step import TrainState
 
 B, T, V, L, N, H, F = 2, 23, 37, 3, 5, 6, 41
 D = N * H
@@ -23,6 +30,17 @@ def split_model(make_model, seed: int = 0):
         return jnp.asarray((path[-1].key == "scale") + std * generator.standard_normal(leaf.shape), leaf.dtype)
 
     return graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(abstract))
+
+
+def save_run(config, tokenizer, labels=None) -> None:
+    """Write a run folder of a model that nobody trained, its parameters drawn as `split_model` does."""
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_size=round_up_vocab(tokenizer.vocab_size))
+    )
+    _, params = split_model(model_factory(config, labels))
+    with Checkpoints(pathlib.Path(config.run_dir), keep=1) as checkpoints:
+        state = TrainState(jnp.zeros((), jnp.int32), params, {})
+        checkpoints.save(state, 1, RunRecord(config, tokenizer, labels, step=1).to_json())
 
 
 def random_tokens(shape, seed: int = 0):

@@ -197,7 +197,7 @@ def check_pair(config: RunConfig, teacher: EncoderConfig) -> None:
       ConfigError: widths or layers that cannot be compared, or documents that the teacher's positions do not reach.
     """
     settings, model = config.distillation, config.model
-    longest = max(config.data.row_length, config.data.final_row_length)
+    longest = max(config.row_lengths)
     require(
         teacher.position != "learned" or longest <= teacher.max_length,
         f"a teacher reads the student's rows: its positions reach {teacher.max_length} tokens, and data.row_length is "

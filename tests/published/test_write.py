@@ -62,7 +62,8 @@ def test_every_head_of_every_family_comes_back_as_it_was_written(tmp_path, famil
     written = made(family, task)
     architecture = write_pretrained(written, tmp_path / "out")
     assert architecture == (family.heads[task].architectures[0] if task else family.base)
-    back = load_pretrained(tmp_path / "out")
+    # Such a folder is opened as a masked LM's where nothing is said.
+    back = load_pretrained(tmp_path / "out", task=task if task == "pretraining" else None)
     got, want = parameters(back), parameters(written)
     assert got.keys() == want.keys()
     for path, value in want.items():

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from flax_encoder.config import ConfigError, DistillationConfig, EncoderConfig, RunConfig
+from flax_encoder.config import ConfigError, DataConfig, DistillationConfig, EncoderConfig, RunConfig
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.load import load_pretrained
@@ -24,10 +24,9 @@ from flax_encoder.tasks.distillation import relations_of, spread_layers
 from flax_encoder.training.checkpoint import read_params
 from flax_encoder.training.run_log import read_metrics
 from flax_encoder.training.step import Teacher, init_train_state, make_train_step
-from tests.published.test_load import make_run
 from tests.runs import losses, tiny, with_fields
 from tests.test_train import Stops
-from tests.toy import split_model
+from tests.toy import save_run, split_model
 from train import train
 
 BIG = EncoderConfig(vocab_size=31, num_layers=3, embed_dim=12, num_heads=2, mlp_dim=14, max_length=19)
@@ -207,8 +206,12 @@ def home(corpus, tmp_path_factory):
     """A teacher of three layers and a classifier of three classes, which nobody trained."""
     home = tmp_path_factory.mktemp("distillation")
     tokenizer = train_wordpiece((corpus / "lines.txt").read_text().splitlines(), 256)
-    make_run(home / "teacher", tokenizer, num_token_types=0, num_layers=3, max_length=32)
-    make_run(home / "classes", tokenizer, ["first", "second", "third"], max_length=32)
+    model = EncoderConfig(num_layers=3, embed_dim=16, num_heads=2, mlp_dim=24, max_length=32)
+    for name, objective, labels in (
+        ("teacher", "masked_lm", None), ("classes", "classification", ["first", "second", "third"])
+    ):  # fmt: skip
+        save_run(RunConfig(str(home / name), objective=objective, model=model, data=DataConfig(row_length=32)),
+                 tokenizer, labels)  # fmt: skip
     return home
 
 
