@@ -33,7 +33,7 @@ from flax_encoder.published.tasks import Task
 from flax_encoder.runs.best import best_checkpoint
 from flax_encoder.runs.loaded import LoadedRun, model_factory
 from flax_encoder.runs.record import RunRecord, read_record
-from flax_encoder.tasks import TASKS, is_setting_read
+from flax_encoder.tasks import TASKS, find_task, is_setting_read
 from flax_encoder.training.checkpoint import read_params
 
 logger = logging.getLogger(__name__)
