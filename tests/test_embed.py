@@ -85,7 +85,7 @@ def test_order_and_batches_do_not_change_vectors(embedder):
     ("hello", "texts must come in a list: got one str, 'hello'"),
     (b"hello", "texts must come in a list: got one bytes"),
     (None, "texts must come in a list: got a NoneType"),
-    (["a", None], "text 1 is a NoneType"),
+    ({"a": "b"}, r"texts must come in a list: got a dict"), (["a", None], "text 1 is a NoneType"),
     ([b"a"], "text 0 is a bytes"),
     (["a", "b", "c \ud800"], "text 2 has half of a surrogate pair"),
 ])  # fmt: skip
@@ -107,15 +107,15 @@ def test_any_iterable_of_texts_is_taken(embedder):
         np.testing.assert_array_equal(embedder.embed(texts)[0], want)
 
 
-@pytest.mark.parametrize("pooling", ["median", ["mean", "median"], []])
+@pytest.mark.parametrize("pooling", ["median", ["mean", "median"], [], 3])
 def test_a_pooling_that_is_not_known_is_named(folder, pooling):
     with pytest.raises(ConfigError, match=r"pooling must be of cls, max, mean, .*: got"):
         load_embedder(folder, pooling=pooling)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1])
+@pytest.mark.parametrize("batch_size", [0, -1, True, 1.5, "8"])
 def test_a_batch_has_rows(embedder, batch_size):
-    with pytest.raises(DataError, match=f"batch_size must be above 0: got {batch_size}"):
+    with pytest.raises(DataError, match=f"batch_size must be a whole number above 0: got {batch_size!r}"):
         embedder.embed(["a"], batch_size)
 
 
@@ -177,7 +177,7 @@ def test_cutting_keeps_the_special_tokens(folder):
     vectors, num_cut = short.embed(["a b c d", "a b"])
     assert num_cut == 1
     np.testing.assert_array_equal(vectors[0], vectors[1])
-    with pytest.raises(DataError, match=r"max_tokens must be at least 3 and at most \d+: got 999"):
+    with pytest.raises(DataError, match=r"max_tokens must be at least 3 and at most \d+, a whole number: got 999"):
         load_embedder(folder, max_tokens=999)
 
 

@@ -140,6 +140,7 @@ class EncoderConfig(ShortRepr):
     product too, whose result is the largest they keep, all but matrix products, or everything in a layer."""
 
     def __post_init__(self):
+        require(self.dtype in ("bfloat16", "float32"), f"dtype must be bfloat16 or float32: got {self.dtype!r}.")
         require_positive(
             self,
             "num_layers",

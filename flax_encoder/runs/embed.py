@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -155,7 +155,7 @@ class Embedder:
     def embed(
         self,
         texts: Iterable[str] | Any,
-        batch_size: int | None = None,
+        batch_size: int | Any | None = None,
         progress: Callable[[int], None] = lambda done: None,
         *,
         prompt_name: str | None = None,
@@ -180,17 +180,17 @@ class Embedder:
         return out, num_cut
 
     def stream(
-        self, texts: Iterable[str] | Any, batch_size: int | None = None, *, prompt_name: str | None = None
+        self, texts: Iterable[str] | Any, batch_size: int | Any | None = None, *, prompt_name: str | None = None
     ) -> Iterator[Vectors]:
         """The vectors of any number of texts as they are made, in another order, in bounded memory.
 
         A text's vector does not depend on the others; on a CPU it has the same bits whatever they are. Takes and raises
         what `embed` does.
         """
-        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
             check_texts(texts)  # which says what is wrong
-        if batch_size is not None and batch_size < 1:
-            raise DataError(f"batch_size must be above 0: got {batch_size}.")
+        if batch_size is not None and not (_is_count(batch_size) and batch_size > 0):
+            raise DataError(f"batch_size must be a whole number above 0: got {batch_size!r}.")
         if prompt_name is not None and prompt_name not in self.prompts:
             known = ", ".join(self.prompts) or "no prompts"
             raise DataError(f"prompt_name must be one of {known}: got {prompt_name!r}.")
@@ -244,6 +244,10 @@ class Embedder:
         return len(ids) - (len(ids) > 0 and ids[-1] in self.tokenizer.special_ids)
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def _taken(packed: PackedTexts, num_cut: int, result: Array) -> Vectors:
     vectors = np.asarray(result)[packed.row, packed.segment - 1]
     vectors[packed.length == 0] = 0.0
@@ -281,7 +285,7 @@ def load_embedder(
     *,
     pooling: PoolingMode | Sequence[PoolingMode] | Any = None,
     normalize: bool | None = None,
-    max_tokens: int | None = None,
+    max_tokens: int | Any | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     allow_unused: bool = False,
     dimensions: int | None = None,
@@ -321,8 +325,9 @@ def load_embedder(
         encoder = nnx.merge(graphdef, nnx.split(encoder)[1])
     _check_layers(folder, settings, encoder.config.embed_dim)
     most = encoder.config.max_length if encoder.config.position == "learned" else None
-    if max_tokens is not None and (max_tokens < 3 or (most is not None and max_tokens > most)):
-        raise DataError(f"max_tokens must be at least 3{f' and at most {most}' if most else ''}: got {max_tokens}.")
+    if max_tokens is not None and not (_is_count(max_tokens) and 3 <= max_tokens <= (most or max_tokens)):
+        bounds = f"at least 3{f' and at most {most}' if most else ''}"
+        raise DataError(f"max_tokens must be {bounds}, a whole number: got {max_tokens!r}.")
     wanted = max_tokens or settings.max_tokens
     limit = min([n for n in ([wanted] if wanted else limits) + [most] if n is not None], default=None)
     settings = _with_given(dataclasses.replace(settings, max_tokens=limit), pooling, normalize)
@@ -347,7 +352,8 @@ def settings_of_run(config: RunConfig) -> SentenceSettings | None:
 def _with_given(settings: SentenceSettings, pooling: Any, normalize: bool | None) -> SentenceSettings:
     """The settings with what is given instead of what they say, as far as anything is."""
     if pooling is not None:
-        modes = (pooling,) if isinstance(pooling, str) else tuple(pooling)
+        is_one = isinstance(pooling, str) or not isinstance(pooling, Iterable)
+        modes = tuple(map(str, (pooling,) if is_one else pooling))
         if not modes or not {*modes} <= {*POOLING_MODES}:
             raise ConfigError(f"pooling must be of {', '.join(POOLING_MODES)}: got {', '.join(modes) or 'none'}.")
         settings = dataclasses.replace(settings, pooling=modes)

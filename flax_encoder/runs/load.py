@@ -33,7 +33,7 @@ from flax_encoder.published.tasks import Task
 from flax_encoder.runs.best import best_checkpoint
 from flax_encoder.runs.loaded import LoadedRun, model_factory
 from flax_encoder.runs.record import RunRecord, read_record
-from flax_encoder.tasks import TASKS, is_setting_read
+from flax_encoder.tasks import TASKS, find_task, is_setting_read
 from flax_encoder.training.checkpoint import read_params
 
 logger = logging.getLogger(__name__)
@@ -59,13 +59,14 @@ def load(
       dtype: of the operands of matrix products; None is the model's own. Parameters stay float32.
 
     Raises:
-      CheckpointError: no checkpoint, or one that cannot be read. ConfigError, WeightsError: as `load_pretrained`.
+      CheckpointError: no checkpoint, or one that cannot be read. ConfigError, WeightsError: as `load_pretrained`;
+        an objective that is not known.
       DataError: a published folder without a tokenizer, or without the head that `objective` has.
     """
     given, path = path, encoder_folder(path)
     if not is_published(path):
         return load_run(path).with_dtype(dtype)
-    head = head if objective is None else TASKS[objective].head
+    head = head if objective is None else find_task(objective).head
     loaded = load_pretrained(path, task=head, allow_unused=allow_unused)
     return from_pretrained(loaded, objective or objective_of(loaded, path), str(given)).with_dtype(dtype)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from flax_encoder.data.sources.records import DataError, Record
 from flax_encoder.data.store.encoding import Encoded, encode_records
 from flax_encoder.data.store.store import Split
 from flax_encoder.data.store.tokenizing import token_dtype
+from flax_encoder.data.tokens.texts import check_texts
 from flax_encoder.data.tokens.tokenizer import TextTokenizer, UnknownCount
 from flax_encoder.nn.lora import with_adapters
 from flax_encoder.nn.partition import abstract_model
@@ -164,7 +165,7 @@ class LoadedRun:
                 f"gives vectors (embed), and --init-from starts from it."
             )
 
-    def predict(self, records: Iterable[Record | str | tuple[str, ...]]) -> Iterator[Answer]:
+    def predict(self, records: Iterable[Record | str | tuple[str, ...]] | Any) -> Iterator[Answer]:
         """An answer a record, in order: what the task's `answer` makes of the model's outputs.
 
         Records are packed into rows, some thousands at a time, which is all that is held in memory. A record may be a
@@ -172,16 +173,18 @@ class LoadedRun:
         one that has a name has it as `id`.
 
         Raises:
-          DataError: a task without answers, or a record of another number of texts than the rest. A record without a
-            token has an answer that says so, {"error": ...}.
+          DataError: a task without answers, what is no list of records, or a record that is none, or has another number
+            of texts than the task reads. A record without a token has an answer that says so, {"error": ...}.
         """
         self._check_asked()
         if self.task.answer is None:
             raise DataError(f"objective {self.config.objective} has no answers to give for a file of texts.")
         block: list[Record] = []
         unknown = UnknownCount(self.tokenizer)
-        for record in records:
-            block.append(_as_record(record))
+        if isinstance(records, (str, bytes, Mapping)) or not isinstance(records, Iterable):
+            check_texts(records)  # which says what is wrong
+        for number, record in enumerate(records):
+            block.append(_as_record(record, number))
             if len(block) == _BLOCK:
                 yield from map(_named, block, self._answers(block, unknown))
                 block = []
@@ -264,11 +267,11 @@ class LoadedRun:
             parts.append(own | {"segment_ids": own["segment_ids"] * number})
         return {name: np.concatenate([part[name] for part in parts], 1) for name in parts[0]}
 
-    def fill_mask(self, text: str, top: int = 5) -> list[list[dict[str, Any]]]:
+    def fill_mask(self, text: str | Any, top: int = 5) -> list[list[dict[str, Any]]]:
         """The likeliest tokens for each mask of a text, as [{"token", "probability"}, ...] a mask, likeliest first.
 
         Raises:
-          DataError: the text has no mask, or is longer than the model takes, or the run has no masked-LM head.
+          DataError: it is no text, has no mask, or is longer than the model takes, or the run has no masked-LM head.
         """
         if not self.task.fills_masks:
             raise DataError(f"fill-mask needs a masked_lm run: this one is {self.config.objective}.")
@@ -321,14 +324,14 @@ class LoadedRun:
         run = jax.jit(lambda params, *rows: function(nnx.merge(graphdef, params).encoder, *rows))
         return lambda row: run(params, *(row.get(x) for x in ("tokens", "segment_ids", "positions", "token_types")))
 
-    def row(self, text: str, text_pair: str | None = None) -> Batch:
+    def row(self, text: str | Any, text_pair: str | Any | None = None) -> Batch:
         """A text, or a pair of texts, as a row of its own, padded to the next usual length.
 
         Raises:
           DataError: a text without a token, or longer than the model's learned positions reach.
         """
         frame = Frame.of(self.tokenizer, self.config.model.position_offset)
-        texts = (text,) if text_pair is None else (text, text_pair)
+        texts = tuple(check_texts([text] if text_pair is None else [text, text_pair]))
         specials = sum(frame.specials) + len(frame.between) * (len(texts) - 1)
         encoded = encode_records([Record(texts)], self.tokenizer, Columns(), {}, token_dtype(self.tokenizer))
         if not len(encoded.tokens):
@@ -376,10 +379,12 @@ def _named(record: Record, answer: Answer) -> Answer:
     return answer if record.id is None else {"id": record.id} | answer
 
 
-def _as_record(record: Record | str | tuple[str, ...]) -> Record:
-    if isinstance(record, Record):
-        return record
-    return Record((record,) if isinstance(record, str) else tuple(record))
+def _as_record(record: Any, number: int) -> Record:
+    if not isinstance(record, Record):
+        record = Record(tuple(record) if isinstance(record, (tuple, list)) else (record,))
+    for text in record.texts:
+        check_texts([text], number)
+    return record
 
 
 def memory_split(encoded: Encoded) -> Split:

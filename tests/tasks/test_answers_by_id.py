@@ -1,6 +1,7 @@
 """Answers carry the names of what they answer, from files that name it."""
 
 import json
+import pathlib
 import re
 
 import jax
@@ -10,13 +11,16 @@ import pytest
 from flax import nnx
 
 from flax_encoder.commands import main
-from flax_encoder.config import DataConfig, EncoderConfig, RunConfig, to_dict
+from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, RunConfig, to_dict
+from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.nn.partition import round_up_vocab
+from flax_encoder.runs.load import load
 from flax_encoder.runs.loaded import model_factory
 from flax_encoder.training.checkpoint import Checkpoints
 from flax_encoder.training.step import TrainState
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PASSAGE = "the river is blue and the stone is red and the cloud is white"
 MODEL = EncoderConfig(num_layers=1, embed_dim=12, num_heads=2, mlp_dim=8, position="rope", num_token_types=2)
 
@@ -81,3 +85,30 @@ def test_ids_are_kept_by_every_task_and_needed_by_squad_alone(squad, tmp_path, c
             main(["predict", str(folder), "--input", str(tmp_path / "asked.jsonl"), "--output",
                   str(tmp_path / "again.jsonl"), "--squad", str(tmp_path / "p.json")])  # fmt: skip
         assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("records", "message"), [
+    ("one text", r"texts must come in a list: got one str, 'one text'. Put it in \[ \]"), (b"one", "got one bytes"),
+    (None, "got a NoneType"), (3, "got a int"), ({"text": "a"}, "got a dict"),
+    (["a", None], "text 1 is a NoneType"),
+    (["a", "b", b"c"], r"must be a str: .decode\('utf-8'\) makes it one: text 2 is a bytes"),
+    ([{"text": "a"}], "text 0 is a dict"), (["a", float("nan")], "text 1 is a float"), ([1], "text 0 is a int"),
+    ([("a", None)], "text 0 is a NoneType"), (["a", "\ud800"], "text 1 has half of a surrogate pair"),
+])  # fmt: skip
+def test_what_is_no_list_of_records_is_named(squad, records, message):
+    run = load(squad / "run")
+    with pytest.raises(DataError, match=message):
+        list(run.predict(records))
+
+
+def test_what_is_no_text_or_no_objective_is_named(squad):
+    run = load(squad / "run")
+    for text in (None, 3, b"a", ["a"]):
+        with pytest.raises(DataError, match="each text must be a str"):
+            run.row(text)
+    config = EncoderConfig(**vars(MODEL))
+    object.__setattr__(config, "dtype", "float16")  # which a user's call, whose annotations nothing checks, may give
+    with pytest.raises(ConfigError, match="dtype must be bfloat16 or float32: got 'float16'"):
+        config.__post_init__()
+    with pytest.raises(ConfigError, match="no objective 'foo'; known are masked_lm"):
+        load(GOLDEN / "bert-masked_lm", objective="foo")

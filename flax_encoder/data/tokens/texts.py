@@ -1,5 +1,6 @@
 """What every text must be before it is tokenized."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from flax_encoder.data.sources.records import DataError
@@ -21,6 +22,8 @@ def check_texts(texts: Any, first: int = 0) -> list[str]:
     if isinstance(texts, (str, bytes)):
         raise DataError(f"texts must come in a list: got one {type(texts).__name__}, {texts!r:.60}. Put it in [ ].")
     try:
+        if isinstance(texts, Mapping):
+            raise TypeError
         texts = list(texts)
     except TypeError:
         raise DataError(f"texts must come in a list: got a {type(texts).__name__}, {texts!r:.60}.") from None
