@@ -378,6 +378,8 @@ def test_a_phase_may_have_another_objective_with_the_same_parameters(
 
 
 def test_an_objective_with_other_parameters_is_refused():
+    causal = Phase(share=0.3, objective="causal_lm"), Phase(share=0.7, objective="masked_lm")
+    check_task(RunConfig(model=ROPE, phases=causal))
     phases = (Phase(share=0.5, objective="classification"), Phase(share=0.5, objective="masked_lm"))
     with pytest.raises(ConfigError, match=r"got phases\.0\.objective classification in a run of masked_lm"):
         check_task(RunConfig(phases=phases))
