@@ -126,13 +126,13 @@ BERT = Family(
     rows=ROWS,
     heads={
         "masked_lm": BERT_MASKED_LM,
-        **pretraining("Bert", BERT_MASKED_LM, "bert.pooler.dense", "cls.seq_relationship"),
         "classification": Head(("BertForSequenceClassification",), classes("classifier", "bert.pooler.dense")),
         **plain_heads("Bert"),
         **multiple_choice("Bert", "bert.pooler.dense"),
         "next_sentence": Head(
             ("BertForNextSentencePrediction",), classes("cls.seq_relationship", "bert.pooler.dense"), num_outputs=2
         ),
+        **pretraining("Bert", BERT_MASKED_LM, "bert.pooler.dense", "cls.seq_relationship"),
     },
     prefix="bert.",
     base="BertModel",
@@ -326,10 +326,10 @@ ALBERT = Family(
     ),
     heads={
         "masked_lm": ALBERT_MASKED_LM,
-        **pretraining("Albert", ALBERT_MASKED_LM, "albert.pooler", "sop_classifier.classifier"),
         "classification": Head(("AlbertForSequenceClassification",), classes("classifier", "albert.pooler")),
         **plain_heads("Albert"),
         **multiple_choice("Albert", "albert.pooler"),
+        **pretraining("Albert", ALBERT_MASKED_LM, "albert.pooler", "sop_classifier.classifier"),
     },
     prefix="albert.",
     base="AlbertModel",
