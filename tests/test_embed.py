@@ -1,5 +1,7 @@
 """Texts to vectors: what must not change them, texts of odd kinds, and the command."""
 
+import csv
+import gzip
 import json
 import pathlib
 import shutil
@@ -203,7 +205,29 @@ def test_the_command_writes_a_row_a_line(folder, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["texts.txt", "vectors.npy"]
 
 
+def test_the_command_reads_rows_of_tables_and_packed_lines(folder, tmp_path):
+    """A row has the text of its column, whatever else stands beside it; no line of JSON is taken for a text."""
+    texts = [text for text in TEXTS if text.strip()]
+    rows = [{"id": str(i), "text": text, "note": "other words"} for i, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["id", "note", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    with gzip.open(tmp_path / "a.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("".join(f"{text}\n" for text in texts))
+    want, _ = load_embedder(folder).embed(texts)
+    for name in ("a.jsonl", "a.csv", "a.txt.gz"):
+        main(["embed", str(folder), "--input", str(tmp_path / name), "--output", str(tmp_path / "v.npy")])
+        np.testing.assert_allclose(np.load(tmp_path / "v.npy"), want, rtol=0, atol=1e-5, err_msg=name)
+    notes = ["--text-column", "note"]
+    main(["embed", str(folder), "--input", str(tmp_path / "a.csv"), "--output", str(tmp_path / "v.npy"), *notes])
+    others, _ = load_embedder(folder).embed(["other words"] * len(texts))
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), others, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
+    (["--input", "good.txt", "--output", "v.npy", "--text-column", "text"], "is of files with columns"),
     (["--input", "nothing.txt", "--output", "v.npy"], "no texts at nothing.txt: No such file"),
     (["--input", "bad.txt", "--output", "v.npy"], "bad.txt: line 2 must be UTF-8"),
     (["--input", "good.txt", "--output", "v.csv"], "must end in .npy: got v.csv"),

@@ -1,21 +1,24 @@
-"""A vector for each line of a file."""
+"""A vector for each text of a file."""
 
 import argparse
 import pathlib
 import stat
+from collections.abc import Iterator
 from typing import get_args
 
 from flax_encoder.config.model import PoolingMode
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.training.console import make_news_console
 
-HELP = "a vector for each line of a file"
+HELP = "a vector for each text of a file"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a run, one of its checkpoints, a published or a sentence-transformers folder")
-    parser.add_argument("--input", required=True, type=pathlib.Path, help="one text a line")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="a .npy file: float32, a row a line")
+    parser.add_argument("--input", required=True, type=pathlib.Path, help="one text a line, or a .jsonl, .csv, "
+                        ".parquet ... file with a text a row")  # fmt: skip
+    parser.add_argument("--text-column", help="of such a file, the column to read (default: guessed by its name)")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="a .npy file: float32, a row a text")
     parser.add_argument("--pooling", nargs="+", choices=get_args(PoolingMode), help="how a text's vectors become "
                         "one; several are concatenated (default: the folder's, or else mean)")  # fmt: skip
     parser.add_argument(
@@ -37,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.progress import MofNCompleteColumn, Progress
 
     from flax_encoder.runs.embed import load_embedder
-    from flax_encoder.runs.vector_file import VectorFile, read_texts
+    from flax_encoder.runs.vector_file import VectorFile
     from flax_encoder.training.runtime import set_up_runtime
 
     set_up_runtime()
@@ -45,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise DataError(f"--output must end in .npy: got {arguments.output}.")
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise DataError(f"--batch-size must be above 0: got {arguments.batch_size}.")
-    total = _num_lines(arguments.input)
+    texts, total = _open(arguments.input.expanduser(), arguments.text_column)
     embedder = load_embedder(
         arguments.folder,
         pooling=arguments.pooling,
@@ -55,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         allow_unused=arguments.allow_unused,
         dimensions=arguments.dimensions,
     )
-    vectors = embedder.stream(read_texts(arguments.input), arguments.batch_size, prompt_name=arguments.prompt_name)
+    vectors = embedder.stream(texts, arguments.batch_size, prompt_name=arguments.prompt_name)
     num_texts = num_cut = 0
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=make_news_console(stderr=True)) as progress, VectorFile(
@@ -68,6 +71,24 @@ def run(arguments: argparse.Namespace) -> None:
             progress.update(task, completed=num_texts)
     cut = f"; {num_cut:,} texts were longer than {embedder.max_tokens} tokens and cut" if num_cut else ""
     print(f"wrote {arguments.output}: {num_texts:,} x {embedder.embed_dim}{cut}")
+
+
+def _open(path: pathlib.Path, column: str | None) -> tuple[Iterator[str], int | None]:
+    """(the texts of a file, how many there are where that is known): its lines, or what a column of its rows has."""
+    from flax_encoder.config import ConfigError, DataConfig
+    from flax_encoder.data.sources.columns import Columns
+    from flax_encoder.data.sources.files import KINDS, kind_of
+    from flax_encoder.data.sources.streams import is_whole
+    from flax_encoder.runs.ask_file import open_input
+    from flax_encoder.runs.vector_file import read_texts
+
+    total = _num_lines(path)
+    if total is None or kind_of(path) not in KINDS or (kind_of(path) == ".txt" and not is_whole(path)):
+        if column is not None:
+            raise ConfigError(f"--text-column is of files with columns, such as .jsonl and .csv: got {path}.")
+        return read_texts(path), total
+    config = DataConfig(source=str(path), text_unit="line", text_column=column)
+    return (record.texts[0] for record in open_input(str(path), config, Columns())), None
 
 
 def _num_lines(path: pathlib.Path) -> int | None:
