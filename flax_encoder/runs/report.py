@@ -53,7 +53,7 @@ def describe_data(data: RunData) -> str:
 
 def describe_stages(config: RunConfig) -> str:
     shapes = {
-        (s.batch_size, T, s.row_length, s.num_microbatches, s.rope_theta)
+        (s.batch_size, T, s.row_length, s.num_microbatches, s.rope_theta, s.objective)
         for s in config.stages for T in (*config.data.buckets, s.row_length)
     }
     if config.phases:
