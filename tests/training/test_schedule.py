@@ -77,7 +77,7 @@ def test_no_update_is_lost_to_a_warm_up_of_less_than_one(schedule, updates):
     config = OptimizerConfig(schedule=schedule, warmup_rate=0.06)
     rates = np.array([float(share_of_update(config, number, updates)) for number in range(updates)])
     plain = np.asarray(share_of_peak(config, jnp.arange(updates) / updates))
-    np.testing.assert_allclose(rates[1:], plain[1:], rtol=1e-6)
+    np.testing.assert_allclose(rates[1:], plain[1:], atol=1e-6)  # of shares up to 1, in float32
     if 0.06 * updates < 1:
         assert rates[0] == pytest.approx(1.0) and rates.min() > 0
     else:
