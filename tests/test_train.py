@@ -302,7 +302,7 @@ def test_nothing_is_saved_that_has_diverged(corpus, tmp_path, one_device):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--config", "configs/nothing.py"], "recipes in configs/ are: configs/bert_base.py, "),
+        (["--config", "configs/nothing.py"], "recipes in configs/ are: configs/albert_base.py, "),
         (["--data.source", "nothing/*.txt"], "no file matches data.source 'nothing/*.txt'"),
         (["--init-from", "nothing"], "no folder at nothing. Give a run folder, a checkpoint or"),
         (["--mesh.tensor", "3"], "is 3, and there are 1"),

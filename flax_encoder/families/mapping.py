@@ -500,7 +500,10 @@ def plain_name(family: Family, name: str) -> str:
 def with_table(
     family: Family, published: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The tensors with the token embedding, where a tied head's name for it is the only one that is there."""
+    """The tensors with the token embedding, where a tied head's name for it is the only one that is there. Tables of
+    encoder-decoders have several names, and logits often a table of their own: `arranged` has those."""
+    if family.decoder is not None or published.get("tie_word_embeddings", True) is False:
+        return dict(tensors)
     table, names = family.rows[0].theirs[0], {plain_name(family, name): name for name in tensors}
     for task, head in family.heads.items():
         if table not in names and head.tied in names and getattr(read_head(family, task, published)[0], "tied", False):
