@@ -16,7 +16,7 @@ from flax_encoder.commands import main
 from flax_encoder.config import ConfigError
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.published.load import load_pretrained
-from flax_encoder.runs.embed import load_embedder
+from flax_encoder.runs.embed import _MANY, load_embedder
 from flax_encoder.runs.vector_file import VectorFile, read_texts
 
 GOLDEN = pathlib.Path(__file__).parent / "golden/bert-masked_lm"
@@ -139,17 +139,35 @@ def test_a_vector_has_the_same_bits_whatever_is_beside_its_text(folder, pooling)
     embedder = load_embedder(folder, pooling=pooling)
     rng = np.random.default_rng(3)
     texts = [" ".join(rng.choice([*"abcdefgh"], n)) for n in rng.integers(0, embedder.config.max_length, 300)]
-    want, _ = embedder.embed(texts)
+    want = streamed(embedder, texts)
+    np.testing.assert_array_equal(embedder.embed(texts)[0], want)
     for order in (rng.permutation(300), np.arange(300)[::-1], np.arange(0, 300, 7)):
-        got, _ = embedder.embed([texts[i] for i in order])
-        np.testing.assert_array_equal(got, want[order])
+        np.testing.assert_array_equal(streamed(embedder, [texts[i] for i in order]), want[order])
     for i in (0, 131, 299):
-        np.testing.assert_array_equal(embedder.embed([texts[i]])[0][0], want[i])
+        np.testing.assert_array_equal(streamed(embedder, [texts[i]])[0], want[i])
+
+
+def streamed(embedder, texts):
+    vectors = np.zeros((len(texts), embedder.embed_dim), np.float32)
+    for part in embedder.stream(texts):
+        vectors[part.numbers] = part.vectors
+    return vectors
+
+
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+def test_few_texts_have_the_vectors_of_many_up_to_rounding(folder, pooling):
+    """They take programs of their own, for one text and for up to 16."""
+    embedder = load_embedder(folder, pooling=pooling, normalize=True)
+    texts = [" ".join("abcdefgh"[n % 8 :] * n) for n in range(18)]
+    want = streamed(embedder, texts)
+    for some in (texts[5:6], texts[-1:], texts[:2], texts[2:18]):
+        np.testing.assert_allclose(embedder.embed(some)[0], want[[texts.index(t) for t in some]], rtol=0, atol=2e-6)
 
 
 def test_few_programs_serve_all_lengths(embedder):
-    embedder.embed([" ".join("a" * n) for n in range(200)])
-    assert embedder._apply._cache_size() <= 4
+    texts = [" ".join("a" * n) for n in range(200)]
+    shapes = {packed.batch["tokens"].shape for packed, _ in embedder._packed(texts, "", _MANY["cpu"])}
+    assert len(shapes) <= 4 and {B * T for B, T in shapes} == {1024}
 
 
 def test_a_stream_gives_vectors_before_it_has_read_all_texts(embedder):
@@ -283,11 +301,11 @@ def test_minilm_gives_a_text_the_same_bits_alone_and_in_any_mix(dtype):
     words = ["the", "fox", "reads", "a", "very", "unlikely", "story"]
     texts = [" ".join(rng.choice(words, n)) for n in range(0, 90, 2)]
     embedder = load_embedder(ASSETS / "minilm", dtype=dtype)
-    want, _ = embedder.embed(texts)
+    want = streamed(embedder, texts)
     order = rng.permutation(len(texts))[:30]
     np.testing.assert_array_equal(embedder.embed([texts[i] for i in order])[0], want[order])
     for i in (3, 40):
-        np.testing.assert_array_equal(embedder.embed([texts[i]])[0][0], want[i])
+        np.testing.assert_array_equal(streamed(embedder, [texts[i]])[0], want[i])
 
 
 @needs_minilm

@@ -46,19 +46,36 @@ from flax_encoder.published.sentence_transformers import (
     read_sentence_settings,
     write_sentence_settings,
 )
+from flax_encoder.runs.asked import FEW_TOKENS, AskedModel
 from flax_encoder.runs.load import load_run
 from flax_encoder.runs.record import read_record
 from flax_encoder.tasks import find_task
 
 logger = logging.getLogger(__name__)
 
-# Each row length is a compiled program, and a text goes to the shortest that it fits: padding and attention are least
-# in short rows (LOG.md).
-_SHORTEST_ROW, _ROW_STEP, _LONGEST_ROW = 64, 4, 2**20
+_LONGEST_ROW = 2**20
 # Columns. With it a text has the same bits wherever it lies; without, sums over a row begin with other tokens (LOG.md).
 _ALIGNMENT = 8
-# Rows of the shortest kind in a batch, or their tokens in longer rows: on a CPU more are no faster (LOG.md).
-_BATCH_ROWS = {"cpu": 16, "gpu": 256, "tpu": 256}
+
+
+class _Rows(NamedTuple):
+    """Rows of a batch: so many of the shortest length, or their tokens in longer ones, each `step` times as long.
+
+    Each length is a compiled program, and a text goes to the shortest that it fits: padding and attention are least in
+    short rows (LOG.md).
+    """
+
+    count: int
+    shortest: int = 64
+    step: int = 4
+
+    def shapes(self, longest: int) -> list[RowShape]:
+        lengths = [n for k in range(16) if (n := self.shortest * self.step**k) < longest] + [longest]
+        return [RowShape(max(1, self.count * self.shortest // n), n) for n in lengths]
+
+
+_MANY = {"cpu": _Rows(16), "gpu": _Rows(256), "tpu": _Rows(256)}  # on a CPU more are no faster (LOG.md)
+_FEW = {1: _Rows(1, 32, 2), 16: _Rows(4, 32, 2)}  # by how many texts there are at most
 _TOKENIZED_AT_ONCE = 1024
 _BATCHES_AHEAD = 4
 
@@ -135,12 +152,11 @@ class Embedder:
 
     @functools.cached_property
     def _apply(self) -> Callable[..., Array]:
-        graphdef, _ = nnx.split(self.encoder)
         settings, has_types = self.settings, bool(self.config.num_token_types)
 
-        def apply(params, batch, skipped):
+        def apply(encoder, batch, skipped):
             rows = (batch["tokens"], batch["segment_ids"], batch["positions"])
-            hidden = nnx.merge(graphdef, params)(*rows, batch["token_types"] if has_types else None)
+            hidden = encoder(*rows, batch["token_types"] if has_types else None)
             num_segments = batch["target_positions"].shape[1]
             vectors = pool_segments(
                 hidden, batch["segment_ids"], batch["places"], num_segments, settings.pooling, skipped
@@ -150,7 +166,8 @@ class Embedder:
             vectors = vectors[..., : settings.truncate_dim]
             return apply_layer(NORMALIZE, vectors) if self.normalize_last else vectors
 
-        return jax.jit(apply)
+        unrolled = dataclasses.replace(self.config, scan_layers=False)
+        return AskedModel(self.encoder, lambda: _graphdef(unrolled)).function(apply)
 
     def embed(
         self,
@@ -164,16 +181,19 @@ class Embedder:
 
         Args:
           texts: a text without a token has a vector of zeros.
-          batch_size: rows of 64 tokens a batch, or their tokens in longer rows; None suits the device.
+          batch_size: rows of 64 tokens a batch, or their tokens in longer rows; None suits the device, and few texts,
+            whose vectors then differ from those of `stream` by rounding.
           progress: hears how many texts are done.
           prompt_name: which of `prompts` to put before every text; None is `prompt`.
 
         Raises:
           DataError: what is no list of texts, a batch_size below 1, or a prompt that is not there.
         """
-        texts = check_texts(texts)
+        texts, rows, prompt = check_texts(texts), _rows_of(batch_size), self._prompt_of(prompt_name)
+        if batch_size is None:
+            rows = next((few for most, few in _FEW.items() if len(texts) <= most), rows)
         out, num_cut, done = np.zeros((len(texts), self.embed_dim), np.float32), 0, 0
-        for numbers, vectors, num_cut in self.stream(texts, batch_size, prompt_name=prompt_name):  # noqa: B007
+        for numbers, vectors, num_cut in self._stream(texts, prompt, rows):  # noqa: B007
             out[numbers] = vectors
             done += len(numbers)
             progress(done)
@@ -189,28 +209,30 @@ class Embedder:
         """
         if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
             check_texts(texts)  # which says what is wrong
-        if batch_size is not None and not (_is_count(batch_size) and batch_size > 0):
-            raise DataError(f"batch_size must be a whole number above 0: got {batch_size!r}.")
-        if prompt_name is not None and prompt_name not in self.prompts:
-            known = ", ".join(self.prompts) or "no prompts"
-            raise DataError(f"prompt_name must be one of {known}: got {prompt_name!r}.")
-        prompt = self.prompt if prompt_name is None else self.prompts[prompt_name]
-        return self._stream(texts, prompt, batch_size or _BATCH_ROWS[platform()])
+        return self._stream(texts, self._prompt_of(prompt_name), _rows_of(batch_size))
 
-    def _stream(self, texts: Iterable[Any], prompt: str, batch_rows: int) -> Iterator[Vectors]:
+    def _prompt_of(self, name: str | None) -> str:
+        if name is not None and name not in self.prompts:
+            known = ", ".join(self.prompts) or "no prompts"
+            raise DataError(f"prompt_name must be one of {known}: got {name!r}.")
+        return self.prompt if name is None else self.prompts[name]
+
+    def _stream(self, texts: Iterable[Any], prompt: str, rows: _Rows) -> Iterator[Vectors]:
         skipped = 0 if self.settings.include_prompt or not prompt else self._prompt_length(prompt)
-        _, params = nnx.split(self.encoder)
         waiting = None  # the device works on one batch while the one before is given away
-        with contextlib.closing(read_ahead(self._packed(texts, prompt, batch_rows), _BATCHES_AHEAD)) as batches:
+        packed_rows = self._packed(texts, prompt, rows)
+        if rows not in _FEW.values():  # a thread takes longer to begin than a few texts
+            packed_rows = read_ahead(packed_rows, _BATCHES_AHEAD)
+        with contextlib.closing(packed_rows) as batches:
             for packed, num_cut in batches:
-                result = self._apply(params, packed.batch, skipped)
+                result = self._apply(packed.batch["tokens"].size <= FEW_TOKENS, packed.batch, skipped)
                 if waiting is not None:
                     yield _taken(*waiting)
                 waiting = packed, num_cut, result
         if waiting is not None:
             yield _taken(*waiting)
 
-    def _packed(self, texts: Iterable[Any], prompt: str, batch_rows: int) -> Iterator[tuple[PackedTexts, int]]:
+    def _packed(self, texts: Iterable[Any], prompt: str, rows: _Rows) -> Iterator[tuple[PackedTexts, int]]:
         """Batches of rows, each with how many texts were cut until it was packed."""
         num_cut, unknown = 0, UnknownCount(self.tokenizer)
         frame = None  # of a model whose positions skip a padding token that a text spells
@@ -220,16 +242,14 @@ class Embedder:
         def encoded() -> Iterator[EncodedText]:
             nonlocal num_cut
             for some in _in_groups(texts, _TOKENIZED_AT_ONCE):
-                rows, num_more = self._tokenizer.encode_rows([prompt + text for text in some], self.max_tokens)
+                ids, num_more = self._tokenizer.encode_rows([prompt + text for text in some], self.max_tokens)
                 num_cut += num_more
-                unknown.add(rows)
-                yield from map(EncodedText, rows)
+                unknown.add(ids)
+                yield from map(EncodedText, ids)
 
         longest = _LONGEST_ROW if self.max_tokens is None else -(-self.max_tokens // _ALIGNMENT) * _ALIGNMENT
-        lengths = [n for k in range(8) if (n := _SHORTEST_ROW * _ROW_STEP**k) < longest] + [longest]
-        shapes = [RowShape(max(1, batch_rows * _SHORTEST_ROW // n), n) for n in lengths]
         # Padding is seen by nothing, so any token may stand for it; some tokenizers have none of their own.
-        for packed in pack_texts(encoded(), shapes, pad_id=0, alignment=_ALIGNMENT):
+        for packed in pack_texts(encoded(), rows.shapes(longest), pad_id=0, alignment=_ALIGNMENT):
             places = packed.batch["positions"]
             packed.batch["places"] = places
             if frame is not None:
@@ -242,6 +262,14 @@ class Embedder:
         """Tokens that the prompt has of a text, the special ones before it included."""
         (ids,), _ = self._tokenizer.encode_rows([prompt], self.max_tokens)
         return len(ids) - (len(ids) > 0 and ids[-1] in self.tokenizer.special_ids)
+
+
+def _rows_of(batch_size: int | Any | None) -> _Rows:
+    if batch_size is None:
+        return _MANY[platform()]
+    if not (_is_count(batch_size) and batch_size > 0):
+        raise DataError(f"batch_size must be a whole number above 0: got {batch_size!r}.")
+    return _Rows(int(batch_size))
 
 
 def _is_count(value: Any) -> bool:
@@ -320,9 +348,7 @@ def load_embedder(
         settings = settings_of_run(run.config) or settings
         encoder, tokenizer, limits = run.model.encoder, run.tokenizer, [run.tokenizer.max_tokens or run.row_length]
     if dtype is not None and dtype != encoder.config.dtype:
-        config = dataclasses.replace(encoder.config, dtype=dtype)
-        graphdef, _ = abstract_model(lambda: Encoder(config, rngs=nnx.Rngs(0)))
-        encoder = nnx.merge(graphdef, nnx.split(encoder)[1])
+        encoder = nnx.merge(_graphdef(dataclasses.replace(encoder.config, dtype=dtype)), nnx.split(encoder)[1])
     _check_layers(folder, settings, encoder.config.embed_dim)
     most = encoder.config.max_length if encoder.config.position == "learned" else None
     if max_tokens is not None and not (_is_count(max_tokens) and 3 <= max_tokens <= (most or max_tokens)):
@@ -338,6 +364,10 @@ def load_embedder(
         raise DataError(f"dimensions must be from 1 to the vectors' {embedder.embed_dim}: got {dimensions}.")
     cut = dataclasses.replace(settings, truncate_dim=dimensions)
     return Embedder(encoder, tokenizer, cut, embedder.normalize)
+
+
+def _graphdef(config: EncoderConfig) -> Any:
+    return abstract_model(lambda: Encoder(config, rngs=nnx.Rngs(0)))[0]
 
 
 def settings_of_run(config: RunConfig) -> SentenceSettings | None:

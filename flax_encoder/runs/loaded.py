@@ -25,6 +25,7 @@ from flax_encoder.data.tokens.texts import check_texts
 from flax_encoder.data.tokens.tokenizer import TextTokenizer, UnknownCount
 from flax_encoder.nn.lora import with_adapters
 from flax_encoder.nn.partition import abstract_model
+from flax_encoder.runs.asked import FEW_TOKENS, AskedModel
 from flax_encoder.tasks import Task, find_task, is_setting_read
 from flax_encoder.tasks.task import Answer, Question
 
@@ -95,38 +96,37 @@ class LoadedRun:
         return self.config.row_lengths[-1]
 
     @functools.cached_property
-    def _split_model(self) -> tuple[Any, Any]:
-        return nnx.split(self.model)
+    def _asked(self) -> AskedModel:
+        return AskedModel(self.model, lambda: self._graphdef(self._with_model(scan_layers=False)))
+
+    def _of_batch(self, function: Callable[..., Any]) -> Callable[[Batch], Any]:
+        """`function(model, batch)`, compiled; a text that is written is of few tokens at a time."""
+        compiled, always_few = self._asked.function(function), self.task.reading.asks_one_a_row
+
+        def call(batch: Batch) -> Any:
+            read = {name: x for name, x in batch.items() if name not in HOST_FIELDS}
+            return compiled(always_few or batch["tokens"].size <= FEW_TOKENS, read)
+
+        return call
 
     @functools.cached_property
     def apply(self) -> Callable[[Batch], dict[str, jax.Array]]:
         """The model's outputs of a batch, compiled once for each shape."""
-        graphdef, params = self._split_model
-        run = jax.jit(lambda params, batch: nnx.merge(graphdef, params).outputs(batch))
-        return lambda batch: run(params, {name: x for name, x in batch.items() if name not in HOST_FIELDS})
+        return self._of_batch(lambda model, batch: model.outputs(batch))
 
     @functools.cached_property
     def _logits(self) -> Callable[[Batch], jax.Array]:
-        graphdef, params = self._split_model
-        run = jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch))
-        return lambda batch: run(params, batch)
+        return self._of_batch(lambda model, batch: model(batch))
 
     @property
     def params(self) -> Any:
         """The model's parameters, a pytree of arrays."""
-        return nnx.to_pure_dict(self._split_model[1])
+        return nnx.to_pure_dict(self._asked.split[1])
 
     @functools.cached_property
     def loss_and_outputs(self) -> Callable[[Batch], tuple[Any, dict[str, jax.Array]]]:
         """The loss of a batch with targets, and the model's outputs; compiled once for each shape."""
-        graphdef, params = self._split_model
-
-        @jax.jit
-        def run(params, batch):
-            model = nnx.merge(graphdef, params)
-            return model.loss(batch), model.outputs(batch)
-
-        return lambda batch: run(params, {name: x for name, x in batch.items() if name not in HOST_FIELDS})
+        return self._of_batch(lambda model, batch: (model.loss(batch), model.outputs(batch)))
 
     def with_settings(self, generation: GenerationConfig | None = None, prefix: str | None = None) -> "LoadedRun":
         """This run, asked otherwise: what `generation` gives of how texts are written, and another `data.prefix`.
@@ -150,13 +150,19 @@ class LoadedRun:
 
     def with_model_settings(self, **settings: Any) -> "LoadedRun":
         """This run with other settings of `config.model` that say how it computes, and not what it is."""
-        model = dataclasses.replace(self.config.model, **settings)
-        return self if model == self.config.model else self._as(dataclasses.replace(self.config, model=model))
+        config = self._with_model(**settings)
+        return self if config == self.config else self._as(config)
+
+    def _with_model(self, **settings: Any) -> RunConfig:
+        return dataclasses.replace(self.config, model=dataclasses.replace(self.config.model, **settings))
 
     def _as(self, config: RunConfig) -> "LoadedRun":
+        model = nnx.merge(self._graphdef(config), self._asked.split[1])
+        return dataclasses.replace(self, config=config, model=model)
+
+    def _graphdef(self, config: RunConfig) -> Any:
         make = self.task.make_model(config, self.label_names)
-        graphdef, _ = abstract_model(lambda: make(nnx.Rngs(0)))
-        return dataclasses.replace(self, config=config, model=nnx.merge(graphdef, self._split_model[1]))
+        return abstract_model(lambda: make(nnx.Rngs(0)))[0]
 
     def _check_asked(self) -> None:
         if self.fresh:
@@ -320,9 +326,9 @@ class LoadedRun:
         return self._of_encoder(lambda encoder, *rows: encoder.attention_weights(*rows))
 
     def _of_encoder(self, function: Callable[..., jax.Array]) -> Callable[[Batch], jax.Array]:
-        graphdef, params = self._split_model
-        run = jax.jit(lambda params, *rows: function(nnx.merge(graphdef, params).encoder, *rows))
-        return lambda row: run(params, *(row.get(x) for x in ("tokens", "segment_ids", "positions", "token_types")))
+        run = self._asked.function(lambda model, *rows: function(model.encoder, *rows))
+        names = ("tokens", "segment_ids", "positions", "token_types")
+        return lambda row: run(row["tokens"].size <= FEW_TOKENS, *(row.get(name) for name in names))
 
     def row(self, text: str | Any, text_pair: str | Any | None = None) -> Batch:
         """A text, or a pair of texts, as a row of its own, padded to the next usual length.
