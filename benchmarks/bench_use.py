@@ -5,16 +5,19 @@
     python benchmarks/bench_use.py classify FOLDER TEXTS --peer torch:float32 compiled:bfloat16 --peer-python PYTHON
 
 FOLDER is published: of sentence-transformers' kind to embed, else one with a head for sequences (`classify`) or tokens
-(`tag`). TEXTS has one text a line. Each side is a process of its own that tokenizes and answers too; they go by turns.
+(`tag`), or an encoder-decoder (`write`). TEXTS has one text a line. Each side is a process of its own that tokenizes and answers too; they go by turns.
 
 A peer is a way to run the model and the dtype of its weights: `torch` as it is, `compiled` by torch.compile, or the
 `onnx` and `openvino` backends. To embed it is sentence-transformers, which sorts texts by length; else transformers'
 pipeline in batches of 32 in the file's order, as people call it, or, named `sorted-torch`, `sorted-onnx` ..., of texts
 sorted by length first.
 
+`write` asks an encoder-decoder for texts of exactly `--new-tokens` tokens, greedy or by `--num-beams`; its peer is
+transformers' `generate` in batches of 32 of texts sorted by length.
+
 `first` is the time from the start of the process to the answer for one text; `one` of one text to a warm model, the
 median and the 99th percentile of 100. `largest difference` is from our first side: 1 - cosine of vectors, of
-probabilities, or the share of texts whose entities differ, over 256 texts.
+probabilities, or the share of texts whose entities or writing differ, over 256 texts.
 """
 
 import pathlib
@@ -24,10 +27,10 @@ import time
 BEGAN = time.perf_counter()
 HERE = pathlib.Path(__file__).parent
 COMPARED = 256
-TASKS = ("embed", "classify", "tag")
+TASKS = ("embed", "classify", "tag", "write")
 
 
-def ours(task: str, folder: str, dtype: str):
+def ours(task: str, folder: str, dtype: str, num_beams: int, new_tokens: int):
     """Texts to vectors, or to answers as `comparable` has them, by the library as a script would use it."""
     from flax_encoder.training.runtime import set_up_runtime
 
@@ -40,6 +43,12 @@ def ours(task: str, folder: str, dtype: str):
     from flax_encoder.runs.load import load
 
     model = load(folder, dtype=dtype)
+    if task == "write":
+        from flax_encoder.config import GenerationConfig
+
+        settings = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, num_beams=num_beams)
+        model = model.with_settings(settings)
+        return lambda texts: [answer["text"] for answer in model.predict(texts)]
     if task == "classify":
         return lambda texts: [answer["probabilities"] for answer in model.predict(texts)]
     return lambda texts: [
@@ -51,8 +60,9 @@ def main() -> None:
     if sys.argv[1] == "--side":
         from sides import serve
 
-        *_, task, folder, texts, dtype = sys.argv
-        return serve(ours(task, folder, dtype), pathlib.Path(texts).read_text("utf-8").splitlines(), BEGAN, {})
+        *_, task, folder, texts, num_beams, new_tokens, dtype = sys.argv
+        answers = ours(task, folder, dtype, int(num_beams), int(new_tokens))
+        return serve(answers, pathlib.Path(texts).read_text("utf-8").splitlines(), BEGAN, {})
     from harness import Timing, header, parser, say, show
     from sides import Side
 
@@ -64,11 +74,13 @@ def main() -> None:
     arguments.add_argument("--peer", nargs="*", default=[], help="WAY:DTYPE, such as torch:float32")
     arguments.add_argument("--peer-python", help="the Python of the peers' environment")
     arguments.add_argument("--turns", type=int, default=3)
+    arguments.add_argument("--num-beams", type=int, default=1, help="of write")
+    arguments.add_argument("--new-tokens", type=int, default=64, help="of write")
     asked = arguments.parse_args()
     if bool(asked.peer) != bool(asked.peer_python):
         raise SystemExit("a peer runs in its own environment: give --peer and --peer-python together, or neither.")
     texts = pathlib.Path(asked.texts).read_text("utf-8").splitlines()
-    told = [asked.task, asked.folder, asked.texts]
+    told = [asked.task, asked.folder, asked.texts, str(asked.num_beams), str(asked.new_tokens)]
     commands = {f"ours:{d}": [sys.executable, __file__, "--side", *told, d] for d in asked.dtype}
     commands |= {name: [asked.peer_python, str(HERE / "peer_use.py"), *told, name] for name in asked.peer}
     sides = {}

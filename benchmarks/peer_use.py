@@ -1,6 +1,6 @@
-"""What bench_use.py times as its peers, in their own environment: sentence-transformers, or transformers' pipeline.
+"""What bench_use.py times as its peers, in their own environment: sentence-transformers, pipelines, `generate`.
 
-    PYTHON peer_use.py TASK FOLDER TEXTS WAY:DTYPE
+    PYTHON peer_use.py TASK FOLDER TEXTS NUM_BEAMS NEW_TOKENS WAY:DTYPE
 """
 
 import pathlib
@@ -12,7 +12,7 @@ BEGAN = time.perf_counter()
 import torch  # noqa: E402
 from sides import serve  # noqa: E402
 
-TASK, FOLDER, TEXTS, NAME = sys.argv[1:]
+TASK, FOLDER, TEXTS, NUM_BEAMS, NEW_TOKENS, NAME = sys.argv[1:]
 WAY, _, DTYPE = NAME.partition(":")
 
 
@@ -60,5 +60,28 @@ def answerer():
     return answers, {"transformers": transformers.__version__}
 
 
-answers, versions = embedder() if TASK == "embed" else answerer()
+def writer():
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(FOLDER, dtype=DTYPE).eval()
+    if WAY == "compiled":
+        model.forward = torch.compile(model.forward, dynamic=True)
+    options = {"num_beams": int(NUM_BEAMS), "max_new_tokens": int(NEW_TOKENS), "min_new_tokens": int(NEW_TOKENS)}
+
+    def answers(texts):
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        found = {}
+        for first in range(0, len(order), 32):
+            some = order[first : first + 32]
+            rows = tokenizer([texts[i] for i in some], padding=True, truncation=True, return_tensors="pt")
+            with torch.inference_mode():
+                ids = model.generate(rows["input_ids"], attention_mask=rows["attention_mask"], **options)
+            found.update(zip(some, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True))
+        return [found[i].strip() for i in range(len(texts))]
+
+    return answers, {"transformers": transformers.__version__}
+
+
+answers, versions = {"embed": embedder, "write": writer}.get(TASK, answerer)()
 serve(answers, pathlib.Path(TEXTS).read_text("utf-8").splitlines(), BEGAN, versions | {"torch": torch.__version__})
