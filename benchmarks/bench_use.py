@@ -5,7 +5,8 @@
     python benchmarks/bench_use.py classify FOLDER TEXTS --peer torch:float32 compiled:bfloat16 --peer-python PYTHON
 
 FOLDER is published: of sentence-transformers' kind to embed, else one with a head for sequences (`classify`) or tokens
-(`tag`), or an encoder-decoder (`write`). TEXTS has one text a line. Each side is a process of its own that tokenizes and answers too; they go by turns.
+(`tag`), or an encoder-decoder (`write`). TEXTS has one text a line. Each side is a process of its own that tokenizes
+and answers too; they go by turns.
 
 A peer is a way to run the model and the dtype of its weights: `torch` as it is, `compiled` by torch.compile, or the
 `onnx` and `openvino` backends. To embed it is sentence-transformers, which sorts texts by length; else transformers'
