@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 import numpy as np
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.live import Live
 
 from flax_encoder.training.console import make_news_console
+from flax_encoder.training.panel import run_panel
 from flax_encoder.training.trackers import Tracked, Tracker
 
 logger = logging.getLogger(__name__)
@@ -82,8 +83,8 @@ class RunLog:
 
     Opened at a step that a run resumes from, its first line drops what was logged after that step, so that the file is
     the same as an uninterrupted run's; a run that is refused before has changed nothing. Until then `steps` and
-    `is_finished` may be set to what the run has settled. On a terminal the progress
-    line is live; elsewhere a line is printed every ten seconds or so.
+    `is_finished` may be set to what the run has settled. A terminal shows a panel with the loss as a curve; elsewhere a
+    line is printed every ten seconds or so.
     """
 
     def __init__(
@@ -92,7 +93,8 @@ class RunLog:
     ):  # fmt: skip
         self.steps, self.is_finished, self._is_main = steps, is_finished, is_main
         self._console = make_news_console(is_shown=is_main)
-        self._progress: Progress | None = None
+        self._live: Live | None = None
+        self._losses: list[float] = []
         self._last_line = 0.0
         self._run_dir, self._resume_step = run_dir, resume_step
         self._file: BinaryIO | None = None
@@ -133,32 +135,32 @@ class RunLog:
         """Show where the run is: step, loss, the task's headline metric, tokens/s, data wait, time left."""
         if not self._is_main:
             return
-        metric = f"{headline.replace('_', ' ')} {values[headline]:.3f}  " if headline in values else ""
-        text = f"epoch {values['epoch']:.2f}  " if "epoch" in values else ""
-        text += (
-            f"loss {values['loss']:.3f}  {metric}"
-            f"{values['tokens_per_second']:,.0f} tokens/s  data wait {values['data_wait_fraction']:.1%}  "
-            f"{_duration(seconds_left)} left"
-        )
+        facts = [f"{values['tokens_per_second']:,.0f} tokens/s", f"data wait {values['data_wait_fraction']:.1%}"]
+        if headline in values:
+            facts.insert(0, f"{headline.replace('_', ' ')} {values[headline]:.3f}")
+        epoch = [f"epoch {values['epoch']:.2f}"] if "epoch" in values else []
+        left, loss = _duration(seconds_left), f"loss {values['loss']:.3f}"
         if self._console.is_terminal:
-            if self._progress is None:
-                columns = (
-                    TextColumn("step {task.completed}/{task.total}"),
-                    BarColumn(24),
-                    TextColumn("{task.description}"),
-                )
-                self._progress = Progress(*columns, console=self._console)
-                self._progress.start()
-                self._task = self._progress.add_task("", total=self.steps)
-            self._progress.update(self._task, completed=step, description=text)
+            if not self._losses:  # of a run that goes on, with what was before
+                self._losses = [line["loss"] for line in read_metrics(self._run_dir) if "loss" in line][:-1]
+            self._losses.append(values["loss"])
+            is_plain = not self._console.encoding.lower().startswith("utf")
+            panel = run_panel(
+                str(self._run_dir), step, self.steps, self._losses, [*epoch, *facts], left, self._console.width,
+                is_plain,
+            )  # fmt: skip
+            if self._live is None:
+                self._live = Live(panel, console=self._console, auto_refresh=False)
+                self._live.start()
+            self._live.update(panel, refresh=True)
         elif (now := time.monotonic()) - self._last_line >= _SECONDS_BETWEEN_LINES or step == self.steps:
             self._last_line = now
-            self.say(f"step {step}/{self.steps}  {text}")
+            self.say(f"step {step}/{self.steps}  " + "  ".join([*epoch, loss, *facts, f"{left} left"]))
 
     def end_progress(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
         if sys.stdout is not None:
             sys.stdout.flush()
 

@@ -1,10 +1,16 @@
 """metrics.jsonl of a resumed run is that of one that never stopped; signals ask before they insist."""
 
+import io
 import json
 import signal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
 
+from flax_encoder.training.panel import run_panel, sparkline
 from flax_encoder.training.run_log import Clock, RunLog, read_metrics, write_atomically
 from flax_encoder.training.runtime import StopSignals
 
@@ -91,3 +97,32 @@ def test_the_first_signal_asks_and_the_second_stops(number):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+@given(st.lists(st.floats(-1e6, 1e6), max_size=200), st.integers(0, 60))
+def test_a_sparkline_is_a_character_a_share_of_the_values_from_the_least_to_the_most(values, width):
+    line = sparkline(values, width, "01234567")
+    assert len(line) == min(width, len(values))
+    if len(line) == len(values) and len({*values}) > 1:
+        heights = [int(c) for c in line]
+        assert (heights[values.index(min(values))], heights[values.index(max(values))]) == (0, 7)
+        ordered = sorted(range(len(values)), key=values.__getitem__)
+        assert [heights[i] for i in ordered] == sorted(heights)
+
+
+def test_a_falling_loss_is_drawn_as_a_falling_curve():
+    assert sparkline([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 8) == "█▇▆▅▄▃▂▁"
+    assert sparkline([4.0, 2.0, 2.0, 0.0], 2) == "█▁" and sparkline([3.0] * 5, 3) == "▁▁▁"
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_a_panel_fits_its_terminal_and_says_what_is_asked_most(width, is_plain):
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    facts = ["accuracy 0.512", "12,300 tokens/s", "data wait 0.2%"]
+    console.print(run_panel("runs/a", 120, 6000, [5.0, 4.0, 3.25], facts, "2:10", width, is_plain))
+    lines = console.file.getvalue().splitlines()
+    assert all(cell_len(line) <= width for line in lines) and "3.250" in "".join(lines)
+    if width >= 80:
+        assert "step 120 of 6,000" in lines[1] and "2:10 left" in lines[1] and "12,300 tokens/s" in lines[3]
+        assert ("█▄▁" in lines[2]) == (not is_plain)
