@@ -41,7 +41,13 @@ pretrained = load_pretrained("folder")
 output = pretrained(np.array([[1, 2, 3]]))
 
 settings = RunConfig(objective="classification", data=DataConfig(source="movie.csv"), model=preset("bert_base"))
-tx = make_optimizer(OptimizerConfig(learning_rate=1e-3), steps=100, axes=logical_axes(lambda: MaskedLM(config, rngs=nnx.Rngs(0))))
-graphdef, state, shardings = init_train_state(lambda: MaskedLM(config, rngs=nnx.Rngs(0)), tx)
+
+
+def make_model() -> MaskedLM:
+    return MaskedLM(config, rngs=nnx.Rngs(0))
+
+
+tx = make_optimizer(OptimizerConfig(learning_rate=1e-3), steps=100, axes=logical_axes(make_model))
+graphdef, state, shardings = init_train_state(make_model, tx)
 step = make_train_step(graphdef, tx)
 names: list[str] = sorted(flax_encoder.TASKS)
