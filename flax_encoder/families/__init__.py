@@ -36,6 +36,10 @@ def preset(name: str) -> EncoderConfig:
 
     Raises:
       ConfigError: there is none of that name; the message lists the known.
+
+    Example:
+      >>> preset("bert_base").num_layers
+      12
     """
     if name not in PRESETS:
         raise ConfigError(f"no preset {name!r}; known are {', '.join(PRESETS)}.")

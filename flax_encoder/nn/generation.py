@@ -112,6 +112,12 @@ def generate(
 
     Raises:
       ValueError: a key without is_drawn, or the reverse.
+
+    Example:
+      >>> model = load_pretrained("t5").model
+      >>> tokens = jnp.array([[5, 6, 7, 1]])
+      >>> generate(model, tokens, generation=Generation(max_new_tokens=8, num_beams=2)).shape
+      (1, 9)
     """
     if (key is not None) != generation.is_drawn:
         raise ValueError(f"a key is for drawn text: got is_drawn {generation.is_drawn} and key {key}.")

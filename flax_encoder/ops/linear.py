@@ -29,6 +29,10 @@ def linear(
       dtype: of the operands, in the backward pass too, where the bias's gradient is the sum of what the products take;
         the gradients come back in the operands' own dtypes.
       out_dtype: of the result. It is rounded to it once, but on a GPU the product, the bias and their sum are each.
+
+    Example:
+      >>> linear(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.ones(4))[0].tolist()
+      [4.0, 4.0, 4.0, 4.0]
     """
     D, features = (kernel.shape[-1], kernel.shape[:-1]) if contract_last else (kernel.shape[0], kernel.shape[1:])
     matrix = kernel.reshape((-1, D) if contract_last else (D, math.prod(features)))

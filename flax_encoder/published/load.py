@@ -322,6 +322,11 @@ def load_pretrained(
         understood, a tensor of the wrong shape.
       WeightsError: weights that are missing, truncated or corrupt.
       DataError: a tokenizer that cannot be read, or has an id beyond the embedding.
+
+    Example:
+      >>> bert = load_pretrained("bert")
+      >>> bert(np.array([[2, 5, 6, 3]])).last_hidden_state.shape == (1, 4, bert.config.embed_dim)
+      True
     """
     folder = pathlib.Path(folder)
     published = read_published_config(folder)

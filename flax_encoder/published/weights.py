@@ -65,6 +65,10 @@ def read_weights(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
     Raises:
       WeightsError: no weights; a missing, truncated or corrupt file; shards that do not fit their index; or a pickle
         that holds anything but tensors and plain containers.
+
+    Example:
+      >>> read_weights("bert")["bert.embeddings.word_embeddings.weight"].ndim
+      2
     """
     folder = pathlib.Path(folder)
     found = next((folder / name for name in FILES if (folder / name).is_file()), None)
@@ -101,6 +105,11 @@ def write_weights(
 
     Raises:
       WeightsError: the folder has weights already, or a number is too large for `dtype`.
+
+    Example:
+      >>> write_weights("two", {"a": np.ones((2, 3), np.float32)}, dtype="bfloat16")
+      >>> read_weights("two")["a"].dtype
+      dtype(bfloat16)
     """
     folder = pathlib.Path(folder)
     if there := [name for name in FILES if (folder / name).exists()]:

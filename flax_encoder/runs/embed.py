@@ -334,6 +334,12 @@ def load_embedder(
       DataError: the folder has no tokenizer, max_tokens is more than the model takes or leaves no room for text, or
         dimensions are more than a vector has.
       And whatever `load_pretrained` and `load_run` raise.
+
+    Example:
+      >>> embedder = load_embedder("runs/first", pooling="mean", normalize=True)
+      >>> vectors, num_cut = embedder.embed(["a b", "c d e"])
+      >>> vectors.shape == (2, embedder.embed_dim), num_cut
+      (True, 0)
     """
     folder = pathlib.Path(folder)
     settings = read_sentence_settings(folder) if is_sentence_folder(folder) else SentenceSettings()

@@ -46,6 +46,11 @@ def import_folder(
     Raises:
       ConfigError: `out` has something in it already; or the folder has a head that no objective trains. And whatever
         `load_pretrained` raises.
+
+    Example:
+      >>> import_folder("bert", "runs/from-bert", head="none")
+      >>> load("runs/from-bert").step
+      0
     """
     out = pathlib.Path(out)
     refuse_filled(out)
@@ -91,6 +96,10 @@ def export_run(
     Raises:
       ConfigError: no published family can say this model, with what keeps the given, or the nearest, from it; `out`
         has something in it already; the folder has not the head that it is asked for.
+
+    Example:
+      >>> export_run("bert", "bert-encoder", encoder_only=True)
+      'BertModel'
     """
     out = pathlib.Path(out)
     refuse_filled(out)

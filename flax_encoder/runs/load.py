@@ -62,6 +62,11 @@ def load(
       CheckpointError: no checkpoint, or one that cannot be read. ConfigError, WeightsError: as `load_pretrained`;
         an objective that is not known.
       DataError: a published folder without a tokenizer, or without the head that `objective` has.
+
+    Example:
+      >>> run = load("runs/movie")
+      >>> [answer["label"] in run.label_names for answer in run.predict(["a b", "c d"])]
+      [True, True]
     """
     given, path = path, encoder_folder(path)
     if not is_published(path):
@@ -77,6 +82,10 @@ def load_run(path: str | pathlib.Path) -> LoadedRun:
 
     Raises:
       CheckpointError: there is none, or it cannot be read.
+
+    Example:
+      >>> load_run("runs/movie").config.objective
+      'classification'
     """
     path = best_checkpoint(path)
     record = read_record(path)

@@ -48,6 +48,14 @@ def make_optimizer(
 
     Raises (`init`):
       ConfigError: config.freeze names what is no parameter, or all parameters.
+
+    Example:
+      >>> config = OptimizerConfig(learning_rate=0.1, schedule="linear", warmup_rate=0.0)
+      >>> tx = make_optimizer(config, steps=10, axes={"kernel": ("embed", "mlp")})
+      >>> params = {"kernel": jnp.ones((2, 3))}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> bool((updates["kernel"] < 0).all())
+      True
     """
     is_decayed = jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key not in ("bias", "scale"), axes, is_leaf=_is_axes

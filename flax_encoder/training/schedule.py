@@ -47,6 +47,11 @@ def share_of_peak(config: OptimizerConfig, progress: Float[Array, "..."] | float
     with warmup_rate 0.5 is a triangle. Linear, cosine (Loshchilov and Hutter, arXiv 1608.03983) and wsd, constant with
     a decay at the end (Hu et al., arXiv 2404.06395), whose shape one_minus_sqrt is Hägele et al.'s (arXiv 2405.18392).
     inverse_sqrt falls as the root of warmup_rate / progress (Vaswani et al., arXiv 1706.03762), and ends above 0.
+
+    Example:
+      >>> config = OptimizerConfig(schedule="linear", warmup_rate=0.1, final_rate=0.0)
+      >>> [round(float(share_of_peak(config, at)), 2) for at in (0.05, 0.1, 0.55, 1.0)]
+      [0.5, 1.0, 0.5, 0.0]
     """
     progress = jnp.clip(jnp.asarray(progress, jnp.float32), 0.0, 1.0)
     start = 1.0 - config.decay_rate if config.schedule == "wsd" else config.warmup_rate

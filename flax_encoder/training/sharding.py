@@ -20,6 +20,10 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
     Raises:
       ConfigError: the axes' product is not the number of devices.
+
+    Example:
+      >>> make_mesh(MeshConfig(), devices=jax.devices()[:1]).shape["data"]
+      1
     """
     devices = devices or jax.devices()
     data = config.data if config.data > 0 else max(1, len(devices) // (config.fsdp * config.tensor))
@@ -36,7 +40,13 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def logical_axes(make_model: Callable[[], nnx.Module]) -> dict[str, Any]:
-    """The names of every parameter's axes, shaped like the parameters; one without names is an error."""
+    """The names of every parameter's axes, shaped like the parameters; one without names is an error.
+
+    Example:
+      >>> config = EncoderConfig(vocab_size=128, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32)
+      >>> logical_axes(lambda: MaskedLM(config, rngs=nnx.Rngs(0)))["encoder"]["embedding"]["token"]
+      ('vocab', 'embed')
+    """
     names: dict[tuple, Any] = {}
     for path, leaf in nnx.to_flat_state(abstract_model(make_model)[1]):
         axes = leaf.get_metadata().get("out_sharding")
@@ -100,7 +110,13 @@ def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch, onto its devices; fields that the host alone reads stay there."""
+    """This process's rows of a batch, onto its devices; fields that the host alone reads stay there.
+
+    Example:
+      >>> mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+      >>> put_batch({"tokens": np.zeros((2, 8), np.int32)}, mesh)["tokens"].shape
+      (2, 8)
+    """
     sharding = NamedSharding(mesh, BATCH_SPEC)
     batch = {name: rows for name, rows in batch.items() if name not in HOST_FIELDS}
     if jax.process_count() == 1:  # all arrays in one call, which takes half the time

@@ -79,6 +79,14 @@ def init_train_state(
 
     Returns:
       (graphdef, state, shardings): `nnx.merge(graphdef, state.params)` is the model; shardings is None without a mesh.
+
+    Example:
+      >>> config = EncoderConfig(vocab_size=128, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32)
+      >>> make_model = lambda: MaskedLM(config, rngs=nnx.Rngs(0))
+      >>> tx = make_optimizer(OptimizerConfig(), steps=10, axes=logical_axes(make_model))
+      >>> graphdef, state, shardings = init_train_state(make_model, tx)
+      >>> int(state.step)
+      0
     """
     graphdef, _, shardings = abstract_train_state(make_model, tx, mesh)
     return graphdef, jax.jit(partial(_init, make_model, tx), out_shardings=shardings)(), shardings
@@ -155,6 +163,18 @@ def make_train_step(
       trained: which parameters are (training/parameters.py); of the others there are no gradients. None: all.
       teacher: what `loss(batch, key=, teacher=)` is given besides. It is an argument of the jitted step, beside the
         state: no gradient is made of it, and no optimizer or checkpoint has it.
+
+    Example:
+      >>> config = EncoderConfig(vocab_size=128, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32)
+      >>> make_model = lambda: MaskedLM(config, rngs=nnx.Rngs(0))
+      >>> tx = make_optimizer(OptimizerConfig(), steps=10, axes=logical_axes(make_model))
+      >>> graphdef, state, _ = init_train_state(make_model, tx)
+      >>> rows = jnp.ones((2, 8), jnp.int32)
+      >>> masked = {"target_positions": rows[:, :1], "targets": rows[:, :1], "target_weights": jnp.ones((2, 1))}
+      >>> batch = {"tokens": rows, "segment_ids": rows, "positions": jnp.arange(8) * rows} | masked
+      >>> state, metrics = make_train_step(graphdef, tx)(state, batch)
+      >>> int(state.step), float(metrics.loss.count)
+      (1, 2.0)
     """
 
     def model_of(own, rest):
@@ -247,7 +267,17 @@ def coupled_gradient(
 
 
 def make_eval_step(graphdef: Any, shardings: TrainState | None = None) -> Callable[[Any, Batch], LossSum]:
-    """A jitted `eval_step(params, batch) -> LossSum`, without dropout."""
+    """A jitted `eval_step(params, batch) -> LossSum`, without dropout.
+
+    Example:
+      >>> config = EncoderConfig(vocab_size=128, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32)
+      >>> graphdef, params = nnx.split(MaskedLM(config, rngs=nnx.Rngs(0)))
+      >>> rows = jnp.ones((2, 8), jnp.int32)
+      >>> masked = {"target_positions": rows[:, :1], "targets": rows[:, :1], "target_weights": jnp.ones((2, 1))}
+      >>> batch = {"tokens": rows, "segment_ids": rows, "positions": jnp.arange(8) * rows} | masked
+      >>> float(make_eval_step(graphdef)(nnx.to_pure_dict(params), batch).count)
+      2.0
+    """
     return _without_dropout(lambda model, batch: model.loss(batch), graphdef, shardings)
 
 

@@ -349,7 +349,15 @@ def _between(state: ScheduleFreeState, params: Any) -> Any:
 
 
 def gradient_point(opt_state: Any, params: Any) -> Any:
-    """Where the next gradient is taken: at the parameters, but for schedule-free learning and averages."""
+    """Where the next gradient is taken: at the parameters, but for schedule-free learning and averages.
+
+    Example:
+      >>> config = OptimizerConfig(name="schedule_free", schedule="wsd", decay_rate=0.0)
+      >>> tx = make_optimizer(config, steps=10, axes={"kernel": ("embed", "mlp")})
+      >>> params = {"kernel": jnp.ones((2, 3))}
+      >>> gradient_point(tx.init(params), params)["kernel"].shape
+      (2, 3)
+    """
     is_own = lambda s: isinstance(s, (ScheduleFreeState, AverageState))  # noqa: E731
     states = [s for s in jax.tree.leaves(opt_state, is_leaf=is_own) if is_own(s)]
     if not states:

@@ -78,6 +78,12 @@ def read_tokenizer(path: str | pathlib.Path, num_rows: int | None = None) -> Tex
       DataError: no such files (it lists what was looked for), files that cannot be decoded, tokens that share an id, an
         added token whose id is not what the files say, a setting that would change the ids and is not understood, or
         a template of more than one token on a side.
+
+    Example:
+      >>> tokenizer = read_tokenizer("bert")
+      >>> ids, num_cut = tokenizer.encode_rows(["a b"], None)
+      >>> [tokenizer.token(i) for i in ids[0].tolist()]
+      ['[CLS]', 'a', 'b', '[SEP]']
     """
     path = pathlib.Path(path)
     if not path.is_dir():

@@ -89,6 +89,12 @@ def attention(
     Raises:
       ValueError: heads that do not divide, a window below 0, an unknown implementation, or one that cannot serve, with
         the reason.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (1, 6, 2, 8))
+      >>> row = jnp.array([[1, 1, 1, 2, 2, 0]])  # two documents and padding
+      >>> attention(x, x, x, segment_ids=row).shape
+      (1, 6, 2, 8)
     """
     (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
     if N % K:
@@ -147,6 +153,12 @@ def attention_weights(
 
     Computed by the plain `reference`, whichever implementation a model runs: float32, memory quadratic in length.
     Each query's weights add up to 1 over the keys that it sees, and are 0 elsewhere; a query of padding has none.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+      >>> weights = attention_weights(x, x, segment_ids=jnp.array([[1, 1, 2, 2]]))
+      >>> weights.shape, float(weights[0, 0, 0, 2])  # the third token is another document's
+      ((1, 2, 4, 4), 0.0)
     """
     T, N, H = query.shape[1:]
     problem = Problem(
