@@ -47,7 +47,7 @@ def project(vectors: np.ndarray, method: str) -> tuple[np.ndarray, tuple[str, st
     except ImportError:
         raise ConfigError("--method umap needs umap-learn: pip install umap-learn, or leave --method pca.") from None
     neighbours = min(15, len(vectors) - 1)
-    made = umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=0).fit_transform(vectors)
+    made = umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=0, n_jobs=1).fit_transform(vectors)
     return np.asarray(made), ("UMAP 1", "UMAP 2")
 
 
