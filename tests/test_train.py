@@ -101,6 +101,8 @@ def test_metrics_and_run_folder_are_complete(corpus, tmp_path, one_device):
     assert [line["step"] for line in training] == list(range(3, 25, 3))
     names = {"loss", "accuracy", "perplexity", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_fraction"}
     assert all(names <= set(line) for line in training)
+    if pathlib.Path("/proc/self/statm").exists():
+        assert all(0.1 < line["process_memory_gb"] < 100 for line in training)
     spent = [line["spent_seconds"] for line in training]
     assert spent == sorted(spent) and spent[0] > 0
     evaluations = [line for line in lines if "eval/loss" in line]

@@ -32,6 +32,8 @@ _CHARTS = {
     "perplexity": _Chart("Perplexity", "e to the loss, log scale", True, log=True, smooth=True),
     "tokens_per_second": _Chart("Throughput", "tokens a second", zero=True),
     "data_wait_fraction": _Chart("Waiting for data", "share of the time", zero=True, percent=True),
+    "device_memory_gb": _Chart("Device memory", "GB, the most so far", zero=True),
+    "process_memory_gb": _Chart("Memory of the process", "GB", zero=True),
     "learning_rate": _Chart("Learning rate", "peak rate times schedule", zero=True),
     "grad_norm": _Chart("Gradient norm", "before clipping, log scale", log=True, smooth=True),
     "skipped_updates": _Chart("Updates left out", "so far", zero=True),

@@ -14,6 +14,7 @@ from flax_encoder.runs.skipping import Skipping
 from flax_encoder.tasks import Task, find_task
 from flax_encoder.training.checkpoint import CheckpointError, Checkpoints
 from flax_encoder.training.run_log import Clock, RunLog
+from flax_encoder.training.runtime import memory_in_use
 from flax_encoder.training.schedule import share_of_update
 from flax_encoder.training.step import StepMetrics
 
@@ -60,6 +61,7 @@ class StepLog:
             share = share_of_update(config.optimizer, step - 1 - began, config.steps - began, progress, phases)
             rate = config.optimizer.learning_rate * float(share)
             values |= {"learning_rate": rate, "epoch": epochs_after(config, self._rows_per_epoch, step)} | throughput
+            values |= memory_in_use()
             if config.phases:
                 values["phase"] = config.timeline.stage_of(step - 1).phase + 1
             self._log.write(step, values)

@@ -77,6 +77,19 @@ def may_find_accelerator() -> bool:
     return platforms != "cpu" and any(pathlib.Path(path).exists() for path in _ACCELERATORS)
 
 
+def memory_in_use() -> dict[str, float]:
+    """`device_memory_gb`, the most GB that any device of this process has held so far; or where devices keep no count,
+    as on a CPU, `process_memory_gb`, those that the process holds now; {} where nothing tells."""
+    counts = [device.memory_stats() or {} for device in jax.local_devices()]
+    if all("peak_bytes_in_use" in count for count in counts):
+        return {"device_memory_gb": max(count["peak_bytes_in_use"] for count in counts) / 1e9}
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return {"process_memory_gb": pages * os.sysconf("SC_PAGE_SIZE") / 1e9}
+
+
 def keep_memory() -> None:
     """Have glibc keep what is freed, in huge pages; with another C library, nothing.
 
