@@ -77,7 +77,7 @@ def tokenize_parts(
         progress(f"tokenized {share}{documents:,} documents, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
 
     cores = num_cores()
-    workers = min(workers or cores, len(todo))
+    workers = 1 if any(part.is_local for part in source.parts) else min(workers or cores, len(todo))
     if workers <= 1:
         for i in todo:
             base = counts
