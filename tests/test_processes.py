@@ -13,6 +13,7 @@ import sys
 import threading
 
 import fsspec
+import jax
 import numpy as np
 import pytest
 from filelock import FileLock
@@ -116,6 +117,15 @@ def test_four_processes_that_are_killed_go_on_as_two_and_then_as_one(corpus, tmp
 ROWS = [{"text": " ".join(WORDS[i % 7 : i % 7 + 2 + i % 9]) + " !" * (i % 3), "label": "ab"[i % 2]} for i in range(150)]
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation(monkeypatch):
+    """As in conftest.py; the programs that are started here too."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
     """(folder with rows.jsonl and two runs, {output: what one process gives of it}, the commands)."""
@@ -144,7 +154,7 @@ def numbers(text: str) -> list[float]:
 
 
 def test_two_processes_answer_embed_and_score_as_one(asked, tmp_path, capsys):
-    folder, commands = asked
+    _, commands = asked
     argv = json.dumps(commands(tmp_path / "two", ["--num-processes", "2"]))
     processes = [
         subprocess.Popen([sys.executable, "-m", "tests.ask_together", argv], cwd=ROOT, env=environment() | variables,
@@ -238,11 +248,11 @@ def test_what_one_process_cannot_do_ends_them_all_with_its_error(as_one_of):
 
 
 def test_an_answer_file_is_written_by_one_command_at_a_time(asked, tmp_path):
-    folder, commands = asked
+    _, commands = asked
     [predict, *_] = commands(tmp_path / "one", [])
-    with output_file(predict[5]), pytest.raises(ConfigError, match="--num-processes for several that share the work"):
-        with output_file(predict[5]):
-            pass
+    said = "--num-processes for several that share the work"
+    with output_file(predict[5]), pytest.raises(ConfigError, match=said), output_file(predict[5]):
+        pass
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="Make it first"), output_file(str(tmp_path / "absent/a.jsonl")):
         pass

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import pathlib
 import time
 
 import tyro
@@ -54,7 +53,7 @@ def _run(asked: EvaluateArguments, is_first: bool) -> None:
     from flax_encoder.training.runtime import set_up_runtime
 
     set_up_runtime()
-    loaded = load(pathlib.Path(asked.folder), objective=asked.objective, allow_unused=asked.allow_unused)
+    loaded = load(asked.folder, objective=asked.objective, allow_unused=asked.allow_unused)
     data = asked.data
     if asked.generation != GenerationConfig() or data.prefix:
         loaded = loaded.with_settings(asked.generation, data.prefix or None)
