@@ -131,7 +131,7 @@ def _read_store(folder: pathlib.Path) -> Any:
 
 def _read_store_as_runs_do(folder: pathlib.Path) -> Any:
     store = open_store(folder / "store")
-    documents = Documents(store.train, Layout(), Frame((), ()), 32)
+    documents = Documents(store.train, Layout(), Frame(0, None, None), 32)
     documents.plan(32)
     return [store.train.document(i) for i in range(len(store.train))]
 

@@ -14,15 +14,20 @@ from flax_encoder.data.sources.remote import AnyFile, RemoteFile
 
 @contextlib.contextmanager
 def _open(path: AnyFile) -> Iterator[Any]:
+    """The file, for a block in which whatever pyarrow finds wrong is a DataError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with contextlib.ExitStack() as stack:
-        try:
+    what = "not a Parquet file"
+    try:
+        with contextlib.ExitStack() as stack:
             file = pq.ParquetFile(_seekable(path, stack) if isinstance(path, RemoteFile) else path)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"not a Parquet file: {path}: {error}.") from None
-        yield file
+            what = "a Parquet file cannot be read to its end"
+            yield file
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:  # a damaged page; a column's name that is not UTF-8
+        raise DataError(f"{what}: {path}: {error}.") from None
 
 
 def _seekable(path: RemoteFile, stack: contextlib.ExitStack) -> Any:
@@ -76,19 +81,12 @@ def rows(
     bad: BadRows,
 ) -> Iterator[tuple[int, Row]]:  # fmt: skip
     """(number, row) of the span's row groups, each of which comes with its first row's number."""
-    import pyarrow as pa
-
-    try:
-        with _open(path) as file:
-            for row_group, number in span:
-                for batch in file.iter_batches(row_groups=[row_group], columns=list(dict.fromkeys(columns))):
-                    for row in batch.to_pylist():
-                        yield number, row
-                        number += 1
-    except DataError:
-        raise
-    except (OSError, ValueError, pa.ArrowException) as error:  # a damaged page
-        raise DataError(f"a Parquet file cannot be read to its end: {path}: {error}.") from None
+    with _open(path) as file:
+        for row_group, number in span:
+            for batch in file.iter_batches(row_groups=[row_group], columns=list(dict.fromkeys(columns))):
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1
 
 
 def where(path: AnyFile, place: int) -> str:
