@@ -140,7 +140,6 @@ def asked(tmp_path_factory):
         rows, classes = str(folder / "rows.jsonl"), str(folder / "classification")
         return [
             ["predict", classes, "--input", rows, "--output", f"{out}.jsonl", "--probabilities", *more],
-            ["predict", classes, "--input", rows, "--output", f"{out}.csv", *more],
             ["embed", classes, "--input", rows, "--output", f"{out}.npy", *more],
             ["evaluate", classes, "--data.source", rows, "--json", *more],
             ["evaluate", str(folder / "masked_lm"), "--data.source", rows, "--json", *more],
@@ -171,14 +170,13 @@ def test_two_processes_answer_embed_and_score_as_one(asked, tmp_path, capsys):
     assert len(scores) == len(their_scores) == 2
     for one, two in zip(scores, their_scores, strict=True):
         np.testing.assert_allclose(numbers(two), numbers(one), rtol=1e-5)
-    for kind in ("jsonl", "csv"):
-        one, two = ((tmp_path / f"{name}.{kind}").read_text() for name in ("one", "two"))
-        assert re.sub(r"\d+\.\d+(?:e-?\d+)?", "N", one) == re.sub(r"\d+\.\d+(?:e-?\d+)?", "N", two)
-        np.testing.assert_allclose(numbers(two), numbers(one), rtol=1e-5)
+    one, two = ((tmp_path / f"{name}.jsonl").read_text() for name in ("one", "two"))
+    assert re.sub(r"\d+\.\d+(?:e-?\d+)?", "N", one) == re.sub(r"\d+\.\d+(?:e-?\d+)?", "N", two)
+    np.testing.assert_allclose(numbers(two), numbers(one), rtol=1e-5)
     one, two = (np.load(tmp_path / f"{name}.npy") for name in ("one", "two"))
     np.testing.assert_allclose(two, one, atol=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        f"{name}.{kind}" for name in ("one", "two") for kind in ("csv", "jsonl", "npy")
+        f"{name}.{kind}" for name in ("one", "two") for kind in ("jsonl", "npy")
     )
 
 
@@ -269,8 +267,8 @@ def test_questions_and_answers_may_be_elsewhere(asked, tmp_path, monkeypatch):
     folder, commands = asked
     memory = fsspec.filesystem("memory")
     memory.pipe("/asked/rows.jsonl", (folder / "rows.jsonl").read_bytes())
-    predict, csv_file, embed, evaluate, _ = commands(tmp_path / "here", [])
-    for here in (predict, csv_file, embed):
+    predict, embed, evaluate, _ = commands(tmp_path / "here", [])
+    for here in (predict, embed):
         out = f"memory://answers/deep/{pathlib.Path(here[5]).name}"
         main([*here[:3], "memory://asked/rows.jsonl", here[4], out, *here[6:]])
         main(here)

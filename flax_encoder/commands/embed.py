@@ -50,7 +50,8 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
     from rich.progress import MofNCompleteColumn, Progress
 
     from flax_encoder.runs.ask_file import output_file
-    from flax_encoder.runs.embed import embed_together, load_embedder
+    from flax_encoder.runs.ask_together import embed_together
+    from flax_encoder.runs.embed import load_embedder
     from flax_encoder.runs.vector_file import VectorFile
     from flax_encoder.training.runtime import set_up_runtime
 

@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace, is_first: bool) -> None:
     from flax_encoder.data.sources.opening import files_identity
-    from flax_encoder.runs.ask_file import AnswerFile, identity_of, open_input, output_file, predict_together, shown
+    from flax_encoder.runs.ask_file import AnswerFile, identity_of, open_input, output_file, shown
+    from flax_encoder.runs.ask_together import predict_together
     from flax_encoder.runs.elsewhere import local_folder
     from flax_encoder.runs.load import load
     from flax_encoder.runs.processes import as_first_has_it

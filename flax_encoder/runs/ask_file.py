@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from filelock import FileLock, Timeout
 
@@ -23,12 +22,10 @@ from flax_encoder.data.sources.opening import Source, open_source
 from flax_encoder.data.sources.records import DataError, LabelError, Record
 from flax_encoder.data.sources.remote import is_remote, put_file
 from flax_encoder.runs.loaded import LoadedRun
-from flax_encoder.runs.processes import blocks_of_all
 from flax_encoder.tasks.task import Answer
 
 OUTPUT_KINDS = (".jsonl", ".csv")
 _KEPT_EVERY = 512  # answers between two writes
-_SHARED_AT_ONCE = 2048  # records that one of several processes works on: what `predict` packs together
 # The labels in a value of each kind that has any.
 _LISTED: dict[str, Callable[[Any], tuple[str, ...]]] = {
     "class": lambda value: (value,),
@@ -192,15 +189,6 @@ def output_file(name: str) -> Iterator[pathlib.Path]:
         if lock.is_locked:
             pathlib.Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-
-
-def predict_together(run: LoadedRun, records: Iterable[Record]) -> Iterator[Answer]:
-    """`run.predict` by all processes; each gets all answers, in order."""
-    if jax.process_count() == 1:
-        yield from run.predict(records)
-        return
-    for _, answers in blocks_of_all(records, lambda some: list(run.predict(some)), _SHARED_AT_ONCE):
-        yield from answers
 
 
 def identity_of(*what: Any) -> str:

@@ -49,7 +49,6 @@ from flax_encoder.published.sentence_transformers import (
 from flax_encoder.runs.asked import FEW_TOKENS, AskedModel
 from flax_encoder.runs.elsewhere import local_folder
 from flax_encoder.runs.load import load_run
-from flax_encoder.runs.processes import blocks_of_all
 from flax_encoder.runs.record import read_record
 from flax_encoder.tasks import find_task
 
@@ -80,7 +79,6 @@ _MANY = {"cpu": _Rows(16), "gpu": _Rows(256), "tpu": _Rows(256)}  # on a CPU mor
 _FEW = {1: _Rows(1, 32, 2), 16: _Rows(4, 32, 2)}  # by how many texts there are at most
 _TOKENIZED_AT_ONCE = 1024
 _BATCHES_AHEAD = 4
-_SHARED_AT_ONCE = 8192  # texts that one of several processes works on
 
 
 class Vectors(NamedTuple):
@@ -273,22 +271,6 @@ def _rows_of(batch_size: int | Any | None) -> _Rows:
     if not (_is_count(batch_size) and batch_size > 0):
         raise DataError(f"batch_size must be a whole number above 0: got {batch_size!r}.")
     return _Rows(int(batch_size))
-
-
-def embed_together(
-    embedder: Embedder, texts: Iterable[str], batch_size: int | None = None, *, prompt_name: str | None = None
-) -> Iterator[Vectors]:
-    """`embedder.stream` by all processes; each gets all vectors."""
-    if jax.process_count() == 1:
-        yield from embedder.stream(texts, batch_size, prompt_name=prompt_name)
-        return
-    shared = blocks_of_all(
-        texts, lambda some: embedder.embed(some, batch_size, prompt_name=prompt_name), _SHARED_AT_ONCE
-    )
-    num_cut = 0
-    for first, (vectors, num_more) in shared:
-        num_cut += num_more
-        yield Vectors(np.arange(first, first + len(vectors)), vectors, num_cut)
 
 
 def _is_count(value: Any) -> bool:

@@ -19,8 +19,9 @@ from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import open_source
 from flax_encoder.data.sources.records import DataError, Record, Say
 from flax_encoder.data.store.encoding import text_key
-from flax_encoder.runs.ask_file import check_golds, open_input, open_records, predict_together
-from flax_encoder.runs.embed import Embedder, embed_together, settings_of_run
+from flax_encoder.runs.ask_file import check_golds, open_input, open_records
+from flax_encoder.runs.ask_together import embed_together, predict_together
+from flax_encoder.runs.embed import Embedder, settings_of_run
 from flax_encoder.runs.loaded import LoadedRun
 from flax_encoder.runs.processes import blocks_of_all
 from flax_encoder.tasks.loss import LossSum
