@@ -8,6 +8,7 @@ reader gets a few, of a seed that is always the same, and those that once found 
 
 import collections
 import contextlib
+import json
 import logging
 import os
 import pathlib
@@ -16,6 +17,8 @@ import resource
 import shutil
 import signal
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -31,7 +34,13 @@ CASES = int(os.environ.get("FUZZ_CASES", "700"))
 FEW = 8  # without -m fuzz
 SECONDS = 20  # for one input: readers of small files take milliseconds
 ROOM_BYTES = 2**31  # of addresses, besides what the process has: files have some kilobytes
-KEPT: dict[str, tuple[str, ...]] = {}
+KEPT = {
+    "parquet": ("307298566 parquet 689",),  # a column's name that is not UTF-8
+    "published folder": ("99918635 published folder 0",),  # a size past 2**63
+    "answers of an interrupted predict": ("1133028522 answers of an interrupted predict 451",),  # an infinite count
+    "store elsewhere": ("3545571146 store elsewhere 16", "3545571146 store elsewhere 167"),  # odd counts in a manifest
+    "store of tags, as runs read it": ("486924778 store of tags, as runs read it 11",),  # a manifest of another shape
+}
 """Seeds of inputs that found a fault, by reader."""
 
 
@@ -97,6 +106,30 @@ def test_whatever_a_file_holds_its_reader_names_what_is_wrong_or_reads_it(name, 
 def _where(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "flax_encoder/" in frame.filename]
     return " < ".join(f"{pathlib.Path(f.filename).name}:{f.lineno}" for f in reversed(frames[-3:]))
+
+
+def _with(path: str, change: Callable[[dict], Any]) -> Callable[[pathlib.Path], None]:
+    def make(folder: pathlib.Path) -> None:
+        content = json.loads((folder / path).read_text())
+        change(content)
+        (folder / path).write_text(json.dumps(content))
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "change", "said"), [
+    ("config.json of ModernBERT", _with("config.json", lambda c: c.update(num_hidden_layers=10**30)), "below 10,000"),
+    ("config.json", _with("config.json", lambda c: c.update(vocab_size=2**63)), "below 2,147,483,648"),
+    ("tokenizer", _with("tokenizer.json", lambda c: c["model"]["vocab"].update(a=2**31)), "below 10,000,000"),
+    ("tokenizer", _with("tokenizer.json", lambda c: c["added_tokens"][0].update(id=2**31)), "below 10,000,000"),
+    ("tokenizer files of RoBERTa", _with("vocab.json", lambda c: c.update(abc=2**31)), "below 10,000,000"),
+    ("tokenizer files of T5", _with("tokenizer_config.json", lambda c: c.update(extra_ids=2**31)), "below 100,000"),
+])  # fmt: skip
+def test_a_number_that_asks_for_work_or_memory_without_end_is_refused(name, change, said, tmp_path):
+    READERS[name].make(tmp_path)
+    change(tmp_path)
+    with pytest.raises(NAMED, match=said), bounded():
+        READERS[name].read(tmp_path)
 
 
 ANY_FILES = {

@@ -110,12 +110,12 @@ class AnswerFile:
         """Answers that an interrupted start with the same identity left; anything else of it is removed."""
         try:
             note = json.loads(self._note.read_text("utf-8"))
-            is_same = note["identity"] == self._identity
+            is_same = note["identity"] == self._identity and type(note["answers"]) is int and note["answers"] >= 0
             if is_same and self._part.stat().st_size >= note["bytes"]:
                 with self._part.open("r+b") as file:
                     file.truncate(note["bytes"])
                 self._columns = note["columns"]
-                return int(note["answers"])
+                return note["answers"]
         except (OSError, ValueError, KeyError, TypeError):
             pass
         for path in (self._part, self._note):
