@@ -24,8 +24,8 @@ from flax_encoder.commands import main
 from flax_encoder.config import ConfigError, MeshConfig, RunConfig
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
-from flax_encoder.runs import processes
-from flax_encoder.runs.ask_file import output_file
+from flax_encoder.runs import ask_file, processes
+from flax_encoder.runs.ask_file import AnswerFile, output_file
 from flax_encoder.runs.load import load_run
 from tests.runs import (
     ROOT,
@@ -152,8 +152,25 @@ def numbers(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", text)]
 
 
-def test_two_processes_answer_embed_and_score_as_one(asked, tmp_path, capsys):
+def interrupted(argv: list[str], patch: pytest.MonkeyPatch) -> None:
+    """A predict that Ctrl-C ends when 80 answers are kept."""
+    line, made = AnswerFile._line, itertools.count()
+
+    def until_100(self, answer):
+        if next(made) == 100:
+            raise KeyboardInterrupt
+        return line(self, answer)
+
+    patch.setattr(ask_file, "_KEPT_EVERY", 40)
+    patch.setattr(AnswerFile, "_line", until_100)
+    with pytest.raises(SystemExit):
+        main(argv)
+
+
+def test_two_processes_answer_embed_and_score_as_one(asked, tmp_path, capsys, monkeypatch):
     _, commands = asked
+    with monkeypatch.context() as patch:
+        interrupted(commands(tmp_path / "two", [])[0], patch)
     argv = json.dumps(commands(tmp_path / "two", ["--num-processes", "2"]))
     processes = [
         subprocess.Popen([sys.executable, "-m", "tests.ask_together", argv], cwd=ROOT, env=environment() | variables,
@@ -165,6 +182,7 @@ def test_two_processes_answer_embed_and_score_as_one(asked, tmp_path, capsys):
     scores = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     theirs, errors = zip(*(process.communicate(timeout=200) for process in processes), strict=True)
     assert [process.returncode for process in processes] == [0, 0], errors
+    assert "going on after 80 answers" in errors[0]
     assert "wrote" not in theirs[1] and "{" not in theirs[1]  # the first writes and tells
     their_scores = [line for line in theirs[0].splitlines() if line.startswith("{")]
     assert len(scores) == len(their_scores) == 2
