@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterator
 from typing import get_args
 
+from flax_encoder.commands.screen import add_processes_option
 from flax_encoder.config.model import PoolingMode
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.training.console import make_news_console
@@ -15,10 +16,11 @@ HELP = "a vector for each text of a file"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a run, one of its checkpoints, a published or a sentence-transformers folder")
-    parser.add_argument("--input", required=True, type=pathlib.Path, help="one text a line, or a .jsonl, .csv, "
-                        ".parquet ... file with a text a row")  # fmt: skip
+    parser.add_argument("--input", required=True, help="one text a line, or a .jsonl, .csv, .parquet ... file with "
+                        "a text a row; or a URL of one")  # fmt: skip
     parser.add_argument("--text-column", help="of such a file, the column to read (default: guessed by its name)")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="a .npy file: float32, a row a text")
+    parser.add_argument("--output", required=True, help="a .npy file: float32, a row a text; or a URL of one (gs://, "
+                        "s3://)")  # fmt: skip
     parser.add_argument("--pooling", nargs="+", choices=get_args(PoolingMode), help="how a text's vectors become "
                         "one; several are concatenated (default: the folder's, or else mean)")  # fmt: skip
     parser.add_argument(
@@ -34,21 +36,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-unused", action="store_true", help="of a published folder: leave out tensors that "
                         "nothing reads")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: the model's)")
+    add_processes_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from flax_encoder.runs.processes import together
+
+    with together(arguments.num_processes) as is_first:
+        _run(arguments, is_first)
+
+
+def _run(arguments: argparse.Namespace, is_first: bool) -> None:
     from rich.progress import MofNCompleteColumn, Progress
 
+    from flax_encoder.runs.ask_file import output_file
+    from flax_encoder.runs.ask_together import embed_together
     from flax_encoder.runs.embed import load_embedder
     from flax_encoder.runs.vector_file import VectorFile
     from flax_encoder.training.runtime import set_up_runtime
 
     set_up_runtime()
-    if arguments.output.suffix != ".npy":
+    if not arguments.output.endswith(".npy"):
         raise DataError(f"--output must end in .npy: got {arguments.output}.")
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise DataError(f"--batch-size must be above 0: got {arguments.batch_size}.")
-    texts, total = _open(arguments.input.expanduser(), arguments.text_column)
+    texts, total = _open(arguments.input, arguments.text_column, arguments.num_processes)
     embedder = load_embedder(
         arguments.folder,
         pooling=arguments.pooling,
@@ -58,12 +70,18 @@ def run(arguments: argparse.Namespace) -> None:
         allow_unused=arguments.allow_unused,
         dimensions=arguments.dimensions,
     )
-    vectors = embedder.stream(texts, arguments.batch_size, prompt_name=arguments.prompt_name)
+    vectors = embed_together(embedder, texts, arguments.batch_size, prompt_name=arguments.prompt_name)
+    if not is_first:
+        for _ in vectors:
+            pass  # the first process writes it
+        return
     num_texts = num_cut = 0
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=make_news_console(stderr=True)) as progress, VectorFile(
-        arguments.output, embedder.embed_dim
-    ) as file:
+    with (
+        Progress(*columns, console=make_news_console(stderr=True)) as progress,
+        output_file(arguments.output) as path,
+        VectorFile(path, embedder.embed_dim) as file,
+    ):
         task = progress.add_task("embedding", total=total)
         for some in vectors:
             file.write(some.numbers, some.vectors)
@@ -73,22 +91,27 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.output}: {num_texts:,} x {embedder.embed_dim}{cut}")
 
 
-def _open(path: pathlib.Path, column: str | None) -> tuple[Iterator[str], int | None]:
+def _open(name: str, column: str | None, num_processes: int) -> tuple[Iterator[str], int | None]:
     """(the texts of a file, how many there are where that is known): its lines, or what a column of its rows has."""
     from flax_encoder.config import ConfigError, DataConfig
     from flax_encoder.data.sources.columns import Columns
     from flax_encoder.data.sources.files import KINDS, kind_of
+    from flax_encoder.data.sources.remote import is_remote
     from flax_encoder.data.sources.streams import is_whole
     from flax_encoder.runs.ask_file import open_input
     from flax_encoder.runs.vector_file import read_texts
 
-    total = _num_lines(path)
-    if total is None or kind_of(path) not in KINDS or (kind_of(path) == ".txt" and not is_whole(path)):
-        if column is not None:
-            raise ConfigError(f"--text-column is of files with columns, such as .jsonl and .csv: got {path}.")
-        return read_texts(path), total
-    config = DataConfig(source=str(path), text_unit="line", text_column=column)
-    return (record.texts[0] for record in open_input(str(path), config, Columns())), None
+    if not is_remote(name):
+        path = pathlib.Path(name).expanduser()
+        name, total = str(path), _num_lines(path)
+        if total is None and num_processes > 1:
+            raise ConfigError(f"several processes read the same input, and {path} can be read once: give a file.")
+        if total is None or kind_of(path) not in KINDS or (kind_of(path) == ".txt" and not is_whole(path)):
+            if column is not None:
+                raise ConfigError(f"--text-column is of files with columns, such as .jsonl and .csv: got {path}.")
+            return read_texts(path), total
+    config = DataConfig(source=name, text_unit="line", text_column=column)
+    return (record.texts[0] for record in open_input(name, config, Columns())), None
 
 
 def _num_lines(path: pathlib.Path) -> int | None:

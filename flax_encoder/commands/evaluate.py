@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import pathlib
 import time
 
 import tyro
@@ -34,25 +33,36 @@ class EvaluateArguments:
     """Show the scores of each label too."""
     json: bool = False
     """Print JSON for programs."""
+    num_processes: int = 1
+    """How many processes share the work, which were started together with the same command, as for training."""
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flax_encoder.runs.load import load
-    from flax_encoder.runs.score_file import score_source
-    from flax_encoder.training.runtime import set_up_runtime
+    from flax_encoder.runs.processes import together
 
     asked = tyro.cli(EvaluateArguments, args=arguments.rest, prog="python -m flax_encoder evaluate")
     if asked.data == DataConfig():
         raise ConfigError("evaluate needs documents with their right values: give --data.source FILE.")
+    with together(asked.num_processes) as is_first:
+        _run(asked, is_first)
+
+
+def _run(asked: EvaluateArguments, is_first: bool) -> None:
+    from flax_encoder.runs.load import load
+    from flax_encoder.runs.score_file import score_source
+    from flax_encoder.training.runtime import set_up_runtime
+
     set_up_runtime()
-    loaded = load(pathlib.Path(asked.folder), objective=asked.objective, allow_unused=asked.allow_unused)
+    loaded = load(asked.folder, objective=asked.objective, allow_unused=asked.allow_unused)
     data = asked.data
     if asked.generation != GenerationConfig() or data.prefix:
         loaded = loaded.with_settings(asked.generation, data.prefix or None)
         data = dataclasses.replace(data, prefix="")  # which the run puts before texts
     began = time.monotonic()
     with saying() as say:
-        scores, details, about = score_source(loaded, data, say, asked.corpus)
+        scores, details, about = score_source(loaded, data, say if is_first else str, asked.corpus)
+    if not is_first:
+        return
     if asked.json:
         print(json.dumps(scores | ({"details": details} if asked.details else {})))
         return

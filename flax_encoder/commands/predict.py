@@ -1,12 +1,19 @@
 """Answers for a whole file."""
 
 import argparse
+import itertools
 import json
 import pathlib
 import sys
 import time
 
-from flax_encoder.commands.screen import add_generation_options, generation_options, positive_count, saying
+from flax_encoder.commands.screen import (
+    add_generation_options,
+    add_processes_option,
+    generation_options,
+    positive_count,
+    saying,
+)
 from flax_encoder.config import ConfigError, DataConfig, GenerationConfig
 
 HELP = "an answer for each text of a file: label, score, tags, answer, choice or text, as the model was taught"
@@ -15,9 +22,11 @@ HELP = "an answer for each text of a file: label, score, tags, answer, choice or
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a run, one of its checkpoints, or a published folder with a head")
     parser.add_argument(
-        "--input", required=True, help="texts: .txt (one a line), .jsonl, .csv, .parquet ..., or - for standard input"
+        "--input", required=True, help="texts: .txt (one a line), .jsonl, .csv, .parquet ..., a URL of one, or - for "
+        "standard input"
     )
-    parser.add_argument("--output", required=True, help="answers in the same order: .jsonl, .csv, or - for the screen")
+    parser.add_argument("--output", required=True, help="answers in the same order: .jsonl, .csv, a URL of "
+                        "one (gs://, s3://), or - for the screen")  # fmt: skip
     parser.add_argument("--text-column", help="the column of the text (default: guessed by its name)")
     parser.add_argument("--text-pair-column", help="the column of the second text of a pair")
     parser.add_argument("--top", type=positive_count, help="give so many of the likeliest labels too")
@@ -29,15 +38,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--objective", help="the task to open a published folder for (default: what it says itself)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: the model's)")
     parser.add_argument("--allow-unused", action="store_true", help="leave out tensors that nothing reads")
+    add_processes_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flax_encoder.runs.ask_file import AnswerFile, answers_by_id, file_identity, identity_of, open_input, shown
+    from flax_encoder.runs.processes import together
+
+    if arguments.input == "-" and arguments.num_processes > 1:
+        raise ConfigError("several processes read the same input, and standard input is one's own: give --input FILE.")
+    with together(arguments.num_processes) as is_first:
+        _run(arguments, is_first)
+
+
+def _run(arguments: argparse.Namespace, is_first: bool) -> None:
+    from flax_encoder.data.sources.opening import files_identity
+    from flax_encoder.runs.ask_file import AnswerFile, identity_of, open_input, output_file, shown
+    from flax_encoder.runs.ask_together import predict_together
+    from flax_encoder.runs.elsewhere import local_folder
     from flax_encoder.runs.load import load
+    from flax_encoder.runs.processes import as_first_has_it
     from flax_encoder.training.runtime import set_up_runtime
 
     set_up_runtime()
-    folder = pathlib.Path(arguments.folder)
+    folder = pathlib.Path(local_folder(arguments.folder))
     loaded = load(
         folder, objective=arguments.objective, allow_unused=arguments.allow_unused,
         dtype=arguments.dtype,
@@ -60,31 +83,44 @@ def run(arguments: argparse.Namespace) -> None:
     records = open_input(arguments.input, config, columns)
     options = (arguments.top, arguments.probabilities)
     if arguments.output == "-":
-        for answer in loaded.predict(records):
-            print(json.dumps(shown(answer, *options), ensure_ascii=False))
+        for answer in predict_together(loaded, records):
+            if is_first:
+                print(json.dumps(shown(answer, *options), ensure_ascii=False))
+        return
+    if not is_first:
+        done = as_first_has_it(0)
+        for _ in predict_together(loaded, itertools.islice(records, done, None)):
+            pass  # the first process writes it
         return
     told = (loaded.config.generation, loaded.config.data.prefix, loaded.config.model.dtype)
-    what = (str(folder.resolve()), loaded.step, file_identity(arguments.input), columns, config, options, told)
-    out = AnswerFile(pathlib.Path(arguments.output), identity_of(what))
-    done = 0 if arguments.input == "-" else out.num_done()
-    if done:
-        print(f"going on after {done:,} answers", file=sys.stderr)
-        records = (record for i, record in enumerate(records) if i >= done)
-    began, empty = time.monotonic(), 0
+    what = (str(folder.resolve()), loaded.step, files_identity(arguments.input), columns, config, options, told)
+    with output_file(arguments.output) as path:
+        out = AnswerFile(path, identity_of(what))
+        done = as_first_has_it(0 if arguments.input == "-" else out.num_done())
+        if done:
+            print(f"going on after {done:,} answers", file=sys.stderr)
+        began, empty = time.monotonic(), 0
 
-    def answers():
-        nonlocal empty
-        for answer in loaded.predict(records):
-            empty += "error" in answer
-            yield shown(answer, *options)
+        def answers():
+            nonlocal empty
+            for answer in predict_together(loaded, itertools.islice(records, done, None)):
+                empty += "error" in answer
+                yield shown(answer, *options)
 
-    with saying() as say:
-        total = out.write(
-            answers(), done,
-            lambda n: say(f"{n:,} answers, {(n - done) / (time.monotonic() - began):,.0f} a second"),
-        )  # fmt: skip
+        with saying() as say:
+            total = out.write(
+                answers(), done,
+                lambda n: say(f"{n:,} answers, {(n - done) / (time.monotonic() - began):,.0f} a second"),
+            )  # fmt: skip
+        if arguments.squad is not None:
+            _write_by_id(path, arguments.squad)
     print(f"wrote {arguments.output}: {total:,} answers" + (f"; {empty:,} texts were empty" if empty else ""))
-    if arguments.squad is not None:
-        by_id = answers_by_id(arguments.output)
-        pathlib.Path(arguments.squad).write_text(json.dumps(by_id, ensure_ascii=False) + "\n", "utf-8")
-        print(f"wrote {arguments.squad}: {len(by_id):,} answers by id")
+
+
+def _write_by_id(answers: pathlib.Path, squad: str) -> None:
+    from flax_encoder.runs.ask_file import answers_by_id, output_file
+
+    by_id = answers_by_id(answers)
+    with output_file(squad) as path:
+        path.write_text(json.dumps(by_id, ensure_ascii=False) + "\n", "utf-8")
+    print(f"wrote {squad}: {len(by_id):,} answers by id")

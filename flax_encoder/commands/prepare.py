@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import pathlib
 
@@ -20,7 +21,7 @@ class PrepareArguments:
     """Tokenize text once, into a store; train with --data.source OUT. The same command again goes on after a stop."""
 
     out: str
-    """The new folder."""
+    """The new folder. With a URL, such as gs://BUCKET/FOLDER, the store is made in the cache and copied there."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: str = "masked_lm"
     """The task that the store is for: it says which columns are kept beside the text."""
@@ -44,7 +45,9 @@ _PREPARED = (
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flax_encoder.data.pipeline import prepare_stores
+    from flax_encoder.data.pipeline import cache_folder, prepare_stores
+    from flax_encoder.data.sources.remote import is_remote
+    from flax_encoder.data.store.copied import upload_store
 
     asked = tyro.cli(PrepareArguments, args=arguments.rest, prog="python -m flax_encoder prepare")
     if other := [n for n in differences(asked.data, DataConfig()) if n not in _PREPARED]:
@@ -57,12 +60,20 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--shard is i/n with i from 0 to below n: got {asked.shard}.")
     if asked.workers is not None and asked.workers < 1:
         raise ConfigError(f"--workers must be at least 1: got {asked.workers}.")
+    if is_remote(asked.out) and int(count) > 1:
+        raise ConfigError(f"machines with a --shard each share a folder, and {asked.out} is none: leave --shard out.")
     objective = "classification" if asked.with_labels else asked.objective
+    out = pathlib.Path(asked.out)
+    if is_remote(asked.out):
+        out = cache_folder(asked.data) / "prepared" / hashlib.sha256(asked.out.encode()).hexdigest()[:24]
+        out.parent.mkdir(exist_ok=True)
     with saying() as say:
         stores = prepare_stores(
-            asked.data, pathlib.Path(asked.out), find_task(objective).reading.columns, workers=asked.workers,
+            asked.data, out, find_task(objective).reading.columns, workers=asked.workers,
             shard=(int(index), int(count)), progress=say,
         )  # fmt: skip
+        if is_remote(asked.out):
+            upload_store(out, asked.out, say)
     if stores is None:
         print(f"shard {asked.shard} is done; the store is finished when all are. The same command checks.")
         return

@@ -58,6 +58,11 @@ def positive_count(text: str) -> int:
     return int(text)
 
 
+def add_processes_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-processes", type=positive_count, default=1, help="how many processes share the work, "
+                        "which were started together with the same command, as for training")  # fmt: skip
+
+
 def add_folder_options(parser: argparse.ArgumentParser) -> None:
     """Options of commands that open published folders; `folder_options` reads them."""
     from flax_encoder.published.tasks import NO_HEAD, TASKS

@@ -27,15 +27,17 @@ def run(arguments: argparse.Namespace) -> None:
 def _train(config) -> None:
     import jax
 
+    from flax_encoder.runs.elsewhere import working_folder
     from flax_encoder.runs.report import show_report
     from flax_encoder.runs.seeds import train_seeds
     from flax_encoder.runs.train import train
 
-    if config.seeds > 1:
-        train_seeds(config, train)
-        return
-    metrics = train(config)
-    if metrics is not None and jax.process_count() == 1:
-        show_report(config, metrics, train)
-    elif metrics is not None and jax.process_index() == 0:
-        print("held-out text:", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    with working_folder(config, print) as config:
+        if config.seeds > 1:
+            train_seeds(config, train)
+            return
+        metrics = train(config)
+        if metrics is not None and jax.process_count() == 1:
+            show_report(config, metrics, train)
+        elif metrics is not None and jax.process_index() == 0:
+            print("held-out text:", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

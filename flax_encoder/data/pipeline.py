@@ -24,6 +24,7 @@ from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.labels import LabelCheck
 from flax_encoder.data.sources.opening import Source, open_source
 from flax_encoder.data.sources.records import DataError, LabelError, Say
+from flax_encoder.data.store.copied import is_remote_store, local_store
 from flax_encoder.data.store.encoding import exact_texts, tokenized_texts
 from flax_encoder.data.store.prepare import prepare, store_identity, unhurried
 from flax_encoder.data.store.store import (
@@ -116,8 +117,9 @@ def open_data(
       settle: gives the config once the rows and the texts of an epoch are known; `RunData.config` has it.
       reading_of: that of an objective that a phase has, of the same columns and layout; without it all have `reading`.
     """
+    local = with_local_stores(config.data, progress)
     tokenizer, stores, weights = open_stores(
-        config.data, reading.columns_of(config), tokenizer=tokenizer, label_names=label_names, progress=progress
+        local, reading.columns_of(config), tokenizer=tokenizer, label_names=label_names, progress=progress
     )
     frame = Frame.of(tokenizer, config.model.position_offset)
     if reading.columns.value == "text" and config.data.target_length is None:
@@ -136,7 +138,7 @@ def open_data(
         if stage.weights != of_sources:
             if order is not None:  # every source goes on where it was
                 (left, start), first_row = order.unread(first_row, config.seed), 0
-            of_sources, weights, is_same = stage.weights, _members(data, stage.weights)[1], False
+            of_sources, weights, is_same = stage.weights, _members(local, stage.weights)[1], False
         if stage.row_length != row_length:
             start = [first - len(rest) for first, rest in zip(start, left, strict=True)]  # rows read, in any order
             left = [rest[:0] for rest in left]
@@ -224,6 +226,7 @@ def open_stores(
     Raises:
       DataError: as `open_source`, `prepare` and `open_store`; or a store was made with another tokenizer.
     """
+    config = with_local_stores(config, progress)
     names, weights = _members(config, config.weights)
     prepared = {name: open_store(pathlib.Path(name)) for name in names if is_store(pathlib.Path(name))}
     if prepared and (config.validation or config.test):
@@ -257,6 +260,20 @@ def open_stores(
         for store in prepared.values():
             store.verify(unhurried(progress))
     return tokenizer, [prepared[name] for name in names], weights
+
+
+def with_local_stores(config: DataConfig, progress: Say) -> DataConfig:
+    """The settings with the folder of a copy in place of each store that is elsewhere.
+
+    Raises:
+      DataError: as `local_store`.
+    """
+    remote = {name for name in config.sources if is_remote_store(name)}
+    if not remote:
+        return config
+    folder, say = cache_folder(config), unhurried(progress)
+    names = tuple(os.fspath(local_store(n, folder, say)) if n in remote else n for n in config.sources)
+    return dataclasses.replace(config, source=names if len(names) > 1 else names[0])
 
 
 def _check_labels(source: Source, columns: Columns, progress: Say) -> None:

@@ -211,6 +211,10 @@ def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
+_SIZE = re.compile(r"(^|_)(size|dim|layers|heads|groups|embeddings)$|^[dn]_")  # names of fields that are sizes
+_MOST, _MOST_LAYERS = 2**31, 10_000
+
+
 @contextmanager
 def understood(what: str) -> Iterator[None]:
     """Whatever a value of a kind that nobody writes makes a reader raise is a ConfigError that says of what."""
@@ -231,6 +235,10 @@ def modernized(family: "Family", config: Mapping[str, Any]) -> dict[str, Any]:
                 f"config fields {name} and {other} are one for {family.model_type}: got {own[name]!r} and {value!r}; "
                 f"remove one from config.json."
             )
+    for name, value in own.items():
+        most = _MOST_LAYERS if "layer" in name else _MOST
+        if _SIZE.search(name) and isinstance(value, int) and abs(value) >= most:  # what is made of it would never end
+            raise ConfigError(f"config field {name} is a size, below {most:,}: got {value}.")
     with understood(f"a field of this {family.model_type} config"):
         return family.modernize(own)
 

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from flax_encoder.config import ConfigError, DataConfig
 from flax_encoder.data.pipeline import cache_folder
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source, open_source
 from flax_encoder.data.sources.records import DataError, LabelError, Record
+from flax_encoder.data.sources.remote import is_remote, put_file
 from flax_encoder.runs.loaded import LoadedRun
 from flax_encoder.tasks.task import Answer
 
@@ -108,12 +110,12 @@ class AnswerFile:
         """Answers that an interrupted start with the same identity left; anything else of it is removed."""
         try:
             note = json.loads(self._note.read_text("utf-8"))
-            is_same = note["identity"] == self._identity
+            is_same = note["identity"] == self._identity and type(note["answers"]) is int and note["answers"] >= 0
             if is_same and self._part.stat().st_size >= note["bytes"]:
                 with self._part.open("r+b") as file:
                     file.truncate(note["bytes"])
                 self._columns = note["columns"]
-                return int(note["answers"])
+                return note["answers"]
         except (OSError, ValueError, KeyError, TypeError):
             pass
         for path in (self._part, self._note):
@@ -153,16 +155,44 @@ class AnswerFile:
         return text.getvalue()
 
 
+@contextlib.contextmanager
+def output_file(name: str) -> Iterator[pathlib.Path]:
+    """The path to write what a command gives, which no other process writes meanwhile. That of a URL is in the cache,
+    and is copied to its place when it is whole; an interrupted one stays for the next start.
+
+    Raises:
+      ConfigError: another process is at work on it. DataError: the place cannot be written to.
+    """
+    path = pathlib.Path(name)
+    if is_remote(name):
+        place = hashlib.sha256(name.encode()).hexdigest()[:24]
+        path = cache_folder(DataConfig()) / "outputs" / f"{place}-{name.rpartition('/')[2]}"
+        path.parent.mkdir(exist_ok=True)
+    if not path.parent.is_dir():
+        raise ConfigError(f"an output is written into a folder that is there: {path.parent} is not. Make it first.")
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"one command writes an output at a time: another is at work on {name}. Give another --output, or "
+            f"--num-processes for several that share the work."
+        ) from None
+    except (NotImplementedError, OSError):  # without locks, or where nothing can be written, as the work will say
+        pass
+    try:
+        yield path
+        if is_remote(name):
+            put_file(path, name)
+            path.unlink()
+    finally:
+        if lock.is_locked:
+            pathlib.Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
 def identity_of(*what: Any) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()
-
-
-def file_identity(path: str) -> tuple[Any, ...]:
-    """Changes when a file does, as far as its size and time tell."""
-    with contextlib.suppress(OSError):
-        about = os.stat(path)
-        return path, about.st_size, about.st_mtime_ns
-    return (path,)
 
 
 def answers_by_id(path: str | pathlib.Path) -> dict[str, str]:

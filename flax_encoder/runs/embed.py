@@ -47,6 +47,7 @@ from flax_encoder.published.sentence_transformers import (
     write_sentence_settings,
 )
 from flax_encoder.runs.asked import FEW_TOKENS, AskedModel
+from flax_encoder.runs.elsewhere import local_folder
 from flax_encoder.runs.load import load_run
 from flax_encoder.runs.record import read_record
 from flax_encoder.tasks import find_task
@@ -341,7 +342,7 @@ def load_embedder(
       >>> vectors.shape == (2, embedder.embed_dim), num_cut
       (True, 0)
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(local_folder(folder))
     settings = read_sentence_settings(folder) if is_sentence_folder(folder) else SentenceSettings()
     if is_published(inner := folder / settings.encoder_path):
         loaded = load_pretrained(inner, task="none", allow_unused=allow_unused)

@@ -31,6 +31,7 @@ from flax_encoder.published.sentence_transformers import (
 )
 from flax_encoder.published.tasks import Task
 from flax_encoder.runs.best import best_checkpoint
+from flax_encoder.runs.elsewhere import local_folder
 from flax_encoder.runs.loaded import LoadedRun, model_factory
 from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.tasks import TASKS, find_task, is_setting_read
@@ -50,7 +51,7 @@ def load(
     dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> LoadedRun:
     """Open a run folder (its newest checkpoint, or its best with keep_best), one checkpoint, or a published folder, to
-    ask it, export it, embed with it or train from it.
+    ask it, export it, embed with it or train from it. It may be at a URL, such as gs://BUCKET/RUN.
 
     Args:
       objective: the task to open a published folder for; None is what its config.json says. A run has its own.
@@ -68,6 +69,7 @@ def load(
       >>> [answer["label"] in run.label_names for answer in run.predict(["a b", "c d"])]
       [True, True]
     """
+    path = local_folder(path)
     given, path = path, encoder_folder(path)
     if not is_published(path):
         return load_run(path).with_dtype(dtype)
@@ -200,7 +202,9 @@ def with_vectors_of(config: RunConfig, folder: str | None, say: Say) -> RunConfi
     Raises:
       ConfigError: the folder pools in several ways.
     """
-    if folder is None or not is_setting_read(config.objective, "contrastive.pooling") or not is_sentence_folder(folder):
+    if folder is None or not is_setting_read(config.objective, "contrastive.pooling"):
+        return config
+    if not is_sentence_folder(folder := str(local_folder(folder))):
         return config
     theirs, own = read_sentence_settings(folder), config.contrastive
     if len(theirs.pooling) > 1:
@@ -225,7 +229,7 @@ def read_origin(path: str | pathlib.Path, objective: str) -> tuple[RunRecord, An
 
     `objective` says which head to load of a published folder, as far as it has one; a run folder has its own.
     """
-    path = encoder_folder(path)
+    path = encoder_folder(local_folder(path))
     if not is_published(path):
         run = load_run(path)
         whole = run if run.config.objective == objective else run.part()

@@ -1,6 +1,8 @@
 """A model's scores on a source of documents with their right values."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,12 +20,15 @@ from flax_encoder.data.sources.opening import open_source
 from flax_encoder.data.sources.records import DataError, Record, Say
 from flax_encoder.data.store.encoding import text_key
 from flax_encoder.runs.ask_file import check_golds, open_input, open_records
+from flax_encoder.runs.ask_together import embed_together, predict_together
 from flax_encoder.runs.embed import Embedder, settings_of_run
-from flax_encoder.runs.evaluate import evaluate
 from flax_encoder.runs.loaded import LoadedRun
+from flax_encoder.runs.processes import blocks_of_all
+from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.task import Answer
 
 _TOKENS = 4096  # of a batch
+_BATCHES = 8  # that a process works on at a time
 
 
 class Scored(NamedTuple):
@@ -82,7 +87,7 @@ def score_answers(
             say(f"{len(records):,} documents")
             yield task.asked(record)
 
-    answers = list(run.predict(asked()))
+    answers = list(predict_together(run, asked()))
     if not records:
         raise DataError(f"evaluation needs at least one document: {config.sources[0]} has none.")
     if any(record.value is None for record in records) and not task.reading.columns.is_optional:
@@ -117,7 +122,11 @@ def corpus_answers(run: LoadedRun, corpus: str, say: Say) -> Iterator[Answer]:
     settings = dataclasses.replace(settings, max_tokens=min(limits))
     embedder = Embedder(run.model.encoder, run.tokenizer, settings)
     name = "document" if settings.prompts else None
-    vectors, _ = embedder.embed(texts, progress=lambda done: say(f"{done:,} texts of {corpus}"), prompt_name=name)
+    vectors, done = np.zeros((len(texts), embedder.embed_dim), np.float32), 0
+    for some in embed_together(embedder, texts, prompt_name=name):
+        vectors[some.numbers] = some.vectors
+        done += len(some.numbers)
+        say(f"{done:,} texts of {corpus}")
     keys = np.array([text_key(text) for text in texts], np.uint64).view(np.int32).reshape(-1, 1, 2)
     for vector, key in zip(vectors, keys, strict=True):
         yield {"vectors": vector[None], "text_keys": key}
@@ -142,9 +151,14 @@ def _loss(run: LoadedRun, config: DataConfig, say: Say) -> tuple[dict[str, float
     graphdef, params = nnx.split(run.model)
     loss = jax.jit(lambda params, batch: nnx.merge(graphdef, params).loss(batch))
 
-    def step(batch):
-        return loss(params, {name: x for name, x in batch.items() if name not in HOST_FIELDS}), {}
+    def losses(numbers: list[int]) -> list[LossSum]:
+        totals = []
+        for i in numbers:
+            say(f"evaluating: {i:,} of {len(batches):,} batches")
+            batch = {name: x for name, x in batches[i].items() if name not in HOST_FIELDS}
+            totals.append(loss(params, batch))
+        return jax.device_get(totals)
 
-    scores = evaluate(run.task, batches, step, run.config, None, run.tokenizer, say=say)
-    assert scores is not None
+    totals = [total for _, some in blocks_of_all(range(len(batches)), losses, _BATCHES) for total in some]
+    scores = run.task.report(functools.reduce(operator.add, totals))
     return scores, {}, f"{len(split):,} documents ({config.sources[0]})"

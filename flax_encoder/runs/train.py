@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from flax_encoder.config import ConfigError, RunConfig, to_dict
 from flax_encoder.config.phases import describe_phase
+from flax_encoder.data.sources.remote import is_remote
 from flax_encoder.runs.best import best_evaluation, check_metric
 from flax_encoder.runs.evaluate import Evaluations
 from flax_encoder.runs.goodput import Goodput
@@ -54,6 +55,8 @@ def train(config: RunConfig, trackers: Sequence[Tracker] = ()) -> dict[str, floa
       Diverged: a loss or gradient that is not finite; the checkpoints from before it are whole.
     """
     check_task(config)
+    if is_remote(config.run_dir):
+        raise ConfigError(f"a run lies in a local folder: got {config.run_dir}. The command `train` copies it there.")
     trackers = [*make_trackers(config.trackers), *trackers]
     join_processes(config.mesh.num_processes)
     set_up_runtime()

@@ -60,7 +60,8 @@ def join_processes(num_processes: int) -> None:
     own = os.environ.get("JAX_PROCESS_ID")
     try:
         told = {} if own is None else {"num_processes": num_processes, "process_id": int(own)}
-        jax.distributed.initialize(**told)
+        if not jax.distributed.is_initialized():
+            jax.distributed.initialize(**told)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"mesh.num_processes is {num_processes}, and they could not join: {error} Start one on each machine by "

@@ -1,15 +1,15 @@
 """Files of tagged sentences, a word a line: .conll, .bio, .iob, .iob2, and .conllu of Universal Dependencies."""
 
-import pathlib
 from collections.abc import Iterator
 
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources.columns import Columns, Row, Table
 from flax_encoder.data.sources.records import BadRow, BadRows, DataError
+from flax_encoder.data.sources.remote import AnyFile
 from flax_encoder.data.sources.streams import Line, Span, line_where, lines, name_without_packing
 
 
-def table(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Table | None:
+def table(path: AnyFile, config: DataConfig, wanted: Columns) -> Table | None:
     """The word and the tag of a line by their columns' numbers.
 
     Raises:
@@ -35,7 +35,7 @@ def _split(line: str) -> list[str]:
     return line.split("\t") if "\t" in line else line.split()
 
 
-def _place(asked: str | tuple[str, ...] | None, usual: int, width: int, path: pathlib.Path, role: str) -> int:
+def _place(asked: str | tuple[str, ...] | None, usual: int, width: int, path: AnyFile, role: str) -> int:
     try:
         number = usual if asked is None else int(str(asked))
     except ValueError:
@@ -50,7 +50,7 @@ def _place(asked: str | tuple[str, ...] | None, usual: int, width: int, path: pa
 
 
 def rows(
-    path: pathlib.Path, span: Span, table: Table, columns: tuple[str, ...], config: DataConfig, bad: BadRows
+    path: AnyFile, span: Span, table: Table, columns: tuple[str, ...], config: DataConfig, bad: BadRows
 ) -> Iterator[tuple[Line, Row]]:
     """(first line, tokens and tags) of each sentence; blank lines end them."""
     width, word, tag, is_ud = table.dialect

@@ -4,13 +4,13 @@ import csv
 import dataclasses
 import io
 import itertools
-import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources.columns import SAMPLED_ROWS, Columns, Row, Table
 from flax_encoder.data.sources.records import BadRow, BadRows, DataError
+from flax_encoder.data.sources.remote import AnyFile
 from flax_encoder.data.sources.streams import Span, decode, name_without_packing, open_text, raw_lines
 
 _SAMPLED_BYTES, _SAMPLED_LINES = 2**20, 100
@@ -25,7 +25,7 @@ class Dialect(NamedTuple):
     skipped_lines: int
 
 
-def _suffix(path: pathlib.Path) -> str:
+def _suffix(path: AnyFile) -> str:
     return name_without_packing(path).suffix.lower()
 
 
@@ -35,11 +35,11 @@ def _reader(text_lines: Iterator[str], delimiter: str, quotes: bool):
     return csv.reader(text_lines, delimiter=delimiter, quoting=quoting, strict=True)
 
 
-def _text_lines(path: pathlib.Path) -> Iterator[str]:
+def _text_lines(path: AnyFile) -> Iterator[str]:
     return (decode(raw, path, offset) for offset, raw in raw_lines(path))
 
 
-def table(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Table | None:
+def table(path: AnyFile, config: DataConfig, wanted: Columns) -> Table | None:
     """The columns, and how rows are split.
 
     Raises:
@@ -79,7 +79,7 @@ def _problem(error: csv.Error) -> tuple[str, str]:
     return "quotes enclose whole fields (--data.no-csv-quotes takes them as text)", f"does not parse: {error}"
 
 
-def _delimiter(path: pathlib.Path, quotes: bool) -> str:
+def _delimiter(path: AnyFile, quotes: bool) -> str:
     """The comma, unless the first two rows have none and agree in another sign that such files have."""
     head = list(itertools.islice(_text_lines(path), _SAMPLED_LINES))
     for delimiter in (",", ";", "\t", "|"):
@@ -92,7 +92,7 @@ def _delimiter(path: pathlib.Path, quotes: bool) -> str:
     return ","
 
 
-def _quotes_enclose(path: pathlib.Path, delimiter: str) -> bool:
+def _quotes_enclose(path: AnyFile, delimiter: str) -> bool:
     """Whether the quotes at the start of a .tsv file enclose fields. Many such files were written without quoting:
     read with it, a quote that begins a sentence swallows the rows up to the next."""
     with open_text(path) as f:
@@ -117,7 +117,7 @@ def _count_rows(text: str, delimiter: str, quotes: bool) -> tuple[int, int]:
 
 
 def rows(
-    path: pathlib.Path, span: Span, table: Table, columns: tuple[str, ...], config: DataConfig, bad: BadRows
+    path: AnyFile, span: Span, table: Table, columns: tuple[str, ...], config: DataConfig, bad: BadRows
 ) -> Iterator[tuple[tuple[int, int], Row]]:
     delimiter, quotes, names, skipped = table.dialect
     reader = _reader(itertools.islice(_text_lines(path), skipped, None), delimiter, quotes)
@@ -143,7 +143,7 @@ def rows(
         yield place, {name: fields[i] for name, i in places}
 
 
-def where(path: pathlib.Path, place: tuple[int, int]) -> str:
+def where(path: AnyFile, place: tuple[int, int]) -> str:
     return f"{path}, row {place[0]} (line {place[1]})"
 
 

@@ -9,6 +9,7 @@ from flax_encoder.config import DataConfig
 from flax_encoder.data.sources import conll, csv_files, json_files, parquet_files
 from flax_encoder.data.sources.columns import Columns, Layout, Row, Table, choose_columns
 from flax_encoder.data.sources.records import BadRow, BadRows, DataError, Part, Record
+from flax_encoder.data.sources.remote import AnyFile, RemoteFile, size_of
 from flax_encoder.data.sources.streams import Span, line_where, lines, name_without_packing, read_text, spans
 
 PART_BYTES = 8 * 2**20  # seconds of tokenizing: what a killed worker loses
@@ -17,30 +18,36 @@ PART_BYTES = 8 * 2**20  # seconds of tokenizing: what a killed worker loses
 class Kind(NamedTuple):
     """How files of a kind are read: in spans, each a stretch of rows."""
 
-    spans: Callable[[pathlib.Path, DataConfig, Columns], list[tuple[int, Any]]]
+    spans: Callable[[AnyFile, DataConfig, Columns], list[tuple[int, Any]]]
     """(size, span) of the parts."""
-    table: Callable[[pathlib.Path, DataConfig, Columns], Table | None]
+    table: Callable[[AnyFile, DataConfig, Columns], Table | None]
     """The columns; None if there is no row."""
-    rows: Callable[[pathlib.Path, Any, Table, tuple[str, ...], DataConfig, BadRows], Iterator[tuple[Any, Row]]]
+    rows: Callable[[AnyFile, Any, Table, tuple[str, ...], DataConfig, BadRows], Iterator[tuple[Any, Row]]]
     """(place, row) of a span, with at least the columns asked for."""
-    where: Callable[[pathlib.Path, Any], str]
+    where: Callable[[AnyFile, Any], str]
     """Names a row by its place."""
 
 
-def kind_of(path: pathlib.Path) -> str:
+def kind_of(path: AnyFile) -> str:
     """A file's kind by its name, whether packed or not."""
     return name_without_packing(path).suffix.lower()
 
 
-def file_parts(path: pathlib.Path, config: DataConfig, wanted: Columns) -> list[Part]:
+def kind_of_name(name: str) -> str:
+    """The same of a path or a URL."""
+    return kind_of(pathlib.Path(name))
+
+
+def file_parts(path: AnyFile, config: DataConfig, wanted: Columns) -> list[Part]:
     """A file cut into parts of about PART_BYTES, where its kind allows to start in the middle."""
+    is_local = isinstance(path, RemoteFile) and path.is_in_memory
     return [
-        Part("train", size, functools.partial(read_span, path, span, config, wanted))
+        Part("train", size, functools.partial(read_span, path, span, config, wanted), is_local)
         for size, span in _kind(path).spans(path, config, wanted)
     ]
 
 
-def file_layout(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Layout | None:
+def file_layout(path: AnyFile, config: DataConfig, wanted: Columns) -> Layout | None:
     """The columns that are read of a file; None if it has no row.
 
     Raises:
@@ -50,13 +57,13 @@ def file_layout(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Layo
     return None if table is None else choose_columns(table, config, wanted)
 
 
-def file_columns(path: pathlib.Path, config: DataConfig) -> list[str]:
+def file_columns(path: AnyFile, config: DataConfig) -> list[str]:
     """The names of a file's columns, none of a file without rows."""
     table = _kind(path).table(path, config, Columns())
     return [] if table is None else list(table.kinds)
 
 
-def file_rows(path: pathlib.Path, config: DataConfig) -> Iterator[Row]:
+def file_rows(path: AnyFile, config: DataConfig) -> Iterator[Row]:
     """A file's rows with all their columns.
 
     Raises:
@@ -69,7 +76,7 @@ def file_rows(path: pathlib.Path, config: DataConfig) -> Iterator[Row]:
             yield from (row for _, row in kind.rows(path, span, table, tuple(table.kinds), config, bad))
 
 
-def read_span(path: pathlib.Path, span: Any, config: DataConfig, wanted: Columns) -> Generator[Record, None, int]:
+def read_span(path: AnyFile, span: Any, config: DataConfig, wanted: Columns) -> Generator[Record, None, int]:
     """The records of a stretch of a file; the generator's result is the number of rows left out.
 
     Raises:
@@ -91,20 +98,20 @@ def read_span(path: pathlib.Path, span: Any, config: DataConfig, wanted: Columns
     return bad.count
 
 
-def _kind(path: pathlib.Path) -> Kind:
+def _kind(path: AnyFile) -> Kind:
     kind = kind_of(path)
     return KINDS[".jsonl" if kind == ".json" and json_files.is_lines(path) else kind]
 
 
-def _one_span(path: pathlib.Path, config: DataConfig, wanted: Columns) -> list[tuple[int, Any]]:
-    return [(path.stat().st_size, Span())]
+def _one_span(path: AnyFile, config: DataConfig, wanted: Columns) -> list[tuple[int, Any]]:
+    return [(size_of(path), Span())]
 
 
-def _txt_spans(path: pathlib.Path, config: DataConfig, wanted: Columns) -> list[tuple[int, Any]]:
+def _txt_spans(path: AnyFile, config: DataConfig, wanted: Columns) -> list[tuple[int, Any]]:
     return _one_span(path, config, wanted) if config.text_unit == "file" else spans(path, PART_BYTES, numbered=False)
 
 
-def _txt_table(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Table:
+def _txt_table(path: AnyFile, config: DataConfig, wanted: Columns) -> Table:
     if wanted.value != "none" or wanted.min_texts > 1:
         raise DataError(
             f"a .txt file has no labels and no pairs: {path}. Use .csv, .tsv, .jsonl or .parquet, which have columns."
@@ -129,7 +136,7 @@ def _txt_rows(path, span: Span, table: Table, columns, config: DataConfig, bad: 
             yield None, {"text": "\n".join(paragraph)}
 
 
-def _line_spans(path: pathlib.Path, config: DataConfig, wanted: Columns) -> list[tuple[int, Any]]:
+def _line_spans(path: AnyFile, config: DataConfig, wanted: Columns) -> list[tuple[int, Any]]:
     return spans(path, PART_BYTES, numbered=wanted.value != "none")
 
 

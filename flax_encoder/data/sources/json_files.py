@@ -2,17 +2,17 @@
 
 import itertools
 import json
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources.columns import SAMPLED_ROWS, Columns, Row, Table, kinds_of_rows
 from flax_encoder.data.sources.records import BadRow, BadRows, DataError
+from flax_encoder.data.sources.remote import AnyFile
 from flax_encoder.data.sources.streams import Line, Span, line_where, lines, raw_lines, read_text
 
 
-def lines_table(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Table | None:
+def lines_table(path: AnyFile, config: DataConfig, wanted: Columns) -> Table | None:
     """The columns of the first rows, which decide for the file, wherever in it a part begins."""
     found = lines_rows(path, Span(), None, (), config, BadRows(config.skip_bad_rows))
     rows = [row for _, row in itertools.islice(found, SAMPLED_ROWS)]
@@ -20,7 +20,7 @@ def lines_table(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Tabl
 
 
 def lines_rows(
-    path: pathlib.Path, span: Span, table: Table | None, columns: tuple[str, ...], config: DataConfig, bad: BadRows
+    path: AnyFile, span: Span, table: Table | None, columns: tuple[str, ...], config: DataConfig, bad: BadRows
 ) -> Iterator[tuple[Line, Row]]:
     for line in lines(path, span):
         text = line[2]
@@ -37,14 +37,14 @@ def lines_rows(
             yield line, row
 
 
-def is_lines(path: pathlib.Path) -> bool:
+def is_lines(path: AnyFile) -> bool:
     """Whether a .json file is an object a line."""
     starts = (raw.lstrip()[:1] for _, raw in raw_lines(path) if raw.strip())
     return list(itertools.islice(starts, 2)) == [b"{", b"{"]
 
 
 def list_rows(
-    path: pathlib.Path, span: Span, table: Table | None, columns: tuple[str, ...], config: DataConfig, bad: BadRows
+    path: AnyFile, span: Span, table: Table | None, columns: tuple[str, ...], config: DataConfig, bad: BadRows
 ) -> Iterator[tuple[int, Row]]:
     for number, row in enumerate(_json_list(path, table is not None and table.dialect), 1):
         if isinstance(row, dict):
@@ -53,7 +53,7 @@ def list_rows(
             bad.add(item_where(path, number), BadRow("every item of a .json file must be an object", f"is {row!r:.60}"))
 
 
-def _json_list(path: pathlib.Path, is_read_for_text: bool) -> Iterator[Any]:
+def _json_list(path: AnyFile, is_read_for_text: bool) -> Iterator[Any]:
     """The items of a list, of {"data": [...]}, or of SQuAD's articles; an object that is none of these is one item."""
     try:
         content = json.loads(read_text(path) or "[]")
@@ -70,7 +70,7 @@ def _json_list(path: pathlib.Path, is_read_for_text: bool) -> Iterator[Any]:
     return iter(items)
 
 
-def _squad_rows(path: pathlib.Path, articles: list, is_read_for_text: bool) -> Iterator[Row]:
+def _squad_rows(path: AnyFile, articles: list, is_read_for_text: bool) -> Iterator[Row]:
     try:
         for article in articles:
             for paragraph in article["paragraphs"]:
@@ -88,12 +88,12 @@ def _squad_rows(path: pathlib.Path, articles: list, is_read_for_text: bool) -> I
         ) from None
 
 
-def list_table(path: pathlib.Path, config: DataConfig, wanted: Columns) -> Table | None:
+def list_table(path: AnyFile, config: DataConfig, wanted: Columns) -> Table | None:
     is_read_for_text = wanted.value == "none" and wanted.max_texts == 1
     items = list(itertools.islice(_json_list(path, is_read_for_text), SAMPLED_ROWS))
     rows = [row for row in items if isinstance(row, dict)]
     return Table(kinds_of_rows(rows), str(path), dialect=is_read_for_text) if items else None
 
 
-def item_where(path: pathlib.Path, number: int) -> str:
+def item_where(path: AnyFile, number: int) -> str:
     return f"{path}, item {number}"

@@ -1,4 +1,4 @@
-"""Where documents come from: TensorFlow Datasets or Hugging Face `datasets` by name, or local files."""
+"""Where documents come from: TensorFlow Datasets or Hugging Face `datasets` by name, or files, here or elsewhere."""
 
 import contextlib
 import glob
@@ -16,6 +16,15 @@ from flax_encoder.data.sources.columns import Columns, Layout
 from flax_encoder.data.sources.files import KINDS, file_layout, file_parts, kind_of
 from flax_encoder.data.sources.named import open_hf, open_tfds
 from flax_encoder.data.sources.records import DataError, Part, Record
+from flax_encoder.data.sources.remote import (
+    AnyFile,
+    RemoteFile,
+    has_pattern,
+    is_remote,
+    open_file_system,
+    remote_files,
+    size_of,
+)
 
 _COMPARED_BYTES = 2**26  # of a source's files, to tell one that was replaced by another of its size and time
 _PIECES = 16
@@ -59,7 +68,7 @@ def open_source(name: str, config: DataConfig, columns: Columns, cache_dir: path
       DataError: no such file or data set, a kind of file that is not read here, or no such column (lists the columns).
     """
     for prefix, open_named in (("tfds:", open_tfds), ("hf:", open_hf)):
-        if name.startswith(prefix):
+        if name.startswith(prefix) and not is_remote(name):
             found = open_named(name.removeprefix(prefix), config, columns, cache_dir)
             layout = found.layout
             what = (*found.identity, layout.columns[0], layout.label, *_unusual(config, columns, layout))
@@ -82,16 +91,40 @@ def _open_files(name: str, config: DataConfig, columns: Columns, cache_dir: path
         )
     layout = next((found for path in paths if (found := file_layout(path, config, columns))), None)
     parts = [part for path in paths for part in file_parts(path, config, columns)]
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    stats = [_identity(path) for path in paths]
     label = None if layout is None else layout.label
     fingerprint = _hash(stats, config.text_column, label, config.text_unit, *_unusual(config, columns, layout))
     names, notes = (None, ()) if layout is None else (layout.label_names, layout.notes)
     return Source(parts, _of_contents(fingerprint, paths, cache_dir), names, name, notes)
 
 
-def _matching(name: str) -> list[pathlib.Path]:
-    """The files that a path, a folder or a pattern stands for. What exists is meant as it is written: a pattern begins
-    after the last folder that does."""
+def _matching(name: str) -> list[AnyFile]:
+    """The files that a path, a folder, a pattern or a URL of one of these stands for."""
+    if is_remote(name):
+        paths: list[AnyFile] = [*remote_files(name)]
+        is_folder = not has_pattern(name) and [p.path for p in paths] != [open_file_system(name)[1]]
+    else:
+        paths, is_folder = [*_local_files(name)], pathlib.Path(name).expanduser().is_dir()
+    if not paths:
+        hint = ""
+        if "[" in name:
+            hint = f" In a pattern [ab] stands for a or b; for a name that has brackets write {glob.escape(name)!r}."
+        raise DataError(
+            f"no file matches data.source {name!r}. It is a path, a folder or a quoted glob, a URL of these, a "
+            f"prepared store, tfds:NAME or hf:NAME.{hint}"
+        )
+    stems = {p.name.split(".")[0].lower() for p in paths} & {"validation", "valid", "dev", "test"}
+    if is_folder and stems:
+        raise DataError(
+            f"a folder is training text, all of it: {name} has files named {', '.join(sorted(stems))}. Name the "
+            f"training files with --data.source, the others with --data.validation and --data.test, or take "
+            f"hf:{name}, which reads splits by the files' names."
+        )
+    return paths
+
+
+def _local_files(name: str) -> list[pathlib.Path]:
+    """What exists is meant as it is written: a pattern begins after the last folder that does."""
     path = pathlib.Path(name).expanduser()
     there = next((p for p in (path, *path.parents) if p.exists()), pathlib.Path())
     if there == path and path.is_dir():
@@ -100,23 +133,22 @@ def _matching(name: str) -> list[pathlib.Path]:
         rest = path.parts[len(there.parts) :]
         pattern = os.path.join(glob.escape(str(there)), *rest)
         paths = [pathlib.Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-    paths = [p for p in paths if p.is_file()]
-    if not paths:
-        hint = ""
-        if "[" in name:
-            hint = f" In a pattern [ab] stands for a or b; for a name that has brackets write {glob.escape(name)!r}."
-        raise DataError(
-            f"no file matches data.source {name!r}. It is a path, a folder or a quoted glob, a prepared store, "
-            f"tfds:NAME or hf:NAME.{hint}"
-        )
-    stems = {p.name.split(".")[0].lower() for p in paths} & {"validation", "valid", "dev", "test"}
-    if path.is_dir() and stems:
-        raise DataError(
-            f"a folder is training text, all of it: {name} has files named {', '.join(sorted(stems))}. Name the "
-            f"training files with --data.source, the others with --data.validation and --data.test, or take "
-            f"hf:{name}, which reads splits by the files' names."
-        )
-    return paths
+    return [p for p in paths if p.is_file()]
+
+
+def _identity(path: AnyFile) -> tuple[Any, ...]:
+    """Another where the file is, or may be, another."""
+    if isinstance(path, RemoteFile):
+        return path.url, path.size, path.version
+    return str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
+
+
+def files_identity(name: str) -> tuple[Any, ...]:
+    """Another where the files that a path, a folder, a pattern or a URL stands for are others, as far as their places
+    and times tell; the name alone where there are none."""
+    with contextlib.suppress(OSError):
+        return name, *(_identity(path) for path in (remote_files(name) if is_remote(name) else _local_files(name)))
+    return (name,)
 
 
 def _unusual(config: DataConfig, columns: Columns, layout: Layout | None) -> tuple[Any, ...]:
@@ -131,14 +163,17 @@ def _hash(*what: Any) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
-def _of_contents(fingerprint: str, paths: list[pathlib.Path], cache_dir: pathlib.Path) -> str:
+def _of_contents(fingerprint: str, paths: list[AnyFile], cache_dir: pathlib.Path) -> str:
     """The fingerprint, or another if other contents had it before: files may be replaced by others of their size and
     time. A note in the cache remembers when the files last changed, and a hash of their contents or pieces of them."""
     note = cache_dir / "sources" / f"{fingerprint[:24]}.json"
-    changed = _hash([(p.stat().st_ino, p.stat().st_ctime_ns) for p in paths])
+    remote = [path for path in paths if isinstance(path, RemoteFile)]
+    if remote and all(path.version for path in remote):
+        return fingerprint  # which has what their place says of their contents
+    changed = None if remote else _hash([(p.stat().st_ino, p.stat().st_ctime_ns) for p in paths])
     try:
         known = json.loads(note.read_text("utf-8"))
-        if known["changed"] == changed:
+        if changed is not None and known["changed"] == changed:
             return fingerprint
         contents = _hash_of_pieces(paths)
         if known["contents"] != contents:
@@ -153,14 +188,15 @@ def _of_contents(fingerprint: str, paths: list[pathlib.Path], cache_dir: pathlib
     return fingerprint
 
 
-def _hash_of_pieces(paths: list[pathlib.Path]) -> str:
+def _hash_of_pieces(paths: list[AnyFile]) -> str:
     """Of the files' bytes, or of large ones' pieces from all over."""
     digest, room = hashlib.sha256(), max(_PIECES, _COMPARED_BYTES // len(paths))
     for path in paths:
-        size = path.stat().st_size
-        pieces = 1 if size <= room else _PIECES
+        size, can_seek = size_of(path), not isinstance(path, RemoteFile) or path.has_ranges
+        pieces = 1 if size <= room or not can_seek else _PIECES
         with path.open("rb") as f:
             for i in range(pieces):
-                f.seek(i * (size - room // pieces) // (_PIECES - 1) if pieces > 1 else 0)
+                if pieces > 1:
+                    f.seek(i * (size - room // pieces) // (_PIECES - 1))
                 digest.update(f.read(room // pieces))
     return digest.hexdigest()

@@ -70,3 +70,5 @@ class Part:
     read: Callable[[], Iterator[Record]]
     """Gives the records in order. A generator's own result (`count = yield from part.read()`) is the number of rows
     that were left out as `skip_bad_rows` asks."""
+    is_local: bool = False
+    """Whether it can be read in this process alone, as what lies in its memory."""

@@ -1,7 +1,8 @@
-"""Local files as lines of text: packed or not, in any of Unicode's encodings that begins with its mark."""
+"""Files as lines of text: packed or not, in any of Unicode's encodings that begins with its mark."""
 
 import codecs
 import contextlib
+import functools
 import gzip
 import io
 import pathlib
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.sources.remote import AnyFile, RemoteFile, size_of
 
 _PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 # That of UTF-32 begins with that of UTF-16, so it is looked for first.
@@ -35,11 +37,13 @@ Line = tuple[int, int | None, str]
 plain tuple: one is made for every line of a corpus."""
 
 
-def name_without_packing(path: pathlib.Path) -> pathlib.Path:
-    return path.with_suffix("") if path.suffix.lower() in _PACKED.values() else path
+def name_without_packing(path: AnyFile) -> pathlib.PurePath:
+    """The file's name, without .gz or .zst at its end."""
+    name = pathlib.PurePath(path.name)
+    return name.with_suffix("") if name.suffix.lower() in _PACKED.values() else name
 
 
-def packing_of(path: pathlib.Path) -> str:
+def packing_of(path: AnyFile) -> str:
     """.gz or .zst by the name, or by what the file begins with; else nothing."""
     if path.suffix.lower() in _PACKED.values():
         return path.suffix.lower()
@@ -47,14 +51,25 @@ def packing_of(path: pathlib.Path) -> str:
     return next((packing for magic, packing in _PACKED.items() if head.startswith(magic)), "")
 
 
-def is_whole(path: pathlib.Path) -> bool:
-    """Whether the file can only be read from its start: packed, or in an encoding that is not UTF-8."""
+def is_whole(path: AnyFile) -> bool:
+    """Whether the file can only be read from its start: packed, in an encoding that is not UTF-8, or at a place that
+    gives whole files alone."""
     head = _head(path)
-    return bool(packing_of(path)) or any(head.startswith(mark) for mark in _MARKS)
+    is_packed, is_marked = bool(packing_of(path)), any(head.startswith(mark) for mark in _MARKS)
+    return is_packed or is_marked or (isinstance(path, RemoteFile) and not path.has_ranges)
 
 
-def _head(path: pathlib.Path) -> bytes:
+@functools.lru_cache(maxsize=1024)
+def _remote_head(path: RemoteFile) -> bytes:
+    """Asked for once: a place may give no less than a block."""
+    with path.open() as f:
+        return f.read(4)
+
+
+def _head(path: AnyFile) -> bytes:
     try:
+        if isinstance(path, RemoteFile):
+            return _remote_head(path)
         with path.open("rb") as f:
             return f.read(4)
     except OSError as error:
@@ -62,14 +77,15 @@ def _head(path: pathlib.Path) -> bytes:
 
 
 @contextlib.contextmanager
-def open_text(path: pathlib.Path) -> Iterator[io.BufferedIOBase]:
+def open_text(path: AnyFile) -> Iterator[io.BufferedIOBase]:
     """The file's text as UTF-8 bytes, unpacked.
 
     Raises:
       DataError: inside the `with` too, when the file turns out to be cut off or damaged.
     """
     try:
-        with _unpacked(path) as f:
+        with contextlib.ExitStack() as stack:
+            f = stack.enter_context(_unpacked(path, stack))
             head = f.peek(4)[:4]  # type: ignore[attr-defined]
             encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
             yield io.BufferedReader(_AsUTF8(f, encoding, path)) if encoding else f
@@ -77,48 +93,51 @@ def open_text(path: pathlib.Path) -> Iterator[io.BufferedIOBase]:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: pathlib.Path, error: Exception) -> DataError:
+def _unreadable(path: AnyFile, error: Exception) -> DataError:
     hint = ""
     if "too much memory" in str(error):  # zstd --long of 28 and more, past what pyarrow's reader allows
         hint = f" Its window is long: `pip install zstandard` reads it, `zstd -d --long=31 {path}` unpacks it."
     return DataError(f"a file cannot be read to its end: {path}: {error}.{hint}")
 
 
-def _unpacked(path: pathlib.Path) -> io.BufferedIOBase:
+def _unpacked(path: AnyFile, stack: contextlib.ExitStack) -> io.BufferedIOBase:
+    """The file's bytes, unpacked; the stack closes what lies below them."""
     packing = packing_of(path)
+    if not packing:
+        return path.open("rb")  # type: ignore[return-value]
+    packed = stack.enter_context(path.open("rb"))
     if packing == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if packing == ".zst":
-        try:
-            return _unzstd(path)
-        except OSError as error:
-            if "too much memory" not in str(error):
-                raise
-            with contextlib.suppress(ImportError):
-                return _unzstd_long(path)
+        return gzip.open(packed, "rb")  # type: ignore[return-value]
+    try:
+        return _unzstd(path, packed)
+    except OSError as error:
+        if "too much memory" not in str(error):
             raise
-    return path.open("rb")
+        with contextlib.suppress(ImportError):
+            return _unzstd_long(stack.enter_context(path.open("rb")))
+        raise
 
 
-def _unzstd(path: pathlib.Path) -> io.BufferedIOBase:
+def _unzstd(path: AnyFile, packed: io.BufferedIOBase) -> io.BufferedIOBase:
     import pyarrow as pa
 
-    f = io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))  # type: ignore[arg-type]
+    file = pa.PythonFile(packed, "r") if isinstance(path, RemoteFile) else pa.OSFile(str(path))
+    f = io.BufferedReader(pa.CompressedInputStream(file, "zstd"))  # type: ignore[arg-type]
     f.peek(1)
     return f  # type: ignore[return-value]
 
 
-def _unzstd_long(path: pathlib.Path) -> io.BufferedIOBase:
+def _unzstd_long(packed: io.BufferedIOBase) -> io.BufferedIOBase:
     import zstandard
 
     unpack = zstandard.ZstdDecompressor(max_window_size=2**31)
-    return io.BufferedReader(unpack.stream_reader(path.open("rb"), read_across_frames=True, closefd=True))
+    return io.BufferedReader(unpack.stream_reader(packed, read_across_frames=True))
 
 
 class _AsUTF8(io.RawIOBase):
     """A stream in another of Unicode's encodings as UTF-8, without its mark."""
 
-    def __init__(self, stream: io.BufferedIOBase, encoding: str, path: pathlib.Path):
+    def __init__(self, stream: io.BufferedIOBase, encoding: str, path: AnyFile):
         self._stream, self._path = stream, path
         self._decoder = codecs.getincrementaldecoder(encoding)()
         self._ready, self._has_ended = b"", False
@@ -141,12 +160,12 @@ class _AsUTF8(io.RawIOBase):
         return count
 
 
-def read_text(path: pathlib.Path) -> str:
+def read_text(path: AnyFile) -> str:
     with open_text(path) as f:
         return decode(f.read().removeprefix(codecs.BOM_UTF8), path, 0)
 
 
-def decode(raw: bytes, path: pathlib.Path, offset: int) -> str:
+def decode(raw: bytes, path: AnyFile, offset: int) -> str:
     """Raises: DataError: the bytes, which begin at `offset`, are not UTF-8."""
     try:
         return raw.decode("utf-8")
@@ -158,7 +177,7 @@ def decode(raw: bytes, path: pathlib.Path, offset: int) -> str:
         ) from None
 
 
-def raw_lines(path: pathlib.Path, begin: int = 0) -> Iterator[tuple[int, bytes]]:
+def raw_lines(path: AnyFile, begin: int = 0) -> Iterator[tuple[int, bytes]]:
     """(offset, line with its end), from the first line that starts at `begin` or later; a mark of UTF-8 is no text."""
     with open_text(path) as f:
         if begin:
@@ -169,7 +188,7 @@ def raw_lines(path: pathlib.Path, begin: int = 0) -> Iterator[tuple[int, bytes]]
             begin += len(raw)
 
 
-def lines(path: pathlib.Path, span: Span, *, at_blank: bool = False) -> Iterator[Line]:
+def lines(path: AnyFile, span: Span, *, at_blank: bool = False) -> Iterator[Line]:
     """The lines that start in the span.
 
     With `at_blank` both its ends move on to the next blank line, so that no paragraph is cut.
@@ -194,9 +213,9 @@ def lines(path: pathlib.Path, span: Span, *, at_blank: bool = False) -> Iterator
         number = None if number is None else number + 1
 
 
-def spans(path: pathlib.Path, part_bytes: int, *, numbered: bool) -> list[tuple[int, Span]]:
+def spans(path: AnyFile, part_bytes: int, *, numbered: bool) -> list[tuple[int, Span]]:
     """(bytes, span) of a file that is cut into parts; with `numbered` the lines of each know their numbers."""
-    size = path.stat().st_size
+    size = size_of(path)
     if is_whole(path):
         return [(size, Span())]
     begins = range(0, max(size, 1), part_bytes)
@@ -207,7 +226,7 @@ def spans(path: pathlib.Path, part_bytes: int, *, numbered: bool) -> list[tuple[
     ]
 
 
-def _first_lines(path: pathlib.Path, begins: range) -> list[int]:
+def _first_lines(path: AnyFile, begins: range) -> list[int]:
     """The number of the first line that starts at each of these offsets or later: one pass over the file."""
     found, ends = [1], 0
     with path.open("rb") as f:
@@ -217,6 +236,6 @@ def _first_lines(path: pathlib.Path, begins: range) -> list[int]:
     return found
 
 
-def line_where(path: pathlib.Path, line: Line) -> str:
+def line_where(path: AnyFile, line: Line) -> str:
     offset, number, _ = line
     return f"{path}, line {number or sum(1 for start, _ in raw_lines(path) if start <= offset)}"

@@ -23,7 +23,7 @@ from flax_encoder.data.sources.opening import Source
 from flax_encoder.data.sources.records import DataError, Say
 from flax_encoder.data.store.merging import merge_parts
 from flax_encoder.data.store.store import FORMAT, Store, open_store, partial_folder, read_manifest
-from flax_encoder.data.store.tokenizing import THIS_PROCESS, HeldOut, tokenize_parts
+from flax_encoder.data.store.tokenizing import THIS_PROCESS, HeldOut, remove_damaged_parts, tokenize_parts
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 
 
@@ -75,6 +75,8 @@ def prepare(
                 shutil.rmtree(work, ignore_errors=True)
                 return _open_same(folder, identity)
             _settle(work, identity, len(source.parts))
+            if damaged := remove_damaged_parts(work, len(source.parts), progress):
+                say(f"{damaged} parts of {work} are damaged, and are made anew")
             tokenize_parts(source, tokenizer, work, columns, held_out, progress, workers, shard)
             if left := [i for i in range(len(source.parts)) if not (work / f"{i:06}").exists()]:
                 say(f"{len(left)} of {len(source.parts)} parts are left to the other shards")
@@ -172,7 +174,11 @@ def _settle(work: pathlib.Path, identity: str, num_parts: int) -> None:
     with contextlib.suppress(FileExistsError):
         os.link(temporary, path)  # whole, and only if no other process was first
     temporary.unlink()
-    if json.loads(path.read_text()) != note:
+    try:
+        begun = json.loads(path.read_bytes())
+    except ValueError:  # cut by a crash of the machine
+        begun = None
+    if begun != note:
         raise DataError(
             f"an interrupted store can be finished only from what it was begun with: {work} was begun from another "
             f"text, tokenizer or held-out rate. Delete it to start anew."

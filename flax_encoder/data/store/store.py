@@ -36,6 +36,8 @@ from flax_encoder.data.sources.records import DataError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+_SMALL_BYTES = 2**20
+_CHECKED_AT_ONCE = 2**24  # offsets
 VALUES = ("labels", "classes", "number", "answers", "text_lengths", "text_keys")
 
 
@@ -135,13 +137,18 @@ class Store:
         """
         for name, about in self.manifest["files"].items():
             progress(f"verifying {name}")
-            with (self.folder / name).open("rb") as f:
-                digest = hashlib.file_digest(f, "sha256").hexdigest()
-            if digest != about["sha256"]:
-                raise DataError(
-                    f"a prepared file must be as it was written: {self.folder / name} has SHA-256 "
-                    f"{digest}, expected {about['sha256']}. Delete {self.folder} and prepare it again."
-                )
+            _compare(self.folder, name, about)
+
+
+def _compare(folder: pathlib.Path, name: str, about: dict) -> None:
+    """Raises: DataError: a file of the folder is not what was written."""
+    with (folder / name).open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if digest != about["sha256"]:
+        raise DataError(
+            f"a prepared file must be as it was written: {folder / name} has SHA-256 {digest}, expected "
+            f"{about['sha256']}. Delete {folder} and prepare it again."
+        )
 
 
 def is_store(folder: pathlib.Path) -> bool:
@@ -168,6 +175,7 @@ def read_manifest(folder: pathlib.Path) -> dict:
                 f"a store must have format {FORMAT}: {folder} has {manifest['format']}, of another version of this "
                 f"library. Prepare it again."
             )
+        _check_fields(manifest)
         return manifest
     except FileNotFoundError:
         if partial_folder(folder).is_dir():
@@ -175,14 +183,42 @@ def read_manifest(folder: pathlib.Path) -> dict:
                 f"a store must be whole: the one at {folder} was interrupted. The same prepare command finishes it."
             ) from None
         raise DataError(f"no prepared store at {folder}: it has no {MANIFEST}.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"prepared text is damaged: {folder / MANIFEST}: {error}. Prepare it again.") from error
 
 
+def _check_fields(manifest: dict) -> None:
+    """Raises: ValueError, KeyError, TypeError or AttributeError: a manifest without what is read of it."""
+    if "members" in manifest:
+        for member in manifest["members"]:
+            if type(member["folder"]) is not str or not 0 < float(member["weight"]) < float("inf"):
+                raise ValueError(f"a member is a folder and its weight: got {member!r}")
+        return
+    kinds = {"tokenizer": (str,), "source": (str,), "label_names": (list, type(None)), "dropped": (dict,)}
+    for name, kind in kinds.items():
+        if not isinstance(manifest[name], kind):
+            raise ValueError(f"{name} is {manifest[name]!r:.60}")
+    listed = {"label_names": manifest["label_names"] or [], "prompts": manifest.get("prompts", [])}
+    if odd := [(n, x) for n, texts in listed.items() for x in texts if type(x) is not str]:
+        raise ValueError(f"{odd[0][0]} has {odd[0][1]!r:.60}")
+    if manifest["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"dtype is {manifest['dtype']!r:.60}")
+    if not {"train"} <= manifest["splits"].keys() <= {"train", "validation", "test"}:
+        raise ValueError(f"splits are {', '.join(manifest['splits'])}")
+    counts = [(name, about[n]) for name, about in manifest["splits"].items() for n in ("documents", "tokens", "shards")]
+    counts += [("unknown", about.get("unknown", 0)) for about in manifest["splits"].values()]
+    counts += [*manifest["dropped"].items(), *((n, about["bytes"]) for n, about in manifest["files"].items())]
+    if odd := [(name, n) for name, n in counts if type(n) is not int or n < 0]:
+        raise ValueError(f"{odd[0][0]} has a count of {odd[0][1]!r:.60}")
+    if any(about.get("unknown", 0) > about["tokens"] for about in manifest["splits"].values()):
+        raise ValueError("more tokens are unknown than there are")
+
+
 def open_store(folder: pathlib.Path) -> Store:
-    """Map a store's files.
+    """Map a store's files. Small ones are compared with their SHA-256, of large ones the sizes, and that the documents
+    lie one after the other in the tokens.
 
     Raises:
       DataError: a file is missing, damaged, or does not fit the manifest.
@@ -197,7 +233,11 @@ def open_store(folder: pathlib.Path) -> Store:
                     f"a prepared file does not fit its manifest: {folder / name} has {size} bytes, expected "
                     f"{about['bytes']}. Delete {folder} and prepare it again."
                 )
+            if size <= _SMALL_BYTES:
+                _compare(folder, name, about)
         splits = {name: _open_split(folder / name) for name in manifest["splits"]}
+        for split in splits.values():
+            _check_split(split)
         held_out = splits.pop("test", None)
         validation = splits.get("validation", held_out)
         return Store(splits["train"], validation, held_out if "validation" in splits else None, manifest, folder)
@@ -217,6 +257,20 @@ def _open_split(folder: pathlib.Path) -> StoredSplit:
     has_tags = (folder / "tags-00000.bin").exists()
     tags = [np.memmap(folder / f"tags-{i:05}.bin", np.int16, "r") for i in shards] if has_tags else None
     return StoredSplit(tokens, words, offsets, values, _load(folder / "histogram.npy"), tags, folder)
+
+
+def _check_split(split: StoredSplit) -> None:
+    """Raises: ValueError: its arrays do not belong together."""
+    offsets, num_tokens = split.offsets, int(split.shard_starts[-1])
+    if offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets):
+        raise ValueError(f"{split.folder}: offsets are {offsets.dtype} of shape {offsets.shape}")
+    is_rising = all(
+        (np.diff(offsets[i : i + _CHECKED_AT_ONCE + 1]) >= 0).all() for i in range(0, len(split), _CHECKED_AT_ONCE)
+    )
+    if offsets[0] != 0 or offsets[-1] != num_tokens or not is_rising:
+        raise ValueError(f"{split.folder}: the documents do not lie one after the other in its {num_tokens:,} tokens")
+    if odd := [name for name, x in split.values.items() if len(x) != len(split)]:
+        raise ValueError(f"{split.folder}: {odd[0]} are not one of each document")
 
 
 def _load(path: pathlib.Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:

@@ -4,6 +4,7 @@ A part's folder has its documents one after the other: `tokens.bin`, `words.bin`
 `lengths.npy`, `hashes.npy` (of records, 128 bits), `splits.npy` (an index in SPLITS) and `about.json` (values, names of
 tags, empty documents); where there are values `text_hashes.npy`, of several texts `text_lengths.npy`, and `tags.bin`
 or `answers.npy` where these are the values, and `text_keys.npy` where texts are compared (`encoding.Encoded` says how).
+`sums.json` has their SHA-256.
 """
 
 import concurrent.futures
@@ -42,6 +43,7 @@ THIS_PROCESS = f"{socket.gethostname()}.{os.getpid()}"
 _BATCH_CHARACTERS = 2**18
 _POLL_SECONDS = 0.5
 SPLITS = ("train", "validation", "test")
+SUMS = "sums.json"  # of a part's other files
 MOST_HELD_OUT = 2  # times the rate of held-out documents: no class has texts held out whose hash lies beyond
 
 
@@ -77,7 +79,7 @@ def tokenize_parts(
         progress(f"tokenized {share}{documents:,} documents, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
 
     cores = num_cores()
-    workers = min(workers or cores, len(todo))
+    workers = 1 if any(part.is_local for part in source.parts) else min(workers or cores, len(todo))
     if workers <= 1:
         for i in todo:
             base = counts
@@ -207,6 +209,7 @@ def _tokenize_part(
         about = {"empty": empty, "excluded": excluded, "bad": sum(bad_rows), "unread_words": unread}
         about |= {"values": values, "tags": list(tag_ids)}
         (work / "about.json").write_text(json.dumps(about))
+        (work / SUMS).write_text(json.dumps(_sums(work)))
         try:
             os.rename(work, folder)
         except OSError:
@@ -214,6 +217,35 @@ def _tokenize_part(
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def remove_damaged_parts(work: pathlib.Path, count: int, progress: Say) -> int:
+    """Remove the parts among the first `count` that are not what was written, as after a crash of the machine; how
+    many were."""
+    damaged = 0
+    for i in range(count):
+        folder = work / f"{i:06}"
+        if not folder.exists():
+            continue
+        progress(f"comparing part {i + 1:,} of {count:,} with its checksums")
+        try:
+            is_whole = json.loads((folder / SUMS).read_bytes()) == _sums(folder)
+        except (OSError, ValueError, RecursionError):
+            is_whole = False
+        if not is_whole:
+            damaged += 1
+            shutil.rmtree(folder)
+    return damaged
+
+
+def _sums(folder: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of a part's files."""
+    found = {}
+    for path in folder.iterdir():
+        if path.name != SUMS:
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _counted(part: Part, bad_rows: list[int]) -> Iterator[Record]:

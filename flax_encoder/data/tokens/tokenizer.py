@@ -7,6 +7,7 @@ import pathlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +32,8 @@ _SPACE_MARKS = ("\u2581", "\u0120")  # SentencePiece's and byte-level BPE's
 _ALPHABET = 1000  # characters kept, the most frequent; the rest are unknown
 _LONGEST_WORD = 100  # characters; a longer word is one unknown token
 _MOST_UNKNOWN = 0.1  # of a text's tokens, before it is worth a warning
+_MOST_DIGITS = 7  # of an id
+_LARGE_NUMBER = re.compile(rf"(?<![\d.])\d{{{_MOST_DIGITS + 1},}}")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class TextTokenizer:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
+        if _LARGE_NUMBER.search(self.json):  # or else none is too large, and a large file need not be parsed here
+            content = json.loads(self.json)
+            with suppress(KeyError, TypeError, AttributeError):  # which the library explains
+                vocab, added = content["model"].get("vocab"), content.get("added_tokens") or ()
+                check_ids([*(vocab.values() if isinstance(vocab, dict) else ()), *(token["id"] for token in added)])
         tokenizer = Tokenizer.from_str(self.json)
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -274,6 +282,12 @@ class UnknownCount:
             f"{self.tokenizer.token(self.tokenizer.unknown_id)}, of which a model learns nothing: is this the text's "
             f"tokenizer, and is its case kept (do_lower_case in tokenizer_config.json)?"
         )
+
+
+def check_ids(ids: Iterable[Any]) -> None:
+    """Raises: DataError: an id is so large that the library, which makes a list of all below it, takes gigabytes."""
+    if odd := [i for i in ids if isinstance(i, int) and i >= 10**_MOST_DIGITS]:
+        raise DataError(f"ids of tokens are below {10**_MOST_DIGITS:,}: got {odd[0]}.")
 
 
 def load_tokenizer(path: str | pathlib.Path) -> TextTokenizer:

@@ -34,7 +34,7 @@ from flax_encoder.data.tokens.classes import (
     word_piece,
 )
 from flax_encoder.data.tokens.sentencepiece import LAYOUTS, SENTENCEPIECE_FILES, sentencepiece_tokenizer
-from flax_encoder.data.tokens.tokenizer import SETTINGS, TextTokenizer, load_tokenizer
+from flax_encoder.data.tokens.tokenizer import SETTINGS, TextTokenizer, check_ids, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ _FIXED_OF_FILES = {
 _THEIR_ROLES = {
     "pad": ("pad",), "unknown": ("unk",), "first": ("cls", "bos"), "last": ("sep", "eos"), "mask": ("mask",),
 }  # fmt: skip
+_MOST_EXTRA_IDS = 10**5  # T5 has 100
 _NO_LIMIT = 2**31  # tokens; what sets no limit is written as 10**30
 _OF_IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # members of a tokenizer.json that make the ids
 
@@ -104,6 +105,12 @@ def read_tokenizer(path: str | pathlib.Path, num_rows: int | None = None) -> Tex
 
 
 def _check_served(beside: "_Beside") -> None:
+    extra = beside.config.get("extra_ids", 0)
+    if type(extra) is not int or not 0 <= extra < _MOST_EXTRA_IDS:
+        raise DataError(
+            f"{beside.folder / 'tokenizer_config.json'}: extra_ids is a number of tokens from 0 to below "
+            f"{_MOST_EXTRA_IDS:,}: got {extra!r}."
+        )
     for name, served in (_FIXED | ({} if beside.file.is_file() else _FIXED_OF_FILES)).items():
         if beside.config.get(name, served[0]) not in served:
             raise DataError(
@@ -295,6 +302,7 @@ def _of_files(beside: _Beside) -> tuple[Tokenizer, Names, str | None]:
         return sentencepiece_tokenizer(model, config, layout), layout.names, layout.template
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocab, names = _json(folder / "vocab.json"), beside.names(FAIRSEQ_NAMES)
+        check_ids(vocab.values())
         template = "bert" if names["cls"] == "[CLS]" else "roberta"
         has_frame = {names["cls"], names["sep"]} <= vocab.keys()
         parts = Parts(vocab, _merges(folder / "merges.txt", vocab), None)
