@@ -11,13 +11,14 @@ from flax_encoder.nn.normalization import Norm
 from flax_encoder.nn.partition import MESH_AXES, is_split, normal, param, zeros
 from flax_encoder.ops.cross_entropy import MeshAxes, linear_cross_entropy
 from flax_encoder.ops.dropout import dropout
+from flax_encoder.ops.gather import take_tokens
 from flax_encoder.ops.linear import linear
 from flax_encoder.ops.platform import precision
 
 
 def gather_rows(hidden: Float[Array, "B T D"], target_positions: Int[Array, "B M"]) -> Float[Array, "B M D"]:
     """The vectors at the target positions: heads skip the rest, which halves a small masked LM's step."""
-    return jnp.take_along_axis(hidden, target_positions[..., None], axis=1)
+    return take_tokens(hidden, target_positions)
 
 
 def segment_mean(
@@ -112,9 +113,10 @@ class MaskedLMHead(Head):
 
 
 def _mesh_axes() -> MeshAxes | None:
-    if not any(is_split(name) for name in ("batch", "vocab", "embed")):
+    if not any(is_split(name) for name in ("batch", "length", "vocab", "embed")):
         return None
-    return MeshAxes(MESH_AXES["batch"], MESH_AXES["vocab"], MESH_AXES["embed"])
+    positions = MESH_AXES["length"] if is_split("length") else None
+    return MeshAxes(MESH_AXES["batch"], positions, MESH_AXES["vocab"], MESH_AXES["embed"])
 
 
 class ClassificationHead(Head):

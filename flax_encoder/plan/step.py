@@ -153,6 +153,7 @@ def _read(
     segments = batch["segment_ids"]
     cycles = kernel_cycles(schedules, segments)
     rows = segments[: -(-len(segments) // (mesh.shape["data"] * mesh.shape["fsdp"]))]  # those of a device
+    rows = rows[:, : rows.shape[1] // mesh.shape["context"]]
     read = report(compiled.text, compiled.memory, chip, chip.kernel_fraction, cycles, rows)
     together = collectives(estimate(compiled.text, chip).collectives, mesh, chip)
     waited = exposed_seconds(together, read["step_seconds"])

@@ -162,7 +162,7 @@ def test_the_search_ranks_what_fits_by_its_rate_and_tries_each_once(monkeypatch)
         rows = planner.search(sample_data(config), minutes=10.0)
     assert rows[0] | {"why": ""} == rows[0]
     assert (rows[0]["microbatches"], rows[0]["remat"], rows[0]["fits"]) == (1, "none", True)
-    assert rows[0]["mesh"] in ("1 x 8 x 1",) and not rows[-1]["fits"]
+    assert rows[0]["mesh"] in ("1 x 8 x 1 x 1",) and not rows[-1]["fits"]
     assert len(set(tried)) == len(tried)
 
 

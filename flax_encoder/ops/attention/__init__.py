@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.ops.attention import chunked, cudnn, flash, reference, rows, splash
+from flax_encoder.ops.attention.mesh import over_tokens, splits_tokens
 from flax_encoder.ops.attention.problem import Problem, Refusal, Window
 from flax_encoder.ops.dropout import dropout_words
 from flax_encoder.ops.platform import platform
@@ -133,6 +134,12 @@ def attention(
         rope=rope,
         lengths=lengths,
     )
+    attend = functools.partial(_attend, implementation)
+    return over_tokens(problem, attend) if splits_tokens(problem) else attend(problem)
+
+
+def _attend(implementation: str | None, problem: Problem) -> Float[Array, "B T N H"]:
+    """By the implementation named, or the one chosen."""
     name = implementation or _choose(problem)
     if refusal := IMPLEMENTATIONS[name].refusal(problem):
         raise ValueError(f"attention implementation {name!r} cannot serve: {refusal}")

@@ -35,6 +35,10 @@ class Problem(NamedTuple):
     """from this batch row on"""
     first_head: int | Int[Array, ""] = 0
     """and this query head."""
+    first_query: int | Int[Array, ""] = 0
+    """Of a part of a row's queries, the place of its first,"""
+    num_queries: int | None = None
+    """and how many the row has; None where this is all of them."""
     rope: RopeTables | None = None
     """By which queries and keys are yet to be turned."""
     lengths: Int[Array, "B"] | None = None
@@ -45,6 +49,11 @@ class Problem(NamedTuple):
             return self
         query, key = (apply_rope(x, self.rope) for x in (self.query, self.key))
         return self._replace(query=query, key=key, rope=None)
+
+    @property
+    def row_places(self) -> tuple[int, int]:
+        """(heads, queries a row) of the whole problem, by which `kept` tells its places."""
+        return self.num_heads, self.num_queries or self.query.shape[1]
 
     @property
     def static_window(self) -> tuple[int, int] | None:
@@ -106,7 +115,8 @@ def dropout_starts(problem: Problem) -> UInt32[Array, "B N T"]:
     """`kept`'s part that is each query's, for a kernel that would make it again for each tile of keys."""
     B, T, N, _ = problem.query.shape
     batch, head = problem.first_row + jnp.arange(B), problem.first_head + jnp.arange(N)
-    row = _dropout_row((problem.num_heads, T), batch[:, None, None], head[:, None], jnp.arange(T))
+    query = problem.first_query + jnp.arange(T)
+    row = _dropout_row(problem.row_places, batch[:, None, None], head[:, None], query)
     return row_start(problem.dropout_words, row)
 
 
