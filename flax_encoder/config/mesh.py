@@ -44,7 +44,7 @@ class MeshConfig(ShortRepr):
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Devices along each axis, of so many in all; with -1 at least 1, though then they may be more than there are.
         """
-        given = {name: getattr(self, name) for name in MESH_AXES}
+        given = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "context": self.context}
         left = max(1, num_devices // math.prod(size for size in given.values() if size > 0))
         return {name: left if size == -1 else size for name, size in given.items()}
 

@@ -52,7 +52,8 @@ class Head(nnx.Module):
         has_bias = dense_bias if head.dense_bias is None else head.dense_bias
         options = {"std": config.init_std, "use_bias": has_bias, "dtype": dtype, "rngs": rngs}
         has_dense = transform if head.transform is None else head.transform
-        self.dense = Linear({"embed": config.embed_dim}, {"features": width}, **options) if has_dense else None
+        inputs, outputs = {"embed": config.embed_dim}, {"features": width}
+        self.dense = Linear(inputs, outputs, is_alone=True, **options) if has_dense else None
         has_norm = has_dense and (norm if head.norm is None else head.norm)
         self.norm = Norm(config, width, rngs=rngs) if has_norm else None
 
