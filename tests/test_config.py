@@ -138,7 +138,7 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
         (MeshConfig, {"tensor": -1}, "got -1 for data and tensor. Give the others, such as --mesh.data 1"),
         (MeshConfig, {"context": -2}, "mesh.context is at least 1, or -1 for all that are left: got -2"),
         (MeshConfig, {"num_processes": -1}, "mesh.num_processes is at least 1: got -1"),
-        (RunConfig, {"mesh": CUT, "data": DataConfig(row_length=30)}, "got rows of 30 tokens for context 4; 28 and 32 do"),
+        (RunConfig, {"mesh": CUT, "data": DataConfig(row_length=30)}, "30 tokens for context 4; 28 and 32 do"),
         (RunConfig, {"mesh": CUT, "data": DataConfig(target_length=3)}, "got data.target_length 3 for context 4"),
         (RunConfig, {"mesh": CUT, "model": EncoderConfig(layer="gru")}, "got context 4 with model.layer gru"),
         (RunConfig, {"mesh": CUT, "model": EncoderConfig(relative_position="disentangled")}, "got context 4 with mod"),
