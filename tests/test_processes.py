@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from flax_encoder.config import ConfigError, MeshConfig, RunConfig
 from flax_encoder.runs.load import load_run
+from flax_encoder.training.run_log import read_metrics
 from tests.runs import assert_same_losses, command, run, start, tiny, wait_for_step, with_fields
 from train import train
 
@@ -21,12 +22,12 @@ def test_one_process_trains_in_a_folder_at_a_time(corpus, tmp_path):
         train(tiny(corpus, tmp_path / "run", mesh=MeshConfig()))
 
 
-def start_two(config: RunConfig) -> list[subprocess.Popen]:
-    """Two processes of one device each."""
+def start_two(config: RunConfig, **axes: int) -> list[subprocess.Popen]:
+    """Two processes of one device each, rows split over them unless `axes` of the mesh say otherwise."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    config = with_fields(config, mesh=MeshConfig(num_processes=2))
+    config = with_fields(config, mesh=MeshConfig(num_processes=2, **axes))
     return [start(config, JAX_COORDINATOR_ADDRESS=address, JAX_PROCESS_ID=str(i)) for i in range(2)]
 
 
@@ -53,6 +54,20 @@ def test_two_processes_train_as_one_and_stop_together(corpus, tmp_path):
     assert "held-out text" in outputs[0] and "held-out text" not in outputs[1]
     for name in ("run", "resumed_by_one"):
         assert_same_losses(tmp_path / name, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_two_processes_that_share_rows_train_as_one(axis, corpus, tmp_path):
+    whole = tiny(corpus, tmp_path / "whole", steps=9)
+    run(command(whole))
+    outputs = finished(start_two(with_fields(whole, run_dir=str(tmp_path / "run")), data=1, **{axis: 2}))
+    assert f"{axis} 2" in outputs[0]
+    assert_same_losses(tmp_path / "run", tmp_path / "whole")
+    got, want = (
+        [line["eval/loss"] for line in read_metrics(tmp_path / name) if "eval/loss" in line] for name in ("run", "whole")
+    )
+    assert got == pytest.approx(want, rel=1e-5)
 
 
 def test_processes_that_cannot_be_found_are_an_error(tmp_path):

@@ -60,7 +60,11 @@ def _on_each_device(mesh, problem: Problem, attend, length: tuple[str, ...] | No
     if problem.bias is not None:
         rows_of, heads_of, *_ = problem.bias.shape
         own["bias"] = PartitionSpec(batch if rows_of == B > 1 else None, heads if heads_of == N else None, length)
-    names = ("query", "key", "value", "query_segments", "key_segments", "bias", "dropout_words", "rope", "lengths")
+    own["offset_bias"] = PartitionSpec(heads)
+    names = (
+        "query", "key", "value", "query_segments", "key_segments", "bias", "dropout_words", "rope", "offset_bias",
+        "lengths",
+    )  # fmt: skip
     names = [name for name in names if getattr(problem, name) is not None]
     specs = [own.get(name, segments) for name in names]
     window = problem.window if problem.has_traced_window else ()
@@ -87,9 +91,8 @@ def _among_all(part: Problem, attend, num_parts: int):
     window = part.window
     if window is not None:  # from a query's index among its own, which is so much less than in the row
         window = tuple(jnp.asarray(w, jnp.int32) for w in (window[0] - start, window[1] + start))
-    return attend(
-        part._replace(key=key, value=value, window=window, first_query=start, num_queries=num_parts * T)
-    )
+    part = part._replace(first_query=start, num_queries=num_parts * T)
+    return attend(part._replace(key=key, value=value, window=window).with_pairs())
 
 
 def _among_neighbours(part: Problem, attend, num_parts: int, halo: int):
@@ -107,6 +110,7 @@ def _among_neighbours(part: Problem, attend, num_parts: int, halo: int):
     def around(x, dim, size):
         return jax.lax.dynamic_slice_in_dim(_padded(x, dim, halo), start, size, axis=dim)
 
+    part = part._replace(first_query=start, num_queries=num_parts * T).with_pairs()
     segments = part.key_segments
     if segments is None:  # beyond a row's ends there is nothing to see
         segments = jnp.ones((part.query.shape[0], num_parts * T), jnp.int32)
@@ -114,7 +118,7 @@ def _among_neighbours(part: Problem, attend, num_parts: int, halo: int):
     bias = None if part.bias is None else _padded(around(part.bias, 3, length), 2, halo)
     whole = part._replace(
         query=_padded(part.query, 1, halo), key=with_neighbours(part.key), value=with_neighbours(part.value),
-        query_segments=segments, key_segments=segments, bias=bias,
+        query_segments=segments, key_segments=segments, bias=bias, first_query=0, num_queries=None,
     )  # fmt: skip
     return attend(whole)[:, halo : halo + T]
 

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from flax_encoder.ops.dropout import Words, keep_mask, row_start
 from flax_encoder.ops.position import RopeTables, apply_rope
+from flax_encoder.ops.relative import pairs_of_offsets
 
 Window = tuple[int | Int[Array, ""], int | Int[Array, ""]]
 
@@ -41,6 +42,8 @@ class Problem(NamedTuple):
     """and how many the row has; None where this is all of them."""
     rope: RopeTables | None = None
     """By which queries and keys are yet to be turned."""
+    offset_bias: Float[Array, "N P"] | None = None
+    """A bias that is the same for all pairs of one offset, of which `bias` is yet to be made (ops/relative.py)."""
     lengths: Int[Array, "B"] | None = None
     """Tokens of each row, where a row is one document and then padding, as the segments then say too."""
 
@@ -49,6 +52,13 @@ class Problem(NamedTuple):
             return self
         query, key = (apply_rope(x, self.rope) for x in (self.query, self.key))
         return self._replace(query=query, key=key, rope=None)
+
+    def with_pairs(self) -> "Problem":
+        """With the bias of its own queries, where that is given by offset."""
+        if self.offset_bias is None:
+            return self
+        T, S = self.query.shape[1], self.offset_bias.shape[1] - self.row_places[1] + 1
+        return self._replace(bias=pairs_of_offsets(self.offset_bias, self.first_query, T, S), offset_bias=None)
 
     @property
     def row_places(self) -> tuple[int, int]:
