@@ -166,7 +166,7 @@ def _read(
         "activations": total - memory["argument"],
         "total": total,
     }
-    unread = {name: size for name, (_, size) in read["unestimated"].items() if name.rpartition("(")[2][:-1] not in _TOGETHER}
+    unread = [name for name in read["unestimated"] if name.rpartition("(")[2][:-1] not in _TOGETHER]
     notes = [f"not in the step, as nothing says how long it takes: {name}" for name in unread]
     if read["kernels_without_schedule"]:
         notes.append(f"{read['kernels_without_schedule']} kernels without a schedule that could be read")
