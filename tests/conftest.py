@@ -25,11 +25,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if "faults" not in (config.option.markexpr or ""):
-        skip = pytest.mark.skip(reason="takes minutes: pytest -m faults")
-        for item in items:
-            if "faults" in item.keywords:
-                item.add_marker(skip)
+    for name in ("faults", "every_mesh"):
+        if name not in (config.option.markexpr or ""):
+            skip = pytest.mark.skip(reason=f"takes minutes: pytest -m {name}")
+            for item in items:
+                if name in item.keywords:
+                    item.add_marker(skip)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,6 +24,7 @@ from flax_encoder.config import (
 )
 
 PACKAGE = pathlib.Path(flax_encoder.__file__).parent
+CUT = MeshConfig(context=4)
 UNUSUAL = RunConfig(
     init_from="runs/other",
     eval_every=7,
@@ -133,9 +134,15 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
         (OptimizerConfig, {"name": "schedule_free"}, r"give schedule wsd and decay_rate 0 .* got linear and 0\.2"),
         (OptimizerConfig, {"name": "schedule_free", "schedule": "wsd"}, r"got wsd and 0\.2"),
         (MeshConfig, {"data": 0}, "at least 1, or -1 for all that are left: got 0"),
-        (MeshConfig, {"fsdp": 0}, "fsdp must be above 0: got 0"),
-        (MeshConfig, {"tensor": -1}, "tensor must be above 0: got -1"),
-        (MeshConfig, {"num_processes": 0}, "num_processes must be above 0: got 0"),
+        (MeshConfig, {"fsdp": 0}, "mesh.fsdp is at least 1, or -1 for all that are left: got 0"),
+        (MeshConfig, {"tensor": -1}, "got -1 for data and tensor. Give the others, such as --mesh.data 1"),
+        (MeshConfig, {"context": -2}, "mesh.context is at least 1, or -1 for all that are left: got -2"),
+        (MeshConfig, {"num_processes": -1}, "mesh.num_processes is at least 1: got -1"),
+        (RunConfig, {"mesh": CUT, "data": DataConfig(row_length=30)}, "30 tokens for context 4; 28 and 32 do"),
+        (RunConfig, {"mesh": CUT, "data": DataConfig(target_length=3)}, "got data.target_length 3 for context 4"),
+        (RunConfig, {"mesh": CUT, "model": EncoderConfig(layer="gru")}, "got context 4 with model.layer gru"),
+        (RunConfig, {"mesh": CUT, "model": EncoderConfig(relative_position="disentangled")}, "got context 4 with mod"),
+        (RunConfig, {"mesh": CUT, "model": EncoderConfig(attention_implementation="rows")}, "got context 4; leave mod"),
         (RunConfig, {"mesh": MeshConfig(num_processes=2), "compare_with_scratch": True}, "got mesh.num_processes 2"),
         *[(RunConfig, {name: 0}, f"{name} must be above 0: got 0") for name in (
             "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every", "keep_checkpoints"

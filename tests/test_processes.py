@@ -27,6 +27,7 @@ from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.runs import ask_file, processes
 from flax_encoder.runs.ask_file import AnswerFile, output_file
 from flax_encoder.runs.load import load_run
+from flax_encoder.training.run_log import read_metrics
 from tests.runs import (
     ROOT,
     TINY,
@@ -51,9 +52,9 @@ def test_one_process_trains_in_a_folder_at_a_time(corpus, tmp_path):
         train(tiny(corpus, tmp_path / "run", mesh=MeshConfig()))
 
 
-def start_all(config: RunConfig, count: int) -> list[subprocess.Popen]:
-    """So many processes of one device each."""
-    config = with_fields(config, mesh=MeshConfig(num_processes=count))
+def start_all(config: RunConfig, count: int, **axes: int) -> list[subprocess.Popen]:
+    """So many processes of one device each, rows split over them unless `axes` of the mesh say otherwise."""
+    config = with_fields(config, mesh=MeshConfig(num_processes=count, **axes))
     return [start(config, **variables) for variables in addressed(count)]
 
 
@@ -88,6 +89,18 @@ def test_two_processes_train_as_one_and_stop_together(corpus, tmp_path):
     assert "held-out text" in outputs[0] and "held-out text" not in outputs[1]
     for name in ("run", "resumed_by_one"):
         assert_same_losses(tmp_path / name, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_rows_train_as_one(corpus, tmp_path):
+    whole = tiny(corpus, tmp_path / "whole", steps=9)
+    run(command(whole))
+    outputs = finished(start_all(with_fields(whole, run_dir=str(tmp_path / "run")), 2, data=1, tensor=2))
+    assert "tensor 2" in outputs[0]
+    assert_same_losses(tmp_path / "run", tmp_path / "whole")
+    folders = tmp_path / "run", tmp_path / "whole"
+    got, want = ([line["eval/loss"] for line in read_metrics(folder) if "eval/loss" in line] for folder in folders)
+    assert got == pytest.approx(want, rel=1e-5)
 
 
 def test_processes_that_cannot_be_found_are_an_error(tmp_path):

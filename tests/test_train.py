@@ -143,7 +143,7 @@ def test_resume_on_another_mesh(corpus, tmp_path):
     wait_for_step(process, tmp_path / "run", 3)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=100)
-    run(command(with_fields(config, mesh=MeshConfig(data=2, fsdp=2, tensor=1))), devices=4)
+    run(command(with_fields(config, mesh=MeshConfig(data=1, fsdp=2, context=2))), devices=4)
     assert_same_losses(tmp_path / "run", tmp_path / "whole")
 
 

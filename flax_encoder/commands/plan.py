@@ -64,10 +64,9 @@ def _plan(asked: argparse.Namespace, settings: list[str]) -> None:
     def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
-    split = hardware.num_chips // config.mesh.tensor
-    sample = sample_data(
-        config, document_tokens=asked.document_tokens, texts=asked.texts, unit=max(1, split) * config.num_microbatches
-    )
+    sizes = config.mesh.sizes(hardware.num_chips)
+    unit = sizes["data"] * sizes["fsdp"] * config.num_microbatches
+    sample = sample_data(config, document_tokens=asked.document_tokens, texts=asked.texts, unit=unit)
     with Planner(hardware, config.model.dtype) as planner:
         if asked.search:
             rows = planner.search(sample, asked.search_minutes, say)
@@ -80,10 +79,8 @@ def _plan(asked: argparse.Namespace, settings: list[str]) -> None:
 
 def _report(made: dict[str, Any], dtype: str, platform: str) -> str:
     used, spare = made["hbm_bytes_per_device"], made["hbm_bytes_spare"]
-    lines = [
-        f"{made['hardware']}: {made['chips']} chip(s), mesh data {made['mesh']['data']} x fsdp {made['mesh']['fsdp']} "
-        f"x tensor {made['mesh']['tensor']}"
-    ]
+    axes = " x ".join(f"{name} {size}" for name, size in made["mesh"].items())
+    lines = [f"{made['hardware']}: {made['chips']} chip(s), mesh {axes}"]
     if made["fits"]:
         lines.append(f"fits: {_gb(used)} of {_gb(made['chip']['hbm_bytes'])} a device, {_gb(spare)} to spare")
     elif used is None:

@@ -6,6 +6,7 @@ checkpoint stores it as JSON. The first lines of a field's comment are its `--he
 
 from flax_encoder.config.contrastive import ContrastiveConfig
 from flax_encoder.config.distillation import DistillationConfig
+from flax_encoder.config.mesh import MeshConfig
 from flax_encoder.config.model import (
     FREE_OF_PARAMETERS,
     Activation,
@@ -23,7 +24,6 @@ from flax_encoder.config.run import (
     LabelsConfig,
     LoraConfig,
     MaskingConfig,
-    MeshConfig,
     OptimizerConfig,
     RunConfig,
     SpansConfig,

@@ -5,6 +5,7 @@ from typing import Literal
 
 from flax_encoder.config.contrastive import ContrastiveConfig
 from flax_encoder.config.distillation import DistillationConfig
+from flax_encoder.config.mesh import MeshConfig, check_context
 from flax_encoder.config.model import DecoderConfig, EncoderConfig, GenerationConfig, HeadConfig
 from flax_encoder.config.objectives import AutoencoderConfig, SentencesConfig
 from flax_encoder.config.phases import (
@@ -400,28 +401,6 @@ class LoraConfig(ShortRepr):
 
 
 @dataclass(frozen=True, repr=False)
-class MeshConfig(ShortRepr):
-    """Devices along each axis of the mesh; the product is the number of devices used."""
-
-    data: int = -1
-    """Rows are split, parameters copied. -1 takes the devices that the other axes leave."""
-    fsdp: int = 1
-    """Rows and parameters are both split."""
-    tensor: int = 1
-    """Heads, MLP and vocabulary are split."""
-    num_processes: int = 1
-    """That train together, as one on each of several machines; the mesh is over all their devices. They find each other
-    by what started them (Slurm, Kubernetes, Open MPI, Cloud TPU), or by JAX_COORDINATOR_ADDRESS (host:port of the
-    first) and JAX_PROCESS_ID, and share run_dir."""
-
-    def __post_init__(self):
-        require(
-            self.data == -1 or self.data > 0, f"mesh.data is at least 1, or -1 for all that are left: got {self.data}."
-        )
-        require_positive(self, "fsdp", "tensor", "num_processes")
-
-
-@dataclass(frozen=True, repr=False)
 class RunConfig(ShortRepr):
     """A run: what is learned, from what, how, and where it is written."""
 
@@ -664,6 +643,9 @@ class RunConfig(ShortRepr):
             f"{self.model.max_length}. Give rows of at most {self.model.max_length}"
             + (", or start from a model without a table of positions, such as ModernBERT." if self.init_from else "."),
         )
+        if self.mesh.context > 1:
+            lengths = *self.row_lengths, *self.data.buckets
+            check_context(self.mesh.context, self.model, lengths, self.data.target_length)
         turned = [phase.rope_theta for phase in self.phases if phase.rope_theta is not None]
         require(
             not turned or self.model.position == "rope",

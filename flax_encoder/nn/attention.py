@@ -12,8 +12,17 @@ from flax_encoder.nn.normalization import Norm
 from flax_encoder.nn.partition import normal, param
 from flax_encoder.ops.attention import Window, attention, attention_weights
 from flax_encoder.ops.dropout import dropout
+from flax_encoder.ops.mesh import is_spread
 from flax_encoder.ops.position import RopeTables
-from flax_encoder.ops.relative import alibi_bias, disentangled_bias, disentangled_buckets, offsets, t5_bias
+from flax_encoder.ops.relative import (
+    alibi_bias,
+    alibi_values,
+    disentangled_bias,
+    disentangled_buckets,
+    offsets,
+    t5_bias,
+    t5_values,
+)
 
 
 class PositionInputs(NamedTuple):
@@ -22,6 +31,8 @@ class PositionInputs(NamedTuple):
     rope: RopeTables | None = None
     bias: Float[Array, "1 N T T"] | None = None
     """Added to the logits (ALiBi, T5)."""
+    offset_bias: Float[Array, "N P"] | None = None
+    """The same by offset: on a mesh each device makes what it needs of it."""
     distances: Float[Array, "R D"] | None = None
     """Vectors of distances, of which each layer makes keys and queries (DeBERTa)."""
 
@@ -45,9 +56,14 @@ class RelativePosition(nnx.Module):
     def __call__(self, length: int) -> PositionInputs:
         config = self.config
         if config.relative_position == "alibi":
+            if is_spread():
+                return PositionInputs(offset_bias=alibi_values(config.num_heads, length))
             return PositionInputs(bias=alibi_bias(config.num_heads, length))
         if config.relative_position == "t5":
-            return PositionInputs(bias=t5_bias(self.table[...], length, config.relative_max_distance))
+            table, furthest = self.table[...], config.relative_max_distance
+            if is_spread():
+                return PositionInputs(offset_bias=t5_values(table, length, furthest))
+            return PositionInputs(bias=t5_bias(table, length, furthest))
         if config.relative_position == "disentangled":
             return PositionInputs(distances=self.table[...] if self.norm is None else self.norm(self.table[...]))
         return PositionInputs()
@@ -90,6 +106,7 @@ class SelfAttention(nnx.Module):
             window=window,
             rope=position.rope,
             bias=bias,
+            offset_bias=position.offset_bias,
             scale=scale,
             dropout_rate=config.attention_dropout_rate,
             dropout_key=attention_key,
@@ -107,7 +124,7 @@ class SelfAttention(nnx.Module):
         """By which each query [T] weighs the values of each key [T], without dropout (`attention_weights`)."""
         query, keys, _, bias, scale = self._inputs(x, position, None)
         options = {"segment_ids": segment_ids, "window": window, "rope": position.rope}
-        return attention_weights(query, keys, bias=bias, scale=scale, **options)
+        return attention_weights(query, keys, bias=bias, offset_bias=position.offset_bias, scale=scale, **options)
 
     def projections(
         self, x: Float[Array, "B T D"]

@@ -22,7 +22,8 @@ from flax_encoder.nn.normalization import Norm
 from flax_encoder.nn.partition import constrain, normal, param
 from flax_encoder.ops.attention import Window, attention
 from flax_encoder.ops.dropout import dropout
-from flax_encoder.ops.relative import t5_bias, t5_bias_row
+from flax_encoder.ops.mesh import is_spread
+from flax_encoder.ops.relative import t5_bias, t5_bias_row, t5_values
 
 KeysValues = tuple[Float[Array, "..."], Float[Array, "..."]]
 
@@ -44,6 +45,8 @@ class Sight(NamedTuple):
     memory_segments: Int[Array, "B M"]
     window: Window | None
     bias: Float[Array, "1 N T S"] | None
+    offset_bias: Float[Array, "N P"] | None
+    """The same by offset, on a mesh."""
     start: Int[Array, ""] | int
     """Where the tokens at hand go into the cache."""
 
@@ -63,6 +66,7 @@ def attend(layer: SelfAttention, x, own: KeysValues, sight: Sight, is_cross: boo
         key_segment_ids=sight.memory_segments if is_cross else sight.key_segments,
         window=None if is_cross else sight.window,
         bias=None if is_cross else sight.bias,
+        offset_bias=None if is_cross else sight.offset_bias,
         scale=config.attention_scale,
         dropout_rate=config.attention_dropout_rate,
         dropout_key=attention_key,
@@ -178,10 +182,11 @@ class Decoder(nnx.Module):
 
         Returns (hidden, states): with `every_layer` the embeddings and what each layer leaves, as in `Encoder`.
         """
-        length, bias = x.shape[1], None
+        length, bias, offset_bias = x.shape[1], None, None
         if self.relative is not None:
-            bias = t5_bias(self.relative[...], length, self.config.relative_max_distance, is_causal=True)
-        sight = Sight(segment_ids, segment_ids, memory_segment_ids, (length, 0), bias, 0)
+            of = self.relative[...], length, self.config.relative_max_distance
+            bias, offset_bias = (None, t5_values(*of, True)) if is_spread() else (t5_bias(*of, True), None)
+        sight = Sight(segment_ids, segment_ids, memory_segment_ids, (length, 0), bias, offset_bias, 0)
         x, _, states = self._run(x, memory, sight, None, key=key, every_layer=every_layer)
         return x, states
 
@@ -201,7 +206,7 @@ class Decoder(nnx.Module):
         bias = None
         if self.relative is not None:
             bias = t5_bias_row(self.relative[...], length, self.config.relative_max_distance, cache.length)
-        sight = Sight(jnp.ones((B, 1), jnp.int32), visible, cache.memory_segments, None, bias, cache.length)
+        sight = Sight(jnp.ones((B, 1), jnp.int32), visible, cache.memory_segments, None, bias, None, cache.length)
         x, own, _ = self._run(x, cache.memory, sight, cache.own)
         return x, cache._replace(own=own, length=cache.length + 1)
 

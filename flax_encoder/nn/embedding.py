@@ -1,5 +1,7 @@
 """Tokens, their types and positions to vectors."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,8 +10,9 @@ from jaxtyping import Array, Float, Int
 from flax_encoder.config import EncoderConfig
 from flax_encoder.nn.linear import Linear
 from flax_encoder.nn.normalization import Norm
-from flax_encoder.nn.partition import normal, param
+from flax_encoder.nn.partition import MESH_AXES, constrain, normal, param
 from flax_encoder.ops.dropout import dropout
+from flax_encoder.ops.gather import take_vectors
 from flax_encoder.ops.position import sinusoidal
 
 
@@ -28,6 +31,11 @@ def places(tokens: Int[Array, "B T"], config: EncoderConfig) -> Int[Array, "B T"
     return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
 
 
+def _axes(rows: str) -> tuple[Any, Any]:
+    """The mesh axes of a table of vectors whose rows have this name."""
+    return MESH_AXES[rows], MESH_AXES["embed"]
+
+
 class Embedding(nnx.Module):
     """Token vectors plus those of types and absolute positions, as the config has them; norm, dropout, projection."""
 
@@ -38,7 +46,7 @@ class Embedding(nnx.Module):
         # Of a model that begins from another's table, which it does not train (DeBERTa v3's sharing, arXiv 2111.09543).
         self.base: nnx.Param | None = nnx.data(None)
         rows = config.max_length + config.position_offset
-        self.position = param(rngs, init, length=rows, embed=width) if config.position == "learned" else None
+        self.position = param(rngs, init, places=rows, embed=width) if config.position == "learned" else None
         # Where Hua et al. (arXiv 2202.10447) start it; `scale` is a name that no weight decay touches.
         self.scale = (
             param(rngs, lambda _, shape: jnp.full(shape, width**-0.5), features=1) if config.position_scale else None
@@ -70,18 +78,21 @@ class Embedding(nnx.Module):
         Raises:
           ValueError: token_types for a model that has none.
         """
-        x = jnp.take(self.table, tokens, axis=0)
+        tokens, positions = (constrain(a, "batch", "length") for a in (tokens, positions))
+        x = take_vectors(self.table, tokens, _axes("vocab"))
         x = x if self.config.embedding_scale == 1.0 else self.config.embedding_scale * x
         if self.token_type is not None:
-            x = x + (self.token_type[0] if token_types is None else jnp.take(self.token_type[...], token_types, axis=0))
+            types = self.token_type[...]
+            x = x + (types[0] if token_types is None else take_vectors(types, token_types, _axes("token_types")))
         elif token_types is not None:
             raise ValueError("token_types need num_token_types: this model has 0; leave them out.")
         if self.position is not None:
-            x = x + jnp.take(self.position[...], positions + self.config.position_offset, axis=0)
+            x = x + take_vectors(self.position[...], positions + self.config.position_offset, _axes("places"))
         elif self.config.position == "sinusoidal":
             table = sinusoidal(positions, x.shape[-1])
             x = x + (table if self.scale is None else self.scale[...] * table)
         if self.norm is not None:
             x = self.norm(x)
         x = dropout(x, self.config.dropout_rate, key)
-        return x if self.projection is None else self.projection(x)
+        x = x if self.projection is None else self.projection(x)
+        return constrain(x, "batch", "length", "features")

@@ -207,9 +207,9 @@ class Encoder(nnx.Module):
         if positions is None:
             positions = places(tokens, self.config)
         config = self.config
+        positions = constrain(positions, "batch", "length")
         embedding_key, layers_key = (None, None) if key is None else jax.random.split(key)
         x = self.embedding(tokens, positions, token_types, key=embedding_key)
-        x = constrain(x, "batch", "length", "features")
 
         position = self._position_inputs(positions)
         kinds = config.windows

@@ -11,13 +11,14 @@ from flax_encoder.nn.normalization import Norm
 from flax_encoder.nn.partition import MESH_AXES, is_split, normal, param, zeros
 from flax_encoder.ops.cross_entropy import MeshAxes, linear_cross_entropy
 from flax_encoder.ops.dropout import dropout
+from flax_encoder.ops.gather import take_tokens
 from flax_encoder.ops.linear import linear
 from flax_encoder.ops.platform import precision
 
 
 def gather_rows(hidden: Float[Array, "B T D"], target_positions: Int[Array, "B M"]) -> Float[Array, "B M D"]:
     """The vectors at the target positions: heads skip the rest, which halves a small masked LM's step."""
-    return jnp.take_along_axis(hidden, target_positions[..., None], axis=1)
+    return take_tokens(hidden, target_positions)
 
 
 def segment_mean(
@@ -51,7 +52,8 @@ class Head(nnx.Module):
         has_bias = dense_bias if head.dense_bias is None else head.dense_bias
         options = {"std": config.init_std, "use_bias": has_bias, "dtype": dtype, "rngs": rngs}
         has_dense = transform if head.transform is None else head.transform
-        self.dense = Linear({"embed": config.embed_dim}, {"features": width}, **options) if has_dense else None
+        inputs, outputs = {"embed": config.embed_dim}, {"features": width}
+        self.dense = Linear(inputs, outputs, is_alone=True, **options) if has_dense else None
         has_norm = has_dense and (norm if head.norm is None else head.norm)
         self.norm = Norm(config, width, rngs=rngs) if has_norm else None
 
@@ -112,9 +114,10 @@ class MaskedLMHead(Head):
 
 
 def _mesh_axes() -> MeshAxes | None:
-    if not any(is_split(name) for name in ("batch", "vocab", "embed")):
+    if not any(is_split(name) for name in ("batch", "length", "vocab", "embed")):
         return None
-    return MeshAxes(MESH_AXES["batch"], MESH_AXES["vocab"], MESH_AXES["embed"])
+    positions = MESH_AXES["length"] if is_split("length") else None
+    return MeshAxes(MESH_AXES["batch"], positions, MESH_AXES["vocab"], MESH_AXES["embed"])
 
 
 class ClassificationHead(Head):

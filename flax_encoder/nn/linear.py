@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flax_encoder.nn.partition import is_split, normal, param, zeros
+from flax_encoder.nn.partition import constrain, is_split, normal, param, zeros
 from flax_encoder.ops.linear import add_bias, linear
 from flax_encoder.ops.platform import platform
 
@@ -16,7 +16,9 @@ class Linear(nnx.Module):
     """x @ kernel + bias over the last `len(inputs)` axes of x; axes are given as `name=size`.
 
     Parameters are float32; operands are rounded to `dtype`, accumulation is float32, and so is the result, unless
-    `out_dtype` has it rounded too: what lies between two products, not on the residual stream, can be.
+    `out_dtype` has it rounded too: what lies between two products, not on the residual stream, can be. A map that
+    `is_alone`, of no stack of layers, is brought together from the devices of a mesh before it is used: left to the
+    compiler, its product is split by whatever axis has as many. (Of a stack each layer would be kept so.)
     """
 
     def __init__(
@@ -28,17 +30,18 @@ class Linear(nnx.Module):
         use_bias: bool,
         dtype: str,
         out_dtype: str = "float32",
+        is_alone: bool = False,
         rngs: nnx.Rngs,
     ):
         self.num_inputs = len(inputs)
         self.outputs = tuple(outputs.items())
-        self.dtype, self.out_dtype = dtype, out_dtype
+        self.dtype, self.out_dtype, self.is_alone = dtype, out_dtype, is_alone
         self.kernel = param(rngs, normal(std), **inputs, **outputs)
         bias_axes = {("features" if name == "embed" else name): size for name, size in outputs.items()}
         self.bias = param(rngs, zeros, **bias_axes) if use_bias else None
 
     def __call__(self, x: Float[Array, "..."], *, with_bias: bool = True) -> Float[Array, "..."]:
-        kernel = self.kernel[...]
+        kernel = constrain(self.kernel[...], *["features"] * self.kernel.ndim) if self.is_alone else self.kernel[...]
         features = kernel.shape[self.num_inputs :]
         num_batch_axes = x.ndim - self.num_inputs
         x = x.reshape(*x.shape[:num_batch_axes], math.prod(x.shape[num_batch_axes:]))

@@ -9,9 +9,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from flax_encoder.ops.mesh import parts, splitting
+
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
-    "length": None,
+    "length": "context",
+    "places": None,
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
@@ -44,17 +47,25 @@ def round_up_vocab(size: int) -> int:
 
 
 def constrain(x: Array, *names: str) -> Array:
-    """Pin an activation's sharding, under `jax.set_mesh`; without a mesh there is nothing to pin."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pin an activation's sharding, under `jax.set_mesh`; without a mesh there is nothing to pin.
+
+    An axis that its mesh axes do not divide, such as the one token that a decoder writes next, is not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(*names))
+    spec = partition_spec(*names)
+    axes = (splitting(mesh, _as_tuple(axes), size) for axes, size in zip(spec, x.shape, strict=True))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def is_split(name: str) -> bool:
     """Whether the mesh at hand splits this axis over several devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = MESH_AXES[name] or ()
-    return not mesh.empty and any(mesh.shape[a] > 1 for a in ((axes,) if isinstance(axes, str) else axes))
+    return parts(_as_tuple(MESH_AXES[name])) > 1
 
 
 def normal(std: float) -> Callable[..., Array]:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.ops.linear import bias_gradient, linear, linear_gradients
+from flax_encoder.ops.mesh import parts
 from flax_encoder.ops.platform import platform
 
 # Float32 logits that live at once. Larger chunks re-read the table and its gradient less often, smaller ones stay
@@ -28,11 +29,18 @@ Sums = tuple[Float[Array, ""], Float[Array, ""]]
 
 
 class MeshAxes(NamedTuple):
-    """The axes of the mesh at hand that split rows, the vocabulary, and the table's vectors (one of the rows')."""
+    """The axes of the mesh at hand that split rows, the target positions of a row (None: none does), the vocabulary,
+    and the table's vectors (one of the rows')."""
 
     rows: tuple[str, ...]
+    positions: str | None
     vocab: str
     embed: str
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Those that split targets, of whatever row."""
+        return (*self.rows, self.positions) if self.positions else self.rows
 
 
 def cross_entropy(logits: Float[Array, "B M V"], targets: Int[Array, "B M"], weights: Float[Array, "B M"]) -> Sums:
@@ -66,6 +74,9 @@ def linear_cross_entropy(
     Raises:
       ValueError: an unknown implementation.
     """
+    if mesh_axes is not None and mesh_axes.positions:
+        num_parts = parts(mesh_axes.positions)
+        hidden, targets, weights = (_dealt(x, num_parts, mesh_axes) for x in (hidden, targets, weights))
     if implementation is None:
         implementation = _choose(hidden.shape[:2], table.shape[0], mesh_axes)
     if implementation not in IMPLEMENTATIONS:
@@ -75,10 +86,18 @@ def linear_cross_entropy(
     return IMPLEMENTATIONS[implementation](hidden, table, bias, targets, weights, dtype, mesh_axes)
 
 
+def _dealt(x, num_parts: int, axes: MeshAxes):
+    """Target positions [B M ...] shared out among the devices that share a row, with some of no weight if M does not
+    divide: each then has logits of its own, where all would make the same."""
+    if more := -x.shape[1] % num_parts:
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec(axes.rows))  # made on all, as is what made it
+        x = jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2)))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes.rows, axes.positions))
+
+
 def _choose(rows: tuple[int, int], vocab_size: int, axes: MeshAxes | None) -> str:
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = math.prod(mesh.shape[name] for name in (*axes.rows, axes.vocab)) if axes else 1
-    num_logits = math.prod(rows) * vocab_size // parts
+    num_parts = parts((*axes.targets, axes.vocab)) if axes else 1
+    num_logits = math.prod(rows) * vocab_size // num_parts
     choice = "reference" if 4 * num_logits <= _SMALL_BYTES else "chunked"
     _log_choice(choice, num_logits)
     return choice
@@ -131,7 +150,7 @@ def _all_chunks(hidden, table, bias, targets, weights, dtype, axes, *, with_grad
     run = functools.partial(_own_chunks, dtype=dtype, axes=axes, with_gradients=with_gradients)
     if axes is None:
         return run(*operands)
-    rows, tokens = PartitionSpec(axes.rows), PartitionSpec(axes.vocab)
+    rows, tokens = PartitionSpec(axes.rows, axes.positions), PartitionSpec(axes.vocab)
     # Left to the compiler, the table's gradient would be summed over devices once a chunk instead of once.
     return jax.shard_map(
         run,
@@ -194,9 +213,9 @@ def _own_chunks(hidden, table, bias, targets, weights, *, dtype, axes: MeshAxes 
         return losses, correct, None
     d_table, d_bias = total
     if axes is not None:
-        others = tuple(name for name in axes.rows if name != axes.embed)
+        others = tuple(name for name in axes.targets if name != axes.embed)
         d_table = jax.lax.psum_scatter(jax.lax.psum(d_table, others), axes.embed, scatter_dimension=1, tiled=True)
-        d_bias = None if bias is None else jax.lax.psum(d_bias, axes.rows)
+        d_bias = None if bias is None else jax.lax.psum(d_bias, axes.targets)
     return losses, correct, (whole(d_hidden[0]), d_table, d_bias)
 
 

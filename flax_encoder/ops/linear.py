@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from flax_encoder.ops.mesh import LENGTH_AXES, is_spread, parts
 from flax_encoder.ops.platform import platform, precision
 from flax_encoder.ops.sums import sum_over
 
@@ -41,11 +42,17 @@ def linear(
     product_dtype = out_dtype if dtype == out_dtype == "bfloat16" and platform() == "gpu" else "float32"
     # Batch axes come back before the bias, features after: a reshape between the product and what reads it keeps a TPU
     # from fusing them, and heads of 64 fill half of its lanes (LOG.md).
-    y = _product(x.reshape(math.prod(x.shape[:-1]), D), matrix, contract_last, dtype, product_dtype)
+    y = _product(x.reshape(*_batch_axes(x), D), matrix, contract_last, dtype, product_dtype)
     y = y.reshape(*x.shape[:-1], math.prod(features))
     if bias is not None:
         y = add_bias(y, bias.reshape(-1), dtype=dtype, is_wider=y.shape[-1] > D)
     return y.astype(out_dtype).reshape(*x.shape[:-1], *features)
+
+
+def _batch_axes(x: Array) -> tuple[int, ...]:
+    """All but the last axis as one, or as they are where the mesh cuts rows: an axis of rows and tokens in one is none
+    that it splits, and tokens would be brought together."""
+    return x.shape[:-1] if parts(LENGTH_AXES) > 1 else (math.prod(x.shape[:-1]),)
 
 
 def add_bias(
@@ -70,7 +77,7 @@ def _biased(y, bias):
 
 def _biased_backward(like, g):
     g = _made_once(g, "bfloat16")
-    return g, bias_gradient(g.reshape(-1, g.shape[-1])).astype(like.dtype)
+    return g, bias_gradient(g.reshape(*_batch_axes(g), g.shape[-1])).astype(like.dtype)
 
 
 _biased.defvjp(lambda y, bias: (_biased(y, bias), jnp.zeros((), bias.dtype)), _biased_backward)
@@ -81,46 +88,51 @@ def _made_once(g, dtype: str):
     return jax.lax.optimization_barrier(g.astype(dtype)).astype(g.dtype) if platform() == "gpu" else g
 
 
-def bias_gradient(g: Float[Array, "B F"]) -> Float[Array, "F"]:
+def bias_gradient(g: Float[Array, "*B F"]) -> Float[Array, "F"]:
     """g rounded to bfloat16, as products have it, and summed over rows in float32."""
     g = g.astype(jnp.bfloat16)
-    if platform() == "tpu":
+    if platform() == "tpu" and g.ndim == 2:
         # By its matrix unit: eight rows of ones, since a product with one is made a sum of the vector unit's again.
         return _dot(jnp.ones((8, g.shape[0]), jnp.bfloat16), g, (1, 0))[0]
     # The barrier keeps the rounding, and so what the product reads, which is then there anyway.
-    return sum_over(jax.lax.optimization_barrier(g).astype(jnp.float32), (0,))[0]
+    return sum_over(jax.lax.optimization_barrier(g).astype(jnp.float32), tuple(range(g.ndim - 1))).reshape(-1)
 
 
 def linear_gradients(
-    x: Float[Array, "B D"],
+    x: Float[Array, "*B D"],
     kernel: Float[Array, "D F"] | Float[Array, "F D"],
-    g: Float[Array, "B F"],
+    g: Float[Array, "*B F"],
     *,
     contract_last: bool = False,
     dtype: str = "float32",
     x_dtype: str = "float32",
-) -> tuple[Float[Array, "B D"], Float[Array, "..."]]:
+) -> tuple[Float[Array, "*B D"], Float[Array, "..."]]:
     """The gradients of x, as `x_dtype`, and kernel for that of `linear`'s result: operands rounded to `dtype`, the rest
     float32."""
     x, kernel, g = (a.astype(dtype) for a in (x, kernel, g))
-    d_x = _rows_dot(g, kernel, (1, 0 if contract_last else 1), x_dtype)
+    d_x = _rows_dot(g, kernel, 0 if contract_last else 1, x_dtype)
     return d_x, _rows_dot_over_rows(*((g, x) if contract_last else (x, g)))
 
 
-def _dot(a, b, contract: tuple[int, int], dtype: str = "float32"):
-    dims = (((contract[0],), (contract[1],)), ((), ()))
+def _dot(a, b, contract: tuple[int, int] | tuple[tuple[int, ...], tuple[int, ...]], dtype: str = "float32"):
+    dims = tuple((axes,) if isinstance(axes, int) else axes for axes in contract), ((), ())
     return jax.lax.dot_general(a, b, dims, precision=precision(a, b), preferred_element_type=jnp.dtype(dtype))
 
 
 def _row_major(x):
     # XLA:CPU reaches AMX only from row-major operands and result: 900 GFLOP/s against 150 (LOG.md). Without the
     # constraint its layout assignment may choose otherwise, and for some bf16 products then fails at run time.
-    return with_layout_constraint(x, Layout((0, 1))) if platform() == "cpu" else x
+    # A constraint is opaque to the compiler: where it splits arrays, it would bring them together first.
+    return with_layout_constraint(x, Layout((0, 1))) if platform() == "cpu" and not is_spread() else x
 
 
-def _rows_dot(a, b, contract: tuple[int, int], out_dtype: str = "float32"):
+def _rows_dot(a, b, contract_b: int, out_dtype: str = "float32"):
+    """The product over a's last axis."""
+    contract = a.ndim - 1, contract_b
     if platform() == "gpu":  # accumulates in float32 and rounds as it writes
         return _dot(a, b, contract, out_dtype)
+    if platform() == "cpu" and is_spread():  # of bfloat16 there is no product in any layout; these are the same numbers
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return _row_major(_dot(_row_major(a), _row_major(b), contract)).astype(out_dtype)
 
 
@@ -130,11 +142,15 @@ def _rows_dot_over_rows(a, b):
     It is the narrower operand that is transposed, and then if need be the result: a wide one is often an activation,
     and XLA:CPU makes that element by element in the order of the transpose, which is no order for memory (LOG.md).
     """
+    if a.ndim > 2:  # the mesh cuts rows: each device has a product of its own tokens
+        axes = tuple(range(a.ndim - 1))
+        a, b = (x.astype(jnp.float32) if platform() == "cpu" else x for x in (a, b))
+        return _dot(a, b, (axes, axes))
     (rows, A), B = a.shape, b.shape[1]
     if platform() == "cpu" and rows * (A - B) >= 2 * A * B:
         # Without the barrier the transposes would be folded into the product.
-        return _row_major(jax.lax.optimization_barrier(_rows_dot(b.T, a, (1, 0))).T)
-    return _rows_dot(a.T, b, (1, 0))
+        return _row_major(jax.lax.optimization_barrier(_rows_dot(b.T, a, 0)).T)
+    return _rows_dot(a.T, b, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -146,7 +162,7 @@ def _forward(x, kernel, transposed, dtype, out_dtype):
     # What is kept for the backward pass is already rounded: half the memory, and the cast is not made twice.
     x_low, kernel_low = x.astype(dtype), kernel.astype(dtype)
     dtypes = jnp.zeros((), x.dtype), jnp.zeros((), kernel.dtype)
-    return _rows_dot(x_low, kernel_low, (1, 1 if transposed else 0), out_dtype), (x_low, kernel_low, dtypes)
+    return _rows_dot(x_low, kernel_low, 1 if transposed else 0, out_dtype), (x_low, kernel_low, dtypes)
 
 
 def _backward(transposed, dtype, out_dtype, residuals, g):

@@ -6,6 +6,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from flax_encoder.ops.mesh import HEAD_AXES, parts
 from flax_encoder.ops.platform import platform
 
 RopeTables = tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]
@@ -39,7 +40,7 @@ def apply_rope(x: Float[Array, "B T N H"], tables: RopeTables) -> Float[Array, "
     (Su et al., arXiv 2104.09864, equation 34, with pairs split by halves as in GPT-NeoX and ModernBERT.)
     """
     # Where devices split the heads, a product over all of them would gather them.
-    splits_heads = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
+    splits_heads = parts(HEAD_AXES) > 1
     by_product = platform() == "tpu" and x.dtype == jnp.bfloat16 and not splits_heads
     return (_turn_by_product if by_product else _turn)(x, *tables)
 

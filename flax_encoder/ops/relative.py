@@ -16,17 +16,31 @@ from jaxtyping import Array, Float, Int
 from flax_encoder.ops.platform import platform, precision
 
 
-def to_pairs(table: Float[Array, "*B T P"]) -> Float[Array, "*B T T"]:
+def to_pairs(table: Float[Array, "*B T P"], num_keys: int | None = None) -> Float[Array, "*B T S"]:
     """out[..., i, j] = table[..., i, j - i + T - 1], by a pad, a reshape and slices, which need no gather.
 
     (The shift of Dai et al., arXiv 1901.02860, appendix B, to both sides.)
+
+    Args:
+      num_keys: S; None is T.
     """
     *batch, T, P = table.shape
-    if P != 2 * T - 1:
-        raise ValueError(f"a table holds the 2 T - 1 offsets of T tokens: got {P} for {T}.")
-    # In rows of 2T, entry (i, j) lies i * 2T + j - i + T - 1 from the start: at (i, j + T - 1) in rows of 2T - 1.
-    flat = jnp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, 1)]).reshape(*batch, T * 2 * T)
-    return flat[..., T - 1 : T - 1 + T * P].reshape(*batch, T, P)[..., :T]
+    S = T if num_keys is None else num_keys
+    if P != T + S - 1:
+        raise ValueError(f"a table holds the T + S - 1 offsets of T queries and S keys: got {P} for {T} and {S}.")
+    # In rows of P + 1, entry (i, j) lies i * (P + 1) + j - i + T - 1 from the start: at (i, j + T - 1) in rows of P.
+    flat = jnp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, 1)]).reshape(*batch, T * (P + 1))
+    return flat[..., T - 1 : T - 1 + T * P].reshape(*batch, T, P)[..., :S]
+
+
+def pairs_of_offsets(
+    values: Float[Array, "N P"], first_query: Int[Array, ""] | int, num_queries: int, num_keys: int
+) -> Float[Array, "1 N T S"]:
+    """out[0, n, i, j] = values[n, j - (first_query + i) + A - 1], of T = num_queries out of A = P - S + 1 in all."""
+    N, P = values.shape
+    span = num_queries + num_keys - 1
+    own = jax.lax.dynamic_slice_in_dim(values, P - num_keys + 1 - num_queries - first_query, span, axis=1)
+    return to_pairs(jnp.broadcast_to(own[None, :, None], (1, N, num_queries, span)), num_keys)
 
 
 def offsets(length: int) -> Int[np.ndarray, "P"]:
@@ -41,6 +55,12 @@ def alibi_slopes(num_heads: int) -> list[float]:
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2.0 ** (-8 * (n + 1) / power) for n in range(power)]
     return slopes + [2.0 ** (-8 * (n + 1) / (2 * power)) for n in range(0, 2 * (num_heads - power), 2)]
+
+
+def alibi_values(num_heads: int, length: int) -> Float[Array, "N P"]:
+    """`alibi_bias` by offset."""
+    slopes = jnp.asarray(alibi_slopes(num_heads), jnp.float32)
+    return -slopes[:, None] * jnp.asarray(np.abs(offsets(length)), jnp.float32)
 
 
 def alibi_bias(num_heads: int, length: int) -> Float[Array, "1 N T T"]:
@@ -67,11 +87,18 @@ def t5_buckets(
     return np.where((offset > 0) & (not is_causal), side, 0) + np.where(distance < exact, distance, far)
 
 
+def t5_values(
+    table: Float[Array, "R N"], length: int, max_distance: int, is_causal: bool = False
+) -> Float[Array, "N P"]:
+    """`t5_bias` by offset."""
+    return table[t5_buckets(offsets(length), table.shape[0], max_distance, is_causal)].T
+
+
 def t5_bias(
     table: Float[Array, "R N"], length: int, max_distance: int, is_causal: bool = False
 ) -> Float[Array, "1 N T T"]:
     """A learned scalar a head and bucket; R buckets."""
-    values = table[t5_buckets(offsets(length), table.shape[0], max_distance, is_causal)].T
+    values = t5_values(table, length, max_distance, is_causal)
     return to_pairs(jnp.broadcast_to(values[None, :, None, :], (1, table.shape[1], length, 2 * length - 1)))
 
 
@@ -79,7 +106,7 @@ def t5_bias_row(
     table: Float[Array, "R N"], length: int, max_distance: int, query: Int[Array, ""]
 ) -> Float[Array, "1 N 1 T"]:
     """A causal decoder's bias of one query, whose place may be traced, to each of `length` keys."""
-    values = table[t5_buckets(offsets(length), table.shape[0], max_distance, is_causal=True)].T
+    values = t5_values(table, length, max_distance, is_causal=True)
     return jax.lax.dynamic_slice_in_dim(values, length - 1 - query, length, axis=1)[None, :, None, :]
 
 

@@ -97,9 +97,33 @@ def _groups(x: Instruction, size: int) -> np.ndarray:
         shape, of, order = ([int(n) for n in (text or "").split(",") if n] for text in tiled.groups())
         ids = np.arange(math.prod(of)).reshape(of)
         return (ids.transpose(order) if order else ids).reshape(shape[0], -1)
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", x.rest):
+        return _along(*named.groups())
     listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", x.rest)
     rows = [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", listed[1])] if listed else []
     return np.array(rows or [list(range(size))])
+
+
+def _along(axes: str, order: str | None, chosen: str) -> np.ndarray:
+    """Groups along `chosen` of the axes of a mesh as XLA writes it: 'a'=2,'b'=4 has eight devices, in the order
+    [2,2,2]T(1,0,2) where it is given; 'b':(2)2 is the part of b that has two parts before it."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+    ids = np.arange(math.prod(sizes.values()))
+    if order and (turned := re.search(r"\[([\d,]+)\]T\(([\d,]+)\)", order)):
+        shape, axes_of = ([int(n) for n in text.split(",")] for text in turned.groups())
+        ids = ids.reshape(shape).transpose(axes_of)
+    spans: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
+    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", chosen):
+        spans[name].append((int(before or 1), int(before or 1) * int(size or sizes[name])))
+    pieces: list[tuple[int, bool]] = []  # sizes of the axes' parts, and whether each is along the groups
+    for name, size in sizes.items():
+        cuts = sorted({1, size, *itertools.chain(*spans[name])})
+        for low, high in itertools.pairwise(cuts):
+            pieces.append((high // low, any(a <= low and high <= b for a, b in spans[name])))
+    within = [i for i, (_, is_along) in enumerate(pieces) if is_along]
+    order_of = [i for i in range(len(pieces)) if i not in within] + within
+    ids = ids.reshape([size for size, _ in pieces]).transpose(order_of)
+    return ids.reshape(-1, math.prod(pieces[i][0] for i in within))
 
 
 def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:

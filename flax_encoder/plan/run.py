@@ -1,6 +1,7 @@
 """A whole run on hardware that is not there: whether it fits, how long it takes and what it costs; and a search."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import tempfile
@@ -17,6 +18,7 @@ from flax_encoder.plan.schedules import dump_schedules
 from flax_encoder.plan.step import plan_stages
 from flax_encoder.plan.targets import CHIPS, Chip, Hardware, devices
 
+_LONG = 4096  # tokens of a row for which meshes that cut rows are tried
 _REMATS = ("none", "feed_forward", "dots", "full")
 
 
@@ -70,7 +72,7 @@ class Planner:
             "hardware": self.hardware.name,
             "chips": chips,
             "chip": {"peak_flops": self.chip.peak_flops, "hbm_bytes": self.chip.memory_bytes},
-            "mesh": _mesh_sizes(sample.config, chips),
+            "mesh": sample.config.mesh.sizes(chips),
             "fits": fits,
             "hbm_bytes_per_device": largest.get("total"),
             "hbm_bytes_spare": self.chip.memory_bytes - largest["total"] if "total" in largest else None,
@@ -127,30 +129,27 @@ def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (not row["fits"], -row["tokens_per_second"]))
 
 
-def _mesh_sizes(config: RunConfig, chips: int) -> dict[str, int]:
-    mesh = config.mesh
-    data = mesh.data if mesh.data > 0 else max(1, chips // (mesh.fsdp * mesh.tensor))
-    return {"data": data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
-
-
 def _settings(config: RunConfig, chips: int) -> dict[str, Any]:
-    mesh = " x ".join(map(str, _mesh_sizes(config, chips).values()))
+    mesh = " x ".join(map(str, config.mesh.sizes(chips).values()))
     return {"mesh": mesh, "microbatches": config.num_microbatches, "remat": config.model.remat}
 
 
 def _meshes(config: RunConfig, chips: int) -> Iterator[RunConfig]:
-    """The config's own first, then others whose axes divide the chips."""
+    """The config's own first, then others whose axes divide the chips; rows are cut where they are long."""
     yield config
-    for tensor in (1, 2, 4, 8):
-        if chips % tensor or config.model.num_heads % tensor:
+    longest = max(config.row_lengths)
+    contexts = (1, 2, 4, 8) if longest >= _LONG and config.model.layer == "attention" else (1,)
+    for tensor, context in itertools.product((1, 2, 4, 8), contexts):
+        rows = chips // (tensor * context)
+        if chips % (tensor * context) or config.model.num_heads % tensor or longest % context:
             continue
-        for fsdp in sorted({1, 8, chips // tensor}):
-            if (chips // tensor) % fsdp == 0 and chips > 1:
-                yield dataclasses.replace(config, mesh=MeshConfig(chips // tensor // fsdp, fsdp, tensor))
+        for fsdp in sorted({1, 8, rows}):
+            if rows % fsdp == 0 and chips > 1:
+                yield dataclasses.replace(config, mesh=MeshConfig(rows // fsdp, fsdp, tensor, context))
 
 
 def _microbatches(config: RunConfig, chips: int) -> Iterator[RunConfig]:
-    split = _mesh_sizes(config, chips)
+    split = config.mesh.sizes(chips)
     parts = split["data"] * split["fsdp"]
     for number in (1, 2, 4, 8):
         if all(stage.batch_size % (parts * number) == 0 for stage in config.stages):

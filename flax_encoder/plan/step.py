@@ -18,7 +18,7 @@ from flax_encoder.nn.lora import assembled
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.ops.platform import platform_for_tracing
 from flax_encoder.plan.collectives import collectives, exposed_seconds, summary
-from flax_encoder.plan.estimate import estimate, memory_of, report
+from flax_encoder.plan.estimate import COLLECTIVES, estimate, memory_of, report
 from flax_encoder.plan.flops import forward_flops, product_flops, step_flops
 from flax_encoder.plan.rows import Sample
 from flax_encoder.plan.schedules import kernel_cycles
@@ -153,6 +153,7 @@ def _read(
     segments = batch["segment_ids"]
     cycles = kernel_cycles(schedules, segments)
     rows = segments[: -(-len(segments) // (mesh.shape["data"] * mesh.shape["fsdp"]))]  # those of a device
+    rows = rows[:, : rows.shape[1] // mesh.shape["context"]]
     read = report(compiled.text, compiled.memory, chip, chip.kernel_fraction, cycles, rows)
     together = collectives(estimate(compiled.text, chip).collectives, mesh, chip)
     waited = exposed_seconds(together, read["step_seconds"])
@@ -165,7 +166,7 @@ def _read(
         "activations": total - memory["argument"],
         "total": total,
     }
-    unread = {name: size for name, (_, size) in read["unestimated"].items() if not name.startswith(_TOGETHER)}
+    unread = [name for name in read["unestimated"] if name.rpartition("(")[2][:-1] not in _TOGETHER]
     notes = [f"not in the step, as nothing says how long it takes: {name}" for name in unread]
     if read["kernels_without_schedule"]:
         notes.append(f"{read['kernels_without_schedule']} kernels without a schedule that could be read")
@@ -187,7 +188,7 @@ def _read(
     )
 
 
-_TOGETHER = ("all-", "reduce-scatter", "collective-")
+_TOGETHER = tuple(kind + end for kind in COLLECTIVES for end in ("", "-start"))
 
 
 def held_bytes(tree: Any) -> float:

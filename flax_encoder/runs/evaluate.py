@@ -23,7 +23,7 @@ from flax_encoder.tasks import Task
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.task import Answer, Labels, Question
 from flax_encoder.training.run_log import RunLog
-from flax_encoder.training.sharding import put_batch
+from flax_encoder.training.sharding import put_batch, rows_of_process
 from flax_encoder.training.step import make_answer_step, make_eval_step
 
 _IN_FLIGHT = 2  # batches that the host runs ahead of the device
@@ -146,7 +146,10 @@ def _all_owners(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return owners
     from jax.experimental import multihost_utils
 
-    return {name: np.asarray(multihost_utils.process_allgather(x, tiled=True)) for name, x in owners.items()}
+    index, count = rows_of_process(jax.sharding.get_mesh())
+    each = multihost_utils.process_allgather({"index": np.asarray(index), **owners})
+    first = [int(np.argmax(each["index"] == i)) for i in range(count)]  # some may have the same rows
+    return {name: np.concatenate(np.asarray(each[name])[first]) for name in owners}
 
 
 def _stored_answer(task: Task, documents, source: int, pieces, config, labels, tokenizer) -> Answer:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from flax_encoder.config import ConfigError, RunConfig, to_dict
+from flax_encoder.config.mesh import check_context
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.data.sources.records import LabelError
 from flax_encoder.runs.goodput import Goodput
@@ -28,7 +29,7 @@ from flax_encoder.training.checkpoint import Checkpoints
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.parameters import count_trained, trained
 from flax_encoder.training.run_log import RunLog, write_atomically
-from flax_encoder.training.sharding import check_batch, logical_axes
+from flax_encoder.training.sharding import check_batch, logical_axes, rows_of_process
 from flax_encoder.training.step import TrainState, init_train_state, with_params
 
 
@@ -63,7 +64,7 @@ def open_run(
     if teacher is not None:
         before = resumed and resumed.config.distillation.teacher_hash
         config, tokenizer, labels = teacher.settle(config, tokenizer, labels, log.say, before)
-    task, process = find_task(config.objective), (jax.process_index(), jax.process_count())
+    task, process = find_task(config.objective), rows_of_process(mesh)
     options: dict[str, Any] = {
         "tokenizer": tokenizer, "progress": log.say, "process": process,
         "reading_of": lambda objective: find_task(objective).reading,
@@ -133,6 +134,8 @@ def make_learner(
 
 
 def check_batches(config: RunConfig, mesh: Mesh) -> None:
-    """Raise ConfigError for a batch that the mesh or the microbatches cannot split."""
+    """Raise ConfigError for a batch or rows that the mesh or the microbatches cannot split."""
+    data = config.data
+    check_context(mesh.shape["context"], config.model, (*config.row_lengths, *data.buckets), data.target_length)
     for stage in config.stages:
         check_batch(stage.batch_size, stage.num_microbatches, mesh)

@@ -57,12 +57,12 @@ class Clock:
         self._began += time.monotonic() - began
         self._run_began += time.monotonic() - began
 
-    def count(self, rows: dict[str, np.ndarray], processes: int = 1) -> None:
-        """Take in a batch's real tokens, a decoder's too, and what masking left out for want of slots, on this of
-        several processes."""
+    def count(self, rows: dict[str, np.ndarray], shares: int = 1) -> None:
+        """Take in a batch's real tokens, a decoder's too, and what masking left out for want of slots, of which this
+        process has one of several equal shares."""
         for name in ("segment_ids", "decoder_segment_ids"):
-            self.tokens += int(np.count_nonzero(rows[name])) * processes if name in rows else 0
-        self.overflow += int(rows["overflow"].sum()) * processes if "overflow" in rows else 0
+            self.tokens += int(np.count_nonzero(rows[name])) * shares if name in rows else 0
+        self.overflow += int(rows["overflow"].sum()) * shares if "overflow" in rows else 0
 
     def read(self) -> dict[str, float]:
         """Figures since the last reading, which starts anew here, and the seconds that count since the run began."""

@@ -1,11 +1,13 @@
 """The mesh, and the sharding of everything that crosses a jit boundary."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_encoder.config import ConfigError, MeshConfig
@@ -16,27 +18,53 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices.
+    """A (data, fsdp, tensor, context) mesh over all devices.
+
+    Devices of one slice are neighbours: where several are joined by a slower network, it is rows that lie across it.
 
     Raises:
-      ConfigError: the axes' product is not the number of devices.
+      ConfigError: the axes' product is not the number of devices, or slices would share rows.
 
     Example:
       >>> make_mesh(MeshConfig(), devices=jax.devices()[:1]).shape["data"]
       1
     """
     devices = devices or jax.devices()
-    data = config.data if config.data > 0 else max(1, len(devices) // (config.fsdp * config.tensor))
-    if (product := data * config.fsdp * config.tensor) != len(devices):
+    sizes = config.sizes(len(devices))
+    if (product := math.prod(sizes.values())) != len(devices):
+        axes = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise ConfigError(
-            f"the mesh must use every device: data {data} x fsdp {config.fsdp} x tensor {config.tensor} is {product}, "
-            f"and there are {len(devices)}. On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={product} "
-            f"gives {product} virtual devices."
+            f"the mesh must use every device: {axes} is {product}, and there are {len(devices)}. On a CPU, "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={product} gives {product} virtual devices."
         )
     # Auto: the compiler propagates shardings from the jit boundary and `constrain`; the default would be Explicit.
-    return jax.make_mesh(
-        (data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices
-    )
+    kinds = (AxisType.Auto,) * len(sizes)
+    across = slices_along(sizes, len({getattr(device, "slice_index", 0) for device in devices}))
+    if math.prod(across.values()) == 1:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
+    within = [size // across[name] for name, size in sizes.items()]
+    arranged = mesh_utils.create_hybrid_device_mesh(within, list(across.values()), devices)
+    return Mesh(arranged, tuple(sizes), axis_types=kinds)
+
+
+def slices_along(sizes: Mapping[str, int], num_slices: int) -> dict[str, int]:
+    """Over how many slices each axis of the mesh lies: `data` over as many as it can, `fsdp` over the rest.
+
+    Raises:
+      ConfigError: they leave some, so that devices of several slices would share rows.
+    """
+    across = dict.fromkeys(sizes, 1)
+    left = num_slices
+    for name in ("data", "fsdp"):
+        across[name] = math.gcd(sizes[name], left)
+        left //= across[name]
+    if left > 1:
+        raise ConfigError(
+            f"slices are joined by a slow network, which only rows are split across: mesh.data x mesh.fsdp must be a "
+            f"multiple of the slices; got data {sizes['data']} x fsdp {sizes['fsdp']} for {num_slices} slices. Give "
+            f"--mesh.data {num_slices}, and divide the devices of a slice among the other axes."
+        )
+    return across
 
 
 def logical_axes(make_model: Callable[[], nnx.Module]) -> dict[str, Any]:
@@ -92,12 +120,7 @@ def spread(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
-    """Every microbatch must divide over the devices that split rows, and each process must have rows of its own."""
-    if jax.local_device_count() % mesh.shape["tensor"] and jax.process_count() > 1:
-        raise ConfigError(
-            f"the tensor axis must lie within a process, which has rows of its own: got mesh.tensor "
-            f"{mesh.shape['tensor']} for {jax.local_device_count()} devices a process."
-        )
+    """Every microbatch must divide over the devices that split rows."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     unit = parts * num_microbatches
     if batch_size % unit:
@@ -107,6 +130,27 @@ def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
             f"batch_size must divide over data x fsdp devices and microbatches: got {batch_size} for {parts} x "
             f"{num_microbatches}; {ways}."
         )
+
+
+def rows_of_process(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which of so many equal runs of a batch's rows this process has.
+
+    Processes have the same rows where an axis that does not split rows lies across them.
+
+    Raises:
+      ConfigError: a process would have rows from several places of a batch, or more than others.
+    """
+    num_rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    row_of = np.arange(num_rows).repeat(mesh.size // num_rows)
+    process_of = np.array([device.process_index for device in mesh.devices.flat])
+    mine = np.unique(row_of[process_of == jax.process_index()])
+    if num_rows % len(mine) or mine[0] % len(mine) or mine[-1] - mine[0] + 1 != len(mine):
+        raise ConfigError(
+            f"a process has one run of a batch's rows: got parts {', '.join(map(str, mine))} of {num_rows} for process "
+            f"{jax.process_index()}. Give mesh axes that are powers of two, or that divide {jax.local_device_count()}, "
+            f"the devices of a process."
+        )
+    return int(mine[0]) // len(mine), num_rows // len(mine)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -16,6 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.ops.linear import linear
+from flax_encoder.ops.mesh import is_spread
 from flax_encoder.ops.platform import platform
 from flax_encoder.ops.sums import sum_over
 
@@ -194,7 +195,7 @@ def orthogonalized(x: Float[Array, "S m n"], eps: float, dtype: str = "float32")
 
     if x.shape[1] > x.shape[2]:
         return orthogonalized(x.mT, eps, dtype).mT
-    if platform() != "cpu":
+    if platform() != "cpu" or is_spread():
         return jax.vmap(one)(x)
     # XLA:CPU takes its quick path for bfloat16 only with plain matrices (ops/linear.py), and what was transposed is
     # otherwise transposed again for each product.

@@ -16,7 +16,7 @@ from flax_encoder.ops.platform import platform_for_tracing
 from flax_encoder.training.sharding import make_mesh
 
 B, M, E, V = HEAD_CASES["small_primes"].values()
-AXES = op.MeshAxes(MESH_AXES["batch"], MESH_AXES["vocab"], MESH_AXES["embed"])
+AXES = op.MeshAxes(MESH_AXES["batch"], None, MESH_AXES["vocab"], MESH_AXES["embed"])
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,15 @@ import pytest
 from flax_encoder.ops.relative import (
     alibi_bias,
     alibi_slopes,
+    alibi_values,
     disentangled_bias,
     disentangled_buckets,
     offsets,
+    pairs_of_offsets,
     t5_bias,
     t5_bias_row,
     t5_buckets,
+    t5_values,
     to_pairs,
 )
 
@@ -30,8 +33,22 @@ def test_to_pairs_takes_the_offset_of_each_pair():
     np.testing.assert_array_equal(to_pairs(table), np.array(want))
 
 
+@pytest.mark.parametrize(("first", "count"), [(0, T), (2, 3), (6, 1)])
+def test_pairs_of_offsets_are_those_of_some_queries(first, count):
+    values, S = draw(N, T + 4), 5
+    want = [[[values[n, j - i + T - 1] for j in range(S)] for i in range(first, first + count)] for n in range(N)]
+    got = jax.jit(pairs_of_offsets, static_argnums=(2, 3))(values, first, count, S)
+    np.testing.assert_array_equal(got[0], np.array(want))
+
+
+def test_biases_by_offset_are_the_biases():
+    table = draw(R, N)
+    np.testing.assert_array_equal(pairs_of_offsets(t5_values(table, T, 16), 0, T, T), t5_bias(table, T, 16))
+    np.testing.assert_array_equal(pairs_of_offsets(alibi_values(N, T), 0, T, T), alibi_bias(N, T))
+
+
 def test_to_pairs_refuses_a_table_of_another_length():
-    with pytest.raises(ValueError, match=r"2 T - 1 offsets of T tokens: got 7 for 7"):
+    with pytest.raises(ValueError, match=r"T \+ S - 1 offsets of T queries and S keys: got 7 for 7 and 7"):
         to_pairs(draw(T, T))
 
 

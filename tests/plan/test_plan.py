@@ -56,6 +56,7 @@ def test_without_the_compiler_the_command_that_installs_it_is_named(platform, mo
         devices(platform, topology)
 
 
+NAMED = "replica_groups=mesh[{}}}"
 LIST = "replica_groups={{0,1},{2,3},{4,5},{6,7}}"
 PROGRAM = """\
 ENTRY %main (p: f32[100,25]) -> f32[100,25] {{
@@ -74,6 +75,10 @@ ENTRY %main (p: f32[100,25]) -> f32[100,25] {{
         ("all-gather-start", "(f32[25,25]{1,0}, f32[50,25]{1,0})", "replica_groups=[4,2]<=[2,2,2]T(0,2,1)", ["fsdp"],
          5_000, 1 / 2),
         ("reduce-scatter", "f32[25,25]{1,0}", "replica_groups=[2,4]<=[8]", ["fsdp", "tensor"], 2_500, 3),
+        ("all-gather", "f32[100,25]{1,0}", NAMED.format("'a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a'"), ["fsdp"],
+         10_000, 1 / 2),
+        ("all-gather", "f32[100,25]{1,0}", NAMED.format("'a'=2,'b'=1,'c'=4] {'a','c':(1)2"), ["data", "fsdp"], 10_000,
+         3 / 4),
         ("collective-permute", "f32[100,25]{1,0}", "source_target_pairs={{0,4},{4,0}}", ["data"], 10_000, 1),
     ],
 )  # fmt: skip
@@ -162,7 +167,7 @@ def test_the_search_ranks_what_fits_by_its_rate_and_tries_each_once(monkeypatch)
         rows = planner.search(sample_data(config), minutes=10.0)
     assert rows[0] | {"why": ""} == rows[0]
     assert (rows[0]["microbatches"], rows[0]["remat"], rows[0]["fits"]) == (1, "none", True)
-    assert rows[0]["mesh"] in ("1 x 8 x 1",) and not rows[-1]["fits"]
+    assert rows[0]["mesh"] in ("1 x 8 x 1 x 1",) and not rows[-1]["fits"]
     assert len(set(tried)) == len(tried)
 
 

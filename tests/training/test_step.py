@@ -239,7 +239,7 @@ def test_a_mesh_must_use_every_device(config, product):
 
 
 def test_minus_one_takes_the_devices_that_are_left():
-    assert dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.ops.attention import chunked, cudnn, flash, reference, rows, splash
+from flax_encoder.ops.attention.mesh import over_mesh, over_tokens, splits_tokens
 from flax_encoder.ops.attention.problem import Problem, Refusal, Window
 from flax_encoder.ops.dropout import dropout_words
 from flax_encoder.ops.platform import platform
@@ -62,6 +63,7 @@ def attention(
     window: Window | None = None,
     rope: RopeTables | None = None,
     bias: Float[Array, "#B #N T S"] | None = None,
+    offset_bias: Float[Array, "N P"] | None = None,
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
@@ -78,6 +80,9 @@ def attention(
         lies outside; traced values cost as much as no window, where a backend takes them at all.
       rope: `rope_tables` of the positions, by which queries and keys are turned first, T = S; None leaves them.
       bias: added to the scaled logits; T5's and ALiBi's positions go here.
+      offset_bias: instead of bias, one that is the same for all pairs of query i and key j of one offset j - i, from
+        -(T - 1) to S - 1, P = T + S - 1. On a mesh each device makes its own queries' bias of it, and what is sent of
+        its gradient is as short.
       scale: None is H ** -0.5.
       dropout_rate: of the attention probabilities, where dropout_key is given (Srivastava et al. 2014, inverted).
         Which are dropped is a hash of the key and the place, the same on every backend.
@@ -101,6 +106,11 @@ def attention(
         raise ValueError(f"key/value heads must divide query heads: got {K} for {N}.")
     if segment_ids is not None and key_segment_ids is None and T != S:
         raise ValueError(f"keys of their own need key_segment_ids beside segment_ids: got T {T}, S {S}.")
+    if offset_bias is not None and (bias is not None or offset_bias.shape != (N, T + S - 1)):
+        raise ValueError(
+            f"offset_bias stands for bias, with T + S - 1 values a head: got shape {offset_bias.shape} for {N} heads, "
+            f"T {T} and S {S}" + (", and bias too." if bias is not None else ".")
+        )
     if rope is not None and T != S:
         raise ValueError(f"rope turns queries and keys by the same positions: got T {T}, S {S}; turn them before.")
     if lengths is not None:
@@ -131,8 +141,19 @@ def attention(
         dropout_words(dropout_key) if is_dropped else None,
         N,
         rope=rope,
+        offset_bias=offset_bias,
         lengths=lengths,
     )
+    attend = functools.partial(_attend, implementation)
+    if splits_tokens(problem):
+        return over_tokens(problem, attend)
+    if offset_bias is not None:
+        return over_mesh(lambda part: attend(part.with_pairs()))(problem)
+    return attend(problem)
+
+
+def _attend(implementation: str | None, problem: Problem) -> Float[Array, "B T N H"]:
+    """By the implementation named, or the one chosen."""
     name = implementation or _choose(problem)
     if refusal := IMPLEMENTATIONS[name].refusal(problem):
         raise ValueError(f"attention implementation {name!r} cannot serve: {refusal}")
@@ -147,6 +168,7 @@ def attention_weights(
     window: Window | None = None,
     rope: RopeTables | None = None,
     bias: Float[Array, "#B #N T T"] | None = None,
+    offset_bias: Float[Array, "N P"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B N T T"]:
     """softmax(scale Q K^T + bias) of self-attention, by which `attention` weighs the values; arguments as there.
@@ -163,9 +185,9 @@ def attention_weights(
     T, N, H = query.shape[1:]
     problem = Problem(
         query, key, key, segment_ids, segment_ids, _narrowest(window, T, T), bias, H**-0.5 if scale is None else scale,
-        0.0, None, N, rope=rope,
+        0.0, None, N, rope=rope, offset_bias=offset_bias,
     )  # fmt: skip
-    return reference.attention_weights(problem.turned())
+    return reference.attention_weights(problem.with_pairs().turned())
 
 
 def _narrowest(window: Window | None, T: int, S: int) -> Window | None:

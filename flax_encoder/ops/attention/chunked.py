@@ -39,7 +39,8 @@ class _Plan(NamedTuple):
     dropout_rate: float
     window: tuple[int, int] | None
     lengths: tuple[int, int]
-    num_heads: int
+    row_places: tuple[int, int]
+    """Of the whole problem, as `Problem` has them."""
     query_block: int
     key_block: int
     num_key_blocks: int
@@ -81,7 +82,7 @@ def _plan(problem: Problem) -> _Plan:
         problem.dropout_rate,
         window,
         (T, S),
-        problem.num_heads,
+        problem.row_places,
         query_block,
         key_block,
         num_key_blocks,
@@ -108,6 +109,7 @@ def attend(problem: Problem) -> Float[Array, "B T N H"]:
         problem.dropout_words,
         problem.first_row,
         problem.first_head,
+        problem.first_query,
     )
     out = _chunked(query, key, value, bias, context, plan)
     return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
@@ -122,6 +124,7 @@ class _Context(NamedTuple):
     dropout_words: Array | None
     first_row: Array | int
     first_head: Array | int
+    first_query: Array | int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -303,8 +306,9 @@ class _Place:
         batch = (self.context.first_row + self.where.row + jnp.arange(b))[:, None, None, None]
         head = self.context.first_head + (self.where.head + jnp.arange(h))[:, None] * G + jnp.arange(G)
         head = head[None, :, :, None]
-        places = self._as_query(batch), self._as_query(head), *self._indices(i, j)
-        keep = kept(self.context.dropout_words, plan.dropout_rate, (plan.num_heads, plan.lengths[0]), *places)
+        query_index, key_index = self._indices(i, j)
+        places = self._as_query(batch), self._as_query(head), self.context.first_query + query_index, key_index
+        keep = kept(self.context.dropout_words, plan.dropout_rate, plan.row_places, *places)
         return jnp.where(keep, x, 0.0)
 
     def add_to_bias(self, d_bias, d_logits, i, j):

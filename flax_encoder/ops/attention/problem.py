@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from flax_encoder.ops.dropout import Words, keep_mask, row_start
 from flax_encoder.ops.position import RopeTables, apply_rope
+from flax_encoder.ops.relative import pairs_of_offsets
 
 Window = tuple[int | Int[Array, ""], int | Int[Array, ""]]
 
@@ -35,8 +36,14 @@ class Problem(NamedTuple):
     """from this batch row on"""
     first_head: int | Int[Array, ""] = 0
     """and this query head."""
+    first_query: int | Int[Array, ""] = 0
+    """Of a part of a row's queries, the place of its first,"""
+    num_queries: int | None = None
+    """and how many the row has; None where this is all of them."""
     rope: RopeTables | None = None
     """By which queries and keys are yet to be turned."""
+    offset_bias: Float[Array, "N P"] | None = None
+    """A bias that is the same for all pairs of one offset, of which `bias` is yet to be made (ops/relative.py)."""
     lengths: Int[Array, "B"] | None = None
     """Tokens of each row, where a row is one document and then padding, as the segments then say too."""
 
@@ -45,6 +52,18 @@ class Problem(NamedTuple):
             return self
         query, key = (apply_rope(x, self.rope) for x in (self.query, self.key))
         return self._replace(query=query, key=key, rope=None)
+
+    def with_pairs(self) -> "Problem":
+        """With the bias of its own queries, where that is given by offset."""
+        if self.offset_bias is None:
+            return self
+        T, S = self.query.shape[1], self.offset_bias.shape[1] - self.row_places[1] + 1
+        return self._replace(bias=pairs_of_offsets(self.offset_bias, self.first_query, T, S), offset_bias=None)
+
+    @property
+    def row_places(self) -> tuple[int, int]:
+        """(heads, queries a row) of the whole problem, by which `kept` tells its places."""
+        return self.num_heads, self.num_queries or self.query.shape[1]
 
     @property
     def static_window(self) -> tuple[int, int] | None:
@@ -106,7 +125,8 @@ def dropout_starts(problem: Problem) -> UInt32[Array, "B N T"]:
     """`kept`'s part that is each query's, for a kernel that would make it again for each tile of keys."""
     B, T, N, _ = problem.query.shape
     batch, head = problem.first_row + jnp.arange(B), problem.first_head + jnp.arange(N)
-    row = _dropout_row((problem.num_heads, T), batch[:, None, None], head[:, None], jnp.arange(T))
+    query = problem.first_query + jnp.arange(T)
+    row = _dropout_row(problem.row_places, batch[:, None, None], head[:, None], query)
     return row_start(problem.dropout_words, row)
 
 

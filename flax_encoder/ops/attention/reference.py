@@ -19,9 +19,10 @@ def attend(problem: Problem) -> Float[Array, "B T N H"]:
     (B, T, N, _), (S, K) = problem.query.shape, problem.key.shape[1:3]
     weights = _weights(problem)
     if problem.dropout_words is not None:
-        head = jnp.arange(N).reshape(K, N // K, 1, 1)
-        places = jnp.arange(B)[:, None, None, None, None], head, jnp.arange(T)[:, None], jnp.arange(S)
-        keep = kept(problem.dropout_words, problem.dropout_rate, (N, T), *places)
+        batch = problem.first_row + jnp.arange(B)[:, None, None, None, None]
+        head = problem.first_head + jnp.arange(N).reshape(K, N // K, 1, 1)
+        places = batch, head, problem.first_query + jnp.arange(T)[:, None], jnp.arange(S)
+        keep = kept(problem.dropout_words, problem.dropout_rate, problem.row_places, *places)
         weights = jnp.where(keep, weights / (1.0 - problem.dropout_rate), 0.0)
     value = _operand(rearrange(problem.value, "B S K H -> B K S H"))
     out = _einsum(value)("BKGTS,BKSH->BKGTH", weights.astype(value.dtype), value)
