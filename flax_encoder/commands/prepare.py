@@ -8,7 +8,7 @@ import pathlib
 import tyro
 
 from flax_encoder.commands.screen import saying
-from flax_encoder.config import ConfigError, DataConfig, differences
+from flax_encoder.config import ConfigError, DataConfig, RunConfig, differences
 from flax_encoder.tasks import find_task
 
 HELP = "tokenize text once, into a store that runs read"
@@ -37,7 +37,8 @@ class PrepareArguments:
 # What a store depends on; the other settings of data say how a run reads one.
 _PREPARED = (
     "source", "weights", "text_column", "label_column", "text_unit", "validation", "test",
-    "text_pair_column", "label_names", "has_header", "csv_quotes", "skip_bad_rows", "validation_split",
+    "text_pair_column", "history_column", "target_turns", "turn_separator", "label_names", "has_header", "csv_quotes",
+    "skip_bad_rows", "validation_split",
     "held_out_by_class", "held_out_rate", "tokenizer", "vocab_size",
     "cache_dir",
 )  # fmt: skip
@@ -58,9 +59,10 @@ def run(arguments: argparse.Namespace) -> None:
     if asked.workers is not None and asked.workers < 1:
         raise ConfigError(f"--workers must be at least 1: got {asked.workers}.")
     objective = "classification" if asked.with_labels else asked.objective
+    columns = find_task(objective).reading.columns_of(RunConfig(objective=objective, data=asked.data))
     with saying() as say:
         stores = prepare_stores(
-            asked.data, pathlib.Path(asked.out), find_task(objective).reading.columns, workers=asked.workers,
+            asked.data, pathlib.Path(asked.out), columns, workers=asked.workers,
             shard=(int(index), int(count)), progress=say,
         )  # fmt: skip
     if stores is None:

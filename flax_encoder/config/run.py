@@ -45,8 +45,16 @@ class DataConfig(ShortRepr):
     text_pair_column: str | None = None
     """The second text of a pair; None takes the partner of a known pair, such as sentence1 and sentence2. For multiple
     choice, the column with the list of choices; for question answering, the passage; for text to text, the target."""
+    history_column: str | None = None
+    """text_to_text: a list of turns, which are texts or objects with role and content, or from and value. Beside a
+    target they stand before the source; alone they are a conversation, whose answers are the targets. None takes a
+    column of lists that is called as data sets call it."""
+    target_turns: Literal["every", "last"] = "every"
+    """Of a conversation: learn every answer from all turns before it, or the last answer alone."""
+    turn_separator: str | None = None
+    """What stands after every turn of a history; None is the tokenizer's token between two texts."""
     prefix: str = ""
-    """text_to_text: what is put before every source, such as "translate English to French: ".
+    """text_to_text: what is put before every source, such as "translate English to French: "; after its history.
     """
     label_column: str | tuple[str, ...] | None = None
     """The column that is predicted; None guesses it by its name. Several columns of 0 and 1 are labels of which a
@@ -130,6 +138,11 @@ class DataConfig(ShortRepr):
             f"data.window_overlap is at most half of a row, so that a question and new text fit beside it: got "
             f"{self.window_overlap} with rows of {shortest} tokens. Give at most {shortest // 2}, or a longer "
             f"data.row_length.",
+        )
+        require(
+            self.turn_separator != "",
+            "turns must be kept apart: data.turn_separator is a text, or None for the tokenizer's token between two "
+            "texts; got ''.",
         )
         require(self.workers >= 0, f"workers must be at least 0: got {self.workers}.")
         require(len(self.sources) > 0, "data.source must name at least one source.")

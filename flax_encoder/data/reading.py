@@ -37,7 +37,8 @@ class Reading:
 
     def columns_of(self, config: RunConfig) -> Columns:
         """The columns with what the run's settings say of them."""
-        return self.columns._replace(prompts=self.prompts(config))
+        separator = config.data.turn_separator if self.columns.has_turns else None
+        return self.columns._replace(prompts=self.prompts(config), turn_separator=separator)
 
 
 def _split(config: RunConfig) -> Layout:
