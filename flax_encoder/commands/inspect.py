@@ -18,8 +18,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="compare every file with its SHA-256")
     parser.add_argument("--rows", type=int, default=2, help="rows to show (default 2)")
     parser.add_argument("--row-length", type=int, default=128, help="their length in tokens (default 128)")
-    parser.add_argument("--kind", choices=("token", "whole_word", "span", "t5"), default="token", help="of masking")
-    parser.add_argument("--rate", type=float, default=0.15, help="share of tokens masked (default 0.15)")
+    parser.add_argument("--kind", choices=("token", "whole_word", "span", "t5", "ul2"), default="token",
+                        help="of masking")  # fmt: skip
+    parser.add_argument("--rate", type=float, help="share of tokens masked (default 0.15)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON for programs instead")
 
@@ -32,6 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.rows < 1 or arguments.row_length < 3:
         raise ConfigError(f"inspect shows at least one row of 3: got --rows {arguments.rows} --row-length "
                           f"{arguments.row_length}.")  # fmt: skip
+    if arguments.kind == "ul2" and arguments.rate is not None:
+        raise ConfigError(f"ul2's denoisers have rates of their own: leave out --rate, or give another --kind; got "
+                          f"--rate {arguments.rate}.")  # fmt: skip
     folder = pathlib.Path(arguments.store)
     if members := read_manifest(folder).get("members"):
         each = ", ".join(f"{folder / m['folder']} (weight {m['weight']:,.10g})" for m in members)
@@ -66,9 +70,10 @@ def run(arguments: argparse.Namespace) -> None:
           "filled": f"{r['fill_rate']:.2%}"} for r in summary["packing"]],
         "best-fit packing",
     )  # fmt: skip
+    rate = 0.15 if arguments.rate is None else arguments.rate
     batch = inspect.sample_rows(
-        store.train, tokenizer, kind=arguments.kind, rate=arguments.rate, rows=arguments.rows,
-        row_length=arguments.row_length, seed=arguments.seed,
+        store.train, tokenizer, kind=arguments.kind, rate=rate, rows=arguments.rows, row_length=arguments.row_length,
+        seed=arguments.seed,
     )  # fmt: skip
     console.print(f"\nrows of {arguments.row_length}: a colour a document; ⟨what is right⟩ where a token is predicted")
     for row in range(arguments.rows):

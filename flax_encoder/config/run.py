@@ -6,7 +6,7 @@ from typing import Literal
 from flax_encoder.config.contrastive import ContrastiveConfig
 from flax_encoder.config.distillation import DistillationConfig
 from flax_encoder.config.model import DecoderConfig, EncoderConfig, GenerationConfig, HeadConfig
-from flax_encoder.config.objectives import AutoencoderConfig, SentencesConfig
+from flax_encoder.config.objectives import AutoencoderConfig, SentencesConfig, SpansConfig
 from flax_encoder.config.phases import (
     Phase,
     Ramp,
@@ -237,21 +237,6 @@ class GeneratorConfig(ShortRepr):
             self.num_layers is None or self.num_layers > 0,
             f"generator.num_layers must be above 0 or None: got {self.num_layers}.",
         )
-
-
-@dataclass(frozen=True, repr=False)
-class SpansConfig(ShortRepr):
-    """T5's span corruption (Raffel et al., arXiv 1910.10683, section 3.1.4)."""
-
-    rate: float = 0.15
-    """Share of a document's tokens that are cut out, and written by the decoder."""
-    mean_tokens: float = 3.0
-    """Tokens of a span, on average."""
-
-    def __post_init__(self):
-        require(0 < self.rate < 1, f"spans.rate is a probability between 0 and 1: got {self.rate}.")
-        require(self.mean_tokens >= 1, f"spans.mean_tokens is at least 1: got {self.mean_tokens}.")
-        require_finite(self)
 
 
 @dataclass(frozen=True, repr=False)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from flax_encoder.config import MaskingConfig
+from flax_encoder.config import UL2, MaskingConfig, SpansConfig
 from flax_encoder.data.rows.batches import Batches, Mixture
 from flax_encoder.data.rows.documents import Batch, Documents, Frame, Layout
 from flax_encoder.data.rows.masking import budget
@@ -105,10 +105,11 @@ def plot(store: Store, summary: dict[str, Any], path: pathlib.Path) -> None:
 def sample_rows(
     split: Split, tokenizer: TextTokenizer, *, kind: str, rate: float, rows: int, row_length: int, seed: int
 ) -> Batch:
-    """The first rows of an epoch, masked by `kind` (a `MaskingConfig`'s, or t5)."""
+    """The first rows of an epoch, masked by `kind` (a `MaskingConfig`'s, or t5 or ul2, whose rates are its own)."""
     documents = Documents(split, Layout(long="split"), Frame.of(tokenizer), row_length)
-    if kind == "t5":
-        targets = span_corruption_targets(tokenizer, rate, 3.0, row_length, row_length // 2, seed)
+    if kind in ("t5", "ul2"):
+        denoisers, slots = (UL2, row_length) if kind == "ul2" else (SpansConfig(rate=rate).mixture, row_length // 2)
+        targets = span_corruption_targets(tokenizer, denoisers, row_length, slots, seed)
     else:
         masking = MaskingConfig(kind=kind, rate=rate)  # type: ignore[arg-type]
         targets = masked_lm_targets(tokenizer, masking, (rate, rate), budget(kind, rate, row_length), 1, seed)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from tests.runs import TINY, with_fields
 from train import train
 
 WORDS = ["red", "blue", "green", "river", "stone", "cloud"]
+ROLES = ("user", "user", "user", "assistant", "user", "assistant")
 ORDERS = {"old": 0, "new": 1}
 
 
@@ -31,8 +32,8 @@ def conversations() -> list[dict]:
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("talk")
     rows = [
-        {"messages": [{"role": "assistant" if i in (3, 5) else "user", "content": turn} for i, turn in enumerate(turns)]}
-        for turns in (row["turns"] for row in conversations())
+        {"messages": [{"role": role, "content": turn} for role, turn in zip(ROLES, row["turns"], strict=True)]}
+        for row in conversations()
     ]  # fmt: skip
     (folder / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
     config = with_fields(
@@ -50,7 +51,7 @@ def run(tmp_path_factory):
 
 
 def test_answers_follow_from_the_turns_before(run):
-    folder, config, metrics = run
+    _, config, metrics = run
     assert metrics["eval/rougeL"] > 0.9
     loaded = load(config.run_dir)
     asked = [Record(("old",), history=("stone", "red")), Record(("new",), history=("stone", "red"))]
@@ -89,7 +90,7 @@ def test_commands_take_the_same_files(run, capsys):
 def test_a_separator_that_the_tokenizer_lacks_stops_the_run_before_it_trains(run, tmp_path):
     from flax_encoder.data.tokens.tokenizer import train_wordpiece
 
-    folder, config, _ = run
+    _, config, _ = run
     (tmp_path / "tokenizer.json").write_text(train_wordpiece(WORDS * 3, 80).json)
     lacking = with_fields(config, data__tokenizer=str(tmp_path / "tokenizer.json"), run_dir=str(tmp_path / "run"))
     with pytest.raises(DataError, match=r"no token for '\|'. Give a text that it has as --data\.turn-separator"):
