@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from toy import SMALL, B, V, assert_trees_close, random_tokens, split_model
 
-from flax_encoder.config import ConfigError, DecoderConfig
+from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.generation import Generation, beam_search, draw, generate
@@ -24,12 +24,17 @@ VASWANI = dataclasses.replace(
     SMALL, position="sinusoidal", embedding_norm=False, embedding_scale=SMALL.embed_dim**0.5, activation="relu",
     num_kv_heads=1, num_layers=1,
 )  # fmt: skip
+GRU = EncoderConfig(
+    vocab_size=V, layer="gru", bidirectional=True, embed_dim=SMALL.embed_dim, num_layers=1, position="none"
+)
 MODELS = {
     "t5": (T5, DecoderConfig(num_layers=3, logit_scale=SMALL.embed_dim**-0.5)),
     "t5, own table": (dataclasses.replace(T5, gated=True), DecoderConfig(tied=False)),
     "original": (VASWANI, DecoderConfig()),
     "original, unrolled": (dataclasses.replace(VASWANI, scan_layers=False, remat="full"), DecoderConfig()),
     "original, remat": (dataclasses.replace(VASWANI, remat="feed_forward"), DecoderConfig()),
+    "gru": (GRU, DecoderConfig(num_layers=1)),
+    "lstm": (dataclasses.replace(GRU, layer="lstm", remat="full", norm_placement="pre"), DecoderConfig(num_layers=3)),
 }
 
 
@@ -86,7 +91,7 @@ def test_written_token_by_token_equals_all_at_once(name):
     assert_trees_close(jnp.stack(got, axis=1), want)
 
 
-@pytest.mark.parametrize("name", ["t5", "original"])
+@pytest.mark.parametrize("name", ["t5", "original", "lstm"])
 def test_padding_on_either_side_begins_the_same_text(name):
     graphdef, params = make(name)
     source, padding = random_tokens((1, M)), jnp.zeros((1, 3), jnp.int32)
@@ -106,7 +111,7 @@ def test_buckets_that_a_decoder_cannot_have_are_refused():
         EncoderDecoder(config, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("name", ["t5", "original"])
+@pytest.mark.parametrize("name", ["t5", "original", "gru"])
 def test_a_target_token_sees_those_before_it_and_the_source_without_padding(name):
     graphdef, params = make(name)
     logits = jax.jit(lambda *rows: nnx.merge(graphdef, params)(*rows))
@@ -142,12 +147,21 @@ def test_settings_that_make_no_decoder_are_named(values, message):
         EncoderDecoder(config, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize(("values", "message"), [
+    ({"position": "learned"}, "gru layers needs model.position to be none or sinusoidal: got learned"),
+    ({"embedding_dim": 12}, "model.embedding_dim to be None or 30: got 12"),
+])  # fmt: skip
+def test_settings_that_make_no_recurrent_decoder_are_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        EncoderDecoder(dataclasses.replace(GRU, **values), rngs=nnx.Rngs(0))
+
+
 # Writing.
 
 
-@pytest.fixture(scope="module")
-def model():
-    graphdef, params = make("t5")
+@pytest.fixture(scope="module", params=["t5", "gru"])
+def model(request):
+    graphdef, params = make(request.param)
     return nnx.merge(graphdef, jax.tree.map(lambda x: 3 * x, params))
 
 
