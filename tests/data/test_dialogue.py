@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from flax_encoder.config import DataConfig
+from flax_encoder.data.inspect import draw_row, sample_rows
 from flax_encoder.data.pipeline import open_stores
 from flax_encoder.data.rows.documents import Documents, Frame, Layout, Written, assemble, assemble_targets
 from flax_encoder.data.sources.columns import Columns
@@ -84,7 +85,7 @@ def test_named_columns_win_and_objects_of_lists_are_lists_of_objects(tmp_path):
         ({"dialog": ["a", "b"], "turns": ["a", "b"]}, {}, r"turns, or dialog could be\. Name one with --data\.history"),
         ({"source": "a", "target": "b", "turns": ["c"]}, {}, "turns, or source with target could be"),
         ({"history": ["a"], "input": "b", "prompt": "c", "output": "d"}, {}, "prompt, input could be"),
-        ({"source": "a", "target": "b"}, {"turn_separator": "|"}, "are of conversations: .* has source, target, none"),
+        ({"source": "a", "target": "b"}, {"turn_separator": "|"}, "being of conversations: .* has source, target"),
         ({"history": ["a"], "source": "b", "target": "c"}, {"target_turns": "last"}, "holds a whole conversation"),
     ],
 )  # fmt: skip
@@ -94,8 +95,9 @@ def test_what_is_no_conversation_is_refused_with_its_row_and_a_way_out(tmp_path,
 
 
 def test_other_tasks_read_no_history(tmp_path):
-    with pytest.raises(DataError, match=r"leave out --data\.history-column turns"):
-        read(jsonl(tmp_path / "a.jsonl", {"text": "a", "label": "b"}), CLASS, history_column="turns")
+    with pytest.raises(DataError, match=r"leave out --data\.history-column 'turns' and --data\.turn-separator '\|'"):
+        path = jsonl(tmp_path / "a.jsonl", {"text": "a", "label": "b"})
+        read(path, CLASS, history_column="turns", turn_separator="|")
 
 
 def test_bad_rows_are_left_out_where_asked(tmp_path):
@@ -180,6 +182,16 @@ def test_a_conversation_is_held_out_whole_and_a_store_remembers_its_separator(tm
         assert all(own.count(one) == 4 for one in of[name])
     assert not of["train"] & of["validation"] and len(of["train"]) + len(of["validation"]) == 300
     assert len(of["validation"]) > 20
+    # As inspect shows them.
+    batch = sample_rows(store.train, TOKENIZER, kind="written", rate=0.15, rows=2, row_length=32, seed=0)
+    source, target = str(draw_row(batch, 0, TOKENIZER)).split("→")
+    sources = [part.split("|") for part in TOKENIZER.decode(batch["tokens"][0]).split("</s>") if "<pad>" not in part]
+    written = TOKENIZER.decode(batch["targets"][0][batch["target_weights"][0] > 0]).split("</s>")[:-1]
+    assert source.count("|") == sum(map(len, sources)) - len(sources) and target.count("</s>") == len(written)
+    for turns, answer in zip(sources, written, strict=True):
+        assert answer == f"{turns[-1].split()[0]} {int(turns[-1].split()[1]) + 1}"
+    mixed = sample_rows(store.train, TOKENIZER, kind="ul2", rate=0.15, rows=2, row_length=96, seed=0)
+    assert "<extra_id_0>" in str(draw_row(mixed, 0, TOKENIZER))
     again = DataConfig(source=str(store.folder))
     open_stores(again, WRITTEN._replace(turn_separator="|"), tokenizer=TOKENIZER)
     with pytest.raises(DataError, match=r"the turn separator '\|', the run has None\. Give the run --data\.turn-sep"):

@@ -202,10 +202,11 @@ def written_targets(inputs: TargetInputs, start: int) -> Targets:
     A batch gets decoder_tokens, decoder_segment_ids, decoder_positions, targets int32 [B, S] and target_weights
     float32 [B, S]. Documents without targets, since these are to be written, have a target_weights of zeros [B, 1].
     """
-    return functools.partial(_written_targets, start, inputs.with_owners)
+    return functools.partial(shifted_targets, start, inputs.with_owners)
 
 
-def _written_targets(start: int, with_owners: bool, rows: Rows) -> Batch:
+def shifted_targets(start: int, with_owners: bool, rows: Rows) -> Batch:
+    """`written_targets` of some rows."""
     B = len(rows.address)
     batch: Batch = {}
     if with_owners:  # of rows that hold one document each

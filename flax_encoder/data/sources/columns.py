@@ -163,6 +163,13 @@ def choose_columns(table: Table, config: DataConfig, wanted: Columns) -> Layout:
     return layout
 
 
+def _settings_of_turns(config: DataConfig) -> list[str]:
+    """What is set of conversations, as options."""
+    default = DataConfig()
+    given = {name: getattr(config, name) for name in ("history_column", "target_turns", "turn_separator")}
+    return [f"--data.{n.replace('_', '-')} {value!r}" for n, value in given.items() if value != getattr(default, n)]
+
+
 class _Chooser:
     """Finds columns by role, and keeps account of which were guessed."""
 
@@ -175,11 +182,8 @@ class _Chooser:
         self._by_key = {_key(name): name for name in reversed(self.kinds)}
         self._guessed: dict[str, tuple[str, ...]] = {}
         self.history = config.history_column if own else None
-        if config.history_column is not None and not wanted.has_turns:
-            raise DataError(
-                f"a history is of a text that an answer is written for: leave out --data.history-column "
-                f"{config.history_column}."
-            )
+        if not wanted.has_turns and (unread := _settings_of_turns(config)):
+            raise DataError(f"a conversation is for a task that writes the answers: leave out {' and '.join(unread)}.")
         if self.pair is not None and wanted.max_texts < 2 and wanted.value != "text":
             raise DataError(f"one text a document is read here: leave out --data.text-pair-column {self.pair}.")
         if isinstance(self.label, tuple) and wanted.value != "classes":
@@ -431,12 +435,12 @@ def _source_and_target_pairs(chooser: _Chooser) -> list[list[str]]:
 
 def _written(chooser: _Chooser) -> Layout:
     """A source and its target: two columns that were named, or whose names belong together."""
-    pairs, config = _source_and_target_pairs(chooser), chooser.config
-    if (config.turn_separator, config.target_turns) != (None, "every"):
+    pairs = _source_and_target_pairs(chooser)
+    if unread := _settings_of_turns(chooser.config):
         raise DataError(
-            f"--data.turn-separator and --data.target-turns are of conversations: {chooser.table.where} has "
+            f"{' and '.join(unread)} would not be read, being of conversations: {chooser.table.where} has "
             f"{', '.join(chooser.kinds)}, none of which is known as a list of turns. Name it with "
-            f"--data.history-column, or leave them out."
+            f"--data.history-column, or leave it out."
         )
     if chooser.text is not None and chooser.pair is not None:
         source, target = chooser.text, chooser.named(chooser.pair, "target")
