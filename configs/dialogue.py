@@ -9,9 +9,9 @@ from flax_encoder.config import DataConfig, EncoderConfig, LabelsConfig, Optimiz
 
 config = RunConfig(
     objective="text_to_text",
-    steps=400,
+    steps=100,
     batch_size=16,
-    checkpoint_every=200,
+    checkpoint_every=100,
     model=EncoderConfig(
         num_layers=2,
         embed_dim=192,

@@ -15,9 +15,8 @@ from flax_encoder.nn.recurrent_decoder import RecurrentDecoder
 D, M, T = 10, 13, 7
 GRU = EncoderConfig(layer="gru", embed_dim=D, num_layers=1, position="none")
 CASES = {
-    "gru": (GRU, 1),
     "gru, three layers, no biases": (dataclasses.replace(GRU, use_bias=False), 3),
-    "lstm, two layers": (dataclasses.replace(GRU, layer="lstm"), 2),
+    "lstm, two layers": (dataclasses.replace(GRU, layer="lstm", remat="full"), 2),
     "rnn": (dataclasses.replace(GRU, layer="rnn", activation="relu"), 1),
 }
 

@@ -15,17 +15,13 @@ from flax_encoder.tasks import check_task
 from tests.runs import TINY, with_fields
 from train import train
 
-WORDS = ["red", "blue", "green", "river", "stone", "cloud"]
+WORDS = ["red", "blue", "green", "river", "stone", "cloud", "candle", "moon", "fish", "bread", "wind", "rope"]
 ROLES = ("user", "user", "user", "assistant", "user", "assistant")
-ORDERS = {"old": 0, "new": 1}
 
 
 def conversations() -> list[dict]:
-    """Two words, and one of them, which is asked for by its age; then the other."""
-    return [
-        {"turns": [a, b, first, (a, b)[ORDERS[first]], second, (a, b)[ORDERS[second]]]}
-        for a, b in itertools.permutations(WORDS, 2) for first, second in (("old", "new"), ("new", "old"))
-    ]  # fmt: skip
+    """Two words, the second of which is to be said again, twice. Who has not read them is right in one of twelve."""
+    return [{"turns": [a, b, "again", b, "more", b]} for a, b in itertools.permutations(WORDS, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +31,9 @@ def run(tmp_path_factory):
         {"messages": [{"role": role, "content": turn} for role, turn in zip(ROLES, row["turns"], strict=True)]}
         for row in conversations()
     ]  # fmt: skip
-    (folder / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    (folder / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = with_fields(
-        TINY, objective="text_to_text", run_dir=str(folder / "run"), steps=220, log_every=50, checkpoint_every=220,
+        TINY, objective="text_to_text", run_dir=str(folder / "run"), steps=160, log_every=40, checkpoint_every=160,
         batch_size=16, data__source=str(folder / "talk.jsonl"), data__vocab_size=380, data__row_length=32,
         data__packing="best-fit", data__turn_separator="|", model__position="none", model__relative_position="t5",
         model__norm="rms_norm", model__use_bias=False, model__init_std=0.1, model__embed_dim=48,
@@ -52,13 +48,16 @@ def run(tmp_path_factory):
 
 def test_answers_follow_from_the_turns_before(run):
     _, config, metrics = run
-    assert metrics["eval/rougeL"] > 0.9
+    assert metrics["eval/rougeL"] > 0.8
     loaded = load(config.run_dir)
-    asked = [Record(("old",), history=("stone", "red")), Record(("new",), history=("stone", "red"))]
-    assert [answer["text"] for answer in loaded.predict(asked)] == ["stone", "red"]
-    # What is said long ago is cut: the newest turns alone decide.
-    long = [record._replace(history=("cloud",) * 40 + record.history) for record in asked[1:]]
-    assert [answer["text"] for answer in loaded.predict(long)] == ["red"]
+    pairs = list(itertools.permutations(WORDS, 2))
+    asked = [Record(("again",), history=pair) for pair in pairs]
+    answers = [answer["text"] for answer in loaded.predict(asked)]
+    assert sum(answer == new for answer, (_, new) in zip(answers, pairs, strict=True)) > 0.8 * len(pairs)
+    # What was said too long ago for a row is as if it had not been said.
+    long = [Record(("again",), history=(*["moon"] * 90, *["rope"] * 40, *pair)) for pair in pairs[:20]]
+    longer = [record._replace(history=("fish",) * 30 + record.history) for record in long]
+    assert list(loaded.predict(long)) == list(loaded.predict(longer))
     data = open_data(config, loaded.task.reading, tokenizer=loaded.tokenizer)
     baselines = loaded.task.baselines(loaded, data)
     assert set(baselines) == {"the newest turn itself", "the most frequent answer"}
@@ -72,19 +71,20 @@ def test_commands_take_the_same_files(run, capsys):
     rows = [{"id": i, **row} for i, row in enumerate(conversations())]
     (folder / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     capsys.readouterr()
-    main(["evaluate", config.run_dir, "--data.source", str(folder / "talk.jsonl"), "--json"])
-    assert json.loads(capsys.readouterr().out)["rougeL"] > 0.9
+    (folder / "some.jsonl").write_text("".join((folder / "talk.jsonl").read_text().splitlines(True)[:40]))
+    main(["evaluate", config.run_dir, "--data.source", str(folder / "some.jsonl"), "--json"])
+    assert json.loads(capsys.readouterr().out)["rougeL"] > 0.8
     asked = [{"id": row["id"], "turns": row["turns"][:3]} for row in rows]
     (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     main(["predict", config.run_dir, "--input", str(folder / "asked.jsonl"), "--output", str(folder / "out.jsonl")])
     answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     right = sum(answer["text"] == row["turns"][3] for answer, row in zip(answers, rows, strict=True))
-    assert [answer["id"] for answer in answers] == [str(row["id"]) for row in rows] and right > 0.9 * len(rows)
+    assert [answer["id"] for answer in answers] == [str(row["id"]) for row in rows] and right > 0.8 * len(rows)
     # Chat data is asked without the answers at its end.
-    main(["predict", config.run_dir, "--input", str(folder / "talk.jsonl"), "--output", str(folder / "chat.jsonl")])
+    main(["predict", config.run_dir, "--input", str(folder / "some.jsonl"), "--output", str(folder / "chat.jsonl")])
     texts = [json.loads(line)["text"] for line in (folder / "chat.jsonl").read_text().splitlines()]
-    right = sum(text == row["turns"][5] for text, row in zip(texts, conversations() * 4, strict=True))
-    assert right > 0.9 * len(texts)
+    right = sum(text == row["turns"][5] for text, row in zip(texts, conversations()[:40], strict=True))
+    assert right > 0.8 * len(texts)
 
 
 def test_a_separator_that_the_tokenizer_lacks_stops_the_run_before_it_trains(run, tmp_path):

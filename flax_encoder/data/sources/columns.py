@@ -458,6 +458,7 @@ def _dialogue(chooser: _Chooser) -> Layout | None:
     """A column of turns that is a conversation, or a history beside a source, a target or both; None: there is none."""
     has_target = chooser.wanted.value == "text"
     pairs, asked = _source_and_target_pairs(chooser), chooser.history
+    pairs = [pair for pair in pairs if chooser.pair in (None, pair[1])]
     is_named = (chooser.text, chooser.pair) != (None, None)
     if asked is not None:
         history = chooser.named(asked, "list of turns")
