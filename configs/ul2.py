@@ -3,8 +3,8 @@
 python train.py --config configs/ul2.py
 
 Each text draws one of seven ways to be cut: regular spans behind [NLU], its end behind [S2S], or many or long spans
-behind [NLG]. A tokenizer that has these modes as tokens makes them one token each; the one that is made here spells
-them. `--config configs/translate_en_fr.py --init-from runs/ul2` goes on with both, encoder and decoder.
+behind [NLG]. The tokenizer that is made here has these modes as tokens; another spells those that it has not.
+`--config configs/translate_en_fr.py --init-from runs/ul2` goes on with both, encoder and decoder.
 """
 
 from flax_encoder.config import UL2, DataConfig, EncoderConfig, OptimizerConfig, RunConfig, SpansConfig

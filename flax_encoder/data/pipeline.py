@@ -463,7 +463,9 @@ def settle_tokenizer(
         return read_tokenizer(config.tokenizer)
     if stores:
         return load_tokenizer(stores[0].folder)
-    kind, train = ("byte-level BPE", train_byte_pairs) if columns.writes else ("WordPiece", train_wordpiece)
+    kind, train = "WordPiece", train_wordpiece
+    if columns.writes:
+        kind, train = "byte-level BPE", functools.partial(train_byte_pairs, more=columns.special_tokens)
     progress(f"training a {kind} tokenizer of {config.vocab_size:,} tokens")
     rate = config.held_out_rate * (MOST_HELD_OUT if config.held_out_by_class and columns.value == "class" else 1)
     texts = (text for source in sources for text in _sample(source, columns, rate))

@@ -49,6 +49,10 @@ def _layout(config: RunConfig) -> Layout:
     return Layout(long="split")
 
 
+def _modes(config: RunConfig) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(own.mode for own in config.spans.mixture if own.mode))
+
+
 def _check(config: RunConfig) -> None:
     check_model(config)
     require(
@@ -59,7 +63,7 @@ def _check(config: RunConfig) -> None:
 
 
 TASK = Task(
-    reading=Reading(Columns(writes=True), _targets, _layout),
+    reading=Reading(Columns(writes=True), _targets, _layout, special_tokens=_modes),
     make_model=make_model,
     report=MaskedLM.report,
     reads=("decoder.", "spans.", "labels.smoothing", "data.target_length"),

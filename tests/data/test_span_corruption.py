@@ -232,12 +232,18 @@ def test_settings_of_denoisers_that_make_no_sense_are_refused():
             DenoiserConfig(**fields)
 
 
-def test_a_mode_needs_tokens_and_the_sentinels_are_those_of_the_denoiser_that_needs_most():
+def test_a_mode_needs_tokens_and_the_sentinels_are_those_of_the_denoiser_that_needs_most(caplog):
     tokenizer = train_byte_pairs(["the red stone"] * 3, 400)
     wordpiece = train_wordpiece(["a b"] * 2, 60)
+    assert [len(tokenizer.encode_batch([mode])[0]) for mode in ("[NLU]", "[S2S]")] == [5, 5]
+    moded = train_byte_pairs(["the red stone"] * 3, 400, ["[NLU]", "[S2S]"])
+    assert [len(moded.encode_batch([mode])[0]) for mode in ("[NLU]", "[S2S]")] == [1, 1]
+    assert moded.sentinel_ids.tolist() == list(range(moded.vocab_size - 1, moded.vocab_size - 101, -1))
     assert most_spans(UL2, 512) == 85 and most_spans(UL2[:3], 512) == 26
     with pytest.raises(DataError, match=r"a row of 1024 tokens has up to 171 spans, the tokenizer 100 sentinels"):
         span_corruption_targets(tokenizer, UL2, 1024, 512, 0)
+    assert span_corruption_targets(moded, UL2[:3], 512, 512, 0) and not caplog.records
     assert span_corruption_targets(tokenizer, UL2, 512, 512, 0)
+    assert "the mode '[NLU]' is 5 tokens of this tokenizer" in caplog.text
     with pytest.raises(DataError, match=r"the tokenizer 0 sentinels"):
         span_corruption_targets(wordpiece, UL2[2:3], 64, 64, 0)

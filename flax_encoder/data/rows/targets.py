@@ -1,6 +1,7 @@
 """What is predicted of rows: a task's targets, made from the rows and the values of their documents."""
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from flax_encoder.data.rows.span_corruption import Denoiser, Sentinels, corrupt_
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import Split
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
+
+logger = logging.getLogger(__name__)
 
 _COUNTED_TOKENS = 2**20  # whose words tell how many tokens a word has
 # Fields of a batch that the host alone reads: they are not put on devices.
@@ -184,6 +187,11 @@ def _mode_ids(tokenizer: TextTokenizer, mode: str) -> tuple[int, ...]:
             f"a mode is written by the tokenizer's tokens: it has none for {mode!r}. Give the denoiser another mode, "
             f"or '' for none, or another --data.tokenizer."
         )
+    if len(ids) > 1:
+        logger.warning(
+            "the mode %r is %d tokens of this tokenizer, for which short texts in full rows have no room: they are left "
+            "whole and counted as masking_overflow. A tokenizer that is made here has it as one.", mode, len(ids),
+        )  # fmt: skip
     return ids
 
 

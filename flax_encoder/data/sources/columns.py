@@ -41,6 +41,8 @@ class Columns(NamedTuple):
     """Without a value: where the source has a column `id`, name the record by it."""
     writes: bool = False
     """A model writes texts: a tokenizer that is made here gives back every text as it was, and has sentinels."""
+    special_tokens: tuple[str, ...] = ()
+    """What such a tokenizer has as tokens of its own besides."""
     has_turns: bool = False
     """A text may be the newest turn of a conversation, those before it being the record's history."""
     turn_separator: str | None = None
