@@ -169,9 +169,8 @@ def span_corruption_targets(
     sentinels = Sentinels(ids, end, pad if start is None else start, pad)
     is_text = np.ones(tokenizer.vocab_size, bool)
     is_text[tokenizer.special_ids] = is_text[ids] = False
-    ways = tuple(
-        Denoiser(own.share, own.rate, own.mean_tokens, _mode_ids(tokenizer, own.mode)) for own in denoisers
-    )
+    modes = {mode: _mode_ids(tokenizer, mode) for mode in {own.mode: None for own in denoisers}}
+    ways = tuple(Denoiser(own.share, own.rate, own.mean_tokens, modes[own.mode]) for own in denoisers)
     return functools.partial(_span_corruption_targets, sentinels, is_text, ways, slots, seed)
 
 
@@ -189,8 +188,8 @@ def _mode_ids(tokenizer: TextTokenizer, mode: str) -> tuple[int, ...]:
         )
     if len(ids) > 1:
         logger.warning(
-            "the mode %r is %d tokens of this tokenizer, for which short texts in full rows have no room: they are left "
-            "whole and counted as masking_overflow. A tokenizer that is made here has it as one.", mode, len(ids),
+            "the mode %r is %d tokens of this tokenizer, for which short texts in full rows have no room: they are "
+            "left whole and counted as masking_overflow. A tokenizer that is made here has it as one.", mode, len(ids),
         )  # fmt: skip
     return ids
 
