@@ -18,8 +18,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="compare every file with its SHA-256")
     parser.add_argument("--rows", type=int, default=2, help="rows to show (default 2)")
     parser.add_argument("--row-length", type=int, default=128, help="their length in tokens (default 128)")
-    parser.add_argument("--kind", choices=("token", "whole_word", "span", "t5"), default="token", help="of masking")
-    parser.add_argument("--rate", type=float, default=0.15, help="share of tokens masked (default 0.15)")
+    parser.add_argument("--kind", choices=("token", "whole_word", "span", "t5", "ul2", "written"),
+                        help="of masking; written shows sources and targets (default: written where a store has "
+                        "targets, else token)")  # fmt: skip
+    parser.add_argument("--rate", type=float, help="share of tokens masked (default 0.15)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON for programs instead")
 
@@ -32,11 +34,18 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.rows < 1 or arguments.row_length < 3:
         raise ConfigError(f"inspect shows at least one row of 3: got --rows {arguments.rows} --row-length "
                           f"{arguments.row_length}.")  # fmt: skip
+    if arguments.kind == "ul2" and arguments.rate is not None:
+        raise ConfigError(f"ul2's denoisers have rates of their own: leave out --rate, or give another --kind; got "
+                          f"--rate {arguments.rate}.")  # fmt: skip
     folder = pathlib.Path(arguments.store)
     if members := read_manifest(folder).get("members"):
         each = ", ".join(f"{folder / m['folder']} (weight {m['weight']:,.10g})" for m in members)
         raise DataError(f"inspect looks at one store; {folder} is a mixture of {each}.")
     store, tokenizer = open_store(folder), load_tokenizer(folder)
+    kind = arguments.kind or ("written" if store.value == "text" else "token")
+    if kind == "written" and store.value != "text":
+        raise ConfigError(f"written rows are of a store with targets, of --objective text_to_text: {folder} has "
+                          f"documents with a value of the kind {store.value}. Give another --kind.")  # fmt: skip
     with saying() as say:
         if arguments.verify:
             store.verify(say)
@@ -66,9 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
           "filled": f"{r['fill_rate']:.2%}"} for r in summary["packing"]],
         "best-fit packing",
     )  # fmt: skip
+    rate = 0.15 if arguments.rate is None else arguments.rate
     batch = inspect.sample_rows(
-        store.train, tokenizer, kind=arguments.kind, rate=arguments.rate, rows=arguments.rows,
-        row_length=arguments.row_length, seed=arguments.seed,
+        store.train, tokenizer, kind=kind, rate=rate, rows=arguments.rows, row_length=arguments.row_length,
+        seed=arguments.seed,
     )  # fmt: skip
     console.print(f"\nrows of {arguments.row_length}: a colour a document; ⟨what is right⟩ where a token is predicted")
     for row in range(arguments.rows):

@@ -29,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         "one (gs://, s3://), or - for the screen")  # fmt: skip
     parser.add_argument("--text-column", help="the column of the text (default: guessed by its name)")
     parser.add_argument("--text-pair-column", help="the column of the second text of a pair")
+    parser.add_argument("--history-column", help="text to text: the column with a list of turns")
     parser.add_argument("--top", type=positive_count, help="give so many of the likeliest labels too")
     parser.add_argument("--probabilities", action="store_true", help="give every label's probability")
     parser.add_argument("--squad", metavar="FILE", help="of question answering: also write the answers by their "
@@ -78,7 +79,7 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
         )
     config = DataConfig(
         source=arguments.input, text_unit="line", text_column=arguments.text_column,
-        text_pair_column=arguments.text_pair_column,
+        text_pair_column=arguments.text_pair_column, history_column=arguments.history_column,
     )  # fmt: skip
     records = open_input(arguments.input, config, columns)
     options = (arguments.top, arguments.probabilities)

@@ -9,7 +9,7 @@ import pathlib
 import tyro
 
 from flax_encoder.commands.screen import saying
-from flax_encoder.config import ConfigError, DataConfig, differences
+from flax_encoder.config import ConfigError, DataConfig, RunConfig, differences
 from flax_encoder.tasks import find_task
 
 HELP = "tokenize text once, into a store that runs read"
@@ -38,7 +38,8 @@ class PrepareArguments:
 # What a store depends on; the other settings of data say how a run reads one.
 _PREPARED = (
     "source", "weights", "text_column", "label_column", "text_unit", "validation", "test",
-    "text_pair_column", "label_names", "has_header", "csv_quotes", "skip_bad_rows", "validation_split",
+    "text_pair_column", "history_column", "target_turns", "turn_separator", "label_names", "has_header", "csv_quotes",
+    "skip_bad_rows", "validation_split",
     "held_out_by_class", "held_out_rate", "tokenizer", "vocab_size",
     "cache_dir",
 )  # fmt: skip
@@ -67,9 +68,10 @@ def run(arguments: argparse.Namespace) -> None:
     if is_remote(asked.out):
         out = cache_folder(asked.data) / "prepared" / hashlib.sha256(asked.out.encode()).hexdigest()[:24]
         out.parent.mkdir(exist_ok=True)
+    columns = find_task(objective).reading.columns_of(RunConfig(objective=objective, data=asked.data))
     with saying() as say:
         stores = prepare_stores(
-            asked.data, out, find_task(objective).reading.columns, workers=asked.workers,
+            asked.data, out, columns, workers=asked.workers,
             shard=(int(index), int(count)), progress=say,
         )  # fmt: skip
         if is_remote(asked.out):

@@ -15,7 +15,13 @@ from flax_encoder.config.model import (
     GenerationConfig,
     HeadConfig,
 )
-from flax_encoder.config.objectives import AutoencoderConfig, SentencesConfig
+from flax_encoder.config.objectives import (
+    UL2,
+    AutoencoderConfig,
+    DenoiserConfig,
+    SentencesConfig,
+    SpansConfig,
+)
 from flax_encoder.config.phases import Phase, Ramp, Stage
 from flax_encoder.config.rules import ConfigError, differences, from_dict, to_dict
 from flax_encoder.config.run import (
@@ -26,12 +32,11 @@ from flax_encoder.config.run import (
     MaskingConfig,
     OptimizerConfig,
     RunConfig,
-    SpansConfig,
 )
 
 __all__ = [
-    "FREE_OF_PARAMETERS", "Activation", "AutoencoderConfig", "ConfigError", "ContrastiveConfig", "DataConfig",
-    "DecoderConfig", "DistillationConfig", "EncoderConfig", "GenerationConfig", "GeneratorConfig", "HeadConfig",
-    "LabelsConfig", "LoraConfig", "MaskingConfig", "MeshConfig", "OptimizerConfig", "Phase", "Ramp", "RunConfig",
-    "SentencesConfig", "SpansConfig", "Stage", "differences", "from_dict", "to_dict",
+    "FREE_OF_PARAMETERS", "UL2", "Activation", "AutoencoderConfig", "ConfigError", "ContrastiveConfig", "DataConfig",
+    "DecoderConfig", "DenoiserConfig", "DistillationConfig", "EncoderConfig", "GenerationConfig", "GeneratorConfig",
+    "HeadConfig", "LabelsConfig", "LoraConfig", "MaskingConfig", "MeshConfig", "OptimizerConfig", "Phase", "Ramp",
+    "RunConfig", "SentencesConfig", "SpansConfig", "Stage", "differences", "from_dict", "to_dict",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from flax_encoder.config.contrastive import ContrastiveConfig
 from flax_encoder.config.distillation import DistillationConfig
 from flax_encoder.config.mesh import MeshConfig, check_context
 from flax_encoder.config.model import DecoderConfig, EncoderConfig, GenerationConfig, HeadConfig
-from flax_encoder.config.objectives import AutoencoderConfig, SentencesConfig
+from flax_encoder.config.objectives import AutoencoderConfig, SentencesConfig, SpansConfig
 from flax_encoder.config.phases import (
     Phase,
     Ramp,
@@ -46,8 +46,16 @@ class DataConfig(ShortRepr):
     text_pair_column: str | None = None
     """The second text of a pair; None takes the partner of a known pair, such as sentence1 and sentence2. For multiple
     choice, the column with the list of choices; for question answering, the passage; for text to text, the target."""
+    history_column: str | None = None
+    """text_to_text: a list of turns, which are texts or objects with role and content, or from and value. Beside a
+    target they stand before the source; alone they are a conversation, whose answers are the targets. None takes a
+    column of lists that is called as data sets call it."""
+    target_turns: Literal["every", "last"] = "every"
+    """Of a conversation: learn every answer from all turns before it, or the last answer alone."""
+    turn_separator: str | None = None
+    """What stands after every turn of a history; None is the tokenizer's token between two texts."""
     prefix: str = ""
-    """text_to_text: what is put before every source, such as "translate English to French: ".
+    """text_to_text: what is put before every source, such as "translate English to French: "; after its history.
     """
     label_column: str | tuple[str, ...] | None = None
     """The column that is predicted; None guesses it by its name. Several columns of 0 and 1 are labels of which a
@@ -131,6 +139,11 @@ class DataConfig(ShortRepr):
             f"data.window_overlap is at most half of a row, so that a question and new text fit beside it: got "
             f"{self.window_overlap} with rows of {shortest} tokens. Give at most {shortest // 2}, or a longer "
             f"data.row_length.",
+        )
+        require(
+            self.turn_separator != "",
+            "turns must be kept apart: data.turn_separator is a text, or None for the tokenizer's token between two "
+            "texts; got ''.",
         )
         require(self.workers >= 0, f"workers must be at least 0: got {self.workers}.")
         require(len(self.sources) > 0, "data.source must name at least one source.")
@@ -225,21 +238,6 @@ class GeneratorConfig(ShortRepr):
             self.num_layers is None or self.num_layers > 0,
             f"generator.num_layers must be above 0 or None: got {self.num_layers}.",
         )
-
-
-@dataclass(frozen=True, repr=False)
-class SpansConfig(ShortRepr):
-    """T5's span corruption (Raffel et al., arXiv 1910.10683, section 3.1.4)."""
-
-    rate: float = 0.15
-    """Share of a document's tokens that are cut out, and written by the decoder."""
-    mean_tokens: float = 3.0
-    """Tokens of a span, on average."""
-
-    def __post_init__(self):
-        require(0 < self.rate < 1, f"spans.rate is a probability between 0 and 1: got {self.rate}.")
-        require(self.mean_tokens >= 1, f"spans.mean_tokens is at least 1: got {self.mean_tokens}.")
-        require_finite(self)
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,5 +1,6 @@
 """What is in a store, for people: counts, lengths, how full rows get, and rows as a model sees them."""
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from flax_encoder.config import MaskingConfig
+from flax_encoder.config import UL2, MaskingConfig, SpansConfig
 from flax_encoder.data.rows.batches import Batches, Mixture
-from flax_encoder.data.rows.documents import Batch, Documents, Frame, Layout
+from flax_encoder.data.rows.documents import Batch, Documents, Frame, Layout, Written, balanced_length
 from flax_encoder.data.rows.masking import budget
 from flax_encoder.data.rows.packing import PackingPlan, length_histogram
-from flax_encoder.data.rows.targets import masked_lm_targets, span_corruption_targets
+from flax_encoder.data.rows.targets import masked_lm_targets, shifted_targets, span_corruption_targets
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import Split, Store
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
@@ -105,17 +106,26 @@ def plot(store: Store, summary: dict[str, Any], path: pathlib.Path) -> None:
 def sample_rows(
     split: Split, tokenizer: TextTokenizer, *, kind: str, rate: float, rows: int, row_length: int, seed: int
 ) -> Batch:
-    """The first rows of an epoch, masked by `kind` (a `MaskingConfig`'s, or t5)."""
-    documents = Documents(split, Layout(long="split"), Frame.of(tokenizer), row_length)
-    if kind == "t5":
-        targets = span_corruption_targets(tokenizer, rate, 3.0, row_length, row_length // 2, seed)
+    """The first rows of an epoch, masked by `kind`: a `MaskingConfig`'s; t5; ul2, whose rates are its own; or written,
+    sources with the targets beside them, of a store that has them."""
+    frame = Frame.of(tokenizer)
+    layout = Layout(long="split")
+    if kind == "written":
+        layout = Layout(written=Written(balanced_length(split, row_length, frame)))
+    documents = Documents(split, layout, frame, row_length)
+    if kind == "written":
+        start = tokenizer.special("pad") if frame.first is None else frame.first
+        targets = functools.partial(shifted_targets, start, False)
+    elif kind in ("t5", "ul2"):
+        denoisers, slots = (UL2, row_length) if kind == "ul2" else (SpansConfig(rate=rate).mixture, row_length // 2)
+        targets = span_corruption_targets(tokenizer, denoisers, row_length, slots, seed)
     else:
         masking = MaskingConfig(kind=kind, rate=rate)  # type: ignore[arg-type]
         targets = masked_lm_targets(tokenizer, masking, (rate, rate), budget(kind, rate, row_length), 1, seed)  # type: ignore[arg-type]
 
     return Batches(
         [documents], Mixture([documents.plan(row_length)], [1.0]), targets, row_length=row_length, batch_size=rows,
-        seed=seed, num_batches=1, streams=("word_starts",),
+        seed=seed, num_batches=1, streams=() if kind == "written" else ("word_starts",),
     )[0]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from flax_encoder.data.sources.labels import LabelCheck
 from flax_encoder.data.sources.opening import Source, open_source
 from flax_encoder.data.sources.records import DataError, LabelError, Say
 from flax_encoder.data.store.copied import is_remote_store, local_store
-from flax_encoder.data.store.encoding import exact_texts, tokenized_texts
+from flax_encoder.data.store.encoding import held_out_text, tokenized_texts
 from flax_encoder.data.store.prepare import prepare, store_identity, unhurried
 from flax_encoder.data.store.store import (
     FORMAT,
@@ -351,7 +351,7 @@ def _held_out(config: DataConfig, columns: Columns, sources: dict[str, Source], 
                 continue
             for record in part.read():
                 say(f"reading what {name} holds out")
-                digest = text_digest("\x1e".join(exact_texts(record, columns)))
+                digest = text_digest(held_out_text(record, columns))
                 if part.split != "train" or is_held_out(digest, rates[name]):
                     found.add(digest)
         texts[name] = frozenset(found)
@@ -386,6 +386,14 @@ def _check_store(
             f"{prompts if any(prompts) else 'none'}, the run has {list(columns.prompts)}. Give --data.source the text "
             f"itself."
         )
+    separator = store.manifest.get("turn_separator")
+    if columns.has_turns and columns.turn_separator != separator:
+        raise DataError(
+            f"turns are joined as they are tokenized: the store {name} was prepared with the turn separator "
+            f"{separator!r}, the run has {columns.turn_separator!r}. Give "
+            + ("the run no --data.turn-separator" if separator is None else f"the run --data.turn-separator "
+               f"{separator!r}") + ", or prepare the text again."
+        )  # fmt: skip
     if label_names is not None and store.label_names != label_names:
         raise LabelError(
             f"a store's labels must be the model's, in their order: {name} has {store.label_names}, the model "
@@ -472,7 +480,9 @@ def settle_tokenizer(
         return read_tokenizer(config.tokenizer)
     if stores:
         return load_tokenizer(stores[0].folder)
-    kind, train = ("byte-level BPE", train_byte_pairs) if columns.writes else ("WordPiece", train_wordpiece)
+    kind, train = "WordPiece", train_wordpiece
+    if columns.writes:
+        kind, train = "byte-level BPE", functools.partial(train_byte_pairs, more=columns.special_tokens)
     progress(f"training a {kind} tokenizer of {config.vocab_size:,} tokens")
     rate = config.held_out_rate * (MOST_HELD_OUT if config.held_out_by_class and columns.value == "class" else 1)
     texts = (text for source in sources for text in _sample(source, columns, rate))
@@ -485,7 +495,7 @@ def _sample(source: Source, columns: Columns, held_out_rate: float) -> Iterator[
     every, left = max(1, -(-sum(part.size for part in parts) // _TRAINING_BYTES)), _TRAINING_BYTES
     rate = 0.0 if source.has_held_out else held_out_rate
     for record in itertools.chain.from_iterable(part.read() for part in parts[::every]):
-        if is_held_out(text_digest("\x1e".join(exact_texts(record, columns))), rate):
+        if is_held_out(text_digest(held_out_text(record, columns)), rate):
             continue
         for text in tokenized_texts(record, columns):
             left -= len(text.strip())

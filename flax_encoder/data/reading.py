@@ -9,15 +9,11 @@ from flax_encoder.data.rows.targets import TargetInputs, Targets, masked_lm, nex
 from flax_encoder.data.sources.columns import Columns
 
 
-def _no_streams(config: RunConfig) -> tuple[str, ...]:
-    return ()
-
-
 def _cut(config: RunConfig) -> Layout:
     return Layout()
 
 
-def _no_prompts(config: RunConfig) -> tuple[str, ...]:
+def _none(config: RunConfig) -> tuple[str, ...]:
     return ()
 
 
@@ -28,16 +24,21 @@ class Reading:
     columns: Columns
     targets: Callable[[TargetInputs], Targets]
     layout: Callable[[RunConfig], Layout] = _cut
-    streams: Callable[[RunConfig], tuple[str, ...]] = _no_streams
+    streams: Callable[[RunConfig], tuple[str, ...]] = _none
     """What the targets read of each token besides: `word_starts` or `tags`."""
-    prompts: Callable[[RunConfig], tuple[str, ...]] = _no_prompts
+    prompts: Callable[[RunConfig], tuple[str, ...]] = _none
     """`Columns.prompts` of a run."""
+    special_tokens: Callable[[RunConfig], tuple[str, ...]] = _none
+    """`Columns.special_tokens` of a run."""
     asks_one_a_row: bool = False
     """Evaluation and questions have one document a row, and batches of like lengths: outputs are made row by row."""
 
     def columns_of(self, config: RunConfig) -> Columns:
         """The columns with what the run's settings say of them."""
-        return self.columns._replace(prompts=self.prompts(config))
+        separator = config.data.turn_separator if self.columns.has_turns else None
+        return self.columns._replace(
+            prompts=self.prompts(config), special_tokens=self.special_tokens(config), turn_separator=separator
+        )
 
 
 def _split(config: RunConfig) -> Layout:

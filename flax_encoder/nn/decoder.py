@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig, HeadConfig
 from flax_encoder.nn.attention import SelfAttention
+from flax_encoder.nn.cache import Cache
 from flax_encoder.nn.embedding import places
 from flax_encoder.nn.encoder import REMAT_POLICIES, Encoder, unstack
 from flax_encoder.nn.feed_forward import FeedForward
@@ -20,21 +21,13 @@ from flax_encoder.nn.heads import MaskedLMHead
 from flax_encoder.nn.linear import packed
 from flax_encoder.nn.normalization import Norm
 from flax_encoder.nn.partition import constrain, normal, param
+from flax_encoder.nn.recurrent_decoder import RecurrentDecoder, check_recurrent_decoder
 from flax_encoder.ops.attention import Window, attention
 from flax_encoder.ops.dropout import dropout
 from flax_encoder.ops.mesh import is_spread
 from flax_encoder.ops.relative import t5_bias, t5_bias_row, t5_values
 
 KeysValues = tuple[Float[Array, "..."], Float[Array, "..."]]
-
-
-class Cache(NamedTuple):
-    """What writing the next token needs of all before: keys and values [L, B, S, K, H] and [L, B, M, K, H]."""
-
-    own: KeysValues
-    memory: KeysValues
-    memory_segments: Int[Array, "B M"]
-    length: Int[Array, ""]
 
 
 class Sight(NamedTuple):
@@ -123,11 +116,15 @@ class DecoderLayer(nnx.Module):
 
 
 def check_decoder(config: EncoderConfig) -> None:
-    """The rules of a stack that has a decoder behind it.
+    """The rules of a stack that has a decoder behind it, whose layers are of the encoder's kind.
 
     Raises:
       ConfigError: settings that make no decoder here.
     """
+    (_check_attention_decoder if config.layer == "attention" else check_recurrent_decoder)(config)
+
+
+def _check_attention_decoder(config: EncoderConfig) -> None:
     plain = {
         "layer": ("attention",), "position": ("none", "sinusoidal"), "relative_position": ("none", "t5"),
         "window": (None,), "num_layer_groups": (None,), "first_differs": (False,),
@@ -146,14 +143,14 @@ def check_decoder(config: EncoderConfig) -> None:
 
 
 class Decoder(nnx.Module):
-    """Embedded tokens and the encoder's output to vectors, [B, T, D], float32.
+    """Embedded tokens and the encoder's output to vectors, [B, T, D], float32, by layers with attention.
 
     Raises:
       ConfigError: settings that make no decoder here.
     """
 
     def __init__(self, config: EncoderConfig, decoder: DecoderConfig, *, rngs: nnx.Rngs):
-        check_decoder(config)
+        _check_attention_decoder(config)
         self.config = config
         self.num_layers = decoder.num_layers or config.num_layers
         has_table = config.relative_position == "t5"
@@ -246,7 +243,8 @@ class EncoderDecoder(nnx.Module):
         decoder = decoder or DecoderConfig()
         self.logit_scale = decoder.logit_scale
         self.encoder = Encoder(config, rngs=rngs)
-        self.decoder = Decoder(config, decoder, rngs=rngs)
+        make_decoder = Decoder if config.layer == "attention" else RecurrentDecoder
+        self.decoder = make_decoder(config, decoder, rngs=rngs)
         self.head = MaskedLMHead(config, HeadConfig(transform=False, out_bias=False, tied=decoder.tied), rngs=rngs)
 
     def __call__(

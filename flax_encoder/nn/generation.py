@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_encoder.nn.decoder import Cache, EncoderDecoder
+from flax_encoder.nn.cache import Cache
+from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.logit_rules import LogitRules, apply_rules
 
 _NO_RULES = LogitRules()

@@ -1,6 +1,7 @@
-"""T5's pretraining: an encoder reads texts with holes, and a decoder writes what was in them.
+"""T5's and UL2's pretraining: an encoder reads texts with holes, and a decoder writes what was in them.
 
-(Raffel et al., arXiv 1910.10683, section 3.1.4.) The model is text_to_text's, so one run starts from the other.
+(Raffel et al., arXiv 1910.10683, section 3.1.4; Tay et al., arXiv 2205.05131.) The model is
+text_to_text's, so one run starts from the other.
 """
 
 import numpy as np
@@ -19,28 +20,37 @@ _ROOM = 1.3  # times what spans need on average: hardly a row has so many short 
 
 
 def _slots(inputs: TargetInputs) -> int:
-    """Tokens of the decoder's rows, a multiple of 8."""
-    data, spans = inputs.config.data, inputs.config.spans
+    """Tokens of the decoder's rows, a multiple of 8: what documents need on average, with some room, and what the
+    denoiser needs that cuts most, since a row may hold one document."""
+    data = inputs.config.data
     if data.target_length is not None:
         return data.target_length
     specials = sum(inputs.documents.frame.specials)
     n = np.minimum(inputs.documents.split.lengths, inputs.row_length - specials).astype(np.int64)
-    cut = np.clip(np.rint(n * spans.rate), 1, np.maximum(n - 1, 1))
-    needs = cut + np.maximum(1, np.rint(cut / spans.mean_tokens)) + 1
-    share = needs.sum() / (n + specials).sum()
-    return int(-(-(_ROOM * share * inputs.row_length + 8) // 8)) * 8
+    mixture = inputs.config.spans.mixture
+    needs, of_all = [], (n + specials).sum()
+    for own in mixture:
+        cut = np.clip(np.rint(n * own.rate), 1, np.maximum(n - 1, 1))
+        spans = 1 if own.mean_tokens is None else np.maximum(1, np.rint(cut / own.mean_tokens))
+        needs.append((cut + spans + 1).sum() / of_all)
+    mean = np.average(needs, weights=[own.share for own in mixture])
+    return int(-(-(max(_ROOM * mean, max(needs)) * inputs.row_length + 8) // 8)) * 8
 
 
 def _targets(inputs: TargetInputs) -> Targets:
-    spans, decoder = inputs.config.spans, with_ids(inputs.config.decoder, inputs.tokenizer)
+    mixture, decoder = inputs.config.spans.mixture, with_ids(inputs.config.decoder, inputs.tokenizer)
     return span_corruption_targets(
-        inputs.tokenizer, spans.rate, spans.mean_tokens, inputs.row_length, _slots(inputs), inputs.config.seed,
-        start=decoder.start_id, end=decoder.end_id,
+        inputs.tokenizer, mixture, inputs.row_length, _slots(inputs), inputs.config.seed, start=decoder.start_id,
+        end=decoder.end_id,
     )  # fmt: skip
 
 
 def _layout(config: RunConfig) -> Layout:
     return Layout(long="split")
+
+
+def _modes(config: RunConfig) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(own.mode for own in config.spans.mixture if own.mode))
 
 
 def _check(config: RunConfig) -> None:
@@ -53,7 +63,7 @@ def _check(config: RunConfig) -> None:
 
 
 TASK = Task(
-    reading=Reading(Columns(writes=True), _targets, _layout),
+    reading=Reading(Columns(writes=True), _targets, _layout, special_tokens=_modes),
     make_model=make_model,
     report=MaskedLM.report,
     reads=("decoder.", "spans.", "labels.smoothing", "data.target_length"),

@@ -4,9 +4,10 @@
 targets are packed together: what a document has in the encoder's row it has in the decoder's row beside it.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from flax_encoder.data.reading import Reading
 from flax_encoder.data.rows.documents import Layout, Written
 from flax_encoder.data.rows.targets import TargetInputs, Targets, written_targets
 from flax_encoder.data.sources.columns import Columns
+from flax_encoder.data.sources.records import Record
+from flax_encoder.data.store.encoding import split_turns, turn_separator_ids
 from flax_encoder.data.store.store import Split
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.nn.decoder import EncoderDecoder, check_decoder
@@ -32,6 +35,7 @@ from flax_encoder.tasks.metrics import rouge_scorer, sacrebleu
 from flax_encoder.tasks.question_answering import sentences
 from flax_encoder.tasks.task import Answer, Labels, Question, Task
 
+_COUNTED_ANSWERS = 100_000  # of training, among which the most frequent is looked for
 _LONGEST = 128  # tokens that are written where nothing else is said
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -187,14 +191,23 @@ def _answer(question: Question) -> Answer:
     return {"text": question.written(ids[: ends[0]] if len(ends) else ids).strip()}
 
 
-def _parts(split: Split, document: int) -> tuple[np.ndarray, np.ndarray]:
-    source = int(split.values["text_lengths"][document, 0])
-    tokens = split.document(document)
-    return tokens[:source], tokens[source:]
+class _Parts(NamedTuple):
+    """A stored document's tokens."""
+
+    history: np.ndarray | None
+    """Turns with the separator after each; None: the source is no turn of a conversation."""
+    source: np.ndarray
+    target: np.ndarray
+
+
+def _parts(split: Split, document: int) -> _Parts:
+    lengths = split.values["text_lengths"][document]
+    found = np.split(split.document(document), np.cumsum(lengths[:-1], dtype=np.int64))
+    return _Parts(*found) if len(found) == 3 else _Parts(None, *found)
 
 
 def _gold(split: Split, document: int, labels: Labels) -> np.ndarray:
-    return np.asarray(_parts(split, document)[1])
+    return np.asarray(_parts(split, document).target)
 
 
 def score(answers: Sequence[Answer], golds: Sequence[str], labels: Labels) -> dict[str, float]:
@@ -212,26 +225,41 @@ def score(answers: Sequence[Answer], golds: Sequence[str], labels: Labels) -> di
 
 def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
     split, decode = data.stores[0].validation, run.tokenizer.decode
-    pairs = [tuple(map(decode, _parts(split, i))) for i in range(len(split))]
-    prefix, golds = run.config.data.prefix, [gold for _, gold in pairs]
-    sources = [source.removeprefix(prefix.strip()).strip() for source, _ in pairs]
-    first = [(sentences(source) or [source])[0] for source in sources]
-    return {
-        "the source itself": score([{"text": source} for source in sources], golds, None),
-        "its first sentence": score([{"text": text} for text in first], golds, None),
-    }
+    parts = [_parts(split, i) for i in range(len(split))]
+    prefix, golds = run.config.data.prefix, [decode(own.target) for own in parts]
+    sources = [decode(own.source).removeprefix(prefix.strip()).strip() for own in parts]
+    if parts[0].history is not None:
+        train = data.stores[0].train
+        some = range(min(len(train), _COUNTED_ANSWERS))
+        [(usual, _)] = collections.Counter(decode(_parts(train, i).target) for i in some).most_common(1)
+        guesses = {"the newest turn itself": sources, "the most frequent answer": [usual] * len(sources)}
+    else:
+        first = [(sentences(source) or [source])[0] for source in sources]
+        guesses = {"the source itself": sources, "its first sentence": first}
+    return {name: score([{"text": text} for text in texts], golds, None) for name, texts in guesses.items()}
 
 
 def _examples(run: Any, data: Any) -> list[str]:
-    split, decode = data.stores[0].validation, run.tokenizer.decode
+    split, tokenizer = data.stores[0].validation, run.tokenizer
     some = np.linspace(0, len(split) - 1, min(3, len(split))).astype(int).tolist()
-    pairs = [tuple(map(decode, _parts(split, i))) for i in some]
     asked = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, prefix=""))  # they have it
-    answers = dataclasses.replace(run, config=asked).predict([source for source, _ in pairs])
+    parts = [_parts(split, i) for i in some]
+    records = [_record(own, tokenizer, run.config.data.turn_separator) for own in parts]
+    answers = dataclasses.replace(run, config=asked).predict(records)
     return [
-        f"\n{_shown(source)}\n  it writes {_shown(answer['text'])!r}; the data has {_shown(gold)!r}"
-        for (source, gold), answer in zip(pairs, answers, strict=True)
-    ]
+        "\n" + "".join(f"{_shown(text)}\n" for text in (*(record.history or ()), *record.texts))
+        + f"  it writes {_shown(answer['text'])!r}; the data has {_shown(tokenizer.decode(own.target))!r}"
+        for own, record, answer in zip(parts, records, answers, strict=True)
+    ]  # fmt: skip
+
+
+def _record(parts: _Parts, tokenizer: TextTokenizer, separator: str | None) -> Record:
+    """A stored document as it is asked, the prefix included."""
+    source = (tokenizer.decode(parts.source),)
+    if parts.history is None:
+        return Record(source)
+    turns = split_turns(parts.history, turn_separator_ids(tokenizer, separator))
+    return Record(source, history=tuple(map(tokenizer.decode, turns)))
 
 
 def _shown(text: str) -> str:
@@ -240,13 +268,13 @@ def _shown(text: str) -> str:
 
 TASK = Task(
     reading=Reading(
-        Columns("text", writes=True), _targets, _layout, prompts=_prompts, asks_one_a_row=True
+        Columns("text", writes=True, has_turns=True), _targets, _layout, prompts=_prompts, asks_one_a_row=True
     ),
     make_model=make_model,
     report=MaskedLM.report,
     reads=(
         "decoder.", "generation.", "labels.smoothing", "data.prefix", "data.target_length", "data.long_targets",
-        "data.text_pair_column",
+        "data.text_pair_column", "data.history_column", "data.target_turns", "data.turn_separator",
     ),
     check=_check,
     settle=settle_ids,

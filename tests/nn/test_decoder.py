@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from toy import SMALL, B, V, assert_trees_close, random_tokens, split_model
 
-from flax_encoder.config import ConfigError, DecoderConfig
+from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.generation import Generation, beam_search, draw, generate
@@ -24,12 +24,17 @@ VASWANI = dataclasses.replace(
     SMALL, position="sinusoidal", embedding_norm=False, embedding_scale=SMALL.embed_dim**0.5, activation="relu",
     num_kv_heads=1, num_layers=1,
 )  # fmt: skip
+LSTM = EncoderConfig(
+    vocab_size=V, layer="lstm", bidirectional=True, embed_dim=SMALL.embed_dim, num_layers=1, position="none",
+    norm_placement="pre",
+)  # fmt: skip
 MODELS = {
     "t5": (T5, DecoderConfig(num_layers=3, logit_scale=SMALL.embed_dim**-0.5)),
     "t5, own table": (dataclasses.replace(T5, gated=True), DecoderConfig(tied=False)),
     "original": (VASWANI, DecoderConfig()),
     "original, unrolled": (dataclasses.replace(VASWANI, scan_layers=False, remat="full"), DecoderConfig()),
     "original, remat": (dataclasses.replace(VASWANI, remat="feed_forward"), DecoderConfig()),
+    "lstm": (LSTM, DecoderConfig(num_layers=2)),
 }
 
 
@@ -106,7 +111,7 @@ def test_buckets_that_a_decoder_cannot_have_are_refused():
         EncoderDecoder(config, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("name", ["t5", "original"])
+@pytest.mark.parametrize("name", ["t5", "original", "lstm"])
 def test_a_target_token_sees_those_before_it_and_the_source_without_padding(name):
     graphdef, params = make(name)
     logits = jax.jit(lambda *rows: nnx.merge(graphdef, params)(*rows))
@@ -142,13 +147,26 @@ def test_settings_that_make_no_decoder_are_named(values, message):
         EncoderDecoder(config, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize(("values", "message"), [
+    ({"position": "learned"}, r"lstm layers needs model\.position to be none or sinusoidal: got learned"),
+    ({"embedding_dim": 12}, r"model\.embedding_dim to be None or 30: got 12"),
+])  # fmt: skip
+def test_settings_that_make_no_recurrent_decoder_are_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        EncoderDecoder(dataclasses.replace(LSTM, **values), rngs=nnx.Rngs(0))
+
+
 # Writing.
+
+
+def writer(name):
+    graphdef, params = make(name)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: 3 * x, params))
 
 
 @pytest.fixture(scope="module")
 def model():
-    graphdef, params = make("t5")
-    return nnx.merge(graphdef, jax.tree.map(lambda x: 3 * x, params))
+    return writer("t5")
 
 
 SOURCE, SEGMENTS = random_tokens((3, M)), jnp.array([[1] * M, [1] * 5 + [0] * 8, [0] * 4 + [1] * 9], jnp.int32)
@@ -195,6 +213,22 @@ def test_enough_beams_find_the_likeliest_text(length_penalty):
     )
     got = np.asarray(generate(model, source, None, generation))[0, 1:].tolist()
     assert got == [*best, *[0] * (limit - len(best))]
+
+
+def test_recurrent_states_follow_their_beams_and_their_texts():
+    """Greedy is the likeliest token each time; of beams, the score of what is written is that of the text."""
+    model = writer("lstm")
+    text = np.asarray(generate(model, SOURCE, SEGMENTS, Generation(max_new_tokens=6, end_id=None)))
+    logits = jax.jit(lambda text: jax.nn.log_softmax(model(SOURCE, text, SEGMENTS)))
+    np.testing.assert_array_equal(text[:, 1:], np.asarray(logits(text[:, :-1])).argmax(-1))
+    beams = np.asarray(generate(model, SOURCE, SEGMENTS, Generation(max_new_tokens=6, num_beams=4, end_id=None)))
+
+    def score(text):
+        return np.take_along_axis(np.asarray(logits(text[:, :-1])), text[:, 1:, None], -1).sum((1, 2))
+
+    assert (score(beams) >= score(text) - 1e-4).all() and (beams != text).any()
+    alone = generate(model, SOURCE[1:2], SEGMENTS[1:2], Generation(max_new_tokens=6, num_beams=4, end_id=None))
+    np.testing.assert_array_equal(beams[1:2], alone)
 
 
 def test_rows_do_not_mix(model):

@@ -100,7 +100,8 @@ class Layout(NamedTuple):
     overlap: int = 0
     """With windows: tokens that two neighbouring ones share."""
     written: Written | None = None
-    """Of a document of two texts, the second is what a decoder writes."""
+    """A document's last text is what a decoder writes. Of three the first is a conversation before the second, and is
+    cut at its beginning."""
 
 
 class Run(NamedTuple):
@@ -178,7 +179,8 @@ class Documents:
                 "a target must end, so that a model learns to: the tokenizer has no token after a text. Give its id as "
                 "--decoder.end-id, or another --data.tokenizer."
             )
-        lengths = self.split.values["text_lengths"].astype(np.int64)
+        of_texts = self.split.values["text_lengths"].astype(np.int64)
+        newest, lengths = of_texts[:, -2], source_and_target_lengths(self.split)
         begins = self.split.offsets[:-1, None] + np.cumsum(lengths, axis=1) - lengths
         room = (row_length - sum(self.frame.specials), written.length - 1)
         if room[0] < 1:
@@ -191,11 +193,13 @@ class Documents:
                 f"longer --data.target-length, or --data.long-targets cut."
             )
         self.num_left_out = len(lengths) - len(kept)
-        begins, lengths, self.source = begins[kept], lengths[kept], kept
+        begins, lengths, newest, self.source = begins[kept], lengths[kept], newest[kept], kept
         cut = np.minimum(lengths, room)
         self.num_cut = int((cut < lengths).any(1).sum())
-        if self.frame.truncation_side == "left":
-            begins[:, 0] += lengths[:, 0] - cut[:, 0]
+        # A conversation loses its oldest turns, and the newest one, which is all of a source without any, is cut only
+        # where it fills the row alone.
+        excess = 0 if self.frame.truncation_side == "left" else np.maximum(newest - room[0], 0)
+        begins[:, 0] += lengths[:, 0] - cut[:, 0] - excess
         self._begin, self._length = begins[:, :1], cut[:, :1]
         self._sizes = cut + np.array([sum(self.frame.specials), 1])
         self.target = Target(self.split, self.frame, end, kept, begins[:, 1:], cut[:, 1:], written.length)
@@ -283,12 +287,18 @@ def assemble_targets(target: Target, pieces: Pieces, batch: Batch, rows: np.ndar
 def balanced_length(split: Split, row_length: int, frame: Frame) -> int:
     """Room of a decoder's row beside each encoder's row of `row_length`, a multiple of 8: as much as the targets need
     for both to fill alike, and 99 of 100 targets at least of the sources that fit, or of all if most do not."""
-    sizes = split.values["text_lengths"].astype(np.int64) + np.array([sum(frame.specials), 1])
+    sizes = source_and_target_lengths(split) + np.array([sum(frame.specials), 1])
     fits = sizes[:, 0] <= row_length
     typical = sizes[fits if 2 * fits.sum() >= len(fits) else slice(None)]
     ratio = typical[:, 1].sum() / np.minimum(typical[:, 0], row_length).sum()
     wanted = max(row_length * ratio, np.quantile(typical[:, 1], 0.99))
     return int(-(-wanted // 8)) * 8
+
+
+def source_and_target_lengths(split: Split) -> np.ndarray:
+    """Tokens of each document's source, the turns before it included, and of its target, int64 [documents, 2]."""
+    lengths = split.values["text_lengths"].astype(np.int64)
+    return np.stack([lengths[:, :-1].sum(1), lengths[:, -1]], 1)
 
 
 def _runs(layout: Layout, frame: Frame, num_texts: int) -> tuple[Run, ...]:

@@ -1,13 +1,16 @@
-"""T5's spans: text with holes, and what was in them, for an encoder-decoder.
+"""T5's spans: text with holes, and what was in them, for an encoder-decoder; and UL2's mixture of ways to cut.
 
-Raffel et al., arXiv 1910.10683, section 3.1.4; how spans are drawn is in their code, `random_spans_noise_mask`.
+Raffel et al., arXiv 1910.10683, section 3.1.4; how spans are drawn is in their code, `random_spans_noise_mask`. Tay et
+al., arXiv 2205.05131, section 3.1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from flax_encoder.data.rows.randomness import random_bits
+from flax_encoder.data.rows.randomness import random_bits, uniform
 
 
 @dataclass(frozen=True)
@@ -22,21 +25,48 @@ class Sentinels:
     pad: int
 
 
+class Denoiser(NamedTuple):
+    """One way to cut spans out of a document."""
+
+    share: float = 1.0
+    """Of the documents, relative to the others'."""
+    rate: float = 0.15
+    """Of a document's tokens."""
+    mean_span_tokens: float | None = 3.0
+    """None is one span."""
+    mode: tuple[int, ...] = ()
+    """The tokens before the first of the text that the encoder reads."""
+
+    def counts(self, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens that are cut, spans) of documents of n ordinary tokens, int64; none of a document of one."""
+        cut = np.clip(np.rint(n * self.rate), 1, np.maximum(n - 1, 1)).astype(np.int64)
+        wanted = np.ones(len(n)) if self.mean_span_tokens is None else np.rint(cut / self.mean_span_tokens)
+        spans = np.minimum(np.maximum(1, wanted), np.maximum(n - cut, 1)).astype(np.int64)
+        return np.where(n > 1, cut, 0), np.where(n > 1, spans, 0)
+
+
+def draw_denoisers(denoisers: Sequence[Denoiser], key: np.ndarray) -> np.ndarray:
+    """The number of each document's denoiser, [documents], by the bits that its draws are made of."""
+    shares = np.cumsum([denoiser.share for denoiser in denoisers])
+    return np.searchsorted(shares[:-1] / shares[-1], uniform(random_bits(key, 2)), side="right")
+
+
 def corrupt_spans(
     tokens: np.ndarray, segment_ids: np.ndarray, is_text: np.ndarray, address: np.ndarray, sentinels: Sentinels, *,
-    rate: float, mean_span_tokens: float, slots: int, seed: int,
+    denoisers: Sequence[Denoiser], slots: int, seed: int,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Cut random spans out of each document; the targets are the spans, each behind the sentinel that replaces it.
 
     Of a document's n ordinary tokens round(rate * n) are cut, from 1 to n - 1, in round(cut / mean_span_tokens) spans,
     at least one; where spans begin and end is equally likely every way. Text comes first and a span last, so one span
-    is always the end. A document of one token is left whole, without targets.
+    is always the end. A document of one token is left whole, without targets. Each document draws its denoiser.
 
     Args:
       tokens, segment_ids: int [B, T], documents left to right as `batches.assemble` makes them.
       is_text: bool [B, T], the ordinary tokens; others are kept where they are.
       address: uint64 [B], which with the seed decides the draws.
-      slots: S, the decoder's row. A document whose targets do not fit any more is left whole, and counted.
+      slots: S, the decoder's row. A document whose targets do not fit any more is left whole, and counted; so is one
+        whose mode has no room in its row, where little is cut.
 
     Returns:
       tokens, segment_ids, positions int32 [B, T], shorter than before and padded; decoder_tokens,
@@ -51,20 +81,23 @@ def corrupt_spans(
     text = is_text[row, column]
     n = np.bincount(document[text], minlength=D)
 
-    cut = np.clip(np.rint(n * rate), 1, np.maximum(n - 1, 1)).astype(np.int64)
-    spans = np.minimum(np.maximum(1, np.rint(cut / mean_span_tokens)), np.maximum(n - cut, 1)).astype(np.int64)
-    cut, spans = np.where(n > 1, cut, 0), np.where(n > 1, spans, 0)
+    first = np.searchsorted(row_of, np.arange(B))
+    key = random_bits(seed, 10, address[row_of], np.arange(D) - first[row_of])
+    drawn = draw_denoisers(denoisers, key)
+    cut, spans = np.array([own.counts(n) for own in denoisers])[drawn, :, np.arange(D)].T
     if (too_many := spans.max(initial=0)) > len(sentinels.ids):
         raise ValueError(f"a document needs {too_many} sentinels, the tokenizer has {len(sentinels.ids)}.")
     needs = np.where(spans > 0, cut + spans + 1, 0)
-    before = np.cumsum(needs) - needs
-    first = np.searchsorted(row_of, np.arange(B))
-    left_out = before - before[first[row_of]] + needs > slots  # and with it those after it
+    left_out = _before(needs, first[row_of]) + needs > slots  # and with it those after it
+    mode_lengths = np.array([len(own.mode) for own in denoisers])
+    if mode_lengths.any():
+        growth = np.where(spans > 0, np.maximum(0, mode_lengths[drawn] + spans - cut), 0)
+        free = (T - np.bincount(row, minlength=B))[row_of]
+        left_out |= (growth > 0) & (_before(growth, first[row_of]) + growth > free)
     cut, spans, needs = (np.where(left_out, 0, x) for x in (cut, spans, needs))
     overflow = np.bincount(row_of[left_out], minlength=B)
 
     # Lengths of the spans kept and cut, alternating; then of every text token whether it is cut.
-    key = random_bits(seed, 10, address[row_of], np.arange(D) - first[row_of])
     kept = _partition(n - cut, np.maximum(spans, 1), key)
     gone = _partition(cut, spans, random_bits(key, 1))
     owner = np.concatenate([kept.owner, gone.owner])
@@ -79,10 +112,13 @@ def corrupt_spans(
     opens[text] = starts & is_cut[text]
     sentinel[text] = np.repeat(span_index, lengths)
 
-    # The encoder's rows: what is kept, and a sentinel where a span opens.
+    # The encoder's rows: the mode, what is kept, and a sentinel where a span opens.
     shown = ~is_cut | opens
-    out = put_in_rows(row[shown], document[shown], first, B, T, sentinels.pad)
-    out.fill(np.where(opens, sentinels.ids[sentinel], tokens[row, column])[shown])
+    of_shown = np.where(opens, sentinels.ids[sentinel], tokens[row, column])[shown]
+    at, mode = _modes(denoisers, drawn, text, document, spans > 0)
+    at = (np.cumsum(shown) - shown)[at]
+    out = put_in_rows(*(np.insert(x[shown], at, x[shown][at]) for x in (row, document)), first, B, T, sentinels.pad)
+    out.fill(np.insert(of_shown, at, mode))
     # The decoder's: sentinel, span, sentinel, span ... and the end.
     which = np.flatnonzero(is_cut)
     opened = np.flatnonzero(opens)
@@ -107,6 +143,25 @@ def corrupt_spans(
         "target_weights": (decoder.segment_ids > 0).astype(np.float32),
         "overflow": overflow.astype(np.int32),
     }  # fmt: skip
+
+
+def _before(sizes: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """The sum of the sizes of each document's row before it; `first` is the row's first document, of each."""
+    before = np.cumsum(sizes) - sizes
+    return before - before[first]
+
+
+def _modes(
+    denoisers: Sequence[Denoiser], drawn: np.ndarray, text: np.ndarray, document: np.ndarray, has_mode: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(the tokens before which the modes of documents go, their ids), both [tokens of all modes]."""
+    of_text = np.flatnonzero(text)
+    first = of_text[np.diff(document[of_text], prepend=-1) != 0]  # of each document with text
+    first = first[has_mode[document[first]]]
+    modes = [denoisers[number].mode for number in drawn[document[first]].tolist()]
+    return np.repeat(first, [len(mode) for mode in modes]).astype(np.int64), np.array(
+        [token for mode in modes for token in mode], np.int64
+    )
 
 
 def number_runs(row: np.ndarray, segment: np.ndarray) -> np.ndarray:

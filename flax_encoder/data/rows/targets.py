@@ -1,20 +1,23 @@
 """What is predicted of rows: a task's targets, made from the rows and the values of their documents."""
 
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from flax_encoder.config import MaskingConfig, Ramp, RunConfig
+from flax_encoder.config import DenoiserConfig, MaskingConfig, Ramp, RunConfig
 from flax_encoder.data.rows.documents import Batch, Documents
 from flax_encoder.data.rows.masking import Vocabulary, budget, mask_rows
 from flax_encoder.data.rows.packing import Pieces
-from flax_encoder.data.rows.span_corruption import Sentinels, corrupt_spans
+from flax_encoder.data.rows.span_corruption import Denoiser, Sentinels, corrupt_spans
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import Split
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
+
+logger = logging.getLogger(__name__)
 
 _COUNTED_TOKENS = 2**20  # whose words tell how many tokens a word has
 # Fields of a batch that the host alone reads: they are not put on devices.
@@ -139,39 +142,63 @@ def _next_token_targets(rows: Rows) -> Batch:
 
 
 def span_corruption_targets(
-    tokenizer: TextTokenizer, rate: float, mean_span_tokens: float, row_length: int, slots: int, seed: int, *,
+    tokenizer: TextTokenizer, denoisers: Sequence[DenoiserConfig], row_length: int, slots: int, seed: int, *,
     start: int | None = None, end: int | None = None,
 ) -> Targets:  # fmt: skip
     """T5's targets, for an encoder-decoder.
 
     Args:
+      denoisers: how spans are cut; each document draws one.
       start, end: what a target starts from, and ends with; None is the padding's, and the one after a text.
 
     Raises:
-      DataError: the tokenizer has no last token, or fewer sentinels <extra_id_0> ... than a full row has spans.
+      DataError: the tokenizer has no last token, or fewer sentinels <extra_id_0> ... than a full row has spans, or no
+        token for a mode.
     """
     ids, pad = tokenizer.sentinel_ids, tokenizer.special("pad")
     end = tokenizer.frame[1] if end is None else end
     if end is None:
         raise DataError("T5's spans need a tokenizer with a token after a text, such as </s>, to end every target.")
-    if (spans := max(1, round(rate * row_length / mean_span_tokens))) > len(ids):
+    if (spans := most_spans(denoisers, row_length)) > len(ids):
         raise DataError(
             f"every span of a row needs its sentinel: a row of {row_length} tokens has up to {spans} spans, the "
             f"tokenizer {len(ids)} sentinels <extra_id_0>, <extra_id_1> ... Without --data.tokenizer one is made that "
-            f"has 100, and T5's have as many; or take shorter rows (--data.row-length), a lower --spans.rate or longer "
-            f"spans (--spans.mean-tokens)."
+            f"has 100, and T5's have as many; or take shorter rows (--data.row-length), a lower rate (--spans.rate, or "
+            f"a denoiser's) or longer spans (mean-tokens)."
         )
     sentinels = Sentinels(ids, end, pad if start is None else start, pad)
     is_text = np.ones(tokenizer.vocab_size, bool)
     is_text[tokenizer.special_ids] = is_text[ids] = False
-    return functools.partial(_span_corruption_targets, sentinels, is_text, rate, mean_span_tokens, slots, seed)
+    modes = {mode: _mode_ids(tokenizer, mode) for mode in {own.mode: None for own in denoisers}}
+    ways = tuple(Denoiser(own.share, own.rate, own.mean_tokens, modes[own.mode]) for own in denoisers)
+    return functools.partial(_span_corruption_targets, sentinels, is_text, ways, slots, seed)
 
 
-def _span_corruption_targets(sentinels, is_text, rate, mean_span_tokens, slots, seed, rows: Rows) -> Batch:
+def most_spans(denoisers: Sequence[DenoiserConfig], row_length: int) -> int:
+    """Spans, and so sentinels, of a document that fills a row, by the denoiser that cuts most."""
+    return max(max(1, round(own.rate * row_length / own.mean_tokens)) if own.mean_tokens else 1 for own in denoisers)
+
+
+def _mode_ids(tokenizer: TextTokenizer, mode: str) -> tuple[int, ...]:
+    ids = tuple(tokenizer.encode_batch([mode])[0].tolist()) if mode else ()
+    if mode and (not ids or tokenizer.unknown_id in ids):
+        raise DataError(
+            f"a mode is written by the tokenizer's tokens: it has none for {mode!r}. Give the denoiser another mode, "
+            f"or '' for none, or another --data.tokenizer."
+        )
+    if len(ids) > 1:
+        logger.warning(
+            "the mode %r is %d tokens of this tokenizer, for which short texts in full rows have no room: they are "
+            "left whole and counted as masking_overflow. A tokenizer that is made here has it as one.", mode, len(ids),
+        )  # fmt: skip
+    return ids
+
+
+def _span_corruption_targets(sentinels, is_text, denoisers, slots, seed, rows: Rows) -> Batch:
     tokens = rows.batch["tokens"]
     return corrupt_spans(
         tokens, rows.batch["segment_ids"], is_text[tokens], rows.address, sentinels,
-        rate=rate, mean_span_tokens=mean_span_tokens, slots=slots, seed=seed,
+        denoisers=denoisers, slots=slots, seed=seed,
     )  # fmt: skip
 
 
@@ -182,10 +209,11 @@ def written_targets(inputs: TargetInputs, start: int) -> Targets:
     A batch gets decoder_tokens, decoder_segment_ids, decoder_positions, targets int32 [B, S] and target_weights
     float32 [B, S]. Documents without targets, since these are to be written, have a target_weights of zeros [B, 1].
     """
-    return functools.partial(_written_targets, start, inputs.with_owners)
+    return functools.partial(shifted_targets, start, inputs.with_owners)
 
 
-def _written_targets(start: int, with_owners: bool, rows: Rows) -> Batch:
+def shifted_targets(start: int, with_owners: bool, rows: Rows) -> Batch:
+    """`written_targets` of some rows."""
     B = len(rows.address)
     batch: Batch = {}
     if with_owners:  # of rows that hold one document each

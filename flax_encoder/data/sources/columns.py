@@ -41,6 +41,12 @@ class Columns(NamedTuple):
     """Without a value: where the source has a column `id`, name the record by it."""
     writes: bool = False
     """A model writes texts: a tokenizer that is made here gives back every text as it was, and has sentinels."""
+    special_tokens: tuple[str, ...] = ()
+    """What such a tokenizer has as tokens of its own besides."""
+    has_turns: bool = False
+    """A text may be the newest turn of a conversation, those before it being the record's history."""
+    turn_separator: str | None = None
+    """What stands after every turn of a history; None is the tokenizer's token between two texts."""
 
     @property
     def is_choice(self) -> bool:
@@ -72,12 +78,15 @@ class Layout:
     """The columns to read of every row, and the record that they make. It can be sent to another process."""
 
     columns: tuple[str, ...]
-    make: Callable[[Row], Record]
-    """Raises: BadRow: the row does not hold what its columns promise."""
+    make: Callable[[Row], Any]
+    """A row's `Record`, or with `makes_several` a tuple of them. Raises: BadRow: the row does not hold what its columns
+    promise."""
     label: str | tuple[str, ...] | None = None
     label_names: list[str] | None = None
     is_plain: bool = False
     """One text, and no value or a class in one column."""
+    makes_several: bool = False
+    """A row may hold several documents, such as the answers of a conversation."""
     notes: tuple[str, ...] = ()
 
 
@@ -109,6 +118,12 @@ _LABELS = {
     "answers": ("answers", "answer"),
     "choices": ("label", "answer"),
 }  # fmt: skip
+_CONVERSATIONS = (
+    "turns", "dialog", "dialogue", "utterances", "conversation", "conversations", "messages",
+)  # fmt: skip
+_HISTORIES = ("history", "dialogue_history", "dialog_history")
+_ASKED = ("query", "question", "prompt", "instruction", "input", "message", "utterance", "text", "source")
+_REPLIES = ("response", "reply", "answer", "output", "target")
 _SPANS = ("entities", "spans", "label", "labels")
 _ENTITIES = {"list[dict]", "list[list]", "list[null]", "dict"}
 _TOKENS = ("tokens", "words")
@@ -118,6 +133,7 @@ _OPTION = {
     "text": "--data.text-column", "second text": "--data.text-pair-column", "label": "--data.label-column",
     "pair of texts": "--data.text-column and --data.text-pair-column",
     "context and choices": "--data.text-column and --data.text-pair-column",
+    "list of turns": "--data.history-column", "turns before the source": "--data.history-column",
     "target": "--data.text-pair-column", "source and target": "--data.text-column and --data.text-pair-column",
 }  # fmt: skip
 
@@ -133,6 +149,8 @@ def choose_columns(table: Table, config: DataConfig, wanted: Columns) -> Layout:
         layout = _tags(chooser)
     elif wanted.value == "answers":
         layout = _answers(chooser)
+    elif wanted.has_turns:
+        layout = _dialogue(chooser) or (_texts_and_value if wanted.value == "none" else _written)(chooser)
     elif wanted.value == "text":
         layout = _written(chooser)
     elif wanted.min_texts > 2:
@@ -147,6 +165,13 @@ def choose_columns(table: Table, config: DataConfig, wanted: Columns) -> Layout:
     return layout
 
 
+def _settings_of_turns(config: DataConfig) -> list[str]:
+    """What is set of conversations, as options."""
+    default = DataConfig()
+    given = {name: getattr(config, name) for name in ("history_column", "target_turns", "turn_separator")}
+    return [f"--data.{n.replace('_', '-')} {value!r}" for n, value in given.items() if value != getattr(default, n)]
+
+
 class _Chooser:
     """Finds columns by role, and keeps account of which were guessed."""
 
@@ -158,6 +183,9 @@ class _Chooser:
         self.label = label[0] if isinstance(label, tuple) and len(label) == 1 else label
         self._by_key = {_key(name): name for name in reversed(self.kinds)}
         self._guessed: dict[str, tuple[str, ...]] = {}
+        self.history = config.history_column if own else None
+        if not wanted.has_turns and (unread := _settings_of_turns(config)):
+            raise DataError(f"a conversation is for a task that writes the answers: leave out {' and '.join(unread)}.")
         if self.pair is not None and wanted.max_texts < 2 and wanted.value != "text":
             raise DataError(f"one text a document is read here: leave out --data.text-pair-column {self.pair}.")
         if isinstance(self.label, tuple) and wanted.value != "classes":
@@ -223,6 +251,10 @@ def _is_number(kind: str) -> bool:
 
 def _is_list(kind: str) -> bool:
     return kind.startswith("list")
+
+
+def _is_turns(kind: str) -> bool:
+    return _is_list(kind) or kind == "dict"  # of lists, as some libraries keep a list of objects
 
 
 def no_column(name: str, columns: list[str], where: str, role: str = "text") -> DataError:
@@ -396,13 +428,22 @@ def _choices(chooser: _Chooser) -> Layout:
     return Layout((*columns, label), make, label, notes=chooser.notes)
 
 
+def _source_and_target_pairs(chooser: _Chooser) -> list[list[str]]:
+    """Two columns whose names belong together, the first being the source that was named, if any was."""
+    strings = [name for name, kind in chooser.kinds.items() if kind == "str"]
+    pairs = [pair for names in _PAIRS if len(pair := [n for n in chooser.known(names) if n in strings]) == 2]
+    return pairs if chooser.text is None else [p for p in pairs if p[0] == chooser.named(chooser.text, "text")]
+
+
 def _written(chooser: _Chooser) -> Layout:
     """A source and its target: two columns that were named, or whose names belong together."""
-    kinds = chooser.kinds
-    strings = [name for name, kind in kinds.items() if kind == "str"]
-    pairs = [pair for names in _PAIRS if len(pair := [n for n in chooser.known(names) if n in strings]) == 2]
-    if chooser.text is not None:
-        pairs = [pair for pair in pairs if pair[0] == chooser.named(chooser.text, "text")]
+    pairs = _source_and_target_pairs(chooser)
+    if unread := _settings_of_turns(chooser.config):
+        raise DataError(
+            f"{' and '.join(unread)} would not be read, being of conversations: {chooser.table.where} has "
+            f"{', '.join(chooser.kinds)}, none of which is known as a list of turns. Name it with "
+            f"--data.history-column, or leave it out."
+        )
     if chooser.text is not None and chooser.pair is not None:
         source, target = chooser.text, chooser.named(chooser.pair, "target")
     elif chooser.pair is None and len(pairs) == 1:
@@ -413,6 +454,58 @@ def _written(chooser: _Chooser) -> Layout:
                               if len(pairs) > 1 else "")  # fmt: skip
     make = functools.partial(values.written, source, target)
     return Layout((source, target), make, target, notes=chooser.notes)
+
+
+def _dialogue(chooser: _Chooser) -> Layout | None:
+    """A column of turns that is a conversation, or a history beside a source, a target or both; None: there is none."""
+    has_target = chooser.wanted.value == "text"
+    pairs, asked = _source_and_target_pairs(chooser), chooser.history
+    pairs = [pair for pair in pairs if chooser.pair in (None, pair[1])]
+    is_named = (chooser.text, chooser.pair) != (None, None)
+    if asked is not None:
+        history = chooser.named(asked, "list of turns")
+        is_whole = _key(asked) in _CONVERSATIONS and not is_named
+    else:
+        whole = [] if is_named else chooser.known(_CONVERSATIONS, _is_turns)
+        before = chooser.known(_HISTORIES, _is_turns)
+        if len(found := [*whole, *before]) > 1 or (whole and pairs):
+            could = [*found, *(" with ".join(pair) for pair in pairs)]
+            raise chooser.unclear("list of turns", f"{', or '.join(could)} could be")
+        if not found:
+            return None
+        history, is_whole = found[0], bool(whole)
+    others = [name for name, kind in chooser.kinds.items() if kind in ("str", "null") and name != history]
+    source, targets = chooser.text, [n for n in chooser.known(_REPLIES) if n in others and n != chooser.text]
+    targets = [chooser.named(chooser.pair, "target")] if chooser.pair is not None else targets
+    if not is_whole and source is None:
+        sources = [pair[0] for pair in pairs] or [n for n in chooser.known(_ASKED) if n in others and n not in targets]
+        if len(sources) > 1:
+            raise chooser.unclear("text", f"{', '.join(sources)} could be")
+        source = chooser.guessed("text", *sources) if sources else None
+    if not is_whole and chooser.pair is None:
+        targets = [pair[1] for pair in pairs] or targets
+        is_whole = not targets and source is None and asked is not None
+    if asked is None:
+        chooser.guessed("list of turns" if is_whole else "turns before the source", history)
+    if is_whole:
+        if not has_target:
+            return chooser.plain((history,), functools.partial(values.asked_turn, history))
+        every = chooser.config.target_turns == "every"
+        make = functools.partial(values.answered_turns, history, every)
+        return Layout((history,), make, history, makes_several=True, notes=chooser.notes)
+    columns = (history,) if source is None else (history, source)
+    if not has_target:
+        return chooser.plain(columns, functools.partial(values.after_turns, history, source, None))
+    if len(targets) != 1:
+        raise chooser.unclear("target", f"{', '.join(targets)} could be" if targets else "")
+    if chooser.config.target_turns != "every":
+        raise DataError(
+            f"--data.target-turns is of a column that holds a whole conversation: {chooser.table.where} has a history "
+            f"{history!r} beside its target {targets[0]!r}. Leave it out."
+        )
+    target = targets[0] if chooser.pair is not None else chooser.guessed("target", targets[0])
+    make = functools.partial(values.after_turns, history, source, target)
+    return Layout((*columns, target), make, target, notes=chooser.notes)
 
 
 def kind_of_value(value: Any) -> str:

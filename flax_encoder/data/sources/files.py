@@ -87,14 +87,15 @@ def read_span(path: AnyFile, span: Any, config: DataConfig, wanted: Columns) -> 
     if table is None:
         return 0
     layout = choose_columns(table, config, wanted)
-    make, has_value = layout.make, wanted.value != "none"
+    make, has_value, is_several = layout.make, wanted.value != "none", layout.makes_several
     for place, row in kind.rows(path, span, table, layout.columns, config, bad):
         try:
             record = make(row)
         except BadRow as error:
             bad.add(kind.where(path, place), error)
             continue
-        yield Record(record.texts, record.value, kind.where(path, place), record.id) if has_value else record
+        for one in record if is_several else (record,):
+            yield Record(*one[:2], kind.where(path, place), *one[3:]) if has_value else one
     return bad.count
 
 

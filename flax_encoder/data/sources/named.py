@@ -259,5 +259,6 @@ def _read_named(
         except BadRow as error:
             bad.add(f"{where}, {split}[{i}]", error)
             continue
-        yield record if wanted.value == "none" else record._replace(where=f"{where}, {split}[{i}]")
+        for one in record if layout.makes_several else (record,):
+            yield one if wanted.value == "none" else one._replace(where=f"{where}, {split}[{i}]")
     return bad.count

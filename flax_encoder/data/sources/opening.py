@@ -155,6 +155,7 @@ def _unusual(config: DataConfig, columns: Columns, layout: Layout | None) -> tup
     """What else decides what is read; nothing for one text with a class or without, so that the caches, stores and
     runs of before there was anything else are found."""
     shape = () if layout is None or layout.is_plain else (columns, layout.columns)
+    shape += () if config.target_turns == "every" else (config.target_turns,)
     settings = (config.label_names, config.skip_bad_rows, config.has_header, config.csv_quotes, config.validation_split)
     return shape if settings == (None, False, True, True, None) else (*shape, settings)
 

@@ -18,6 +18,10 @@ class Record(NamedTuple):
     """Names the record in errors, such as "reviews.jsonl, line 17"; empty where records have no value."""
     id: str | None = None
     """Its name in the source, where answers are given by it."""
+    history: tuple[str, ...] | None = None
+    """The turns of a conversation before the text, oldest first; None: the text is no turn of any."""
+    group: str | None = None
+    """Records of one group are held out together; None: by their texts."""
 
 
 class DataError(ValueError):

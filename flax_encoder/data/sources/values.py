@@ -6,7 +6,7 @@ A function here raises BadRow for a row that does not hold what is wanted.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax_encoder.data.sources.records import BadRow, Record
 from flax_encoder.data.sources.words import word_pattern
@@ -91,6 +91,94 @@ def written(source: str, target: str, row: Row) -> Record:
         if not found.strip():
             raise BadRow("a source and its target must have text", f"holds {found!r}", column)
     return Record((both[0],), both[1])
+
+
+# --- conversations
+
+_TEXTS_OF_TURNS = ("content", "value", "text", "utterance")
+_SPEAKERS = ("role", "from", "speaker")
+_ANSWERING = frozenset(("assistant", "gpt", "chatgpt", "bot", "chatbot", "model"))
+_ASKING = frozenset(("user", "human", "prompter", "system", "developer", "tool", "function"))
+
+
+class Turn(NamedTuple):
+    text: str
+    speaker: str | None
+    """Who says it, in lower case, where the source says so."""
+
+
+def turns(row: Row, column: str) -> list[Turn]:
+    """A conversation, oldest first: texts, lists of texts, or objects with a text and a speaker."""
+    value = cell(row, column)
+    items = [value] if isinstance(value, str | bytes) else _items(value, column, "turns")
+    found = [turn for number, item in enumerate(items, 1) for turn in _turns(item, number, column)]
+    for number, turn in enumerate(found, 1):
+        if not turn.text.strip():
+            raise BadRow("every turn of a conversation must have text", f"holds {turn.text!r} as turn {number}", column)
+    return found
+
+
+def _turns(item: Any, number: int, column: str) -> list[Turn]:
+    if isinstance(item, list) and item and all(isinstance(text, str | bytes) for text in item):  # question and answer
+        return [Turn(string(text, column), None) for text in item]
+    speaker = None
+    if isinstance(item, dict):
+        speaker = next((str(item[name]).strip().lower() for name in _SPEAKERS if item.get(name) is not None), None)
+        item = next((item[name] for name in _TEXTS_OF_TURNS if name in item), item)
+    if not isinstance(item, str | bytes):
+        raise BadRow(
+            "a turn of a conversation is a text, or an object with role and content, or from and value",
+            f"holds {_short(item)} as turn {number}", column,
+        )  # fmt: skip
+    return [Turn(string(item, column), speaker)]
+
+
+def _is_answer(found: list[Turn]) -> list[bool]:
+    """Of each turn: whether a model learns to write it. Where speakers are known by their names these are the
+    assistant's, or else all."""
+    is_known = any(turn.speaker in _ANSWERING | _ASKING for turn in found)
+    return [turn.speaker in _ANSWERING or not is_known for turn in found]
+
+
+def answered_turns(column: str, every: bool, row: Row) -> tuple[Record, ...]:
+    """A conversation's answers, each with the turns before it: every one, or the last alone."""
+    found = turns(row, column)
+    texts = tuple(turn.text for turn in found)
+    answers = [i for i, is_answer in enumerate(_is_answer(found)) if is_answer and i > 0]
+    if not answers:
+        speakers = ", ".join(dict.fromkeys(turn.speaker for turn in found if turn.speaker is not None))
+        raise BadRow(
+            "a conversation must have a turn and an answer to it",
+            f"holds {len(found)} turn{'s' * (len(found) != 1)}{speakers and f' of {speakers}'}", column,
+        )  # fmt: skip
+    group = "\x1e".join(text.strip() for text in texts[: answers[0]])
+    chosen = answers if every else answers[-1:]
+    return tuple(Record((texts[i - 1],), texts[i], history=texts[: i - 1], group=group) for i in chosen)
+
+
+def asked_turn(column: str, row: Row) -> Record:
+    """A conversation as far as it is to be answered: without the answers at its end, where speakers are known."""
+    found = turns(row, column)
+    if found and not all(_is_answer(found)):
+        while found and _is_answer(found)[-1]:
+            found.pop()
+    if not found:
+        raise BadRow("a conversation must have a turn to be answered", "holds none", column)
+    *before, newest = (turn.text for turn in found)
+    return Record((newest,), history=tuple(before))
+
+
+def after_turns(history: str, source: str | None, target: str | None, row: Row) -> Record:
+    """A text after the turns of a history, of which it is the last where there is no column for it, and its target."""
+    before = [turn.text for turn in turns(row, history)]
+    if source is None and not before:
+        raise BadRow("a conversation must have a turn to be answered", "holds none", history)
+    newest = before.pop() if source is None else text(row, source)
+    answer = None if target is None else text(row, target)
+    for column, found in ((source or history, newest), (target or "", answer)):
+        if found is not None and target is not None and not found.strip():
+            raise BadRow("a source and its target must have text", f"holds {found!r}", column)
+    return Record((newest,), answer, history=tuple(before))
 
 
 def is_no_label(value: Any, names: list[str] | None) -> bool:

@@ -24,7 +24,7 @@ class Encoded:
     """bool [tokens]: whether a token begins a word, as the tokenizer cuts words."""
     text_lengths: np.ndarray
     """uint32 [N, texts]: tokens of each text of a document, 0 of the choices that others have more; last those of the
-    text that is its value, if it is one."""
+    text that is its value, if it is one. Of texts with a history [N, 3]: its turns, the text, and the value, if any."""
     tags: np.ndarray | None = None
     """int16 [tokens], of documents with tags: tag + 1 at a word's first token, -(tag + 1) at its other tokens, and 0 at
     tokens of no word."""
@@ -53,8 +53,15 @@ class Encoded:
 
 
 def exact_texts(record: Record, columns: Columns) -> tuple[str, ...]:
-    """A record's texts as they are tokenized: they are stripped, but where their values can count characters."""
-    return tuple(text.strip() for text in record.texts) if columns.value in ("none", "text") else record.texts
+    """A record's texts as they are tokenized, its history first: they are stripped, but where their values can count
+    characters."""
+    texts = (*(record.history or ()), *record.texts)
+    return tuple(text.strip() for text in texts) if columns.value in ("none", "text") else texts
+
+
+def held_out_text(record: Record, columns: Columns) -> str:
+    """What decides by its hash whether a record is held out, the same for records of one group."""
+    return "\x1e".join(exact_texts(record, columns)) if record.group is None else record.group
 
 
 def tokenized_texts(record: Record, columns: Columns) -> tuple[str, ...]:
@@ -76,6 +83,8 @@ def encode_records(
     Raises:
       DataError: records that differ in how many texts they have, but for choices.
     """
+    if any(record.history is not None for record in records):
+        return _with_history(records, tokenizer, columns, dtype)
     each = [tokenized_texts(record, columns) for record in records]
     num_texts = max(len(own) for own in each) if columns.is_choice else len(each[0])
     if not columns.is_choice and (other := next((i for i, own in enumerate(each) if len(own) != num_texts), None)):
@@ -99,6 +108,56 @@ def encode_records(
     elif columns.value == "answers":
         answers = _token_answers(records, text_lengths, offsets)
     return Encoded(tokens, words, text_lengths, tags, unread, answers, offsets, keys)
+
+
+def _with_history(
+    records: Sequence[Record], tokenizer: TextTokenizer, columns: Columns, dtype: np.dtype
+) -> Encoded:
+    """Records of three texts: the turns of a history, each with the separator after it, the newest turn, with the
+    prompt before it, and what is written, of no token where it is to be found."""
+    separator = np.array(turn_separator_ids(tokenizer, columns.turn_separator), dtype)
+    prompt = columns.prompts[0] if columns.prompts else ""
+    texts: list[str] = []
+    place: list[int] = []  # record * 3 + which of its texts, of each
+    for i, record in enumerate(records):
+        *before, newest = exact_texts(record, columns)
+        texts += [*before, prompt + newest, (record.value or "").strip()]
+        place += [*[3 * i] * len(before), 3 * i + 1, 3 * i + 2]
+    tokens, counts, words = tokenizer.encode_flat(texts, dtype)
+    is_turn = np.array(place) % 3 == 0
+    ends = np.repeat(np.cumsum(counts, dtype=np.int64)[is_turn], len(separator))
+    tokens = np.insert(tokens, ends, np.tile(separator, int(is_turn.sum())))
+    words = np.insert(words, ends, True)
+    lengths = np.bincount(place, counts + len(separator) * is_turn, 3 * len(records))
+    return Encoded(tokens, words, lengths.astype(np.uint32).reshape(-1, 3))
+
+
+def turn_separator_ids(tokenizer: TextTokenizer, separator: str | None) -> list[int]:
+    """The tokens after every turn of a history: those of the text `separator`, or of None the tokenizer's between two
+    texts.
+
+    Raises:
+      DataError: the tokenizer has none.
+    """
+    ids = list(tokenizer.between) if separator is None else tokenizer.encode_batch([separator])[0].tolist()
+    unknown = tokenizer.unknown_id
+    if ids and (unknown is None or unknown not in ids):
+        return ids
+    found = "no token between two texts" if separator is None else f"no token for {separator!r}"
+    raise DataError(
+        f"turns must be kept apart: the tokenizer has {found}. Give a text that it has as --data.turn-separator, or "
+        f"another --data.tokenizer."
+    )
+
+
+def split_turns(tokens: np.ndarray, separator: Sequence[int]) -> list[np.ndarray]:
+    """The turns of a history's tokens, without the separators after them."""
+    width, at, found = len(separator), 0, []
+    for end in range(len(tokens) - width + 1):
+        if end >= at and list(tokens[end : end + width]) == list(separator):
+            found.append(tokens[at:end])
+            at = end + width
+    return found if at == len(tokens) else [*found, tokens[at:]]
 
 
 def text_key(text: str) -> int:

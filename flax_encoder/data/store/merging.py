@@ -117,6 +117,7 @@ def merge_parts(
         "dtype": token_dtype(tokenizer).name,
         "value": columns.value,
         "prompts": list(columns.prompts),
+        **({} if columns.turn_separator is None else {"turn_separator": columns.turn_separator}),
         "dropped": {"empty": sum(a["empty"] for a in about), "duplicate": int(len(keep) - keep.sum())}
         | {name: count for name, count in rare.items() if count},
         "contradictory": _contradictory(parts) if columns.value != "none" else 0,

@@ -33,6 +33,7 @@ from flax_encoder.data.store.encoding import (
     Encoded,
     encode_records,
     exact_texts,
+    held_out_text,
     join_text_lengths,
     other_number_of_texts,
 )
@@ -166,8 +167,11 @@ def _tokenize_part(
                 empty += int((~keep).sum())
                 texts = ["\x1e".join(exact_texts(record, columns)) for record in batch]
                 digests = [text_digest(text) for text in texts]
+                sides = digests
+                if any(record.group is not None for record in batch):
+                    sides = [text_digest(held_out_text(record, columns)) for record in batch]
                 if held_out.excluded and part.split == "train":
-                    is_excluded = np.array([digest in held_out.excluded for digest in digests])
+                    is_excluded = np.array([side in held_out.excluded for side in sides])
                     excluded += int((keep & is_excluded).sum())
                     keep &= ~is_excluded
                 of_token = slice(None) if keep.all() else np.repeat(keep, encoded.lengths)
@@ -184,8 +188,9 @@ def _tokenize_part(
                     text_keys.append(encoded.text_keys[keep])
                 if encoded.answers is not None:
                     answers.append(encoded.answers[keep])
-                for record, text, digest in itertools.compress(zip(batch, texts, digests, strict=True), keep.tolist()):
-                    is_held = part.split == "train" and is_held_out(digest, held_out.rate)
+                of_each = zip(batch, texts, digests, sides, strict=True)
+                for record, text, digest, side in itertools.compress(of_each, keep.tolist()):
+                    is_held = part.split == "train" and is_held_out(side, held_out.rate)
                     splits.append(SPLITS.index("validation" if is_held else part.split))
                     if has_value:
                         text_hashes += digest
@@ -256,7 +261,7 @@ def _counted(part: Part, bad_rows: list[int]) -> Iterator[Record]:
 def _is_document(encoded: Encoded, columns: Columns) -> np.ndarray:
     """Whether there is something to read in each of these records [N]: a token, a tagged word, a passage, a target."""
     if columns.value == "text":
-        return (encoded.text_lengths > 0).all(1)
+        return (encoded.text_lengths[:, -2:] > 0).all(1)  # a conversation may begin here
     if encoded.answers is not None:
         return encoded.text_lengths[:, -1] > 0
     if encoded.tags is not None:
@@ -288,7 +293,7 @@ def _batched(records: Iterator[Record]) -> Iterator[list[Record]]:
     batch, characters = [], 0
     for record in records:
         batch.append(record)
-        characters += sum(map(len, record.texts))
+        characters += sum(map(len, record.texts)) + sum(map(len, record.history or ()))
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -1,0 +1,37 @@
+"""UL2's mixture of denoisers for an encoder-decoder (Tay et al., arXiv 2205.05131): of CPython's texts, on a CPU.
+
+python train.py --config configs/ul2.py
+
+Each text draws one of seven ways to be cut: regular spans behind [NLU], its end behind [S2S], or many or long spans
+behind [NLG]. The tokenizer that is made here has these modes as tokens; another spells those that it has not.
+`--config configs/translate_en_fr.py --init-from runs/ul2` goes on with both, encoder and decoder.
+"""
+
+from flax_encoder.config import UL2, DataConfig, EncoderConfig, OptimizerConfig, RunConfig, SpansConfig
+
+config = RunConfig(
+    objective="span_corruption",
+    steps=400,
+    batch_size=32,
+    checkpoint_every=200,
+    model=EncoderConfig(
+        num_layers=2,
+        embed_dim=192,
+        num_heads=3,
+        mlp_dim=384,
+        activation="gelu_tanh",
+        gated=True,
+        norm="rms_norm",
+        norm_placement="pre",
+        norm_epsilon=1e-6,
+        position="none",
+        relative_position="t5",
+        use_bias=False,
+        init_std=0.05,
+        dtype="bfloat16",
+        scan_layers=False,
+    ),
+    data=DataConfig(row_length=128, vocab_size=4096),
+    spans=SpansConfig(denoisers=UL2),
+    optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, muon_learning_rate=0.02, warmup_rate=0.05),
+)
