@@ -1,5 +1,6 @@
 """A model as one file of StableHLO, which runs wherever XLA does, without this library."""
 
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,8 +66,12 @@ def export_stablehlo(
       the names of its arguments.
 
     Raises:
-      ConfigError: as `as_function`; or `flatbuffers` is not installed, by which the file is written.
+      ConfigError: as `as_function`; something is at `path` already; or `flatbuffers` is not installed, by which the file
+        is written.
     """
+    path = pathlib.Path(path)
+    if path.exists():
+        raise ConfigError(f"a program is written to a file that is not there yet: {path} is. Give another name.")
     try:
         import flatbuffers as _  # noqa: F401
     except ImportError:
@@ -77,5 +82,7 @@ def export_stablehlo(
     # Traced as for a TPU, whose code has no constraints of layouts, which are for this machine.
     with platform_for_tracing("tpu"):
         program = jax.export.export(jax.jit(as_function(run)), platforms=list(platforms))(*shapes)
-    pathlib.Path(path).write_bytes(program.serialize())
+    partial = path.with_name(path.name + ".partial")  # so that what has the name is whole
+    partial.write_bytes(program.serialize())
+    os.replace(partial, path)
     return names

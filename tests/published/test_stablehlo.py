@@ -72,3 +72,12 @@ def test_a_model_that_writes_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["export", str(folder), str(tmp_path / "out"), "--stablehlo"])
     assert "this model is text_to_text" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_there_is_left_alone(tmp_path, capsys):
+    pytest.importorskip("flatbuffers", reason="pip install -e '.[stablehlo]'")
+    (tmp_path / "program").write_bytes(b"kept")
+    with pytest.raises(SystemExit):
+        main(["export", str(GOLDEN / "runs/classification"), str(tmp_path / "program"), "--stablehlo"])
+    assert "is not there yet" in capsys.readouterr().err and (tmp_path / "program").read_bytes() == b"kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["program"]
