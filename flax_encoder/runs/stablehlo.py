@@ -66,8 +66,8 @@ def export_stablehlo(
       the names of its arguments.
 
     Raises:
-      ConfigError: as `as_function`; something is at `path` already; or `flatbuffers` is not installed, by which the file
-        is written.
+      ConfigError: as `as_function`; something is at `path` already; or `flatbuffers` is not installed, by which it is
+        written.
     """
     path = pathlib.Path(path)
     if path.exists():

@@ -297,7 +297,7 @@ def _texts_and_value(chooser: _Chooser) -> Layout:
         value = functools.partial(values.class_names, label, names)
     make = functools.partial(values.with_value, read, value)
     is_plain = len(texts) == 1 and wanted.value == "class"
-    return Layout((*texts, *labels), make, label, names, is_plain, chooser.notes)
+    return Layout((*texts, *labels), make, label, names, is_plain, notes=chooser.notes)
 
 
 def _label(chooser: _Chooser) -> str | tuple[str, ...]:
