@@ -4,6 +4,10 @@ python train.py --config configs/translate_recurrent.py --data.source pairs.json
 
 A two-directional GRU reads the source, and a GRU that attends to its states writes the target; data, tokenizer and
 steps are those of translate_en_fr.
+
+Measured with --budget-minutes 7 on 33,448 pairs of LibreOffice's help, 2 CPU cores that others kept busy, 496 of the
+800 steps, an epoch and a half, 8 min 35 s in all, 1.6M parameters: on the 682 pairs that are held out BLEU 19.8, chrF
+43.3, ROUGE-L 0.411; the source itself has 5.7, 26.8 and 0.114.
 """
 
 from flax_encoder.config import DataConfig, DecoderConfig, EncoderConfig, LabelsConfig, OptimizerConfig, RunConfig

@@ -5,6 +5,10 @@ python train.py --config configs/ul2.py
 Each text draws one of seven ways to be cut: regular spans behind [NLU], its end behind [S2S], or many or long spans
 behind [NLG]. The tokenizer that is made here has these modes as tokens; another spells those that it has not.
 `--config configs/translate_en_fr.py --init-from runs/ul2` goes on with both, encoder and decoder.
+
+Measured with --budget-minutes 3, 2 CPU cores that others kept busy, 127 of the 400 steps, most of an epoch, 4 min
+21 s in all, 2.6M parameters: of 663 held-out documents 0.194 of the cut tokens are right, at a loss of 5.29. It is a
+check that the mixture trains; what it is good for was not measured.
 """
 
 from flax_encoder.config import UL2, DataConfig, EncoderConfig, OptimizerConfig, RunConfig, SpansConfig

@@ -85,9 +85,9 @@ class Layout:
     label_names: list[str] | None = None
     is_plain: bool = False
     """One text, and no value or a class in one column."""
+    notes: tuple[str, ...] = ()
     makes_several: bool = False
     """A row may hold several documents, such as the answers of a conversation."""
-    notes: tuple[str, ...] = ()
 
 
 # Names that data sets use, in lower case with _ for - and blanks.
