@@ -249,7 +249,7 @@ def test_the_command_reads_rows_of_tables_and_packed_lines(folder, tmp_path):
     (["--input", "nothing.txt", "--output", "v.npy"], "no texts at nothing.txt: No such file"),
     (["--input", "bad.txt", "--output", "v.npy"], "bad.txt: line 2 must be UTF-8"),
     (["--input", "good.txt", "--output", "v.csv"], "must end in .npy: got v.csv"),
-    (["--input", "good.txt", "--output", "none/v.npy"], "No such file or directory: 'none/v.npy"),
+    (["--input", "good.txt", "--output", "none/v.npy"], "into a folder that is there: none is not. Make it first"),
     (["--input", "good.txt", "--output", "v.npy", "--batch-size", "0"], "must be above 0: got 0"),
     (["--input", "good.txt", "--output", "v.npy", "--max-tokens", "2"], "max_tokens must be at least 3"),
     (["--input", "good.txt", "--output", "v.npy", "--prompt-name", "q"], "must be one of no prompts: got 'q'"),
