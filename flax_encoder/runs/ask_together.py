@@ -32,8 +32,15 @@ def embed_together(
     if jax.process_count() == 1:
         yield from embedder.stream(texts, batch_size, prompt_name=prompt_name)
         return
+
+    def embed(some: list[str]) -> tuple[np.ndarray, int]:
+        """By `stream`, whose vectors do not depend on how many texts there are."""
+        vectors, num_cut = np.zeros((len(some), embedder.embed_dim), np.float32), 0
+        for part in embedder.stream(some, batch_size, prompt_name=prompt_name):
+            vectors[part.numbers], num_cut = part.vectors, part.num_cut
+        return vectors, num_cut
+
     num_cut = 0
-    shared = blocks_of_all(texts, lambda some: embedder.embed(some, batch_size, prompt_name=prompt_name), _TEXTS)
-    for first, (vectors, num_more) in shared:
+    for first, (vectors, num_more) in blocks_of_all(texts, embed, _TEXTS):
         num_cut += num_more
         yield Vectors(np.arange(first, first + len(vectors)), vectors, num_cut)
