@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from flax_encoder.ops.platform import platform
@@ -48,7 +49,9 @@ class AskedModel:
         """Each parameter's value; of one that is stacked, the slices [1, ...] along its layers."""
         variables = jax.tree.leaves(self.split[1], is_leaf=lambda x: isinstance(x, nnx.Variable))
         values = [(v[...], (v.get_metadata().get("out_sharding") or ("",))[0] == "layers") for v in variables]
-        return [jnp.split(value, value.shape[0]) if is_stacked else value for value, is_stacked in values]
+        # By NumPy, which needs no program for each shape.
+        slices = [np.split(np.asarray(value), len(value)) if is_stacked else value for value, is_stacked in values]
+        return jax.device_put(slices)
 
     @functools.cached_property
     def _unrolled(self) -> Any:
