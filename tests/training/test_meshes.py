@@ -159,7 +159,7 @@ def assert_sends_what_the_layout_asks_for(shape, sizes):
     largest = max(V * D // tensor, rows * max(T, S) * D)  # the vocabulary's table; a layer's keys
     for kind, axes, array in sent(shape, sizes):
         named = f"{kind} over {axes}: {array}"
-        # Nothing in a recurrent layer is split by `tensor`, so the compiler splits what its products add up; and of axes
+        # Nothing in a recurrent layer is split by `tensor`: the compiler splits what its products add up. And of axes
         # with as many devices it takes one for another: a kernel of D x D came by `fsdp` and, once, by `data`.
         is_of_recurrence = shape == "lstm" and np.prod(array) <= 4 * D * D
         assert axes in SENT[kind] or is_of_recurrence, named
