@@ -12,7 +12,7 @@ from flax import nnx
 
 from flax_encoder.ops.platform import platform
 
-FEW_TOKENS = 256  # of a batch: with fewer the program for few is faster, with more compiling it does not pay (LOG.md)
+FEW_TOKENS = 256  # the largest batch for which the program for few tokens is worth its longer compilation (LOG.md)
 
 
 @dataclasses.dataclass(frozen=True)

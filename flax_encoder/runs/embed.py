@@ -205,8 +205,8 @@ class Embedder:
     ) -> Iterator[Vectors]:
         """The vectors of any number of texts as they are made, in another order, in bounded memory.
 
-        A text's vector does not depend on the others; on a CPU it has the same bits whatever they are. Takes and raises
-        what `embed` does.
+        A text's vector does not depend on the others. On a CPU with jax 0.10 it has the same bits whatever they are;
+        with jax 0.12 that of a text of more than 64 tokens can differ by rounding. Takes and raises what `embed` does.
         """
         if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
             check_texts(texts)  # which says what is wrong
