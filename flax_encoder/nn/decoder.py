@@ -1,7 +1,7 @@
 """A decoder behind an encoder: causal self-attention, attention to the encoder's output, and a cache to write with.
 
 (Vaswani et al., arXiv 1706.03762, section 3; Raffel et al., arXiv 1910.10683.) Axes beside the usual: M length of the
-memory, which is the encoder's output; S length of the cache.
+memory, which is the encoder's output; S places of the cache, W texts that are written of a source.
 """
 
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig, HeadConfig
 from flax_encoder.nn.attention import SelfAttention
-from flax_encoder.nn.cache import Cache
+from flax_encoder.nn.cache import Cache, Memory
 from flax_encoder.nn.embedding import places
 from flax_encoder.nn.encoder import REMAT_POLICIES, Encoder, unstack
 from flax_encoder.nn.feed_forward import FeedForward
@@ -23,25 +23,33 @@ from flax_encoder.nn.normalization import Norm
 from flax_encoder.nn.partition import constrain, normal, param
 from flax_encoder.nn.recurrent_decoder import RecurrentDecoder, check_recurrent_decoder
 from flax_encoder.ops.attention import Window, attention
+from flax_encoder.ops.attention.cached import attend_to_cache, kept
 from flax_encoder.ops.dropout import dropout
 from flax_encoder.ops.mesh import is_spread
-from flax_encoder.ops.relative import t5_bias, t5_bias_row, t5_values
+from flax_encoder.ops.relative import t5_bias, t5_bias_rows, t5_values
 
 KeysValues = tuple[Float[Array, "..."], Float[Array, "..."]]
 
 
 class Sight(NamedTuple):
-    """What the tokens at hand see of their own row, and of the memory."""
+    """What the tokens of a row see of it, and of the memory."""
 
     segments: Int[Array, "B T"]
-    key_segments: Int[Array, "B S"]
     memory_segments: Int[Array, "B M"]
-    window: Window | None
-    bias: Float[Array, "1 N T S"] | None
+    window: Window
+    bias: Float[Array, "1 N T T"] | None
     offset_bias: Float[Array, "N P"] | None
     """The same by offset, on a mesh."""
-    start: Int[Array, ""] | int
-    """Where the tokens at hand go into the cache."""
+
+
+class Place(NamedTuple):
+    """Where the next token of each text goes, and what it sees; S places, W texts of a source."""
+
+    length: Int[Array, "B"]
+    is_visible: Bool[Array, "B W Z"]
+    """Of the Z = W S tokens that a source's texts wrote."""
+    memory_is_visible: Bool[Array, "B 1 M"]
+    bias: Float[Array, "B N Z"] | None
 
 
 def keys_values(layer: SelfAttention, x: Float[Array, "B T D"]) -> KeysValues:
@@ -56,7 +64,7 @@ def attend(layer: SelfAttention, x, own: KeysValues, sight: Sight, is_cross: boo
         layer.query(x).astype(config.dtype),
         *own,
         segment_ids=sight.segments,
-        key_segment_ids=sight.memory_segments if is_cross else sight.key_segments,
+        key_segment_ids=sight.memory_segments if is_cross else None,
         window=None if is_cross else sight.window,
         bias=None if is_cross else sight.bias,
         offset_bias=None if is_cross else sight.offset_bias,
@@ -68,10 +76,27 @@ def attend(layer: SelfAttention, x, own: KeysValues, sight: Sight, is_cross: boo
     return dropout(layer.out(out), config.dropout_rate, output_key)
 
 
+def kept_by_head(x: Float[Array, "B S K H"], config: EncoderConfig) -> Float[Array, "B K S H"]:
+    return kept(x, config.dtype).swapaxes(1, 2)
+
+
+def put(cache: Float[Array, "B K W S H"], new: Float[Array, "B K W 1 H"], at: Int[Array, "B"]):
+    """The cache with a token more of each text, at each source's own place."""
+    return jax.vmap(lambda old, one, i: jax.lax.dynamic_update_slice_in_dim(old, one, i, axis=2))(cache, new, at)
+
+
+def attend_kept(layer: SelfAttention, x: Float[Array, "B W D"], key, value, is_visible, bias=None):
+    config = layer.config
+    query = layer.query(x).astype(config.dtype)
+    out = attend_to_cache(query, key, value, is_visible, bias, scale=config.attention_scale or config.head_dim**-0.5)
+    return layer.out(out.astype(config.dtype))
+
+
 class DecoderLayer(nnx.Module):
     """Self-attention, attention to the memory, feed-forward, each in a residual branch, as in `EncoderLayer`."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
         self.is_pre_norm = config.norm_placement == "pre"
         self.attention_norm = Norm(config, rngs=rngs)
         self.attention = SelfAttention(config, rngs=rngs)
@@ -81,38 +106,46 @@ class DecoderLayer(nnx.Module):
         self.feed_forward = FeedForward(config, rngs=rngs)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        memory: Float[Array, "B M D"] | KeysValues,
-        sight: Sight,
-        cache: KeysValues | None = None,
-        *,
-        key: Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], KeysValues | None]:
-        """(x, the cache with the tokens at hand in it); `memory` is the encoder's output, or its keys and values."""
+        self, x: Float[Array, "B T D"], memory: Float[Array, "B M D"], sight: Sight, *, key: Array | None = None
+    ) -> Float[Array, "B T D"]:
+        """All tokens of rows at once."""
         own_key, cross_key, feed_forward_key = (None,) * 3 if key is None else jax.random.split(key, 3)
 
         def self_attention(y):
-            nonlocal cache
-            own = keys_values(self.attention, y)
-            if cache is not None:
-                own = cache = tuple(
-                    jax.lax.dynamic_update_slice_in_dim(old, new, sight.start, axis=1)
-                    for old, new in zip(cache, own, strict=True)
-                )
-            return attend(self.attention, y, own, sight, False, own_key)
+            return attend(self.attention, y, keys_values(self.attention, y), sight, False, own_key)
 
         def cross_attention(y):
-            pair = memory if isinstance(memory, tuple) else keys_values(self.cross_attention, memory)
+            pair = keys_values(self.cross_attention, memory)
             return attend(self.cross_attention, y, pair, sight, True, cross_key)
 
+        return self._branches(x, self_attention, cross_attention, feed_forward_key)
+
+    def write(
+        self, x: Float[Array, "B W D"], memory: KeysValues, place: Place, cache: KeysValues
+    ) -> tuple[Float[Array, "B W D"], KeysValues]:
+        """The next token of each text, by the memory's keys and values [B, K, M, H] and those of the tokens before,
+        [B, K, W, S, H]: (x, the cache with the tokens at hand in it)."""
+
+        def self_attention(y):
+            nonlocal cache
+            new = (kept_by_head(pair, self.config)[:, :, :, None] for pair in keys_values(self.attention, y))
+            cache = tuple(put(old, one, place.length) for old, one in zip(cache, new, strict=True))
+            flat = (a.reshape(*a.shape[:2], -1, a.shape[-1]) for a in cache)
+            return attend_kept(self.attention, y, *flat, place.is_visible, place.bias)
+
+        def cross_attention(y):
+            return attend_kept(self.cross_attention, y, *memory, place.memory_is_visible)
+
+        return self._branches(x, self_attention, cross_attention, None), cache
+
+    def _branches(self, x, self_attention, cross_attention, key):
         for norm, branch in (
             (self.attention_norm, self_attention),
             (self.cross_attention_norm, cross_attention),
-            (self.feed_forward_norm, lambda y: self.feed_forward(y, key=feed_forward_key)),
+            (self.feed_forward_norm, lambda y: self.feed_forward(y, key=key)),
         ):
             x = x + branch(norm(x)) if self.is_pre_norm else norm(x + branch(x))
-        return constrain(x, "batch", "length", "features"), cache
+        return constrain(x, "batch", "length", "features")
 
 
 def check_decoder(config: EncoderConfig) -> None:
@@ -183,57 +216,85 @@ class Decoder(nnx.Module):
         if self.relative is not None:
             of = self.relative[...], length, self.config.relative_max_distance
             bias, offset_bias = (None, t5_values(*of, True)) if is_spread() else (t5_bias(*of, True), None)
-        sight = Sight(segment_ids, segment_ids, memory_segment_ids, (length, 0), bias, offset_bias, 0)
-        x, _, states = self._run(x, memory, sight, None, key=key, every_layer=every_layer)
-        return x, states
+        sight = Sight(segment_ids, memory_segment_ids, (length, 0), bias, offset_bias)
+        return self._run(x, memory, sight, key, every_layer)
 
-    def start(self, memory: Float[Array, "B M D"], memory_segment_ids: Int[Array, "B M"], length: int) -> Cache:
-        """An empty cache for `length` tokens, with the memory's keys and values made once."""
+    def read(self, memory: Float[Array, "R M D"], segments: Int[Array, "R M"]) -> Memory:
+        """What every token to come needs of the encoder's output: each layer's keys and values of it."""
         config = self.config
-        graphdef, params = nnx.split(self.layers)
-        of_memory = jax.lax.map(lambda own: keys_values(nnx.merge(graphdef, own).cross_attention, memory), params)
-        kv_heads = config.num_kv_heads or config.num_heads
-        empty = jnp.zeros((self.num_layers, memory.shape[0], length, kv_heads, config.head_dim), config.dtype)
-        return Cache((empty, empty), of_memory, memory_segment_ids, jnp.zeros((), jnp.int32))
 
-    def step(self, x: Float[Array, "B 1 D"], cache: Cache) -> tuple[Float[Array, "B 1 D"], Cache]:
-        """The next token, and the cache with it."""
-        B, length = x.shape[0], cache.own[0].shape[2]
-        visible = jnp.broadcast_to((jnp.arange(length) <= cache.length).astype(jnp.int32), (B, length))
-        bias = None
+        def keys_values_of(layer: DecoderLayer) -> KeysValues:
+            return tuple(kept_by_head(x, config) for x in keys_values(layer.cross_attention, memory))
+
+        return Memory(tuple(map(keys_values_of, self._each_layer())), segments)
+
+    def start(self, memory: Memory, length: int, num_texts: int = 1) -> Cache:
+        """An empty cache for so many texts of each source, and so many tokens of each."""
+        config, B = self.config, memory.segments.shape[0]
+        shape = (B, config.num_kv_heads or config.num_heads, num_texts, length, config.head_dim)
+        own = tuple((kept(jnp.zeros(shape), config.dtype),) * 2 for _ in range(self.num_layers))
+        origin = jnp.zeros((B, num_texts, length), jnp.int32) if num_texts > 1 else None
+        return Cache(own, memory, jnp.zeros(B, jnp.int32), origin)
+
+    def begin(self, cache: Cache, memory: Memory, which: Bool[Array, "B"]) -> Cache:
+        """The cache with other sources; the texts of those marked begin anew."""
+        return cache._replace(memory=memory, length=jnp.where(which, 0, cache.length))
+
+    def follow(self, cache: Cache, texts: Int[Array, "B W"]) -> Cache:
+        """The cache of texts that go on from those of these numbers, each of its own source."""
+        assert cache.origin is not None
+        return cache._replace(origin=jnp.take_along_axis(cache.origin, texts[..., None], axis=1))
+
+    def step(self, x: Float[Array, "B W D"], cache: Cache) -> tuple[Float[Array, "B W D"], Cache]:
+        """The next token of each text, and the cache with it."""
+        (B, W, _), S = x.shape, cache.own[0][0].shape[3]
+        place, written, bias, origin = cache.length[:, None, None], jnp.arange(S), None, cache.origin
+        is_visible = jnp.broadcast_to(written <= place, (B, W, S))
+        if origin is not None:
+            origin = jnp.where(written == place, jnp.arange(W)[:, None], origin)
+            # [B, own W, W, S]: a text sees what it wrote itself, and what those wrote that it goes on from.
+            is_visible = is_visible[:, :, None] & (origin[:, :, None] == jnp.arange(W)[:, None])
         if self.relative is not None:
-            bias = t5_bias_row(self.relative[...], length, self.config.relative_max_distance, cache.length)
-        sight = Sight(jnp.ones((B, 1), jnp.int32), visible, cache.memory_segments, None, bias, None, cache.length)
-        x, own, _ = self._run(x, cache.memory, sight, cache.own)
-        return x, cache._replace(own=own, length=cache.length + 1)
+            of = self.relative[...], S, self.config.relative_max_distance
+            bias = jnp.tile(t5_bias_rows(*of, cache.length), (1, 1, W))
+        memory_is_visible = (cache.memory.segments > 0)[:, None]
+        at = Place(cache.length, is_visible.reshape(B, W, W * S), memory_is_visible, bias)
+        own = []
+        for layer, of_memory, of_own in zip(self._each_layer(), cache.memory.of_layers, cache.own, strict=True):
+            x, of_own = layer.write(x, of_memory, at, of_own)
+            own.append(of_own)
+        x = x if self.final_norm is None else self.final_norm(x)
+        return x, cache._replace(own=tuple(own), length=cache.length + 1, origin=origin)
 
-    def _run(self, x, memory, sight: Sight, cache: KeysValues | None, *, key=None, every_layer: bool = False):
+    def _each_layer(self) -> list[DecoderLayer]:
+        graphdef, params = nnx.split(self.layers)
+        return [nnx.merge(graphdef, own) for own in unstack(params)]
+
+    def _run(self, x, memory, sight: Sight, key: Array | None, every_layer: bool):
         config = self.config
         graphdef, params = nnx.split(self.layers)
-        is_cached = cache is not None
 
         def run_layer(x, xs):
-            own, index, own_cache, own_memory = xs
+            own, index = xs
             layer_key = None if key is None else jax.random.fold_in(key, index)
-            layer = nnx.merge(graphdef, own)
-            y, own_cache = layer(x, own_memory if is_cached else memory, sight, own_cache, key=layer_key)
-            return y, (own_cache, y if every_layer else None)
+            y = nnx.merge(graphdef, own)(x, memory, sight, key=layer_key)
+            return y, y if every_layer else None
 
         if policy := REMAT_POLICIES.get(config.remat):
             run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=not config.scan_layers)
-        start, xs = x, (params, jnp.arange(self.num_layers), cache, memory if is_cached else None)
+        start = x
         if config.scan_layers:
-            x, (cache, states) = jax.lax.scan(run_layer, x, xs)
+            x, states = jax.lax.scan(run_layer, x, (params, jnp.arange(self.num_layers)))
         else:
             each = []
             for i, own in enumerate(unstack(params)):
-                x, ys = run_layer(x, (own, i, *jax.tree.map(lambda a, i=i: a[i], xs[2:])))
-                each.append(ys)
-            cache, states = jax.tree.map(lambda *a: jnp.stack(a), *each)
+                x, y = run_layer(x, (own, i))
+                each.append(y)
+            states = jnp.stack(each) if every_layer else None
         x = x if self.final_norm is None else self.final_norm(x)
         if every_layer:
             states = jnp.concatenate([start[None], states]).at[-1].set(x)
-        return x, cache, states
+        return x, states
 
 
 class EncoderDecoder(nnx.Module):
@@ -287,13 +348,13 @@ class EncoderDecoder(nnx.Module):
     def scaled(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return hidden if self.logit_scale == 1.0 else self.logit_scale * hidden
 
-    def start(self, tokens: Int[Array, "B M"], segment_ids: Int[Array, "B M"], length: int) -> Cache:
-        """Read the source, each row one document with padding on either side, and make room for `length` tokens."""
+    def read(self, tokens: Int[Array, "R M"], segment_ids: Int[Array, "R M"]) -> Memory:
+        """Sources as the decoder reads them, each row one document with padding on either side."""
         positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
-        return self.decoder.start(self.encoder(tokens, segment_ids, positions), segment_ids, length)
+        return self.decoder.read(self.encoder(tokens, segment_ids, positions), segment_ids)
 
-    def step(self, tokens: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
-        """Logits of what follows these tokens, each row's next, and the cache with them."""
-        positions = jnp.broadcast_to(cache.length, (tokens.shape[0], 1))
-        hidden, cache = self.decoder.step(self.embed(tokens[:, None], positions), cache)
-        return self.logits(hidden)[:, 0], cache
+    def step(self, tokens: Int[Array, "B W"], cache: Cache) -> tuple[Float[Array, "B W V"], Cache]:
+        """Logits of what follows these tokens, the next of each of a source's W texts, and the cache with them."""
+        positions = jnp.broadcast_to(cache.length[:, None], tokens.shape)
+        hidden, cache = self.decoder.step(self.embed(tokens, positions), cache)
+        return self.logits(hidden), cache

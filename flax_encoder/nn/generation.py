@@ -1,11 +1,11 @@
 """Writing text with an encoder-decoder: greedy, by beams, or drawn. One compiled loop, all shapes fixed.
 
-Axes: B rows, W beams, T the longest target with the token that starts it, V vocabulary.
+Axes: R sources, B of them that are written at a time, W beams, T the longest target with the token that starts it, V
+vocabulary, M the longest source.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_encoder.nn.cache import Cache
+from flax_encoder.nn.cache import Cache, Memory
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.logit_rules import LogitRules, apply_rules
 
 _NO_RULES = LogitRules()
+READ_PER_WRITTEN = 4
+"""Sources that are best read together for each that is written at a time, so that few slots stand empty at the end."""
 _NEVER = -1e9  # a score no text has; finite, so that differences of two stay numbers
 
 
@@ -97,19 +99,22 @@ class Generation:
 
 def generate(
     model: EncoderDecoder,
-    tokens: Int[Array, "B M"],
-    segment_ids: Int[Array, "B M"] | None = None,
+    tokens: Int[Array, "R M"],
+    segment_ids: Int[Array, "R M"] | None = None,
     generation: Generation = Generation(),
     *,
     key: Array | None = None,
-    draws: Int[Array, "B"] | None = None,
-) -> Int[Array, "B T"]:
+    draws: Int[Array, "R"] | None = None,
+    slots: int | None = None,
+) -> Int[Array, "R T"]:
     """A target for each source row: start_id, then up to max_new_tokens, then pad_id after end_id.
 
     Args:
       segment_ids: 0 marks padding, on either side; one source a row.
       key: needed where the text is drawn; row i draws the same whatever rows stand beside it.
       draws: the number of each row by which it draws, in place of i.
+      slots: how many sources are written at a time, None for all. Those whose text has ended make room for others,
+        long sources first, so that short texts do not wait for long ones.
 
     Raises:
       ValueError: a key without is_drawn, or the reverse.
@@ -125,57 +130,135 @@ def generate(
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
     graphdef, params = nnx.split(model)
     draws = jnp.arange(tokens.shape[0]) if draws is None else draws
-    return _generate(graphdef, generation, params, tokens, segment_ids, key, draws)
+    slots = min(tokens.shape[0], slots or tokens.shape[0])
+    return _generate(graphdef, generation, slots, params, tokens, segment_ids, key, draws)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(graphdef: Any, generation: Generation, params, tokens, segment_ids, key, draws):
+class _Sources(NamedTuple):
+    """What is read, R sources, or B of them that are at hand."""
+
+    memory: Memory
+    tokens: Int[Array, "R M"]
+    draws: Int[Array, "R"]
+
+
+class _Greedy(NamedTuple):
+    """Texts under way, one of each source."""
+
+    texts: Int[Array, "B 1 T"]
+    is_over: Bool[Array, "B"]
+
+    @property
+    def best(self) -> Int[Array, "B T"]:
+        return self.texts[:, 0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(graphdef: Any, generation: Generation, slots: int, params, tokens, segment_ids, key, draws):
     model = nnx.merge(graphdef, params)
-    if generation.num_beams > 1:
-        return beam_search(model, tokens, segment_ids, generation)
-    cache = model.start(tokens, segment_ids, generation.max_new_tokens)
-    B = tokens.shape[0]
-    text = jnp.full((B, 1 + generation.max_new_tokens), generation.pad_id, jnp.int32).at[:, 0].set(generation.start_id)
+    sources = _Sources(model.read(tokens, segment_ids), tokens, draws)
+    return write(model, sources, generation, slots, key)
 
-    allow = _allowing(generation, tokens, segment_ids)
 
-    def unfinished(state):
-        step, _, is_done, _ = state
-        return (step < generation.max_new_tokens) & ~is_done.all()
+def write(model: EncoderDecoder, sources: _Sources, generation: Generation, slots: int, key) -> Int[Array, "R T"]:
+    """Texts of all sources, `slots` of them at a time."""
+    R, limit, W = sources.tokens.shape[0], generation.max_new_tokens, generation.num_beams
+    decoder, is_search = model.decoder, W > 1
+    extend = functools.partial(_extend_beams if is_search else _extend, model, generation, key)
 
-    def write(state):
-        step, text, is_done, cache = state
-        logits, cache = model.step(text[:, step], cache)
-        logits = allow(logits.astype(jnp.float32), text, step + 1)
-        own_keys = None if key is None else jax.vmap(lambda row: jax.random.fold_in(key, row))(draws)
-        chosen = logits.argmax(-1) if key is None else draw(logits, own_keys, step, generation)
-        chosen = jnp.where(is_done, generation.pad_id, chosen).astype(jnp.int32)
-        return step + 1, text.at[:, step + 1].set(chosen), is_done | _ends(chosen, generation), cache
+    def go_on(sources: _Sources, texts, cache: Cache, waiting: Array | bool, enough: int):
+        """Write until no text is under way, or, where others wait, enough of them are over."""
 
-    return jax.lax.while_loop(unfinished, write, (jnp.zeros((), jnp.int32), text, jnp.zeros(B, bool), cache))[1]
+        def is_under_way(state):
+            is_over = state[0].is_over
+            return ~is_over.all() & ~(waiting & (is_over.sum() >= enough))
+
+        return jax.lax.while_loop(is_under_way, lambda state: extend(sources, *state), (texts, cache))
+
+    blank = (_no_beams if is_search else _no_text)(generation, slots)
+    if slots == R:
+        return go_on(sources, blank, decoder.start(sources.memory, limit, W), False, R)[0].best
+
+    # Long sources first: their texts are long too, as a rule, and one begun last would be written alone.
+    order = jnp.append(jnp.argsort(-(sources.memory.segments > 0).sum(1)), R)  # number R is no source
+
+    def renew(state):
+        number, rows, texts, cache, out = state
+        out = out.at[order[jnp.where(texts.is_over, rows, R)]].set(texts.best)  # row R is nobody's
+        begun = number + jnp.cumsum(texts.is_over) - 1
+        rows = jnp.where(texts.is_over, jnp.minimum(begun, R), rows)
+        own = jax.tree.map(lambda a: a[jnp.minimum(order[rows], R - 1)], sources)
+        cache = decoder.begin(cache, own.memory, texts.is_over)
+        fresh = jax.tree.map(lambda new, old: _where(texts.is_over, new, old), blank, texts)
+        texts = fresh._replace(is_over=rows == R)
+        number = jnp.minimum(number + (rows != state[1]).sum(), R)
+        texts, cache = go_on(own, texts, cache, number < R, -(-slots // 8))
+        return number, rows, texts, cache, out
+
+    first = jax.tree.map(lambda a: a[:slots], sources)
+    start = (
+        jnp.zeros((), jnp.int32), jnp.full(slots, R), blank._replace(is_over=jnp.ones(slots, bool)),
+        decoder.start(first.memory, limit, W), jnp.full((R + 1, 1 + limit), generation.pad_id, jnp.int32),
+    )  # fmt: skip
+    return jax.lax.while_loop(lambda state: (state[0] < R) | (state[1] < R).any(), renew, start)[-1][:R]
+
+
+def _where(which: Bool[Array, "B"], new: Array, old: Array) -> Array:
+    return jnp.where(which.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+
+def _no_text(generation: Generation, B: int) -> _Greedy:
+    texts = jnp.full((B, 1, 1 + generation.max_new_tokens), generation.pad_id, jnp.int32)
+    return _Greedy(texts.at[..., 0].set(generation.start_id), jnp.zeros(B, bool))
+
+
+def _extend(model, generation: Generation, key, sources: _Sources, greedy: _Greedy, cache: Cache):
+    """A token more of each text that is under way."""
+    texts, length = greedy.texts[:, 0], cache.length + 1  # with the token that starts it
+    logits, cache = model.step(_last(greedy.texts, length), cache)
+    logits = _allowed(generation, sources, logits[:, 0].astype(jnp.float32), texts, length)
+    if key is None:
+        chosen = logits.argmax(-1)
+    else:
+        own_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(sources.draws)
+        chosen = draw(logits, own_keys, length - 1, generation)
+    chosen = chosen.astype(jnp.int32)
+    texts = _put(greedy.texts, chosen[:, None], jnp.where(greedy.is_over, texts.shape[1], length))
+    is_over = greedy.is_over | _ends(chosen, generation) | (length >= generation.max_new_tokens)
+    return _Greedy(texts, is_over), cache
+
+
+def _last(texts: Int[Array, "B W T"], length: Int[Array, "B"]) -> Int[Array, "B W"]:
+    """The last token of each text."""
+    at = jnp.minimum(length, texts.shape[-1])[:, None, None] - 1
+    return jnp.take_along_axis(texts, jnp.broadcast_to(at, (*texts.shape[:2], 1)), axis=-1)[..., 0]
+
+
+def _put(texts: Int[Array, "B W T"], tokens: Int[Array, "B W"], at: Int[Array, "B"]) -> Int[Array, "B W T"]:
+    """Texts with a token more; none where `at` lies behind the last place."""
+    return texts.at[jnp.arange(len(texts)), :, at].set(tokens, mode="drop")
 
 
 def _ends(tokens: Int[Array, "..."], generation: Generation) -> Bool[Array, "..."]:
     return jnp.isin(tokens, jnp.asarray(generation.end_ids, jnp.int32))
 
 
-def _allowing(
-    generation: Generation, source: Int[Array, "B M"], segment_ids: Int[Array, "B M"]
-) -> Callable[..., Array]:
-    """The rules of `generation` as a function of scores, texts and their length; beams of a source stand together."""
+def _allowed(
+    generation: Generation, sources: _Sources, scores: Float[Array, "Z V"], texts: Int[Array, "Z T"],
+    length: Int[Array, "B"],
+) -> Float[Array, "Z V"]:  # fmt: skip
+    """Scores by the rules; Z = B W, the texts of a source stand together."""
     if generation.rules == _NO_RULES:
-        return lambda scores, text, length: scores
-
-    def allow(scores, text, length):
-        beams = scores.shape[0] // source.shape[0]
-        own_source, is_source = (jnp.repeat(x, beams, axis=0) for x in (source, segment_ids > 0))
-        return apply_rules(generation.rules, scores, text, length, own_source, is_source, generation.end_ids)
-
-    return allow
+        return scores
+    per_text = (length, sources.tokens, sources.memory.segments > 0)
+    own_length, source, is_source = (jnp.repeat(x, len(texts) // len(length), axis=0) for x in per_text)
+    return apply_rules(generation.rules, scores, texts, own_length, source, is_source, generation.end_ids)
 
 
-def draw(logits: Float[Array, "B V"], keys: Array, step: Int[Array, ""], generation: Generation) -> Int[Array, "B"]:
-    """A token a row, by its own key and the step."""
+def draw(
+    logits: Float[Array, "B V"], keys: Array, steps: Int[Array, "B"], generation: Generation
+) -> Int[Array, "B"]:
+    """A token a row, by its own key and step."""
     logits = logits.astype(jnp.float32) / generation.temperature
     if generation.top_k is not None:
         least = jax.lax.top_k(logits, min(generation.top_k, logits.shape[-1]))[0][:, -1:]
@@ -187,11 +270,13 @@ def draw(logits: Float[Array, "B V"], keys: Array, step: Int[Array, ""], generat
         stays = jnp.cumsum(probabilities, axis=-1) - probabilities < generation.top_p
         least = jnp.where(stays, ordered, jnp.inf).min(-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))(keys, logits)
+    pick = lambda key, step, row: jax.random.categorical(jax.random.fold_in(key, step), row)  # noqa: E731
+    return jax.vmap(pick)(keys, steps, logits)
 
 
 class _Beams(NamedTuple):
-    step: Int[Array, ""]
+    """Texts under way, W of each source, and the best W that are finished."""
+
     texts: Int[Array, "B W T"]
     scores: Float[Array, "B W"]
     """Sums of log-probabilities of the texts under way."""
@@ -199,69 +284,61 @@ class _Beams(NamedTuple):
     done_scores: Float[Array, "B W"]
     """With the length penalty; `_NEVER` where there is none yet."""
     is_done: Bool[Array, "B W"]
-    can_improve: Bool[Array, "B 1"]
-    cache: Cache
+    is_over: Bool[Array, "B"]
+
+    @property
+    def best(self) -> Int[Array, "B T"]:
+        return self.done_texts[:, 0]
 
 
-def beam_search(
-    model: EncoderDecoder, tokens: Int[Array, "B M"], segment_ids: Int[Array, "B M"], generation: Generation
-) -> Int[Array, "B T"]:
-    """The best finished text of each row, with transformers' rules for what counts as finished and when to stop.
-
-    Each step extends every beam by every token and keeps the best K, 2 W where one token ends a text: of those, W that
-    do not end go on, and among the best W those that end are finished. (Graves, arXiv 1211.3711; Wu et al., arXiv
-    1609.08144, section 7.)
-    """
-    (B, _), W, limit = tokens.shape, generation.num_beams, generation.max_new_tokens
-    cache = model.start(*(jnp.repeat(x, W, axis=0) for x in (tokens, segment_ids)), limit)
-    texts = jnp.full((B, W, 1 + limit), generation.pad_id, jnp.int32).at[..., 0].set(generation.start_id)
+def _no_beams(generation: Generation, B: int) -> _Beams:
+    W = generation.num_beams
+    texts = jnp.repeat(_no_text(generation, B).texts, W, axis=1)
     # All beams are alike at first: only one may be extended.
-    scores = jnp.full((B, W), _NEVER).at[:, 0].set(0.0)
-    never = jnp.full((B, W), _NEVER)
-    allow = _allowing(generation, tokens, segment_ids)
-    start = _Beams(
-        jnp.zeros((), jnp.int32), texts, scores, texts, never, jnp.zeros((B, W), bool), jnp.ones((B, 1), bool), cache
-    )
+    scores, never = jnp.full((B, W), _NEVER).at[:, 0].set(0.0), jnp.full((B, W), _NEVER)
+    return _Beams(texts, scores, texts, never, jnp.zeros((B, W), bool), jnp.zeros(B, bool))
 
-    def unfinished(beams: _Beams):
-        all_done = beams.is_done.all() & (generation.early_stopping is True)
-        return (beams.step < limit) & beams.can_improve.any() & ~all_done
 
-    def extend(beams: _Beams) -> _Beams:
-        step = beams.step + 1
-        logits, cache = model.step(beams.texts[..., beams.step].reshape(-1), beams.cache)
-        log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        log_probabilities = allow(log_probabilities, beams.texts.reshape(B * W, -1), step).reshape(B, W, -1)
-        V = log_probabilities.shape[-1]
-        K = min(max(2, 1 + len(generation.end_ids)) * W, W * V)  # enough for W that do not end
-        scores, chosen = jax.lax.top_k((log_probabilities + beams.scores[..., None]).reshape(B, -1), K)
-        origin = chosen // V
-        texts = _pick(beams.texts, origin).at[:, :, step].set((chosen % V).astype(jnp.int32))
-        ends = _ends(texts[:, :, step], generation) | (step == limit)
+def _extend_beams(model, generation: Generation, key, sources: _Sources, beams: _Beams, cache: Cache):
+    """Each beam extended by every token, of which the best are kept, by transformers' rules for what is finished.
 
-        going = scores + jnp.where(ends, _NEVER, 0.0)
-        best = jax.lax.top_k(going, W)[1]
-        rows = (jnp.arange(B)[:, None] * W + _pick(origin, best)).reshape(-1)
-        cache = cache._replace(own=jax.tree.map(lambda a: a[:, rows], cache.own))
+    Of the best K, 2 W where one token ends a text, W that do not end go on, and among the best W those that end are
+    finished. A source is over when no better text is likely. (Graves, arXiv 1211.3711; Wu et al., arXiv 1609.08144,
+    section 7.)
+    """
+    (B, W, T), limit = beams.texts.shape, generation.max_new_tokens
+    is_eager = generation.early_stopping is True
+    length = cache.length + 1  # with the token that starts the text
+    logits, cache = model.step(_last(beams.texts, length), cache)
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    V = log_probabilities.shape[-1]
+    log_probabilities = _allowed(
+        generation, sources, log_probabilities.reshape(-1, V), beams.texts.reshape(-1, T), length
+    ).reshape(B, W, V)
+    K = min(max(2, 1 + len(generation.end_ids)) * W, W * V)  # enough for W that do not end
+    scores, chosen = jax.lax.top_k((log_probabilities + beams.scores[..., None]).reshape(B, -1), K)
+    origin, tokens = chosen // V, (chosen % V).astype(jnp.int32)
+    texts = _put(_pick(beams.texts, origin), tokens, length)
+    ends = _ends(tokens, generation) | (length >= limit)[:, None]
 
-        just_done = ends & (jnp.arange(K) < W)
-        is_full = beams.is_done.all(-1, keepdims=True) & (generation.early_stopping is True)
-        counts = just_done & beams.can_improve & ~is_full
-        finished = scores / step.astype(jnp.float32) ** generation.length_penalty + jnp.where(counts, 0.0, _NEVER)
-        merged = jnp.concatenate([beams.done_scores, finished], axis=1)
-        done_scores, kept = jax.lax.top_k(merged, W)
-        done_texts = _pick(jnp.concatenate([beams.done_texts, texts], axis=1), kept)
-        is_done = _pick(jnp.concatenate([beams.is_done, just_done], axis=1), kept)
+    going = scores + jnp.where(ends, _NEVER, 0.0)
+    best = jax.lax.top_k(going, W)[1]
+    cache = model.decoder.follow(cache, _pick(origin, best))
 
-        running = _pick(going, best)
-        length = limit if generation.early_stopping == "never" and generation.length_penalty > 0 else step
-        hoped = running[:, :1] / jnp.asarray(length, jnp.float32) ** generation.length_penalty
-        worst = jnp.where(is_done, done_scores.min(1, keepdims=True), _NEVER)
-        can_improve = beams.can_improve & (hoped > worst).any(-1, keepdims=True)
-        return _Beams(step, _pick(texts, best), running, done_texts, done_scores, is_done, can_improve, cache)
+    just_done = ends & (jnp.arange(K) < W)
+    written = length.astype(jnp.float32)[:, None]
+    finished = scores / written**generation.length_penalty + jnp.where(just_done, 0.0, _NEVER)
+    done_scores, kept = jax.lax.top_k(jnp.concatenate([beams.done_scores, finished], axis=1), W)
+    done_texts = _pick(jnp.concatenate([beams.done_texts, texts], axis=1), kept)
+    is_done = _pick(jnp.concatenate([beams.is_done, just_done], axis=1), kept)
 
-    beams = jax.lax.while_loop(unfinished, extend, start)
-    return beams.done_texts[:, 0]
+    running = _pick(going, best)
+    is_patient = generation.early_stopping == "never" and generation.length_penalty > 0
+    hoped = running[:, :1] / (float(limit) if is_patient else written) ** generation.length_penalty
+    worst = jnp.where(is_done, done_scores.min(1, keepdims=True), _NEVER)
+    is_over = ~(hoped > worst).any(-1) | (length >= limit) | (is_done.all(-1) & is_eager)
+    new = _Beams(_pick(texts, best), running, done_texts, done_scores, is_done, is_over)
+    return jax.tree.map(functools.partial(_where, beams.is_over), beams, new), cache
 
 
 def _pick(x: Array, index: Int[Array, "B W"]) -> Array:

@@ -5,7 +5,6 @@ Axes: B texts under way, T the longest text with the token that starts it, V voc
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -42,13 +41,13 @@ def apply_rules(
     rules: LogitRules,
     scores: Float[Array, "B V"],
     text: Int[Array, "B T"],
-    length: Int[Array, ""],
+    length: Int[Array, "B"],
     source: Int[Array, "B M"],
     is_source: Bool[Array, "B M"],
     end_ids: Ids,
 ) -> Float[Array, "B V"]:
-    """Scores of the token at `length`, which is how many of `text` are written; T - 1 tokens follow the first."""
-    never = -jnp.inf
+    """Scores of the token at `length`, which is how many of a text are written; T - 1 tokens follow the first."""
+    never, length = -jnp.inf, length[:, None]
 
     def ban(scores, ids: Ids, when=True):
         ids = [i for i in ids if i < scores.shape[1]]
@@ -62,11 +61,11 @@ def apply_rules(
     rows = jnp.arange(B)[:, None]
     is_written = jnp.arange(T) < length
     if rules.repetition_penalty != 1.0:
-        seen = jnp.zeros(scores.shape, bool).at[rows, text].max(jnp.broadcast_to(is_written, text.shape))
+        seen = jnp.zeros(scores.shape, bool).at[rows, text].max(is_written)
         penalised = jnp.where(scores < 0, scores * rules.repetition_penalty, scores / rules.repetition_penalty)
         scores = jnp.where(seen, penalised, scores)
     for size, tokens, is_real in (
-        (rules.no_repeat_ngram_size, text, jnp.broadcast_to(is_written, text.shape)),
+        (rules.no_repeat_ngram_size, text, is_written),
         (rules.encoder_no_repeat_ngram_size, source, is_source),
     ):
         if 0 < size <= tokens.shape[1]:
@@ -94,6 +93,6 @@ def apply_rules(
     return ban(scores, rules.begin_suppress_ids, length == (1 if rules.forced_bos_id is None else 2))
 
 
-def _last(text: Int[Array, "B T"], length: Int[Array, ""], count: int) -> Int[Array, "B count"]:
+def _last(text: Int[Array, "B T"], length: Int[Array, "B 1"], count: int) -> Int[Array, "B count"]:
     """The last tokens written; of a text of fewer what means nothing."""
-    return jax.lax.dynamic_slice_in_dim(text, length - count, count, axis=1)
+    return jnp.take_along_axis(text, jnp.maximum(length - count + jnp.arange(count), 0), axis=1, mode="clip")

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig
-from flax_encoder.nn.cache import Cache
+from flax_encoder.nn.cache import Cache, Memory
 from flax_encoder.nn.encoder import REMAT_POLICIES, unstack
 from flax_encoder.nn.feed_forward import ACTIVATIONS
 from flax_encoder.nn.linear import Linear
@@ -143,18 +143,43 @@ class RecurrentDecoder(nnx.Module):
         out = dropout(out, self.config.dropout_rate, key)
         return constrain(out, "batch", "length", "features"), None
 
-    def start(self, memory: Float[Array, "B M D"], memory_segment_ids: Int[Array, "B M"], length: int) -> Cache:
-        """The states before the first of any number of tokens, with the memory's keys made once."""
-        starts = self._start(memory, (memory_segment_ids > 0)[:, None])[:, 0].swapaxes(0, 1)
-        own = (starts, *(jnp.zeros_like(starts) for _ in range(CELLS[self.config.layer].num_states - 1)))
-        return Cache(own, (self.attention.key(memory), memory), memory_segment_ids, jnp.zeros((), jnp.int32))
+    def read(self, memory: Float[Array, "R M D"], segments: Int[Array, "R M"]) -> Memory:
+        """What every token to come needs of the encoder's output: its keys, itself, and the states to start from."""
+        starts = self._start(memory, (segments > 0)[:, None])[:, 0]
+        return Memory((self.attention.key(memory), memory, starts), segments)
 
-    def step(self, x: Float[Array, "B 1 D"], cache: Cache) -> tuple[Float[Array, "B 1 D"], Cache]:
-        """The next token, and the cache with it."""
-        inputs, sight = self.first.input(x)[:, 0], cache.memory_segments > 0
-        states, context = self._advance(self._layers(), cache.own, inputs, *cache.memory, sight)
-        out = self._read(states[0][-1][:, None], context[:, None], x)
-        return out, cache._replace(own=states, length=cache.length + 1)
+    def start(self, memory: Memory, length: int, num_texts: int = 1) -> Cache:
+        """The states before the first token of so many texts of each source; any number of tokens may follow."""
+        B = memory.segments.shape[0]
+        return Cache(self._first(memory, num_texts), memory, jnp.zeros(B, jnp.int32))
+
+    def _first(self, memory: Memory, num_texts: int) -> tuple[Float[Array, "B W L C"], ...]:
+        starts = jnp.repeat(memory.of_layers[2][:, None], num_texts, axis=1)
+        return (starts, *(jnp.zeros_like(starts) for _ in range(CELLS[self.config.layer].num_states - 1)))
+
+    def begin(self, cache: Cache, memory: Memory, which: Bool[Array, "B"]) -> Cache:
+        """The cache with other sources; the texts of those marked begin anew."""
+        first, chosen = self._first(memory, cache.own[0].shape[1]), which[:, None, None, None]
+        own = tuple(jnp.where(chosen, new, old) for new, old in zip(first, cache.own, strict=True))
+        return Cache(own, memory, jnp.where(which, 0, cache.length))
+
+    def follow(self, cache: Cache, texts: Int[Array, "B W"]) -> Cache:
+        """The cache of texts that go on from those of these numbers, each of its own source."""
+        own = tuple(jnp.take_along_axis(a, texts[..., None, None], axis=1) for a in cache.own)
+        return cache._replace(own=own)
+
+    def step(self, x: Float[Array, "B W D"], cache: Cache) -> tuple[Float[Array, "B W D"], Cache]:
+        """The next token of each text, and the cache with it."""
+        B, W = x.shape[:2]
+        keys, memory, sight = (
+            jnp.repeat(a, W, axis=0) for a in (*cache.memory.of_layers[:2], cache.memory.segments > 0)
+        )
+        rows = x.reshape(B * W, 1, -1)
+        states = tuple(rearrange(a, "B W L C -> L (B W) C") for a in cache.own)
+        states, context = self._advance(self._layers(), states, self.first.input(rows)[:, 0], keys, memory, sight)
+        out = self._read(states[0][-1][:, None], context[:, None], rows)
+        own = tuple(rearrange(a, "L (B W) C -> B W L C", W=W) for a in states)
+        return out.reshape(x.shape), cache._replace(own=own, length=cache.length + 1)
 
     def _layers(self) -> list[RecurrentDecoderLayer]:
         """All layers, the first first."""

@@ -12,6 +12,8 @@ from flax_encoder.ops.mesh import LENGTH_AXES, is_spread, parts
 from flax_encoder.ops.platform import platform, precision
 from flax_encoder.ops.sums import sum_over
 
+_FEW_ROWS = 64
+
 
 def linear(
     x: Float[Array, "*B D"],
@@ -162,7 +164,14 @@ def _forward(x, kernel, transposed, dtype, out_dtype):
     # What is kept for the backward pass is already rounded: half the memory, and the cast is not made twice.
     x_low, kernel_low = x.astype(dtype), kernel.astype(dtype)
     dtypes = jnp.zeros((), x.dtype), jnp.zeros((), kernel.dtype)
-    return _rows_dot(x_low, kernel_low, 1 if transposed else 0, out_dtype), (x_low, kernel_low, dtypes)
+    return _few_rows_dot(x_low, kernel_low, transposed, out_dtype), (x_low, kernel_low, dtypes)
+
+
+def _few_rows_dot(x, kernel, transposed: bool, out_dtype: str):
+    """x @ kernel. Of few rows and a kernel [F, D] a CPU's product is twice as fast the other way round (LOG.md)."""
+    if transposed and x.ndim == 2 and x.shape[0] <= _FEW_ROWS and platform() == "cpu" and not is_spread():
+        return _row_major(_dot(_row_major(kernel), _row_major(x), (1, 1))).T.astype(out_dtype)
+    return _rows_dot(x, kernel, 1 if transposed else 0, out_dtype)
 
 
 def _backward(transposed, dtype, out_dtype, residuals, g):

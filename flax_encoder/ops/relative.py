@@ -102,12 +102,12 @@ def t5_bias(
     return to_pairs(jnp.broadcast_to(values[None, :, None, :], (1, table.shape[1], length, 2 * length - 1)))
 
 
-def t5_bias_row(
-    table: Float[Array, "R N"], length: int, max_distance: int, query: Int[Array, ""]
-) -> Float[Array, "1 N 1 T"]:
-    """A causal decoder's bias of one query, whose place may be traced, to each of `length` keys."""
+def t5_bias_rows(
+    table: Float[Array, "R N"], length: int, max_distance: int, queries: Int[Array, "B"]
+) -> Float[Array, "B N T"]:
+    """A causal decoder's bias of one query a row, whose place may be traced, to each of `length` keys."""
     values = t5_values(table, length, max_distance, is_causal=True)
-    return jax.lax.dynamic_slice_in_dim(values, length - 1 - query, length, axis=1)[None, :, None, :]
+    return jax.vmap(lambda at: jax.lax.dynamic_slice_in_dim(values, length - 1 - at, length, axis=1))(queries)
 
 
 def disentangled_buckets(distance: Int[np.ndarray, "P"], num_buckets: int, max_distance: int) -> Int[np.ndarray, "P"]:

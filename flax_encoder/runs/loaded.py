@@ -23,6 +23,7 @@ from flax_encoder.data.store.store import Split
 from flax_encoder.data.store.tokenizing import token_dtype
 from flax_encoder.data.tokens.texts import check_texts
 from flax_encoder.data.tokens.tokenizer import TextTokenizer, UnknownCount
+from flax_encoder.nn.generation import READ_PER_WRITTEN
 from flax_encoder.nn.lora import with_adapters
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.runs.asked import FEW_TOKENS, AskedModel
@@ -253,7 +254,8 @@ class LoadedRun:
         plan = documents.plan(row_length, "one-per-row" if reading.asks_one_a_row else "best-fit")
         order = OneByOne([plan])
         buckets = few_lengths(row_length) if reading.asks_one_a_row else ()
-        batch_size = min(2 ** int(np.ceil(np.log2(len(order)))), max(1, _TOKENS // row_length))
+        tokens = _TOKENS * (READ_PER_WRITTEN if reading.asks_one_a_row else 1)
+        batch_size = min(2 ** int(np.ceil(np.log2(len(order)))), max(1, tokens // row_length))
         max_pieces = 2 ** int(np.ceil(np.log2(plan.max_pieces_per_row)))  # a power of two: few shapes are compiled
         inputs = TargetInputs(self.config, self.tokenizer, documents, row_length, max_pieces, False, True)
         batches = Batches(

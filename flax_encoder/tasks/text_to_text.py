@@ -26,8 +26,9 @@ from flax_encoder.data.store.encoding import split_turns, turn_separator_ids
 from flax_encoder.data.store.store import Split
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.nn.decoder import EncoderDecoder, check_decoder
-from flax_encoder.nn.generation import Generation, generate
+from flax_encoder.nn.generation import READ_PER_WRITTEN, Generation, generate
 from flax_encoder.nn.logit_rules import LogitRules
+from flax_encoder.ops.mesh import is_spread
 from flax_encoder.tasks.document_model import ask_file_commands, check_whole_documents
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.masked_lm import MaskedLM
@@ -37,6 +38,7 @@ from flax_encoder.tasks.task import Answer, Labels, Question, Task
 
 _COUNTED_ANSWERS = 100_000  # of training, among which the most frequent is looked for
 _LONGEST = 128  # tokens that are written where nothing else is said
+_LEAST_SLOTS = 32  # sources that are written at a time: the weights are read once for all of them
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
@@ -83,7 +85,10 @@ class TextToText(EncoderDecoder):
             draws = ((tokens.astype(jnp.uint32) + 1) * place**3 * (segments > 0)).sum(1, dtype=jnp.uint32)
             draws = jax.lax.bitcast_convert_type(draws, jnp.int32)
             key = jax.random.key(self.seed)
-        text = generate(self, tokens, (segments > 0).astype(jnp.int32), self.generation, key=key, draws=draws)
+        # On a mesh all at once: devices have rows of their own, and none would make room for another's.
+        slots = None if is_spread() else max(_LEAST_SLOTS, len(tokens) // READ_PER_WRITTEN)
+        is_source = (segments > 0).astype(jnp.int32)
+        text = generate(self, tokens, is_source, self.generation, key=key, draws=draws, slots=slots)
         return {"text": text[:, None, 1:]}
 
 

@@ -13,7 +13,7 @@ from toy import SMALL, B, V, assert_trees_close, random_tokens, split_model
 from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
-from flax_encoder.nn.generation import Generation, beam_search, draw, generate
+from flax_encoder.nn.generation import Generation, draw, generate
 
 M, T = 13, 7
 T5 = dataclasses.replace(
@@ -41,6 +41,11 @@ MODELS = {
 def make(name, seed=0):
     config, decoder = MODELS[name]
     return split_model(lambda: EncoderDecoder(config, decoder, rngs=nnx.Rngs(0)), seed)
+
+
+def begun(model, tokens, segments, length, num_texts=1):
+    """A cache before the first token of each source."""
+    return model.decoder.start(model.read(tokens, segments), length, num_texts)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -83,12 +88,12 @@ def test_written_token_by_token_equals_all_at_once(name):
     positions = jnp.array([range(M), [0] * 3 + list(range(M - 3))], jnp.int32)  # the source's begin behind its padding
     want = jax.jit(lambda p: nnx.merge(graphdef, p)(source, target, segments, None, positions))(params)
     step = jax.jit(lambda p, tokens, cache: nnx.merge(graphdef, p).step(tokens, cache))
-    cache = jax.jit(lambda p: nnx.merge(graphdef, p).start(source, segments, T + 4))(params)
+    cache = jax.jit(lambda p: begun(nnx.merge(graphdef, p), source, segments, T + 4))(params)
     got = []
     for t in range(T):
-        logits, cache = step(params, target[:, t], cache)
+        logits, cache = step(params, target[:, t : t + 1], cache)
         got.append(logits)
-    assert_trees_close(jnp.stack(got, axis=1), want)
+    assert_trees_close(jnp.concatenate(got, axis=1), want)
 
 
 @pytest.mark.parametrize("name", ["t5", "original"])
@@ -99,7 +104,7 @@ def test_padding_on_either_side_begins_the_same_text(name):
     def logits(*parts):
         segments = jnp.concatenate([jnp.full_like(part, part is source) for part in parts], axis=1)
         model = nnx.merge(graphdef, params)
-        return model.step(jnp.zeros(1, jnp.int32), model.start(jnp.concatenate(parts, axis=1), segments, 2))[0]
+        return model.step(jnp.zeros((1, 1), jnp.int32), begun(model, jnp.concatenate(parts, axis=1), segments, 2))[0]
 
     assert_trees_close(logits(padding, source), logits(source, padding))
 
@@ -181,10 +186,45 @@ def test_greedy_takes_the_likeliest_token_each_time_and_pads_after_the_end(model
         np.testing.assert_array_equal(row, [*whole[:stop], *[36] * (10 - stop)])
 
 
-def test_one_beam_is_greedy(model):
-    generation = Generation(max_new_tokens=6, end_id=None)
-    got = jax.jit(lambda: beam_search(model, SOURCE, SEGMENTS, generation))()
-    np.testing.assert_array_equal(got, generate(model, SOURCE, SEGMENTS, generation))
+@pytest.mark.parametrize("name", ["t5", "original", "lstm"])
+def test_texts_that_go_on_from_one_another_have_the_logits_of_texts_alone(name):
+    """Each of a source's texts goes on from another one in every step, some from the same."""
+    graphdef, params = make(name)
+    model = nnx.merge(graphdef, params)
+    step = jax.jit(lambda tokens, cache: model.step(tokens, cache))
+    whole = jax.jit(lambda source, texts, segments, positions: model(source, texts, segments, positions=positions))
+    cache = begun(model, SOURCE, SEGMENTS, 6, 3)
+    texts = np.zeros((3, 3, 0), np.int32)
+    positions = jnp.maximum(jnp.cumsum(SEGMENTS, axis=1) - 1, 0)  # the source's begin behind its padding
+    source = [jnp.repeat(x, 3, 0) for x in (SOURCE, SEGMENTS, positions)]
+    for t in range(5):
+        tokens = np.asarray(random_tokens((3, 3), seed=t))
+        texts = np.concatenate([texts, tokens[..., None]], axis=-1)
+        logits, cache = step(jnp.asarray(tokens), cache)
+        padded = np.pad(texts.reshape(9, -1), [(0, 0), (0, 4 - t)])  # one shape; a text does not see what follows
+        alone = whole(source[0], jnp.asarray(padded), *source[1:])
+        assert_trees_close(logits.reshape(9, -1), alone[:, t])
+        origin = np.random.default_rng(t).integers(0, 3, (3, 3))
+        cache = model.decoder.follow(cache, jnp.asarray(origin))
+        texts = np.take_along_axis(texts, origin[..., None], axis=1)
+
+
+@pytest.mark.parametrize(("name", "settings"), [
+    ("t5", {}), ("t5", {"num_beams": 3}), ("t5", {"is_drawn": True}), ("lstm", {"num_beams": 2}),
+], ids=["greedy", "beams", "drawn", "lstm"])  # fmt: skip
+def test_texts_that_make_room_for_others_are_those_of_all_at_once(name, settings):
+    graphdef, params = make(name)
+    model = nnx.merge(graphdef, jax.tree.map(lambda x: 3 * x, params))
+    source = random_tokens((17, M), seed=5)
+    segments = (jnp.arange(M) < 1 + jnp.arange(17)[:, None] % M).astype(jnp.int32)
+    key = jax.random.key(1) if "is_drawn" in settings else None
+    plain = generate(model, source, segments, Generation(max_new_tokens=7, end_id=None, **settings), key=key)
+    ends = tuple(np.unique(np.asarray(plain)[:, 2:5])[:4].tolist())  # so that texts end at several places
+    generation = Generation(max_new_tokens=7, end_id=ends, pad_id=35, **settings)
+    want = np.asarray(generate(model, source, segments, generation, key=key))
+    assert len(np.unique((want == 35).sum(1))) > 2
+    for slots in (1, 4) if name == "t5" and not settings else (4,):
+        np.testing.assert_array_equal(generate(model, source, segments, generation, key=key, slots=slots), want)
 
 
 @pytest.mark.parametrize(("kind", "length_penalty"), [(T5, 0.0), (T5, 1.0), (LSTM, 1.0)], ids=["0", "1", "lstm"])
@@ -209,23 +249,6 @@ def test_enough_beams_find_the_likeliest_text(kind, length_penalty):
     )
     got = np.asarray(generate(model, source, None, generation))[0, 1:].tolist()
     assert got == [*best, *[0] * (limit - len(best))]
-
-
-def test_recurrent_states_follow_their_beams_and_their_texts():
-    """Greedy is the likeliest token each time; and the cache's rows, taken in another order as beams do, go on as
-    theirs."""
-    model = nnx.merge(*make("lstm"))
-    text = np.asarray(generate(model, SOURCE, SEGMENTS, Generation(max_new_tokens=6, end_id=None)))
-    logits = jax.jit(lambda text: model(SOURCE, text, SEGMENTS))
-    np.testing.assert_array_equal(text[:, 1:], np.asarray(logits(text[:, :-1])).argmax(-1))
-    cache = model.start(*(jnp.repeat(x[:1], 3, axis=0) for x in (SOURCE, SEGMENTS)), 4)
-    _, cache = model.step(jnp.array([3, 9, 20]), cache)
-    rows = jnp.array([2, 0, 0])
-    turned = cache._replace(own=jax.tree.map(lambda a: a[:, rows], cache.own))
-    token = jnp.full(3, 5)
-    want, got = model.step(token, cache)[0], model.step(token, turned)[0]
-    np.testing.assert_allclose(got, want[rows], rtol=1e-5, atol=1e-5)
-    assert not np.allclose(want[0], want[2], atol=1e-3)
 
 
 def test_rows_do_not_mix(model):
@@ -261,7 +284,7 @@ def test_draws_follow_the_probabilities_of_what_is_kept(settings, kept):
     generation = Generation(is_drawn=True, **settings)
     rows = 4000
     keys = jax.random.split(jax.random.key(0), rows)
-    tokens = draw(jnp.broadcast_to(jnp.log(jnp.asarray(p)), (rows, 5)), keys, jnp.int32(3), generation)
+    tokens = draw(jnp.broadcast_to(jnp.log(jnp.asarray(p)), (rows, 5)), keys, jnp.full(rows, 3), generation)
     share = np.bincount(np.asarray(tokens), minlength=5) / rows
     want = np.where(np.isin(range(5), kept), p ** (1 / generation.temperature), 0)
     np.testing.assert_allclose(share, want / want.sum(), atol=0.03)

@@ -65,17 +65,20 @@ def plain_rules(rules, scores, text, source, ends):
 
 
 @settings(max_examples=60, deadline=None)
-@given(rules=rules, length=st.integers(1, T - 1), seed=st.integers(0, 2**32 - 1), ends=st.just(()) | id_lists)
-def test_rules_on_arrays_are_the_rules_one_text_at_a_time(rules, length, seed, ends):
+@given(
+    rules=rules, lengths=st.tuples(*[st.integers(1, T - 1)] * B), seed=st.integers(0, 2**32 - 1),
+    ends=st.just(()) | id_lists,
+)  # fmt: skip
+def test_rules_on_arrays_are_the_rules_one_text_at_a_time(rules, lengths, seed, ends):
     """Of three tokens in nine texts much repeats. What stands behind the text, or pads the source, changes nothing."""
     r = np.random.default_rng(seed)
     text, source = r.integers(0, 3, (B, T)), r.integers(0, 3, (B, M))
     scores = r.standard_normal((B, V)).astype(np.float32)
     real = np.array([[1] * M, [0, 0] + [1] * (M - 2), [1] * (M - 3) + [0] * 3], bool)
     with jax.disable_jit():
-        got = apply_rules(rules, *map(jnp.asarray, (scores, text, length, source, real)), ends)
+        got = apply_rules(rules, *map(jnp.asarray, (scores, text, lengths, source, real)), ends)
     for i in range(B):
-        want = plain_rules(rules, scores[i], text[i, :length].tolist(), source[i][real[i]].tolist(), ends)
+        want = plain_rules(rules, scores[i], text[i, : lengths[i]].tolist(), source[i][real[i]].tolist(), ends)
         np.testing.assert_allclose(got[i], want, rtol=1e-6, err_msg=str(i))
 
 
