@@ -112,7 +112,7 @@ class DecoderLayer(nnx.Module):
             (self.feed_forward_norm, lambda y: self.feed_forward(y, key=feed_forward_key)),
         ):
             x = x + branch(norm(x)) if self.is_pre_norm else norm(x + branch(x))
-        return constrain(x, "batch", "length", "features"), cache
+        return constrain(x, "batch", "tokens", "features"), cache
 
 
 def check_decoder(config: EncoderConfig) -> None:
@@ -230,7 +230,7 @@ class Decoder(nnx.Module):
                 x, ys = run_layer(x, (own, i, *jax.tree.map(lambda a, i=i: a[i], xs[2:])))
                 each.append(ys)
             cache, states = jax.tree.map(lambda *a: jnp.stack(a), *each)
-        x = x if self.final_norm is None else self.final_norm(x)
+        x = constrain(x if self.final_norm is None else self.final_norm(x), "batch", "length", "features")
         if every_layer:
             states = jnp.concatenate([start[None], states]).at[-1].set(x)
         return x, cache, states
