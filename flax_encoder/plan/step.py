@@ -27,7 +27,7 @@ from flax_encoder.runs.opened import check_batches, make_learner
 from flax_encoder.runs.programs import Programs
 from flax_encoder.tasks import find_task
 from flax_encoder.training.parameters import trained
-from flax_encoder.training.sharding import BATCH_SPEC, make_mesh
+from flax_encoder.training.sharding import BATCH_SPEC, make_mesh, rows_left_whole
 from flax_encoder.training.step import TrainState, abstract_train_state
 
 
@@ -166,8 +166,9 @@ def _read(
         "activations": total - memory["argument"],
         "total": total,
     }
+    whole = rows_left_whole(batch, mesh)
     unread = [name for name in read["unestimated"] if name.rpartition("(")[2][:-1] not in _TOGETHER]
-    notes = [f"not in the step, as nothing says how long it takes: {name}" for name in unread]
+    notes = [*([whole] if whole else []), *(f"not in the step, as nothing says how long it takes: {n}" for n in unread)]
     if read["kernels_without_schedule"]:
         notes.append(f"{read['kernels_without_schedule']} kernels without a schedule that could be read")
     return plan._replace(

@@ -33,7 +33,7 @@ from flax_encoder.training.checkpoint import Checkpoints, DamagedCheckpoint, che
 from flax_encoder.training.host import run_folder, run_lock
 from flax_encoder.training.run_log import Clock, RunLog, read_metrics
 from flax_encoder.training.runtime import StopSignals, cache_hits, free_temporaries, join_processes, set_up_runtime
-from flax_encoder.training.sharding import make_mesh, put_batch, rows_of_process
+from flax_encoder.training.sharding import make_mesh, put_batch, rows_left_whole, rows_of_process
 from flax_encoder.training.step import StepMetrics
 from flax_encoder.training.trackers import Tracker, make_trackers
 
@@ -148,6 +148,8 @@ def _steps(
             clock.count(rows, rows_of_process(mesh)[1])
             shape = (id(program), *sorted((name, x.shape) for name, x in rows.items()))
             if shape not in compiled:  # a few times in a run at most
+                if whole := rows_left_whole(rows, mesh):
+                    log.say(whole)
                 with clock.paused(), goodput.during("compile"):
                     compiled[shape] = _compile(program.step_fn, state, batch, rows["tokens"].shape, log)
             if in_flight:
