@@ -65,7 +65,8 @@ def train(config: RunConfig, trackers: Sequence[Tracker] = ()) -> dict[str, floa
         check_batches(config, mesh)
     run_dir = pathlib.Path(config.run_dir)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda message: None
-    with run_folder(run_dir), run_lock(run_dir), Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
+    kept = config.keep_checkpoints, config.keep_every
+    with run_folder(run_dir), run_lock(run_dir), Checkpoints(run_dir, *kept) as checkpoints:
         while True:
             try:
                 return _train_from(config, checkpoints.resumable_step(say), run_dir, checkpoints, mesh, trackers)
