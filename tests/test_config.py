@@ -148,6 +148,8 @@ def test_unknown_names_and_wrong_types_are_named(values, message):
             "steps", "batch_size", "num_microbatches", "log_every", "checkpoint_every", "keep_checkpoints"
         )],
         (EncoderConfig, {"layer": "gru", "position": "none", "remat": "feed_forward"}, "none, dots or full for gru"),
+        (RunConfig, {"keep_every": 1200}, "a multiple of checkpoint_every, .* got 1200 for 500; 1000 does"),
+        (RunConfig, {"keep_every": 0}, "got 0 for 500; 500 does"),
         (RunConfig, {"eval_every": 0}, "eval_every must be above 0 or None: got 0"),
         (RunConfig, {"eval_batches": -3}, "eval_batches must be above 0 or None: got -3"),
         (RunConfig, {"batch_size": 32, "num_microbatches": 3}, "got 3 for 32; 2 and 4 do"),

@@ -76,7 +76,7 @@ def go_on(config: RunConfig, params, steps: int) -> list[int]:
     run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps({"objective": config.objective, "keep_best": config.keep_best}))
-    with Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
+    with Checkpoints(run_dir, config.keep_checkpoints, config.keep_every) as checkpoints:
         begun = checkpoints.resumable_step() or 0
         with RunLog(run_dir, steps=begun + steps, resume_step=begun) as log:
             for step in range(begun + 1, begun + steps + 1):
@@ -86,8 +86,8 @@ def go_on(config: RunConfig, params, steps: int) -> list[int]:
     return [begun, *sorted(checkpoint_steps(run_dir))]
 
 
-def train_there(params, steps):
-    with working_folder(CONFIG, lambda message: None) as config:
+def train_there(params, steps, **options):
+    with working_folder(dataclasses.replace(CONFIG, **options), lambda message: None) as config:
         return go_on(config, params, steps)
 
 
@@ -109,6 +109,14 @@ def test_a_run_is_kept_at_its_url_and_goes_on_from_there_on_another_machine(para
     lines = memory.cat_file("/runs/mine/metrics.jsonl").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert not [path for path in memory.find("/runs") if path.endswith(("lock", ".partial", ".saving"))]
+
+
+def test_what_is_kept_for_good_stays_at_the_url_though_another_machine_goes_on_without_it(params, memory, machine):
+    options = {"checkpoint_every": 1, "keep_every": 2}
+    assert train_there(params, 5, **options) == [0, 2, 4, 5]
+    machine("second")
+    train_there(params, 2, **options)
+    assert steps_there(memory) == {2: True, 4: True, 6: True, 7: True}
 
 
 def test_what_was_copied_by_half_is_no_checkpoint(params, memory, machine):

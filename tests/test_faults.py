@@ -4,14 +4,19 @@ Each round starts the run, hurts it, and starts it again until it has ended; its
 nothing has happened to, to the bit, and no step may be lost but those since the last whole checkpoint.
 """
 
+import collections
+import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import random
 import resource
 import signal
 import subprocess
+import sys
 import time
+import types
 
 import pytest
 
@@ -20,6 +25,7 @@ from tests.runs import ROOT, command, environment, losses, run, start, tiny
 
 pytestmark = pytest.mark.faults
 STEPS, EVERY, ROUNDS = 120, 6, 6
+SAVING_FAULTS = 100
 SEED = int(os.environ.get("FAULT_SEED") or random.SystemRandom().randrange(2**32))
 
 
@@ -113,6 +119,83 @@ def test_whatever_happens_the_run_ends_with_the_losses_of_one_that_nothing_happe
     run(command(config))
     assert losses(tmp_path / "run") == whole[1]
     print(f"  ended whole; {redone} steps were done again in all")
+
+
+class Saving:
+    """Rounds of `saving_worker.py` in one folder."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.run_dir, self._log = folder / "run", folder / "log"
+        self._worker = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/saving_worker.py")], env=environment() | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self._worker.stdout.readline() == "ready\n"
+
+    def begin(self, file_limit: int | None = None) -> int:
+        """A round's process, once it has said where it goes on from, or failed."""
+        self._log.write_text("")
+        asked = {"run_dir": str(self.run_dir), "log": str(self._log), "file_limit": file_limit}
+        print(json.dumps(asked), file=self._worker.stdin, flush=True)
+        pid = int(self._worker.stdout.readline())
+        deadline = time.monotonic() + 60
+        while not self.lines():
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        return pid
+
+    def end(self, pid: int | None) -> None:
+        """Kill it, or wait for it."""
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+        assert self._worker.stdout.readline() == "ended\n"
+
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in self._log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def close(self) -> None:
+        self._worker.stdin.close()
+        self._worker.wait(60)
+        self._worker.stdout.close()
+
+
+def test_of_a_hundred_faults_while_checkpoints_are_saved_none_loses_one_and_none_goes_unnoticed(tmp_path):
+    """A save every few milliseconds: killed at any moment, its disk full, or then the newest checkpoint damaged."""
+    print(f"\nFAULT_SEED={SEED}")
+    with contextlib.closing(Saving(tmp_path)) as saving:
+        _hurt(saving, random.Random(SEED))
+
+
+def _hurt(saving: Saving, rng: random.Random) -> None:
+    counts: collections.Counter[str] = collections.Counter()
+    newest, damaged, set_aside = 0, None, 0
+    for _ in range(SAVING_FAULTS):
+        kind = rng.choice(["kill", "kill", "corrupt", "fill"])
+        pid = saving.begin(rng.choice([1 << 12, 1 << 16, 1 << 20]) if kind == "fill" else None)
+        begun = saving.lines()[0]
+        # From the newest that is whole, which has what was saved; what was damaged was noticed and kept.
+        assert (begun["start"], begun["is_right"]) == (newest, True)
+        assert damaged is None or f"checkpoints/{damaged} is damaged" in " ".join(begun["said"])
+        set_aside, damaged = set_aside + (damaged is not None), None
+        if kind == "fill":
+            saving.end(None)
+            assert "could not be written" in saving.lines()[-1]["error"]
+        else:
+            time.sleep(rng.uniform(0, 0.4))
+            saving.end(pid)
+        begun_last = max((line["saving"] for line in saving.lines() if "saving" in line), default=newest)
+        is_whole = {int(p.name): hasattr(found, "files") for p, found in checkpoints(saving.run_dir)}
+        assert all(is_whole.values()), is_whole
+        # A save begins when the one before it is whole.
+        steps = sorted(is_whole)
+        newest = max(steps, default=0)
+        assert newest >= begun_last - 1
+        if kind == "corrupt" and len(steps) > 1:
+            corrupt(types.SimpleNamespace(run_dir=saving.run_dir), rng)
+            damaged, newest = newest, steps[-2]
+        counts[kind] += 1
+    print(f"  {dict(counts)}; {set_aside} damaged checkpoints were noticed and kept; no other was lost")
+    assert set_aside == len(list(saving.run_dir.glob("checkpoints/*.damaged*")))
 
 
 def checkpoints(run_dir: pathlib.Path):

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import fsspec
 import jax
@@ -27,6 +28,7 @@ from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.runs import ask_file, processes
 from flax_encoder.runs.ask_file import AnswerFile, output_file
 from flax_encoder.runs.load import load_run
+from flax_encoder.training.roll_call import LOST
 from flax_encoder.training.run_log import read_metrics
 from tests.runs import (
     ROOT,
@@ -125,6 +127,37 @@ def test_four_processes_that_are_killed_go_on_as_two_and_then_as_one(corpus, tmp
         assert saved >= step - 2 * config.checkpoint_every - 2
     run(command(config))
     assert_same_losses(run_dir, tmp_path / "whole")
+
+
+@pytest.mark.faults
+def test_when_a_process_is_killed_the_others_say_which_and_end_and_fewer_go_on(corpus, tmp_path):
+    whole = tiny(corpus, tmp_path / "whole", steps=90, log_every=1, batch_size=6, mesh__data=-1)
+    run(command(whole))
+    config = with_fields(whole, run_dir=str(tmp_path / "run"))
+    processes = start_all(config, 3)
+    wait_for_step(processes[0], tmp_path / "run", 12)
+    processes[1].kill()
+    began = time.monotonic()
+    outputs = [processes[i].communicate(timeout=120)[0] for i in (0, 2)]
+    print(f"the others ended {time.monotonic() - began:.0f} s later")
+    for i, said in zip((0, 2), outputs, strict=True):
+        assert processes[i].returncode == LOST, said
+        assert f"process 1 of 3 (pid {processes[1].pid} on" in said and "Traceback" not in said
+    run(command(config))
+    assert_same_losses(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.faults
+def test_what_one_process_fails_by_ends_the_others_with_its_error(corpus, tmp_path):
+    config = tiny(corpus, tmp_path / "run", steps=5000, mesh__num_processes=2)
+    first, second = addressed(2)
+    there = tmp_path / "there"
+    there.mkdir()
+    processes = [start(config, **first), start(config, **second, FLAX_ENCODER_CACHE=str(there / "file" / "cache"))]
+    (there / "file").write_text("no folder")
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [LOST, 1], outputs
+    assert "process 1 of 2 failed: " in outputs[0] and "Traceback" not in "".join(outputs)
 
 
 ROWS = [{"text": " ".join(WORDS[i % 7 : i % 7 + 2 + i % 9]) + " !" * (i % 3), "label": "ab"[i % 2]} for i in range(150)]

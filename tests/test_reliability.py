@@ -1,5 +1,6 @@
 """Nothing is lost, and nothing goes wrong in silence: damage, streams, signals, settings at their edges."""
 
+import errno
 import io
 import json
 import logging
@@ -21,6 +22,7 @@ from flax_encoder.data.pipeline import cache_folder, default_cache_dir
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import is_store
 from flax_encoder.runs.start import schedule_start
+from flax_encoder.training.checkpoint import CheckpointError, Checkpoints, checkpoint_steps
 from flax_encoder.training.console import lasting_streams, make_console
 from flax_encoder.training.run_log import NotFinite, RunLog, read_metrics
 from flax_encoder.training.runtime import StopSignals
@@ -107,6 +109,30 @@ with lasting_streams():
         make_console().print("[red]", i)
     open(sys.argv[1], "w").write("done")
 """
+
+
+@pytest.mark.parametrize(("full_at", "num_said"), [((3,), 1), ((3, 6, 9), 2)])
+def test_a_run_whose_disk_is_full_goes_on_and_fails_at_the_end_if_it_still_is(
+    corpus, tmp_path, monkeypatch, one_device, capsys, full_at, num_said
+):
+    config = tiny(corpus, tmp_path / "run", steps=9, log_every=1, checkpoint_every=3, model__num_layers=1)
+    commit = Checkpoints._commit
+
+    def full(self, saved, step):
+        if step in full_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        commit(self, saved, step)
+
+    monkeypatch.setattr(Checkpoints, "_commit", full)
+    if full_at == (3,):
+        train(config)
+    else:
+        with pytest.raises(CheckpointError, match="9 could not be written, there is none before it; free some space"):
+            train(config)
+    said = capsys.readouterr().out
+    assert "checkpoints/3 could not be written" in said and said.count("training goes on") == num_said
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 10))
+    assert checkpoint_steps(tmp_path / "run") == {6, 9} - {*full_at}
 
 
 @pytest.mark.parametrize("how", ["{} | head -1", "{} >&-", "{} >&- 2>&- <&-", "{} >/dev/full", "{} 2>&1 | true"])

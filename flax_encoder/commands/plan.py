@@ -7,6 +7,7 @@ from typing import Any
 
 from flax_encoder.commands.recipe import parse_run_config
 from flax_encoder.commands.screen import failing_clearly, positive_count
+from flax_encoder.config.mesh import MESH_AXES
 
 HELP = "whether a run fits on some hardware, how fast it goes and what it costs, with no accelerator at hand"
 HAS_OWN_PARSER = True
@@ -125,7 +126,7 @@ _CAVEATS = {
 
 
 def _search_table(rows: list[dict[str, Any]]) -> str:
-    head = ("data x fsdp x tensor", "microbatches", "remat", "tokens/s", "of peak", "GB a device", "")
+    head = (" x ".join(MESH_AXES), "microbatches", "remat", "tokens/s", "of peak", "GB a device", "")
     table = [head] + [
         (
             row["mesh"], str(row["microbatches"]), row["remat"], f"{row['tokens_per_second']:,.0f}",

@@ -26,6 +26,7 @@ def failing_clearly(*more: type[Exception]) -> Iterator[None]:
     """
     from flax_encoder.published.weights import WeightsError
     from flax_encoder.training.checkpoint import CheckpointError
+    from flax_encoder.training.roll_call import await_verdict, tell_failure
 
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as programs set it while they import
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,11 +34,17 @@ def failing_clearly(*more: type[Exception]) -> Iterator[None]:
         try:
             yield
         except (ConfigError, DataError, CheckpointError, WeightsError, OSError, *more) as error:
+            await_verdict(error)
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            tell_failure(error)
             sys.exit(1)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             print("interrupted.", file=sys.stderr)
+            tell_failure(error, 130)
             sys.exit(130)
+        except Exception as error:
+            await_verdict(error)
+            raise
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:

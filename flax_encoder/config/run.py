@@ -465,6 +465,9 @@ class RunConfig(ShortRepr):
     checkpoint_every: int = 500
     """Steps between checkpoints; one is also written at the end and before a signal stops the run."""
     keep_checkpoints: int = 2
+    """The newest so many are kept, and the best by keep_best."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides are kept for good too, to look back at how the model came about."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Who gets the numbers of metrics.jsonl too; wandb needs pip install 'flax-encoder[wandb]'."""
     stall_seconds: float | None = None
@@ -497,6 +500,12 @@ class RunConfig(ShortRepr):
         require(
             0 <= self.schedule_began < self.steps,
             f"schedule_began is a step of the run, set by extend: got {self.schedule_began} of {self.steps} steps.",
+        )
+        every, saved = self.keep_every, self.checkpoint_every
+        require(
+            every is None or (every > 0 and every % saved == 0),
+            f"keep_every is a multiple of checkpoint_every, or its steps would have no checkpoints: got {every} for "
+            f"{saved}; {max(1, (every or 0) // saved) * saved} does.",
         )
         require(
             0 <= self.seed < 2**32,

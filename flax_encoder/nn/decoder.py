@@ -118,7 +118,8 @@ class DecoderLayer(nnx.Module):
             pair = keys_values(self.cross_attention, memory)
             return attend(self.cross_attention, y, pair, sight, True, cross_key)
 
-        return self._branches(x, self_attention, cross_attention, feed_forward_key)
+        x = self._branches(x, self_attention, cross_attention, feed_forward_key)
+        return constrain(x, "batch", "tokens", "features")
 
     def write(
         self, x: Float[Array, "B W D"], memory: KeysValues, place: Place, cache: KeysValues
@@ -145,7 +146,7 @@ class DecoderLayer(nnx.Module):
             (self.feed_forward_norm, lambda y: self.feed_forward(y, key=key)),
         ):
             x = x + branch(norm(x)) if self.is_pre_norm else norm(x + branch(x))
-        return constrain(x, "batch", "length", "features")
+        return x
 
 
 def check_decoder(config: EncoderConfig) -> None:
@@ -291,7 +292,7 @@ class Decoder(nnx.Module):
                 x, y = run_layer(x, (own, i))
                 each.append(y)
             states = jnp.stack(each) if every_layer else None
-        x = x if self.final_norm is None else self.final_norm(x)
+        x = constrain(x if self.final_norm is None else self.final_norm(x), "batch", "length", "features")
         if every_layer:
             states = jnp.concatenate([start[None], states]).at[-1].set(x)
         return x, states

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from flax_encoder.config import EncoderConfig
 from flax_encoder.nn.linear import Linear
 from flax_encoder.nn.normalization import Norm
-from flax_encoder.nn.partition import MESH_AXES, constrain, normal, param
+from flax_encoder.nn.partition import MESH_AXES, constrain, normal, param, partition_spec
 from flax_encoder.ops.dropout import dropout
 from flax_encoder.ops.gather import take_vectors
 from flax_encoder.ops.position import sinusoidal
@@ -79,15 +79,19 @@ class Embedding(nnx.Module):
           ValueError: token_types for a model that has none.
         """
         tokens, positions = (constrain(a, "batch", "length") for a in (tokens, positions))
-        x = take_vectors(self.table, tokens, _axes("vocab"))
+        # Recurrent layers need a row's tokens together.
+        length = "tokens" if self.config.layer == "attention" else "length"
+        split = partition_spec(length)[0]
+        x = take_vectors(self.table, tokens, _axes("vocab"), split)
         x = x if self.config.embedding_scale == 1.0 else self.config.embedding_scale * x
         if self.token_type is not None:
             types = self.token_type[...]
-            x = x + (types[0] if token_types is None else take_vectors(types, token_types, _axes("token_types")))
+            x = x + (types[0] if token_types is None else take_vectors(types, token_types, _axes("token_types"), split))
         elif token_types is not None:
             raise ValueError("token_types need num_token_types: this model has 0; leave them out.")
         if self.position is not None:
-            x = x + take_vectors(self.position[...], positions + self.config.position_offset, _axes("places"))
+            numbers = positions + self.config.position_offset
+            x = x + take_vectors(self.position[...], numbers, _axes("places"), split)
         elif self.config.position == "sinusoidal":
             table = sinusoidal(positions, x.shape[-1])
             x = x + (table if self.scale is None else self.scale[...] * table)
@@ -95,4 +99,4 @@ class Embedding(nnx.Module):
             x = self.norm(x)
         x = dropout(x, self.config.dropout_rate, key)
         x = x if self.projection is None else self.projection(x)
-        return constrain(x, "batch", "length", "features")
+        return constrain(x, "batch", length, "features")

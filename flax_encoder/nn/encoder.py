@@ -60,9 +60,10 @@ class EncoderLayer(nnx.Module):
         else:
             x = self.attention_norm(x + self.attention(x, segment_ids, position, window, key=attention_key))
             x = self.feed_forward_norm(x + self.feed_forward(x, key=feed_forward_key))
-        if self.convolution is not None:
+        if self.convolution is not None:  # reads neighbours
+            before, x = (constrain(a, "batch", "length", "features") for a in (before, x))
             x = self.convolution(before, x, segment_ids, key=None if key is None else jax.random.fold_in(key, 2))
-        return constrain(x, "batch", "length", "features")
+        return constrain(x, "batch", "tokens", "features")
 
     def attention_weights(
         self,
@@ -262,7 +263,8 @@ class Encoder(nnx.Module):
         for stack, start, stop in self._stacks():
             x, own_states = run_stack(x, stack, start, stop)
             states.append(own_states)
-        hidden = x if self.final_norm is None else self.final_norm(x)
+        # What reads it may want a row's tokens together.
+        hidden = constrain(x if self.final_norm is None else self.final_norm(x), "batch", "length", "features")
         if not every_layer:
             return hidden
         states = jnp.concatenate(states)

@@ -14,6 +14,7 @@ from flax_encoder.ops.mesh import parts, splitting
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": "context",
+    "tokens": ("context", "tensor"),  # of the residual stream, between products that `tensor` splits
     "places": None,
     "layers": None,
     "vocab": "tensor",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-from flax_encoder.ops.mesh import LENGTH_AXES, is_spread, parts
+from flax_encoder.ops.mesh import TOKEN_AXES, is_spread, parts
 from flax_encoder.ops.platform import platform, precision
 from flax_encoder.ops.sums import sum_over
 
@@ -52,9 +52,9 @@ def linear(
 
 
 def _batch_axes(x: Array) -> tuple[int, ...]:
-    """All but the last axis as one, or as they are where the mesh cuts rows: an axis of rows and tokens in one is none
-    that it splits, and tokens would be brought together."""
-    return x.shape[:-1] if parts(LENGTH_AXES) > 1 else (math.prod(x.shape[:-1]),)
+    """All but the last axis as one, or as they are where the mesh splits tokens: an axis of rows and tokens in one is
+    none that it splits, and tokens would be brought together."""
+    return x.shape[:-1] if parts(TOKEN_AXES) > 1 else (math.prod(x.shape[:-1]),)
 
 
 def add_bias(
@@ -78,14 +78,14 @@ def _biased(y, bias):
 
 
 def _biased_backward(like, g):
-    g = _made_once(g, "bfloat16")
+    g = made_once(g, "bfloat16")
     return g, bias_gradient(g.reshape(*_batch_axes(g), g.shape[-1])).astype(like.dtype)
 
 
 _biased.defvjp(lambda y, bias: (_biased(y, bias), jnp.zeros((), bias.dtype)), _biased_backward)
 
 
-def _made_once(g, dtype: str):
+def made_once(g, dtype: str):
     """On a GPU g rounded to dtype, one array for all that read it: XLA would make a concatenation for each product."""
     return jax.lax.optimization_barrier(g.astype(dtype)).astype(g.dtype) if platform() == "gpu" else g
 
@@ -177,7 +177,7 @@ def _few_rows_dot(x, kernel, transposed: bool, out_dtype: str):
 def _backward(transposed, dtype, out_dtype, residuals, g):
     x, kernel, (x_like, kernel_like) = residuals
     options = {"contract_last": transposed, "dtype": dtype, "x_dtype": x_like.dtype.name}
-    d_x, d_kernel = linear_gradients(x, kernel, _made_once(g, dtype), **options)
+    d_x, d_kernel = linear_gradients(x, kernel, made_once(g, dtype), **options)
     if platform() == "tpu":
         # Otherwise a reshape that takes heads apart becomes part of the product, which then wants x transposed.
         d_kernel = jax.lax.optimization_barrier(d_kernel)

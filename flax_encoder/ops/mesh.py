@@ -5,6 +5,8 @@ import math
 import jax
 
 BATCH_AXES, LENGTH_AXES, HEAD_AXES = ("data", "fsdp"), ("context",), ("tensor",)
+TOKEN_AXES = (*LENGTH_AXES, *HEAD_AXES)
+"""Those that split tokens between a layer's products, where features are not (ops/tensor_parallel.py)."""
 
 
 def parts(axes: tuple[str, ...] | str) -> int:
@@ -23,9 +25,12 @@ def is_spread() -> bool:
 
 
 def splitting(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-    """Those of the mesh's axes that split a dimension, if they divide it; otherwise each device has it whole."""
+    """Those of the mesh's axes that split a dimension: as many of them, from the first, as divide it. None if each
+    device has it whole."""
     axes = tuple(a for a in axes if mesh.shape.get(a, 1) > 1)
-    return axes if axes and size % math.prod(mesh.shape[a] for a in axes) == 0 else None
+    while axes and size % math.prod(mesh.shape[a] for a in axes):
+        axes = axes[:-1]
+    return axes or None
 
 
 def part_index(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...] | None):

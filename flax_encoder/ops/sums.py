@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_encoder.ops.mesh import LENGTH_AXES, parts
+from flax_encoder.ops.mesh import TOKEN_AXES, parts
 from flax_encoder.ops.platform import platform
 
 _SLICES = 8  # more streams a power of two apart share cache lines
@@ -38,9 +38,9 @@ def sum_over(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "...
 def mean_of_features(x: Float[Array, "*B D"], scale: Float[Array, "D"] | None = None) -> Float[Array, "*B 1"]:
     """jnp.mean(x * scale, -1, keepdims=True), on a CPU by a product, for an x that is there anyway.
 
-    Not where the mesh cuts rows: rows and tokens in one axis would have to be brought together.
+    Not where the mesh splits tokens: rows and tokens in one axis would have to be brought together.
     """
-    if platform() != "cpu" or parts(LENGTH_AXES) > 1:
+    if platform() != "cpu" or parts(TOKEN_AXES) > 1:
         return (x if scale is None else x * scale).mean(-1, keepdims=True)
     D = x.shape[-1]
     column = jnp.full(D, 1 / D, x.dtype) if scale is None else scale / D

@@ -27,7 +27,7 @@ from flax_encoder.runs.opened import check_batches, make_learner
 from flax_encoder.runs.programs import Programs
 from flax_encoder.tasks import find_task
 from flax_encoder.training.parameters import trained
-from flax_encoder.training.sharding import BATCH_SPEC, make_mesh
+from flax_encoder.training.sharding import BATCH_SPEC, make_mesh, rows_left_whole
 from flax_encoder.training.step import TrainState, abstract_train_state
 
 
@@ -44,6 +44,8 @@ class Compiled(NamedTuple):
     memory: dict[str, int]
     seconds: float
     """That compiling took."""
+    schedules: pathlib.Path | None = None
+    """The folder of its kernels' schedules."""
 
 
 def compile_step(state: TrainState, step_fn: Any, batch: dict[str, np.ndarray], mesh: Mesh, platform: str) -> Compiled:
@@ -122,7 +124,8 @@ def plan_stages(
     programs = Programs(
         config, sample.label_names, graphdef, tx, shardings, trained(config.trained_by, state.params), teacher
     )
-    plans = []
+    plans: list[StagePlan] = []
+    made: dict[Any, Compiled | DoesNotFit] = {}
     for i, (stage, batch) in enumerate(zip(config.stages, sample.batches, strict=True)):
         if only_last and i < len(config.stages) - 1:
             continue
@@ -132,26 +135,43 @@ def plan_stages(
             stage.end_step - stage.start_step, stage.batch_size, stage.row_length, False, held,
             phase=stage.phase + 1 if config.phases else None,
         )  # fmt: skip
-        for left in schedules.glob("*"):  # of another shape
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        try:
-            with platform_for_tracing(platform):
-                step_fn = programs.of(stage).step_fn
-            compiled = compile_step(state, step_fn, batch, mesh, platform)
-        except DoesNotFit as error:
-            total = {"total": error.needed_bytes} if error.needed_bytes else {}
-            plans.append(plan._replace(hbm_bytes=held | total, notes=(str(error),)))
+        with platform_for_tracing(platform):
+            step_fn = programs.of(stage).step_fn
+        key = id(step_fn), tuple((name, x.shape) for name, x in batch.items())
+        if is_new := key not in made:  # as in the run, stages of one program and shape have one compilation
+            made[key] = _compiled_or_not(state, step_fn, batch, mesh, platform, schedules, len(made))
+        compiled = made[key]
+        if isinstance(compiled, DoesNotFit):
+            total = {"total": compiled.needed_bytes} if compiled.needed_bytes else {}
+            plans.append(plan._replace(hbm_bytes=held | total, notes=(str(compiled),)))
             continue
-        plans.append(_read(plan, compiled, batch, model_flops(sample, batch), mesh, chip, schedules))
+        compiled = compiled if is_new else compiled._replace(seconds=0.0)
+        plans.append(_read(plan, compiled, batch, model_flops(sample, batch), mesh, chip))
     return plans
 
 
+def _compiled_or_not(
+    state: TrainState, step_fn: Any, batch: dict[str, np.ndarray], mesh: Mesh, platform: str, schedules: pathlib.Path,
+    number: int,
+) -> Compiled | DoesNotFit:  # fmt: skip
+    """The step, with its kernels' schedules in a folder of its own, of this number."""
+    of_step = schedules / f"of step {number}"
+    shutil.rmtree(of_step, ignore_errors=True)
+    try:
+        compiled = compile_step(state, step_fn, batch, mesh, platform)
+    except DoesNotFit as error:
+        compiled = error
+    of_step.mkdir()
+    for written in [path for path in schedules.iterdir() if not path.name.startswith("of step ")]:
+        written.rename(of_step / written.name)
+    return compiled if isinstance(compiled, DoesNotFit) else compiled._replace(schedules=of_step)
+
+
 def _read(
-    plan: StagePlan, compiled: Compiled, batch: dict[str, np.ndarray], flops: float, mesh: Mesh, chip: Chip,
-    schedules: pathlib.Path,
-) -> StagePlan:  # fmt: skip
+    plan: StagePlan, compiled: Compiled, batch: dict[str, np.ndarray], flops: float, mesh: Mesh, chip: Chip
+) -> StagePlan:
     segments = batch["segment_ids"]
-    cycles = kernel_cycles(schedules, segments)
+    cycles = {} if compiled.schedules is None else kernel_cycles(compiled.schedules, segments)
     rows = segments[: -(-len(segments) // (mesh.shape["data"] * mesh.shape["fsdp"]))]  # those of a device
     rows = rows[:, : rows.shape[1] // mesh.shape["context"]]
     read = report(compiled.text, compiled.memory, chip, chip.kernel_fraction, cycles, rows)
@@ -166,8 +186,9 @@ def _read(
         "activations": total - memory["argument"],
         "total": total,
     }
+    whole = rows_left_whole(batch, mesh)
     unread = [name for name in read["unestimated"] if name.rpartition("(")[2][:-1] not in _TOGETHER]
-    notes = [f"not in the step, as nothing says how long it takes: {name}" for name in unread]
+    notes = [*([whole] if whole else []), *(f"not in the step, as nothing says how long it takes: {n}" for n in unread)]
     if read["kernels_without_schedule"]:
         notes.append(f"{read['kernels_without_schedule']} kernels without a schedule that could be read")
     return plan._replace(

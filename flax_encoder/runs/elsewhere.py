@@ -100,7 +100,7 @@ def working_folder(config: RunConfig, say: Say) -> Iterator[RunConfig]:
     if jax.process_index() > 0:
         yield inner
         return
-    mirror, stop = _Mirror(folder, url), threading.Event()
+    mirror, stop = _Mirror(folder, url, config.keep_every), threading.Event()
     thread = threading.Thread(target=mirror.follow, args=(stop,), name="copies the run", daemon=True)
     thread.start()
     try:
@@ -191,8 +191,8 @@ def _check_shared(folder: pathlib.Path, url: str) -> None:
 class _Mirror:
     """Copies of a run's folder at a URL."""
 
-    def __init__(self, folder: pathlib.Path, url: str):
-        self._folder, self._url = folder, url
+    def __init__(self, folder: pathlib.Path, url: str, keep_every: int | None):
+        self._folder, self._url, self._keep_every = folder, url, keep_every
         self._sent: dict[str, tuple[int, int]] = {}
         self.failure: Exception | None = None
         """Why the URL has not what the folder had when it was last copied, if it has not."""
@@ -237,7 +237,8 @@ class _Mirror:
                     self._put(name)
                     self._sent[name] = about
         for step in {step for name in there if (step := _step_of(name)) is not None} - steps:
-            if step < max(steps, default=-1):
+            is_kept = self._keep_every is not None and step % self._keep_every == 0  # of another machine's, perhaps
+            if step < max(steps, default=-1) and not is_kept:
                 self._remove(there, step)
 
     def _put(self, name: str) -> None:

@@ -5,12 +5,9 @@ blocks, one each, the results go to all; so none is ahead of the others by more 
 come in the stream's order, and a stream may be gone on with by another number of processes.
 """
 
-import atexit
 import contextlib
 import itertools
-import os
 import pickle
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -20,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from flax_encoder.config import ConfigError
 from flax_encoder.data.sources.records import DataError
+from flax_encoder.training.roll_call import tell_failure
 from flax_encoder.training.runtime import join_processes
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -37,17 +35,9 @@ def together(num_processes: int) -> Iterator[bool]:
     join_processes(num_processes)
     try:
         yield jax.process_index() == 0
-    except BaseException:
-        if num_processes > 1:  # the others may wait for this one, which JAX would have wait for them as it ends
-            atexit.register(_leave)
+    except BaseException as error:
+        tell_failure(error)
         raise
-
-
-def _leave() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
-    os._exit(1)
 
 
 def blocks_of_all(

@@ -33,7 +33,7 @@ from flax_encoder.training.run_log import RunLog
 FREE_ON_RESUME = (
     "run_dir", "init_from", "compare_with_scratch", "log_every", "eval_every", "eval_batches", "checkpoint_every",
     "patience", "seeds", "stall_seconds", "profile", "max_skipped", "max_norm_factor", "skip_rows", "trackers",
-    "keep_checkpoints", "mesh.", "data.cache_dir", "data.source", "data.validation", "data.test",
+    "keep_checkpoints", "keep_every", "mesh.", "data.cache_dir", "data.source", "data.validation", "data.test",
     "data.tokenizer", "data.text_column", "data.text_pair_column", "data.label_column", "data.skip_bad_rows",
     "generation.", "data.word_vectors", "data.workers", "data.verify", "model.scan_layers", "model.remat",
     "model.attention_implementation", "distillation.teacher",

@@ -10,7 +10,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,11 +29,17 @@ from flax_encoder.runs.skipping import Skipping
 from flax_encoder.runs.step_log import StepLog
 from flax_encoder.runs.watch import Profile, Watchdog
 from flax_encoder.tasks import check_task
-from flax_encoder.training.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_steps, read_params
+from flax_encoder.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    DamagedCheckpoint,
+    checkpoint_steps,
+    read_params,
+)
 from flax_encoder.training.host import run_folder, run_lock
 from flax_encoder.training.run_log import Clock, RunLog, read_metrics
 from flax_encoder.training.runtime import StopSignals, cache_hits, free_temporaries, join_processes, set_up_runtime
-from flax_encoder.training.sharding import make_mesh, put_batch, rows_of_process
+from flax_encoder.training.sharding import make_mesh, put_batch, rows_left_whole, rows_of_process
 from flax_encoder.training.step import StepMetrics
 from flax_encoder.training.trackers import Tracker, make_trackers
 
@@ -65,7 +71,8 @@ def train(config: RunConfig, trackers: Sequence[Tracker] = ()) -> dict[str, floa
         check_batches(config, mesh)
     run_dir = pathlib.Path(config.run_dir)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda message: None
-    with run_folder(run_dir), run_lock(run_dir), Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
+    kept = config.keep_checkpoints, config.keep_every
+    with run_folder(run_dir), run_lock(run_dir), Checkpoints(run_dir, *kept) as checkpoints:
         while True:
             try:
                 return _train_from(config, checkpoints.resumable_step(say), run_dir, checkpoints, mesh, trackers)
@@ -148,6 +155,8 @@ def _steps(
             clock.count(rows, rows_of_process(mesh)[1])
             shape = (id(program), *sorted((name, x.shape) for name, x in rows.items()))
             if shape not in compiled:  # a few times in a run at most
+                if whole := rows_left_whole(rows, mesh):
+                    log.say(whole)
                 with clock.paused(), goodput.during("compile"):
                     compiled[shape] = _compile(program.step_fn, state, batch, rows["tokens"].shape, log)
             if in_flight:
@@ -192,7 +201,11 @@ def _steps(
                 record, now_best = run.record.replace(step=step, spent_seconds=spent_seconds), best()
                 record = skipping.in_record(record, step)
                 with goodput.during("save"):
-                    checkpoints.save(state, step, record.to_json(), best=now_best and now_best.step)
+                    save = functools.partial(
+                        checkpoints.save, state, step, record.to_json(), best=now_best and now_best.step
+                    )
+                    _do_or_say(checkpoints.wait, log)  # the one before
+                    save() if is_last or is_end else _do_or_say(save, log)
             if is_end:
                 break
             if is_last:
@@ -221,6 +234,17 @@ def _steps(
         log.write(step, {f"goodput/{name}": share for name, share in goodput.shares().items()})
         log.say(f"time went {goodput}")
     return (metrics or {}) | (tested or {})
+
+
+def _do_or_say(act: Callable[[], None], log: RunLog) -> None:
+    """Where a checkpoint cannot be written, training goes on, and the next is tried when its time has come; but of
+    several processes, which must know the same of each save."""
+    try:
+        act()
+    except CheckpointError as error:
+        if jax.process_count() > 1:
+            raise
+        log.say(f"{error}\ntraining goes on; the next checkpoint is tried when it is due")
 
 
 def _marks(

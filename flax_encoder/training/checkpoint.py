@@ -58,12 +58,15 @@ class Checkpoints:
 
     A checkpoint that is not wanted any more is deleted only after a newer one is whole.
 
+    Args:
+      keep_every: those of steps that it divides are kept, however old they are.
+
     Raises:
       CheckpointError: the folder's path cannot be given to Orbax.
     """
 
-    def __init__(self, run_dir: pathlib.Path, keep: int):
-        self._folder, self._keep = (run_dir / "checkpoints").resolve(), keep
+    def __init__(self, run_dir: pathlib.Path, keep: int, keep_every: int | None = None):
+        self._folder, self._keep, self._keep_every = (run_dir / "checkpoints").resolve(), keep, keep_every
         # Orbax reports saves and errors at length through this logger; ours says what a person needs.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         # Made in the background, a folder that cannot be made leaves threads that wait for it for minutes.
@@ -183,11 +186,14 @@ class Checkpoints:
         if not self._has_read_back:
             self._read_back(final, step)
             self._has_read_back = True
-        doomed_folders = [p for p in _numbered(self._folder)[self._keep :] if int(p.name) != self._best]
-        for old in doomed_folders:
+        for old in [p for p in _numbered(self._folder)[self._keep :] if not self._is_kept(int(p.name))]:
             doomed = old.with_name(f"{old.name}.deleting")
             os.rename(old, doomed)  # killed half-way, it is no checkpoint any more
             _remove(doomed)
+
+    def _is_kept(self, step: int) -> bool:
+        """However old it is."""
+        return step == self._best or (self._keep_every is not None and step % self._keep_every == 0)
 
     def _read_back(self, folder: pathlib.Path, step: int) -> None:
         """A place that writes and cannot be read is found by the first save, not when the run is wanted again."""

@@ -83,7 +83,8 @@ class RunLog:
 
     Opened at a step that a run resumes from, its first line drops what was logged after that step, so that the file is
     the same as an uninterrupted run's; a run that is refused before has changed nothing. Until then `steps` and
-    `is_finished` may be set to what the run has settled. A terminal shows a panel with the loss as a curve; elsewhere a
+    `is_finished` may be set to what the run has settled. Lines that cannot be written are kept until they can be; if
+    they cannot at the end, that is an OSError. A terminal shows a panel with the loss as a curve; elsewhere a
     line is printed every ten seconds or so.
     """
 
@@ -98,6 +99,7 @@ class RunLog:
         self._last_line = 0.0
         self._run_dir, self._resume_step = run_dir, resume_step
         self._file: BinaryIO | None = None
+        self._unwritten = b""
         self._after: list[dict[str, Any]] = []
         self._trackers, self._config = Tracked(trackers), config or {}
 
@@ -123,13 +125,22 @@ class RunLog:
         if odd := {name: value for name, value in values.items() if not math.isfinite(value)}:
             raise NotFinite(f"a metric is a finite number: at step {step}, {_listed(odd)}. Nothing of it is in {path}.")
         line = json.dumps({"step": step, **values}, allow_nan=False) + "\n"
+        had_all = not self._unwritten
+        self._unwritten += line.encode()
+        error = self._write_rest()
+        if error is not None and had_all:
+            logger.warning("%s cannot be written (%s): its lines are kept until it can be.", path, error.strerror)
+        self._trackers.call("log", step, values)
+
+    def _write_rest(self) -> OSError | None:
+        """What of the log is not written yet, as far as there is room for it; the error, if not all could be."""
         try:
             self._file = self._file or self._open()
-            self._file.write(line.encode())
+            while self._unwritten:  # a disk may take a part
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            why = f"{error.strerror}; once it can be written, the same command goes on"
-            raise OSError(error.errno, why, str(path)) from None
-        self._trackers.call("log", step, values)
+            return error
+        return None
 
     def progress(self, step: int, values: dict[str, float], headline: str, seconds_left: float) -> None:
         """Show where the run is: step, loss, the task's headline metric, tokens/s, data wait, time left."""
@@ -169,11 +180,16 @@ class RunLog:
 
     def __exit__(self, kind: type | None, *exc_info: object) -> None:
         self.end_progress()
+        error = None
+        if self._unwritten or self._after:
+            self._unwritten += "".join(json.dumps(line) + "\n" for line in self._after).encode()
+            error = self._write_rest()
         if self._file is not None:
-            with suppress(OSError):
-                self._file.write("".join(json.dumps(line) + "\n" for line in self._after).encode())
             self._file.close()
             self._trackers.call("end")
+        if error is not None and kind is None:  # or else the first error is the one to hear of
+            path = str(self._run_dir / "metrics.jsonl")
+            raise OSError(error.errno, f"{error.strerror}; the log's last lines are lost", path)
 
 
 def _is_of(line: dict[str, Any], *prefixes: str) -> bool:

@@ -20,6 +20,7 @@ from flax_encoder.config import ConfigError
 from flax_encoder.data.pipeline import default_cache_dir
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.tokenizing import num_cores
+from flax_encoder.training.roll_call import begin_roll_call
 
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -62,6 +63,7 @@ def join_processes(num_processes: int) -> None:
         told = {} if own is None else {"num_processes": num_processes, "process_id": int(own)}
         if not jax.distributed.is_initialized():
             jax.distributed.initialize(**told)
+            begin_roll_call()
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"mesh.num_processes is {num_processes}, and they could not join: {error} Start one on each machine by "

@@ -132,6 +132,26 @@ def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
         )
 
 
+def rows_left_whole(batch: Mapping[str, np.ndarray], mesh: Mesh) -> str | None:
+    """A line about rows of a batch whose tokens `mesh.context` does not divide; None if it divides all.
+
+    Those of the encoder are checked before (`config.mesh.check_context`); a decoder's may be as long as its data asks.
+
+    Example:
+      >>> rows_left_whole({"segment_ids": np.zeros((2, 8))}, make_mesh(MeshConfig(), devices=jax.devices()[:1])) is None
+      True
+    """
+    parts = mesh.shape["context"]
+    lengths = {x.shape[1] for name, x in batch.items() if name.endswith("segment_ids") and x.shape[1] % parts}
+    if not lengths:
+        return None
+    length = max(lengths)
+    return (
+        f"the decoder's rows of {length} tokens stay whole on every device, since mesh.context {parts} does not divide "
+        f"them: --data.target-length {-(-length // parts) * parts} would have them split."
+    )
+
+
 def rows_of_process(mesh: Mesh) -> tuple[int, int]:
     """(index, count): which of so many equal runs of a batch's rows this process has.
 

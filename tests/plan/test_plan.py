@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import flax_encoder.plan.run as planning
+import flax_encoder.plan.step as planned_step
 from flax_encoder.commands.plan import main
-from flax_encoder.config import ConfigError, MeshConfig
+from flax_encoder.config import ConfigError, MeshConfig, Phase
 from flax_encoder.data.pipeline import open_data
 from flax_encoder.plan.collectives import collectives, summary
 from flax_encoder.plan.estimate import estimate
@@ -149,6 +150,29 @@ def test_a_plan_of_a_run_on_virtual_devices(capsys):
     assert made["total_price"] == pytest.approx(3.6 * made["total_chip_hours"])
     assert made["tokens_per_second"] == pytest.approx(8 * 32 / made["estimated_step_seconds"])
     assert 0 < made["fraction_of_peak"] < 1
+
+
+def test_stages_of_one_program_and_shape_are_compiled_once_as_in_the_run(monkeypatch, tmp_path):
+    """The schedules that the compiler writes meanwhile stay with each."""
+    compiled = []
+
+    def compile_step(state, step_fn, batch, mesh, platform):
+        compiled.append(batch["tokens"].shape)
+        (tmp_path / "1-kernel-2-final_bundles.txt").write_text(str(batch["tokens"].shape))
+        return planned_step.Compiled("", {}, 5.0)
+
+    def read(plan, compiled, batch, flops, mesh, chip):
+        [schedule] = compiled.schedules.iterdir()
+        assert schedule.read_text() == str(batch["tokens"].shape)
+        return plan._replace(compile_seconds=compiled.seconds)
+
+    monkeypatch.setattr(planned_step, "compile_step", compile_step)
+    monkeypatch.setattr(planned_step, "_read", read)
+    phases = tuple(Phase(share=0.25, learning_rate=rate, row_length=n) for rate, n in ((1.0, 32), (0.5, 32), (0.1, 64)))
+    config = with_fields(TINY, phases=(*phases, Phase(share=0.25, row_length=32)), model__max_length=64)
+    stages = planned_step.plan_stages(sample_data(config), jax.devices()[:1], CHIPS["v5e"], tmp_path)
+    assert compiled == [(TINY.batch_size, 32), (TINY.batch_size // 2, 64)]
+    assert [stage.compile_seconds for stage in stages] == [5.0, 0.0, 5.0, 0.0]
 
 
 def test_the_search_ranks_what_fits_by_its_rate_and_tries_each_once(monkeypatch):

@@ -41,8 +41,8 @@ def assert_same(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
 
 
-def save(run_dir, *steps, keep=2, state=make_state):
-    with Checkpoints(run_dir, keep) as checkpoints:
+def save(run_dir, *steps, keep=2, state=make_state, keep_every=None):
+    with Checkpoints(run_dir, keep, keep_every) as checkpoints:
         for step in steps:
             checkpoints.save(state(step), step, RUN)
         checkpoints.wait()
@@ -64,6 +64,11 @@ def test_restored_is_bitwise_what_was_saved(tmp_path):
     assert read_run(tmp_path) == RUN | {"step": 3}
     assert_same(read_params(tmp_path), as_numpy(make_state(3).params))
     assert_same(read_params(tmp_path / "checkpoints" / "3"), as_numpy(make_state(3).params))
+
+
+def test_the_newest_are_kept_and_those_of_steps_that_keep_every_divides(tmp_path):
+    save(tmp_path, 2, 3, 4, 5, 6, 7, keep=1, keep_every=3)
+    assert step_folders(tmp_path) == [3, 6, 7]
 
 
 def test_a_save_holds_the_values_of_its_step_though_the_state_is_donated_at_once(tmp_path):

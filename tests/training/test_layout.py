@@ -1,6 +1,7 @@
 """How devices become a mesh, and which rows of a batch a process has."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from flax_encoder.config import ConfigError, MeshConfig
-from flax_encoder.training.sharding import make_mesh, rows_of_process, slices_along
+from flax_encoder.training.sharding import make_mesh, rows_left_whole, rows_of_process, slices_along
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -54,6 +55,13 @@ def test_rows_and_no_other_axis_lie_across_slices(sizes, num_slices, across):
 def test_slices_that_would_share_rows_are_refused():
     with pytest.raises(ConfigError, match=r"got data 1 x fsdp 2 for 4 slices. Give --mesh.data 4"):
         slices_along({"data": 1, "fsdp": 2, "tensor": 4, "context": 1}, 4)
+
+
+@pytest.mark.parametrize(("length", "said"), [(24, None), (20, "rows of 20 tokens .* --data.target-length 24 would")])
+def test_a_decoders_rows_that_context_does_not_divide_are_said_to_stay_whole(length, said):
+    batch = {"segment_ids": np.zeros((8, 16)), "decoder_segment_ids": np.zeros((8, length)), "targets": np.zeros(8)}
+    line = rows_left_whole(batch, make_mesh(MeshConfig(context=8)))
+    assert line is None if said is None else re.search(said, line)
 
 
 def test_devices_of_one_slice_are_neighbours_in_the_mesh():

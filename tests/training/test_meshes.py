@@ -26,7 +26,9 @@ from flax_encoder.training.step import init_train_state, make_train_step
 
 # Sizes that eight devices divide, and of which no two are alike: what is sent can be told by its size.
 V, T, S, M, D, F, ROWS, STEPS = 320, 64, 48, 13, 32, 72, 8, 20
-PLAIN = EncoderConfig(vocab_size=V, num_layers=6, embed_dim=D, num_heads=8, mlp_dim=F, max_length=T + 1)
+PLAIN = EncoderConfig(
+    vocab_size=V, num_layers=6, embed_dim=D, num_heads=8, mlp_dim=F, max_length=T + 1, dropout_rate=0.1
+)
 SHAPES = {
     "bert": PLAIN,
     "modernbert": dataclasses.replace(
@@ -128,15 +130,17 @@ def test_after_twenty_steps_a_mesh_has_the_losses_and_parameters_of_one_device(s
     assert_equals_one_device(shape, sizes)
 
 
-# What devices may send one another along the axes of a mesh, but for scalars and integers. All-reduces add up, over
-# `tensor` activations, over the others gradients.
+# What devices may send one another along the axes of a mesh, but for scalars and integers, and for what all-reduces add
+# up, gradients of parameters, over any axes.
 SENT = {
-    "all-gather": [{"fsdp"}, {"context"}],  # a layer's parameters; keys and values, and targets' vectors
-    "reduce-scatter": [{"fsdp"}, {"context"}],  # their gradients
+    # A layer's parameters; keys and values, and targets' vectors; tokens that a layer's products read.
+    "all-gather": [{"fsdp"}, {"context"}, {"tensor"}],
+    "reduce-scatter": [{"fsdp"}, {"context"}, {"tensor"}],  # their gradients, and what such products add up
     "collective-permute": [{"context"}],  # the keys beside a window
-    "all-reduce": [{"tensor"}, {"data"}, {"fsdp"}, {"context"}, {"data", "fsdp"}, {"data", "context"},
-                   {"fsdp", "context"}, {"data", "fsdp", "context"}, {"tensor", "context"}],
-}  # fmt: skip
+}
+# Of bert: before a layer's first products, twice forward and twice again backward; before its last ones' gradients; the
+# embedding's gradient; and for the head.
+GATHERS_OF_TOKENS = 8
 
 
 def sent(shape, sizes):
@@ -157,12 +161,23 @@ def assert_sends_what_the_layout_asks_for(shape, sizes):
     data, fsdp, tensor, context = sizes
     rows, stack = ROWS // (data * fsdp), 0 if shape == "modernbert" else SHAPES[shape].num_layers
     largest = max(V * D // tensor, rows * max(T, S) * D)  # the vocabulary's table; a layer's keys
+    together = [(rows, length // context, D) for length in (T, S)]
+    apart = [(rows, length // (context * tensor), D) for length in (T, S)]
+    gathers = scatters = 0
     for kind, axes, array in sent(shape, sizes):
         named = f"{kind} over {axes}: {array}"
         # Nothing in a recurrent layer is split by `tensor`: the compiler splits what its products add up. And of axes
         # with as many devices it takes one for another: a kernel of D x D came by `fsdp` and, once, by `data`.
         is_of_recurrence = shape == "lstm" and np.prod(array) <= 4 * D * D
-        assert axes in SENT[kind] or is_of_recurrence, named
+        assert kind == "all-reduce" or axes in SENT[kind] or is_of_recurrence, named
+        if axes == {"tensor"} and kind != "all-reduce" and not is_of_recurrence:
+            assert array in (together if kind == "all-gather" else apart), f"not a layer's tokens: {named}"
+            gathers, scatters = gathers + (kind == "all-gather"), scatters + (kind == "reduce-scatter")
+            continue
+        # Targets are tokens of t5's decoder, whose gradient the vocabulary's parts add up.
+        is_of_targets = shape == "t5" and array == together[1]
+        if "tensor" in axes and shape != "lstm" and not is_of_targets:
+            assert array not in (*together, (rows, T, D), (rows, S, D)), f"tokens that every device has: {named}"
         assert np.prod(array) <= largest, named
         assert array[0] != stack, f"a whole stack of layers: {named}"
         assert array[0] != ROWS or rows == ROWS or len(array) < 2, f"rows of all devices: {named}"
@@ -170,3 +185,6 @@ def assert_sends_what_the_layout_asks_for(shape, sizes):
         assert array[-1] not in (V, V // tensor) or is_table, f"logits: {named}"
         if kind != "all-reduce" and len(array) > 2 and context > 1 and axes != {"context"}:
             assert array[1] in (T // context, S // context), f"tokens of all devices: {named}"
+    if tensor > 1 and shape != "lstm":
+        assert gathers and scatters, "every device along `tensor` had all tokens between a layer's products"
+        assert gathers <= GATHERS_OF_TOKENS or shape != "bert", f"tokens were gathered {gathers} times"

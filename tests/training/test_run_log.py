@@ -2,7 +2,9 @@
 
 import io
 import json
+import resource
 import signal
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
@@ -52,6 +54,41 @@ def test_a_run_that_is_refused_before_its_first_line_leaves_the_log_as_it_was(tm
         with pytest.raises(ValueError), RunLog(tmp_path, steps=7, resume_step=3, is_finished=is_finished):
             raise ValueError
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@contextmanager
+def files_of_at_most(size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 1, 26, 60])
+def test_lines_for_which_a_disk_has_no_room_are_written_when_it_has(tmp_path, size, caplog):
+    """Though it takes a line by half; it is said once."""
+    (tmp_path / "whole").mkdir()
+    write_run(tmp_path / "whole", 0, range(1, 8))
+    with RunLog(tmp_path, steps=7, resume_step=0) as log:
+        with files_of_at_most(size):
+            for step in range(1, 6):
+                log.write(step, {"loss": 10.0 / step})
+            assert (tmp_path / "metrics.jsonl").stat().st_size == size
+        log.write(6, {"loss": 10.0 / 6})
+        log.write(7, {"loss": 10.0 / 7})
+        log.write(7, {"eval/loss": 3.0})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert [record.message for record in caplog.records if "its lines are kept until it can be" in record.message] == [
+        f"{tmp_path / 'metrics.jsonl'} cannot be written (File too large): its lines are kept until it can be."
+    ]
+
+
+def test_lines_for_which_there_is_no_room_at_the_end_are_an_error(tmp_path):
+    with files_of_at_most(30), pytest.raises(OSError, match="the log's last lines are lost"):
+        write_run(tmp_path, 0, range(1, 8))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
 def test_a_run_without_a_log_has_no_metrics(tmp_path):
