@@ -2,10 +2,10 @@
 
 Files are those of each set's own archive, or of the same names with the columns of TensorFlow Datasets and the Hub.
 
-Where the names of sets were looked up, on 2026-11-30. TensorFlow Datasets: its builders, 4.9.10, and their reading of an
-archive (tests/suites/test_named_sets.py); those of super_glue and wikiann need TensorFlow, and WNUT 2017 is not
-there. The Hub: names, columns and splits by the sets' pages and by projects that load them. datasets 4 runs no scripts,
-which is all that leondz/wnut_17 and eriktks/conll2003 hold, so copies of them in Parquet are taken. Nothing was loaded.
+Where the names of sets were looked up, on 2026-11-30. TensorFlow Datasets: its builders, 4.9.10, and how they read an
+archive (tests/suites/test_named_sets.py); those of super_glue and wikiann need TensorFlow, and WNUT 2017 is not there.
+The Hub: names, columns and splits by the sets' pages and by projects that load them. datasets 4 runs no scripts, which
+is all that leondz/wnut_17 and eriktks/conll2003 hold, so copies of them in Parquet are taken. Nothing was loaded.
 """
 
 from collections import defaultdict
