@@ -66,12 +66,8 @@ class Classifier(DocumentModel):
     def report(total: LossSum) -> dict[str, float]:
         """Means for people: loss (nats a document), accuracy, macro-F1 over the classes that occur; with a teacher the
         terms of the loss too."""
-        count = max(float(total.count), 1.0)
-        return {
-            "loss": float(np.asarray(total.sum)) / count,
-            "accuracy": float(np.asarray(total.metrics["correct"])) / count,
-            "macro_f1": macro_f1(np.asarray(total.metrics["confusion"])),
-        } | distillation.term_means(total)
+        scores = {"macro_f1": macro_f1(np.asarray(total.metrics["confusion"]))}
+        return total.means(accuracy="correct") | scores | distillation.term_means(total)
 
 
 def macro_f1(confusion: np.ndarray) -> float:
@@ -222,5 +218,6 @@ TASK = Task(
     examples=_examples,
     commands=_commands,
     head="classification",
+    answers_for="documents",
     problem_type="single_label_classification",
 )  # fmt: skip

@@ -38,8 +38,7 @@ class MultiLabelClassifier(DocumentModel):
 
 
 def _report(total: LossSum) -> dict[str, float]:
-    count = max(float(total.count), 1.0)
-    return {"loss": float(total.sum) / count, "accuracy": float(np.asarray(total.metrics["exact"])) / count}
+    return total.means(accuracy="exact")
 
 
 def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], MultiLabelClassifier]:
@@ -128,5 +127,6 @@ TASK = Task(
     baselines=_baselines,
     commands=ask_file_commands,
     head="classification",
+    answers_for="documents",
     problem_type="multi_label_classification",
 )

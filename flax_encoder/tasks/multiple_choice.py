@@ -17,7 +17,7 @@ from flax_encoder.data.rows.targets import TargetInputs, Targets, document_targe
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.store.store import Split
 from flax_encoder.tasks.document_model import DocumentModel, check_whole_documents
-from flax_encoder.tasks.loss import LossSum, target_loss
+from flax_encoder.tasks.loss import LossSum, accuracy_report, target_loss
 from flax_encoder.tasks.task import Answer, Labels, Question, Task
 
 _FAR = -1e30  # stands for minus infinity, whose differences would be no numbers
@@ -55,15 +55,6 @@ class MultipleChoice(DocumentModel):
     def outputs(self, batch: dict[str, Array]) -> dict[str, Array]:
         """The probability of each choice, [B, M, n]."""
         return {"probabilities": jax.nn.softmax(self(batch))}
-
-    @staticmethod
-    def report(total: LossSum) -> dict[str, float]:
-        """Means for people: loss (nats a document) and accuracy."""
-        count = max(float(total.count), 1.0)
-        return {
-            "loss": float(np.asarray(total.sum)) / count,
-            "accuracy": float(np.asarray(total.metrics["correct"])) / count,
-        }
 
 
 def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], MultipleChoice]:
@@ -135,7 +126,7 @@ def _commands(run: Any) -> list[str]:
 TASK = Task(
     reading=Reading(Columns("class", 3, 27), _targets, _layout),
     make_model=_make_model,
-    report=MultipleChoice.report,
+    report=accuracy_report,
     reads=("pooling", "labels.smoothing", "data.label_column", "data.text_pair_column"),
     check=check_whole_documents,
     answer=_answer,

@@ -35,8 +35,7 @@ class Regressor(DocumentModel):
 
 
 def _report(total: LossSum) -> dict[str, float]:
-    count = max(float(total.count), 1.0)
-    return {"loss": float(total.sum) / count, "mae": float(np.asarray(total.metrics["absolute"])) / count}
+    return total.means(mae="absolute")
 
 
 def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], Regressor]:
@@ -90,5 +89,6 @@ TASK = Task(
     baselines=_baselines,
     commands=ask_file_commands,
     head="classification",
+    answers_for="documents",
     problem_type="regression",
 )
