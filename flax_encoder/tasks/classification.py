@@ -97,7 +97,7 @@ def _targets(inputs: TargetInputs) -> Targets:
     else:
         weights = np.asarray(wanted)
         require(
-            len(weights) >= num_classes,
+            len(weights) == num_classes,
             f"labels.class_weights are one number a class: got {len(weights)} for {num_classes} classes.",
         )
     return functools.partial(_weighted, made, weights.astype(np.float32))
@@ -146,7 +146,7 @@ def score(answers: Sequence[Answer], golds: Sequence[str], labels: Labels) -> di
         "accuracy": float(metrics.accuracy_score(actual, predicted)),
         "macro_f1": float(metrics.f1_score(actual, predicted, average="macro", zero_division=0)),
         "weighted_f1": float(metrics.f1_score(actual, predicted, average="weighted", zero_division=0)),
-        "matthews": float(metrics.matthews_corrcoef(actual, predicted)),
+        "matthews": float(metrics.matthews_corrcoef(actual, predicted)) if len({*actual, *predicted}) > 1 else 0.0,
     }
     if answers and "probability" in answers[0]:
         correct = np.array([a == p for a, p in zip(actual, predicted, strict=True)], float)
