@@ -28,7 +28,7 @@ from flax_encoder.data.store.encoding import NO_ANSWER
 from flax_encoder.data.store.store import Split
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import ClassificationHead
-from flax_encoder.tasks.document_model import check_whole_documents
+from flax_encoder.tasks.document_model import ask_file_commands, check_whole_documents
 from flax_encoder.tasks.loss import LossSum, accuracy_report
 from flax_encoder.tasks.task import Answer, Labels, Question, Task
 
@@ -299,10 +299,7 @@ def _examples(run: Any, data: Any) -> list[str]:
 
 
 def _commands(run: Any) -> list[str]:
-    return [
-        f"python -m flax_encoder predict {run.config.run_dir} --input questions.jsonl --output answers.jsonl",
-        f"python -m flax_encoder evaluate {run.config.run_dir} --data.source test.json",
-    ]
+    return ask_file_commands(run, "questions.jsonl", "test.json")
 
 
 TASK = Task(

@@ -240,7 +240,7 @@ def _spelled(words: Sequence[str], tags: Sequence[str], labels: Labels) -> str:
 
 
 def _commands(run: Any) -> list[str]:
-    return [command.replace("test.csv", "test.jsonl") for command in ask_file_commands(run)]  # a table has no lists
+    return ask_file_commands(run, scored="test.jsonl")
 
 
 TASK = Task(
