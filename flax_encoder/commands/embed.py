@@ -8,7 +8,7 @@ from typing import get_args
 
 from flax_encoder.commands.screen import add_processes_option
 from flax_encoder.config.model import PoolingMode
-from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.sources.records import DataError, Say
 from flax_encoder.training.console import make_news_console
 
 HELP = "a vector for each text of a file"
@@ -18,7 +18,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a run, one of its checkpoints, a published or a sentence-transformers folder")
     parser.add_argument("--input", required=True, help="one text a line, or a .jsonl, .csv, .parquet ... file with "
                         "a text a row; or a URL of one")  # fmt: skip
-    parser.add_argument("--text-column", help="of such a file, the column to read (default: guessed by its name)")
+    parser.add_argument("--text-column", "--data.text-column", dest="text_column", help="of such a file, the column to "
+                        "read (default: guessed by its name)")  # fmt: skip
+    parser.add_argument("--skip-bad-rows", "--data.skip-bad-rows", dest="skip_bad_rows", action="store_true",
+                        help="leave out rows that cannot be read, and count them")  # fmt: skip
     parser.add_argument("--output", required=True, help="a .npy file: float32, a row a text; or a URL of one (gs://, "
                         "s3://)")  # fmt: skip
     parser.add_argument("--pooling", nargs="+", choices=get_args(PoolingMode), help="how a text's vectors become "
@@ -60,7 +63,8 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
         raise DataError(f"--output must end in .npy: got {arguments.output}.")
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise DataError(f"--batch-size must be above 0: got {arguments.batch_size}.")
-    texts, total = _open(arguments.input, arguments.text_column, arguments.num_processes)
+    tell = make_news_console(stderr=True, is_shown=is_first).print
+    texts, total = _open(arguments, tell)
     embedder = load_embedder(
         arguments.folder,
         pooling=arguments.pooling,
@@ -91,7 +95,7 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
     print(f"wrote {arguments.output}: {num_texts:,} x {embedder.embed_dim}{cut}")
 
 
-def _open(name: str, column: str | None, num_processes: int) -> tuple[Iterator[str], int | None]:
+def _open(arguments: argparse.Namespace, tell: Say) -> tuple[Iterator[str], int | None]:
     """(the texts of a file, how many there are where that is known): its lines, or what a column of its rows has."""
     from flax_encoder.config import ConfigError, DataConfig
     from flax_encoder.data.sources.columns import Columns
@@ -101,6 +105,7 @@ def _open(name: str, column: str | None, num_processes: int) -> tuple[Iterator[s
     from flax_encoder.runs.ask_file import open_input
     from flax_encoder.runs.vector_file import read_texts
 
+    name, column, num_processes = arguments.input, arguments.text_column, arguments.num_processes
     if not is_remote(name):
         path = pathlib.Path(name).expanduser()
         name, total = str(path), _num_lines(path)
@@ -110,8 +115,10 @@ def _open(name: str, column: str | None, num_processes: int) -> tuple[Iterator[s
             if column is not None:
                 raise ConfigError(f"--text-column is of files with columns, such as .jsonl and .csv: got {path}.")
             return read_texts(path), total
-    config = DataConfig(source=name, text_unit="line", text_column=column)
-    return (record.texts[0] for record in open_input(name, config, Columns())), None
+    config = DataConfig(
+        source=name, text_unit="line", text_column=column, skip_bad_rows=arguments.skip_bad_rows
+    )  # fmt: skip
+    return (record.texts[0] for record in open_input(name, config, Columns(), tell)), None
 
 
 def _num_lines(path: pathlib.Path) -> int | None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from flax_encoder.commands.screen import saying, show
 from flax_encoder.config import ConfigError, DataConfig, GenerationConfig
+from flax_encoder.training.console import make_news_console
 
 HELP = "score a model on a file that holds the right values: accuracy, F1, correlation, BLEU, loss ..."
 HAS_OWN_PARSER = True  # its options are settings, which have a parser of their own
@@ -59,8 +60,9 @@ def _run(asked: EvaluateArguments, is_first: bool) -> None:
         loaded = loaded.with_settings(asked.generation, data.prefix or None)
         data = dataclasses.replace(data, prefix="")  # which the run puts before texts
     began = time.monotonic()
+    tell = make_news_console(stderr=True, is_shown=is_first).print
     with saying() as say:
-        scores, details, about = score_source(loaded, data, say if is_first else str, asked.corpus)
+        scores, details, about = score_source(loaded, data, say if is_first else str, asked.corpus, tell)
     if not is_first:
         return
     if asked.json:

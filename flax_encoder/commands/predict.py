@@ -15,6 +15,7 @@ from flax_encoder.commands.screen import (
     saying,
 )
 from flax_encoder.config import ConfigError, DataConfig, GenerationConfig
+from flax_encoder.training.console import make_news_console
 
 HELP = "an answer for each text of a file: label, score, tags, answer, choice or text, as the model was taught"
 
@@ -27,9 +28,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, help="answers in the same order: .jsonl, .csv, a URL of "
                         "one (gs://, s3://), or - for the screen")  # fmt: skip
-    parser.add_argument("--text-column", help="the column of the text (default: guessed by its name)")
-    parser.add_argument("--text-pair-column", help="the column of the second text of a pair")
-    parser.add_argument("--history-column", help="text to text: the column with a list of turns")
+    # As training calls them, too: what a message says is understood.
+    parser.add_argument("--text-column", "--data.text-column", dest="text_column", help="the column of the text "
+                        "(default: guessed by its name)")  # fmt: skip
+    parser.add_argument("--text-pair-column", "--data.text-pair-column", dest="text_pair_column",
+                        help="the column of the second text of a pair")  # fmt: skip
+    parser.add_argument("--history-column", "--data.history-column", dest="history_column", help="text to text: the "
+                        "column with a list of turns")  # fmt: skip
+    parser.add_argument("--skip-bad-rows", "--data.skip-bad-rows", dest="skip_bad_rows", action="store_true",
+                        help="leave out rows that cannot be read, and count them")  # fmt: skip
     parser.add_argument("--top", type=positive_count, help="give so many of the likeliest labels too")
     parser.add_argument("--probabilities", action="store_true", help="give every label's probability")
     parser.add_argument("--squad", metavar="FILE", help="of question answering: also write the answers by their "
@@ -80,8 +87,10 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
     config = DataConfig(
         source=arguments.input, text_unit="line", text_column=arguments.text_column,
         text_pair_column=arguments.text_pair_column, history_column=arguments.history_column,
+        skip_bad_rows=arguments.skip_bad_rows,
     )  # fmt: skip
-    records = open_input(arguments.input, config, columns)
+    tell = make_news_console(stderr=True, is_shown=is_first).print
+    records = open_input(arguments.input, config, columns, tell)
     options = (arguments.top, arguments.probabilities)
     if arguments.output == "-":
         for answer in predict_together(loaded, records):
@@ -115,7 +124,11 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
             )  # fmt: skip
         if arguments.squad is not None:
             _write_by_id(path, arguments.squad)
-    print(f"wrote {arguments.output}: {total:,} answers" + (f"; {empty:,} texts were empty" if empty else ""))
+    print(f"wrote {arguments.output}: {total:,} answers" + _about_empty(empty))
+
+
+def _about_empty(count: int) -> str:
+    return f"; {count:,} text{'s were' if count > 1 else ' was'} empty" if count else ""
 
 
 def _write_by_id(answers: pathlib.Path, squad: str) -> None:

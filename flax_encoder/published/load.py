@@ -306,7 +306,7 @@ def load_pretrained(
     task: Task | Literal["none"] | None = None,
     num_labels: int | None = None,
     allow_unused: bool = False,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> Pretrained:
     """Load a published folder: config.json, safetensors or pickled tensors, and whatever tokenizer it has.
 
@@ -315,7 +315,7 @@ def load_pretrained(
         architectures, or else the one that the weights hold.
       num_labels: classes of a head that is not in the folder; None is config.json's.
       allow_unused: leave out tensors that nothing here reads, rather than refuse them.
-      seed: for heads that the folder has not.
+      seed: for heads that the folder has not; None leaves them zero and unsaid, for a caller that makes its own.
 
     Raises:
       ConfigError: no published folder, an unknown model_type or architecture, a config field or a tensor that is not
@@ -358,15 +358,17 @@ def load_pretrained(
 
     def make_model():
         if decoder is not None:
-            return EncoderDecoder(config, decoder, rngs=nnx.Rngs(seed))
-        return PretrainedModel(config, task, head, num_outputs, pooling, has_pooler, rngs=nnx.Rngs(seed))
+            return EncoderDecoder(config, decoder, rngs=nnx.Rngs(seed or 0))
+        return PretrainedModel(config, task, head, num_outputs, pooling, has_pooler, rngs=nnx.Rngs(seed or 0))
 
     graphdef, abstract = abstract_model(make_model)
     shapes = {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(abstract)).items()}
     imported = import_tensors(family, task, tensors, shapes, config.num_heads)
     fresh = tuple(sorted(set(shapes) - set(imported.params)))
     _check_unused(folder, family, imported.unused, allow_unused, is_alone)
-    if fresh:
+    if seed is None:
+        imported.params.update({path: np.zeros(shapes[path], np.float32) for path in fresh})
+    elif fresh:
         made = flatten(nnx.to_pure_dict(nnx.split(make_model())[1]))
         imported.params.update({path: np.asarray(made[path]) for path in fresh})
         logger.warning("%s has no %s: made anew from seed %d", folder, ", ".join(fresh), seed)

@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from flax_encoder.config import ConfigError, DataConfig
 from flax_encoder.data.pipeline import cache_folder
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source, open_source
-from flax_encoder.data.sources.records import DataError, LabelError, Record
+from flax_encoder.data.sources.records import DataError, LabelError, Record, Say
 from flax_encoder.data.sources.remote import is_remote, put_file
 from flax_encoder.runs.loaded import LoadedRun
 from flax_encoder.tasks.task import Answer
@@ -34,21 +34,29 @@ _LISTED: dict[str, Callable[[Any], tuple[str, ...]]] = {
 }
 
 
-def open_records(source: Source, split: str | None = None) -> tuple[str, Iterator[Record]]:
+def _hear(message: str) -> None: ...
+
+
+def open_records(source: Source, split: str | None = None, tell: Say = _hear) -> tuple[str, Iterator[Record]]:
     """(split, its records): the one asked for, or what a source is evaluated on, its test split, else its validation
-    split, else all."""
+    split, else all. `tell` hears what the source has to say, and of rows that are left out."""
     splits = {part.split for part in source.parts}
     split = split or next(name for name in ("test", "validation", "train") if name in splits)
-    return split, source.records(split)
+    for note in source.notes:
+        tell(note)
+    return split, source.records(split, tell)
 
 
-def open_input(path: str, config: DataConfig, columns: Columns) -> Iterator[Record]:
-    """The records of a file without values: a line of a .txt file or of standard input (-) is a text each."""
+def open_input(path: str, config: DataConfig, columns: Columns, tell: Say = _hear) -> Iterator[Record]:
+    """The records of a file without values: a line of a .txt file or of standard input (-) is a text each. `tell` hears
+    which columns were guessed, and of rows that are left out."""
     if path == "-":
         return (Record((line.rstrip("\r\n"),), where=f"line {n}") for n, line in enumerate(sys.stdin, 1))
     wanted = columns._replace(value="none", keeps_words=columns.value == "tags", keeps_id=True)
     source = open_source(path, config, wanted, cache_folder(config))
-    return itertools.chain.from_iterable(part.read() for part in source.parts)
+    for note in source.notes:
+        tell(note)
+    return source.records(tell=tell)
 
 
 def check_golds(run: LoadedRun, records: list[Record]) -> list[Any]:
@@ -93,7 +101,8 @@ def shown(answer: Answer, top: int | None, probabilities: bool) -> Answer:
 
 
 class AnswerFile:
-    """The output of `predict`: whole lines are kept while it is made, and a second start goes on after them.
+    """The output of `predict`: whole lines are kept while it is made, and a second start goes on after them. A .csv has
+    a column `error` for texts that have no answer.
 
     Args:
       identity: what the answers are made from; answers of something else are not gone on with.
@@ -125,7 +134,12 @@ class AnswerFile:
     def write(self, answers: Iterable[Answer], done: int, say: Callable[[int], None]) -> int:
         """Append answers and put the file in its place; returns how many there are in all."""
         answers = iter(answers)
+        header = ""
+        if self._path.suffix == ".csv" and self._columns is None and (first := _up_to_an_answer(answers)):
+            self._columns = [*(name for name in first[-1] if name != "error"), "error"]
+            header, answers = self._fields(self._columns), itertools.chain(first, answers)
         with self._part.open("ab") as file:
+            file.write(header.encode())
             while some := list(itertools.islice(answers, _KEPT_EVERY)):
                 file.write("".join(map(self._line, some)).encode())
                 file.flush()
@@ -143,16 +157,27 @@ class AnswerFile:
     def _line(self, answer: Answer) -> str:
         if self._path.suffix == ".jsonl":
             return json.dumps(answer, ensure_ascii=False) + "\n"
-        text = io.StringIO()
-        writer = csv.writer(text)
-        if self._columns is None:
-            self._columns = list(answer)
-            writer.writerow(self._columns)
-        if unknown := answer.keys() - set(self._columns):
+        columns = self._columns or []
+        if unknown := answer.keys() - set(columns):
             raise DataError(f"a .csv file has one set of columns: {', '.join(unknown)} came later. Give .jsonl.")
-        values = [answer.get(name, "") for name in self._columns]
-        writer.writerow([json.dumps(v, ensure_ascii=False) if isinstance(v, (list, dict)) else v for v in values])
+        return self._fields([answer.get(name, "") for name in columns])
+
+    @staticmethod
+    def _fields(values: Sequence[Any]) -> str:
+        text = io.StringIO()
+        values = [json.dumps(v, ensure_ascii=False) if isinstance(v, (list, dict)) else v for v in values]
+        csv.writer(text).writerow(values)
         return text.getvalue()
+
+
+def _up_to_an_answer(answers: Iterator[Answer]) -> list[Answer]:
+    """The first answers, up to one that is none of an empty text: all have its columns."""
+    first = []
+    for answer in answers:
+        first.append(answer)
+        if "error" not in answer:
+            break
+    return first
 
 
 @contextlib.contextmanager

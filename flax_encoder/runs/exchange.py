@@ -55,7 +55,7 @@ def import_folder(
     out = pathlib.Path(out)
     refuse_filled(out)
     if is_published(folder):
-        loaded = load_pretrained(folder, task=head, allow_unused=allow_unused)
+        loaded = load_pretrained(folder, task=head, allow_unused=allow_unused, seed=None)
         objective = objective_of(loaded, pathlib.Path(folder))
         if loaded.task is not None and objective is None:
             raise ConfigError(

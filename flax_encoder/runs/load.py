@@ -74,7 +74,7 @@ def load(
     if not is_published(path):
         return load_run(path).with_dtype(dtype)
     head = head if objective is None else find_task(objective).head
-    loaded = load_pretrained(path, task=head, allow_unused=allow_unused)
+    loaded = load_pretrained(path, task=head, allow_unused=allow_unused, seed=None)
     return from_pretrained(loaded, objective or objective_of(loaded, path), str(given)).with_dtype(dtype)
 
 
@@ -238,6 +238,6 @@ def read_origin(path: str | pathlib.Path, objective: str) -> tuple[RunRecord, An
         return record, nnx.to_pure_dict(nnx.split(whole.model)[1])
     family = find_family(read_published_config(path))
     head = TASKS[objective].head
-    loaded = load_pretrained(path, task=head if head in family.heads else None)
+    loaded = load_pretrained(path, task=head if head in family.heads else None, seed=None)
     return as_record(loaded, objective if loaded.task == head else None)
 

@@ -15,6 +15,7 @@ from flax_encoder.runs.before import scores_before_training
 from flax_encoder.runs.load import load_run
 from flax_encoder.runs.record import read_record
 from flax_encoder.runs.summary import write_summary
+from flax_encoder.tasks import find_task
 from flax_encoder.training.console import make_console, print_table
 from flax_encoder.training.run_log import read_metrics
 
@@ -40,7 +41,7 @@ def describe_data(data: RunData) -> str:
         (data.num_cut, f"documents are longer than a row and cut: --data.row-length{of_target} takes more of them"),
         (data.num_left_out, "documents have a longer target than a decoder's row and are left out: --data.target-"
          "length takes more"),
-        (contradictory, "texts occur with more than one value"),
+        (contradictory, f"text{'s occur' if contradictory > 1 else ' occurs'} with more than one value"),
         (sum(m.get("unread_words", 0) for m in manifests), "words have no token, and so no tag that is learnt"),
     ]
     return (
@@ -48,7 +49,18 @@ def describe_data(data: RunData) -> str:
         f"{held_out['tokens']:,}{apart}{'; dropped ' + dropped if dropped else ''}; vocabulary "
         f"{data.tokenizer.vocab_size:,}; {rows:,} rows an epoch{beside}, {fill:.1%} full"
         + "".join(f"\ndata: {count:,} {what}" for count, what in notes if count)
+        + _about_pairs(data)
     )
+
+
+def _about_pairs(data: RunData) -> str:
+    """A line where a model without token types reads texts one behind the other."""
+    layout = find_task(data.config.objective).reading.layout(data.config)
+    is_read_together = layout.segments != "apart" and layout.written is None
+    has_pairs = any("text_lengths" in store.train.values for store in data.stores)
+    if data.config.model.num_token_types > 1 or not is_read_together or not has_pairs:
+        return ""
+    return "\ndata: the model has no token types; what stands between the texts of a pair is all that tells them apart"
 
 
 def describe_stages(config: RunConfig) -> str:

@@ -44,7 +44,7 @@ class Scored(NamedTuple):
 
 
 def score_source(
-    run: LoadedRun, config: DataConfig, say: Say, corpus: str | None = None
+    run: LoadedRun, config: DataConfig, say: Say, corpus: str | None = None, tell: Say = lambda message: None
 ) -> tuple[dict[str, float], dict[str, Any], str]:
     """(scores, details, what was scored): every record of the source's test split, else its validation split, else
     all.
@@ -52,6 +52,7 @@ def score_source(
     Args:
       corpus: of a task that makes vectors, a source of texts among which the records' texts are to be found, besides
         those of the records.
+      say, tell: hear how far the work is, and what the source has to say: columns that were guessed, rows left out.
 
     Raises:
       ConfigError: a corpus for another task.
@@ -62,14 +63,15 @@ def score_source(
         raise ConfigError(f"a corpus is searched by vectors, which {run.config.objective} does not make: leave it out.")
     if task.answer is None or task.score is None:
         return _loss(run, config, say)
-    found = score_answers(run, config, say, corpus=corpus)
+    found = score_answers(run, config, say, corpus=corpus, tell=tell)
     details = task.details(found.answers, found.golds, run.label_names) if task.details else {}
     return found.scores, details, found.about
 
 
 def score_answers(
-    run: LoadedRun, config: DataConfig, say: Say, split: str | None = None, corpus: str | None = None
-) -> Scored:
+    run: LoadedRun, config: DataConfig, say: Say, split: str | None = None, corpus: str | None = None,
+    tell: Say = lambda message: None,
+) -> Scored:  # fmt: skip
     """The answers to every record of a split, or as `score_source` chooses it, and their scores; of a task that has
     answers.
 
@@ -78,7 +80,7 @@ def score_answers(
     """
     task = run.task
     source = open_source(config.sources[0], config, task.reading.columns, cache_folder(config))
-    split, found = open_records(source, split)
+    split, found = open_records(source, split, tell)
     records: list[Record] = []
 
     def asked():

@@ -14,8 +14,6 @@ from flax_encoder.config import ConfigError
 from flax_encoder.ops.platform import platform_for_tracing
 from flax_encoder.runs.loaded import LoadedRun
 
-# Whether a head, by its name among a family's, answers for each token or once for a text.
-_OF_TOKENS = {"masked_lm": True, "token_classification": True, "question_answering": True, "classification": False}
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -27,31 +25,32 @@ def as_function(run: LoadedRun) -> Callable[..., dict[str, Array]]:
     of the head: [B, T, C] of heads for tokens, [B, C] of heads for texts; an encoder alone has none.
 
     Raises:
-      ConfigError: a model that writes text, whose steps a program cannot hold.
+      ConfigError: a model that writes text, whose steps a program cannot hold, or that reads several choices.
     """
-    if run.config.objective == "multiple_choice" or run.task.reading.columns.writes:
+    columns = run.task.reading.columns
+    if columns.is_choice or columns.writes:
         raise ConfigError(
             f"a program holds an encoder, and a head for texts or tokens: this model is {run.config.objective}. "
             f"`export` without --stablehlo writes it as a folder."
         )
     # By definition of attention: kernels are for one platform, and tiles for one length.
     graphdef, params = nnx.split(run.with_model_settings(attention_implementation="reference", remat="none").model)
-    of_tokens = None if run.fresh else _OF_TOKENS.get(run.task.head or "")
+    answers_for = None if run.fresh else run.task.answers_for
 
     def apply(input_ids, attention_mask, token_type_ids=None):
         model = nnx.merge(graphdef, params)
         places = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
         batch = {
             "tokens": input_ids, "segment_ids": attention_mask, "positions": places,
-            "target_positions": places if of_tokens else places[:, :1],
+            "target_positions": places if answers_for == "tokens" else places[:, :1],
         }  # fmt: skip
         if token_type_ids is not None:
             batch["token_types"] = token_type_ids
         rows = (batch["tokens"], batch["segment_ids"], batch["positions"], batch.get("token_types"))
         made = {"last_hidden_state": model.encoder(*rows)}
-        if of_tokens is not None:
+        if answers_for is not None:
             logits = model(batch)
-            made["logits"] = logits if of_tokens else logits[:, 0]
+            made["logits"] = logits if answers_for == "tokens" else logits[:, 0]
         return made
 
     return apply

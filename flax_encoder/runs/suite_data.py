@@ -4,13 +4,13 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from flax_encoder.config import DataConfig
 from flax_encoder.data.pipeline import cache_folder
 from flax_encoder.data.sources.files import KINDS, file_columns, file_rows, kind_of
-from flax_encoder.data.sources.named import read_named
+from flax_encoder.data.sources.named import named_columns, read_named
 from flax_encoder.data.sources.records import BadRow, DataError
 from flax_encoder.data.sources.streams import name_without_packing
 from flax_encoder.data.sources.values import Row
@@ -97,7 +97,9 @@ def open_place(task: SuiteTask, data_dir: pathlib.Path | None, source: str, out:
 
 
 def _by_name(task: SuiteTask, own: DataConfig, name: str) -> Place:
-    own = _named_columns(dataclasses.replace(own, source=name), task.columns[0] if task.columns else None)
+    own = dataclasses.replace(own, source=name)
+    if task.columns:
+        own = _named_columns(own, _find_columns(task, named_columns(name, cache_folder(own)), name))
     places = {}
     for end, split in task.reported.items():
         is_test = split == "test"
@@ -106,9 +108,7 @@ def _by_name(task: SuiteTask, own: DataConfig, name: str) -> Place:
     return Place(next(iter(places.values()))[0], places)
 
 
-def _named_columns(config: DataConfig, names: ColumnNames | None) -> DataConfig:
-    if names is None:
-        return config
+def _named_columns(config: DataConfig, names: ColumnNames) -> DataConfig:
     return dataclasses.replace(config, text_column=names.text, text_pair_column=names.pair, label_column=names.label)
 
 
@@ -121,13 +121,27 @@ def _with_columns(task: SuiteTask, own: DataConfig, path: pathlib.Path) -> DataC
     if kind == ".tsv":
         config = dataclasses.replace(config, csv_quotes=False)
     header = file_columns(path, config)
-    for names in task.columns:
-        if set(names.all) <= set(header):
-            return _named_columns(config, names)
-        if names.text.isdecimal() and kind in (".tsv", ".csv") and max(map(int, names.all)) <= len(header):
-            return _named_columns(dataclasses.replace(config, has_header=False), names)
-    wanted = ", or ".join(" ".join(names.all) for names in task.columns)
-    raise DataError(f"{path} has the columns {', '.join(header) or 'none'}: {task.name} has {wanted}")
+    count = len(header) if kind in (".tsv", ".csv") else 0
+    names = _find_columns(task, (*header, *map(str, range(1, count + 1))), str(path), header)
+    if not set(names.all) <= set(header):
+        config = dataclasses.replace(config, has_header=False)
+    return _named_columns(config, names)
+
+
+def _find_columns(
+    task: SuiteTask, columns: Sequence[str], where: str, shown: Sequence[str] | None = None
+) -> ColumnNames:
+    """The first of the task's names that are all among `columns`.
+
+    Raises:
+      DataError: none are; the message has those that are there, or `shown`.
+    """
+    found = next((names for names in task.columns if set(names.all) <= set(columns)), None)
+    if found is None:
+        listed = ", ".join(columns if shown is None else shown) or "none"
+        wanted = ", or ".join(" ".join(names.all) for names in task.columns)
+        raise DataError(f"{where} has the columns {listed}: {task.name} has {wanted}")
+    return found
 
 
 def _as_known_kind(task: SuiteTask, path: pathlib.Path, out: pathlib.Path) -> pathlib.Path:

@@ -67,4 +67,5 @@ TASK = Task(
     baselines=_baselines,
     commands=_commands,
     head="masked_lm",
+    answers_for="tokens",
 )

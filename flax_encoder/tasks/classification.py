@@ -21,7 +21,12 @@ from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import Split
 from flax_encoder.tasks import distillation
 from flax_encoder.tasks.distillation import distillation_loss
-from flax_encoder.tasks.document_model import DocumentModel, ask_file_commands, check_whole_documents
+from flax_encoder.tasks.document_model import (
+    DocumentModel,
+    ask_file_commands,
+    check_whole_documents,
+    right_and_wrong,
+)
 from flax_encoder.tasks.loss import LossSum, target_loss
 from flax_encoder.tasks.metrics import sklearn_metrics
 from flax_encoder.tasks.task import Answer, Labels, Question, Task
@@ -66,12 +71,8 @@ class Classifier(DocumentModel):
     def report(total: LossSum) -> dict[str, float]:
         """Means for people: loss (nats a document), accuracy, macro-F1 over the classes that occur; with a teacher the
         terms of the loss too."""
-        count = max(float(total.count), 1.0)
-        return {
-            "loss": float(np.asarray(total.sum)) / count,
-            "accuracy": float(np.asarray(total.metrics["correct"])) / count,
-            "macro_f1": macro_f1(np.asarray(total.metrics["confusion"])),
-        } | distillation.term_means(total)
+        scores = {"macro_f1": macro_f1(np.asarray(total.metrics["confusion"]))}
+        return total.means(accuracy="correct") | scores | distillation.term_means(total)
 
 
 def macro_f1(confusion: np.ndarray) -> float:
@@ -101,7 +102,7 @@ def _targets(inputs: TargetInputs) -> Targets:
     else:
         weights = np.asarray(wanted)
         require(
-            len(weights) >= num_classes,
+            len(weights) == num_classes,
             f"labels.class_weights are one number a class: got {len(weights)} for {num_classes} classes.",
         )
     return functools.partial(_weighted, made, weights.astype(np.float32))
@@ -150,7 +151,7 @@ def score(answers: Sequence[Answer], golds: Sequence[str], labels: Labels) -> di
         "accuracy": float(metrics.accuracy_score(actual, predicted)),
         "macro_f1": float(metrics.f1_score(actual, predicted, average="macro", zero_division=0)),
         "weighted_f1": float(metrics.f1_score(actual, predicted, average="weighted", zero_division=0)),
-        "matthews": float(metrics.matthews_corrcoef(actual, predicted)),
+        "matthews": float(metrics.matthews_corrcoef(actual, predicted)) if len({*actual, *predicted}) > 1 else 0.0,
     }
     if answers and "probability" in answers[0]:
         correct = np.array([a == p for a, p in zip(actual, predicted, strict=True)], float)
@@ -180,23 +181,12 @@ def details(answers: Sequence[Answer], golds: Sequence[str], labels: Labels) -> 
     return {name: report[name] for name in labels or []} | {"confusion": confusion}
 
 
-def _examples(run: Any, data: Any) -> list[str]:
-    """A few held-out documents that it has right, and a few that it has wrong."""
-    held_out = data.stores[0].validation
-    some = np.linspace(0, len(held_out) - 1, min(40, len(held_out))).astype(int).tolist()
-    texts = [run.tokenizer.decode(held_out.document(i)) for i in some]
-    if "text_lengths" in held_out.values:
-        return []
-    right, wrong = [], []
-    for i, text, answer in zip(some, texts, run.predict(texts), strict=True):
-        gold = _gold(held_out, i, run.label_names)
-        said = f"{answer['label']} {answer['probability']:.0%}"
-        shown = text if len(text) < 100 else text[:97] + "..."
-        if answer["label"] == gold:
-            right.append(f"\n{shown}\n  it says {said}, which is right")
-        else:
-            wrong.append(f"\n{shown}\n  it says {said}; the data has {gold}")
-    return [*right[:2], *wrong[:2]]
+def _is_right(answer: Answer, gold: str) -> bool:
+    return answer["label"] == gold
+
+
+def _said(answer: Answer) -> str:
+    return f"{answer['label']} {answer['probability']:.0%}"
 
 
 def _commands(run: Any) -> list[str]:
@@ -219,8 +209,9 @@ TASK = Task(
     score=score,
     details=details,
     baselines=_baselines,
-    examples=_examples,
+    examples=functools.partial(right_and_wrong, _is_right, _said, str),
     commands=_commands,
     head="classification",
+    answers_for="documents",
     problem_type="single_label_classification",
 )  # fmt: skip

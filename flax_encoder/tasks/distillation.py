@@ -163,8 +163,8 @@ def per_row(
 
 def term_means(total: LossSum) -> dict[str, float]:
     """Means over targets of the terms that a sum has, for people: `task_loss`, `soft_loss` and so on."""
-    count = max(float(total.count), 1.0)
-    return {f"{name}_loss": float(total.metrics[name]) / count for name in TERMS if name in total.metrics}
+    means = total.means(**{f"{name}_loss": name for name in TERMS if name in total.metrics})
+    return {name: value for name, value in means.items() if name != "loss"}
 
 
 def own_sum(total: LossSum) -> Any:

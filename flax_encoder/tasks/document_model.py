@@ -1,16 +1,20 @@
 """What tasks share whose documents have one value each: an encoder, pooled, and a head on it."""
 
 import shlex
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from flax_encoder.config import EncoderConfig, HeadConfig, RunConfig
 from flax_encoder.config.rules import require
+from flax_encoder.data.sources.records import Record
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import ClassificationHead, gather_rows, segment_mean
+from flax_encoder.tasks.task import Answer
 
 
 class DocumentModel(nnx.Module):
@@ -64,10 +68,46 @@ def check_whole_documents(config: RunConfig) -> None:
     )
 
 
-def ask_file_commands(run: Any) -> list[str]:
+def ask_file_commands(run: Any, asked: str = "texts.txt", scored: str = "test.csv") -> list[str]:
     """The commands that use a trained run on a file."""
     run_dir = shlex.quote(run.config.run_dir)
     return [
-        f"python -m flax_encoder predict {run_dir} --input texts.txt --output answers.jsonl",
-        f"python -m flax_encoder evaluate {run_dir} --data.source test.csv",
+        f"python -m flax_encoder predict {run_dir} --input {asked} --output answers.jsonl",
+        f"python -m flax_encoder evaluate {run_dir} --data.source {scored}",
     ]
+
+
+def held_out_answers(run: Any, data: Any, most: int = 40) -> list[tuple[Record, Answer, Any]]:
+    """(texts as the tokenizer spells them, what the model says, what is right) of held-out documents, evenly spread."""
+    split, found = data.stores[0].validation, []
+    some = np.linspace(0, len(split) - 1, min(most, len(split))).astype(int).tolist()
+    for i in some:
+        ids = split.document(i)
+        lengths = split.values["text_lengths"][i] if "text_lengths" in split.values else [len(ids)]
+        texts = np.split(ids, np.cumsum(np.trim_zeros(lengths, "b"))[:-1])  # a document may have fewer than others
+        found.append(Record(tuple(map(run.tokenizer.decode, texts))))
+    golds = [run.task.gold(split, i, run.label_names) for i in some]
+    answers = zip(found, run.predict(found), golds, strict=True)
+    return [(record, answer, gold) for record, answer, gold in answers if "error" not in answer]
+
+
+def spelled(record: Record) -> str:
+    """A document in a line."""
+    return " / ".join(text if len(text) < 100 else f"{text[:97]}..." for text in record.texts)
+
+
+def right_and_wrong(
+    is_right: Callable[[Answer, Any], bool], said: Callable[[Answer], str], truth: Callable[[Any], str], run: Any,
+    data: Any,
+) -> list[str]:  # fmt: skip
+    """A few held-out documents that the model has right, and a few that it has wrong.
+
+    Args:
+      said, truth: an answer and a right value, in words.
+    """
+    lines: dict[bool, list[str]] = {True: [], False: []}
+    for record, answer, gold in held_out_answers(run, data):
+        own = is_right(answer, gold)
+        ending = ", which is right" if own else f"; the data has {truth(gold)}"
+        lines[own].append(f"\n{spelled(record)}\n  it says {said(answer)}{ending}")
+    return [*lines[True][:2], *lines[False][:2]]

@@ -19,6 +19,21 @@ class LossSum(NamedTuple):
         metrics = {k: v + other.metrics[k] for k, v in self.metrics.items()}
         return LossSum(self.sum + other.sum, self.count + other.count, metrics)
 
+    def means(self, **metrics: str) -> dict[str, float]:
+        """For people: `loss`, and by each name the mean of a metric over the targets; 0 where there are none.
+
+        Example:
+          >>> LossSum(jnp.float32(3), jnp.float32(2), {"correct": jnp.float32(1)}).means(accuracy="correct")
+          {'loss': 1.5, 'accuracy': 0.5}
+        """
+        count, sums = max(float(self.count), 1.0), {"loss": self.sum} | {k: self.metrics[v] for k, v in metrics.items()}
+        return {name: float(value) / count for name, value in sums.items()}
+
+
+def accuracy_report(total: LossSum) -> dict[str, float]:
+    """The loss (nats a target), and how many targets no other class beats."""
+    return total.means(accuracy="correct")
+
 
 def target_loss(
     logits: Float[Array, "B M V"], targets: Int[Array, "B M"], weights: Float[Array, "B M"], smoothing: float = 0.0

@@ -66,13 +66,9 @@ class MaskedLM(nnx.Module):
     @staticmethod
     def report(total: LossSum) -> dict[str, float]:
         """Means for people: loss (nats a target), accuracy, perplexity; with a teacher the terms of the loss too."""
-        count = max(float(total.count), 1.0)
-        nats = float(np.asarray(distillation.own_sum(total))) / count
-        return {
-            "loss": float(np.asarray(total.sum)) / count,
-            "accuracy": float(np.asarray(total.metrics["correct"])) / count,
-            "perplexity": math.exp(min(nats, 700.0)),
-        } | distillation.term_means(total)
+        nats = total._replace(sum=distillation.own_sum(total)).means()["loss"]
+        perplexity = {"perplexity": math.exp(min(nats, 700.0))}
+        return total.means(accuracy="correct") | perplexity | distillation.term_means(total)
 
 
 def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], MaskedLM]:
@@ -158,5 +154,6 @@ TASK = Task(
     examples=_examples,
     commands=_commands,
     head="masked_lm",
+    answers_for="tokens",
     fills_masks=True,
 )

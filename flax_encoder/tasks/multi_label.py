@@ -1,5 +1,6 @@
 """Any of several labels a document: a probability of each by itself."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,12 @@ from flax_encoder.data.rows.targets import TargetInputs, Targets, document_targe
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import Split
-from flax_encoder.tasks.document_model import DocumentModel, ask_file_commands, check_whole_documents
+from flax_encoder.tasks.document_model import (
+    DocumentModel,
+    ask_file_commands,
+    check_whole_documents,
+    right_and_wrong,
+)
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.metrics import sklearn_metrics
 from flax_encoder.tasks.task import Answer, Labels, Question, Task
@@ -38,8 +44,7 @@ class MultiLabelClassifier(DocumentModel):
 
 
 def _report(total: LossSum) -> dict[str, float]:
-    count = max(float(total.count), 1.0)
-    return {"loss": float(total.sum) / count, "accuracy": float(np.asarray(total.metrics["exact"])) / count}
+    return total.means(accuracy="exact")
 
 
 def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], MultiLabelClassifier]:
@@ -61,6 +66,18 @@ def _answer(question: Question) -> Answer:
     ranked = {(question.labels or [])[i]: float(probabilities[i]) for i in np.argsort(-probabilities)}
     chosen = [label for label, p in ranked.items() if p > question.config.labels.threshold]
     return {"labels": chosen, "probabilities": ranked}
+
+
+def _is_right(answer: Answer, gold: tuple[str, ...]) -> bool:
+    return set(answer["labels"]) == set(gold)
+
+
+def _said(answer: Answer) -> str:
+    return _truth(answer["labels"])
+
+
+def _truth(labels: Sequence[str]) -> str:
+    return ", ".join(labels) or "no label"
 
 
 def _gold(split: Split, document: int, labels: Labels) -> tuple[str, ...]:
@@ -126,7 +143,9 @@ TASK = Task(
     score=score,
     details=details,
     baselines=_baselines,
+    examples=functools.partial(right_and_wrong, _is_right, _said, _truth),
     commands=ask_file_commands,
     head="classification",
+    answers_for="documents",
     problem_type="multi_label_classification",
 )

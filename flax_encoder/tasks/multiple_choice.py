@@ -1,6 +1,7 @@
 """Which of several choices goes with a context: each pair is read by itself, and their logits are one softmax (Radford
 et al. 2018; Zellers et al., arXiv 1808.05326)."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +17,13 @@ from flax_encoder.data.rows.documents import Layout
 from flax_encoder.data.rows.targets import TargetInputs, Targets, document_targets
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.store.store import Split
-from flax_encoder.tasks.document_model import DocumentModel, check_whole_documents
-from flax_encoder.tasks.loss import LossSum, target_loss
+from flax_encoder.tasks.document_model import (
+    DocumentModel,
+    ask_file_commands,
+    check_whole_documents,
+    right_and_wrong,
+)
+from flax_encoder.tasks.loss import LossSum, accuracy_report, target_loss
 from flax_encoder.tasks.task import Answer, Labels, Question, Task
 
 _FAR = -1e30  # stands for minus infinity, whose differences would be no numbers
@@ -55,15 +61,6 @@ class MultipleChoice(DocumentModel):
     def outputs(self, batch: dict[str, Array]) -> dict[str, Array]:
         """The probability of each choice, [B, M, n]."""
         return {"probabilities": jax.nn.softmax(self(batch))}
-
-    @staticmethod
-    def report(total: LossSum) -> dict[str, float]:
-        """Means for people: loss (nats a document) and accuracy."""
-        count = max(float(total.count), 1.0)
-        return {
-            "loss": float(np.asarray(total.sum)) / count,
-            "accuracy": float(np.asarray(total.metrics["correct"])) / count,
-        }
 
 
 def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], MultipleChoice]:
@@ -125,23 +122,33 @@ def _overlaps(split: Split, document: int) -> np.ndarray:
     return np.array([np.isin(choice, context).mean() if len(choice) else 0.0 for choice in choices])
 
 
+def _is_right(answer: Answer, gold: str) -> bool:
+    return answer["choice"] == int(gold)
+
+
+def _said(answer: Answer) -> str:
+    return f"{_truth(answer['choice'])} ({answer['probability']:.0%})"
+
+
+def _truth(choice: int | str) -> str:
+    return f"choice {choice}"
+
+
 def _commands(run: Any) -> list[str]:
-    return [
-        f"python -m flax_encoder predict {run.config.run_dir} --input choices.jsonl --output answers.jsonl",
-        f"python -m flax_encoder evaluate {run.config.run_dir} --data.source test.jsonl",
-    ]
+    return ask_file_commands(run, "choices.jsonl", "test.jsonl")
 
 
 TASK = Task(
     reading=Reading(Columns("class", 3, 27), _targets, _layout),
     make_model=_make_model,
-    report=MultipleChoice.report,
+    report=accuracy_report,
     reads=("pooling", "labels.smoothing", "data.label_column", "data.text_pair_column"),
     check=check_whole_documents,
     answer=_answer,
     gold=_gold,
     score=score,
     baselines=_baselines,
+    examples=functools.partial(right_and_wrong, _is_right, _said, _truth),
     commands=_commands,
     head="multiple_choice",
 )

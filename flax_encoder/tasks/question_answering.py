@@ -28,8 +28,8 @@ from flax_encoder.data.store.encoding import NO_ANSWER
 from flax_encoder.data.store.store import Split
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import ClassificationHead
-from flax_encoder.tasks.document_model import check_whole_documents
-from flax_encoder.tasks.loss import LossSum
+from flax_encoder.tasks.document_model import ask_file_commands, check_whole_documents
+from flax_encoder.tasks.loss import LossSum, accuracy_report
 from flax_encoder.tasks.task import Answer, Labels, Question, Task
 
 _FAR = -1e30  # stands for minus infinity, whose differences would be no numbers
@@ -96,15 +96,6 @@ class QuestionAnswering(nnx.Module):
         return {
             "starts": starts - begins, "ends": ends - begins, "scores": scores, "null": at_first[:, :, 0].sum(-1),
         }  # fmt: skip
-
-    @staticmethod
-    def report(total: LossSum) -> dict[str, float]:
-        """Means for people: loss (nats a window), accuracy (windows whose start and end are both the likeliest)."""
-        count = max(float(total.count), 1.0)
-        return {
-            "loss": float(np.asarray(total.sum)) / count,
-            "accuracy": float(np.asarray(total.metrics["correct"])) / count,
-        }
 
 
 def best_spans(
@@ -308,16 +299,13 @@ def _examples(run: Any, data: Any) -> list[str]:
 
 
 def _commands(run: Any) -> list[str]:
-    return [
-        f"python -m flax_encoder predict {run.config.run_dir} --input questions.jsonl --output answers.jsonl",
-        f"python -m flax_encoder evaluate {run.config.run_dir} --data.source test.json",
-    ]
+    return ask_file_commands(run, "questions.jsonl", "test.json")
 
 
 TASK = Task(
     reading=Reading(Columns("answers", 2, 2), _targets, _layout),
     make_model=_make_model,
-    report=QuestionAnswering.report,
+    report=accuracy_report,
     reads=(
         "data.label_column", "data.text_pair_column", "data.window_overlap", "labels.longest_answer",
         "labels.null_threshold", "labels.num_candidates",
@@ -331,5 +319,6 @@ TASK = Task(
     examples=_examples,
     commands=_commands,
     head="question_answering",
+    answers_for="tokens",
     needs_offsets=True,
 )  # fmt: skip

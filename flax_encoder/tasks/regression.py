@@ -13,7 +13,13 @@ from flax_encoder.data.reading import Reading
 from flax_encoder.data.rows.targets import TargetInputs, Targets, document_targets
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.store.store import Split
-from flax_encoder.tasks.document_model import DocumentModel, ask_file_commands, check_whole_documents
+from flax_encoder.tasks.document_model import (
+    DocumentModel,
+    ask_file_commands,
+    check_whole_documents,
+    held_out_answers,
+    spelled,
+)
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.metrics import scipy_stats
 from flax_encoder.tasks.task import Answer, Labels, Question, Task
@@ -35,8 +41,7 @@ class Regressor(DocumentModel):
 
 
 def _report(total: LossSum) -> dict[str, float]:
-    count = max(float(total.count), 1.0)
-    return {"loss": float(total.sum) / count, "mae": float(np.asarray(total.metrics["absolute"])) / count}
+    return total.means(mae="absolute")
 
 
 def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], Regressor]:
@@ -77,6 +82,15 @@ def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
     return {"mean of training": score([{"score": mean}] * len(golds), golds, None)}
 
 
+def _examples(run: Any, data: Any) -> list[str]:
+    """A few held-out documents whose number it has nearly, and a few that it is farthest from."""
+    found = sorted(held_out_answers(run, data), key=lambda own: abs(own[1]["score"] - own[2]))
+    return [
+        f"\n{spelled(record)}\n  it says {answer['score']:.3g}; the data has {gold:.3g}"
+        for record, answer, gold in [*found[:2], *found[2:][-2:]]
+    ]
+
+
 TASK = Task(
     reading=Reading(Columns("number", 1, 2), _targets),
     make_model=_make_model,
@@ -88,7 +102,9 @@ TASK = Task(
     gold=_gold,
     score=score,
     baselines=_baselines,
+    examples=_examples,
     commands=ask_file_commands,
     head="classification",
+    answers_for="documents",
     problem_type="regression",
 )

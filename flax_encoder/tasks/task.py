@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -140,6 +140,9 @@ class Task:
     """Name of its head among a published family's `heads`; None exports the encoder alone."""
     problem_type: str | None = None
     """What a published config says of a head that several tasks have."""
+    answers_for: Literal["tokens", "documents"] | None = None
+    """What the head has logits of, where a row is one text: each of its tokens, or all of it. None: a program of the
+    model (`export --stablehlo`) is the encoder alone."""
     fills_masks: bool = False
     """Whether the model predicts masked tokens, so that `fill_mask` can ask it."""
     needs_offsets: bool = False

@@ -22,7 +22,7 @@ from flax_encoder.data.store.store import Split
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.heads import ClassificationHead, gather_rows
 from flax_encoder.tasks.document_model import ask_file_commands, check_whole_documents
-from flax_encoder.tasks.loss import LossSum, target_loss
+from flax_encoder.tasks.loss import LossSum, accuracy_report, target_loss
 from flax_encoder.tasks.metrics import seqeval_metrics, sklearn_metrics
 from flax_encoder.tasks.task import Answer, Labels, Question, Task
 
@@ -64,15 +64,6 @@ class TokenClassifier(nnx.Module):
         """The likeliest tag of each word and its probability, [B, M]."""
         probabilities = jax.nn.softmax(self(batch))
         return {"tag": probabilities.argmax(-1), "probability": probabilities.max(-1)}
-
-    @staticmethod
-    def report(total: LossSum) -> dict[str, float]:
-        """Means for people: loss (nats a word), accuracy of words."""
-        count = max(float(total.count), 1.0)
-        return {
-            "loss": float(np.asarray(total.sum)) / count,
-            "accuracy": float(np.asarray(total.metrics["correct"])) / count,
-        }
 
 
 def marks_entities(labels: Labels) -> bool:
@@ -249,13 +240,13 @@ def _spelled(words: Sequence[str], tags: Sequence[str], labels: Labels) -> str:
 
 
 def _commands(run: Any) -> list[str]:
-    return [command.replace("test.csv", "test.jsonl") for command in ask_file_commands(run)]  # a table has no lists
+    return ask_file_commands(run, scored="test.jsonl")
 
 
 TASK = Task(
     reading=Reading(Columns("tags"), _targets, layout=_layout, streams=_streams),
     make_model=_make_model,
-    report=TokenClassifier.report,
+    report=accuracy_report,
     reads=("labels.smoothing", "labels.all_pieces", "data.label_column"),
     check=_check,
     check_labels=_check_labels,
@@ -267,5 +258,6 @@ TASK = Task(
     examples=_examples,
     commands=_commands,
     head="token_classification",
+    answers_for="tokens",
     needs_offsets=True,
 )

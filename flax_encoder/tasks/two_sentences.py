@@ -80,16 +80,13 @@ def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], Sente
 def _report(total: LossSum) -> dict[str, float]:
     """Means for people: of masked tokens `masked_loss`, accuracy and perplexity; of pairs `pair_loss` and
     `pair_accuracy`."""
-    sums = {name: float(np.asarray(value)) for name, value in total.metrics.items()}
-    count, pairs = max(float(total.count), 1.0), max(sums["pairs"], 1.0)
     masked = MaskedLM.report(total._replace(sum=total.metrics["masked"]))
-    return {
-        "loss": float(np.asarray(total.sum)) / count,
-        "masked_loss": masked["loss"],
+    pairs = total._replace(sum=total.metrics["pair"], count=total.metrics["pairs"]).means(accuracy="pair_correct")
+    return total.means(masked_loss="masked") | {
         "accuracy": masked["accuracy"],
         "perplexity": masked["perplexity"],
-        "pair_loss": sums["pair"] / pairs,
-        "pair_accuracy": sums["pair_correct"] / pairs,
+        "pair_loss": pairs["loss"],
+        "pair_accuracy": pairs["accuracy"],
     }
 
 

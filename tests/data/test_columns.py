@@ -87,9 +87,26 @@ def test_nothing_is_said_of_text_and_label(tmp_path):
         ({"text": "a", "title": "b"}, PAIR, r"no names belong together\. Name two with --data\.text-column and"),
         ({"text": "a", "score": 1, "stars": 2}, NUMBER, r"score, stars could be"),
         ({"tokens": ["a"], "ner_tags": [1], "pos_tags": [2]}, TAGS, r"ner_tags, pos_tags could be"),
+        ({"word": "a", "pos": "b"}, TAGS, r"that is called \.conll: .* has word, pos\. Name a column"),
     ],
 )
 def test_what_is_not_clear_is_refused_with_the_columns_and_the_option(tmp_path, row, columns, message):
+    for path in (jsonl(tmp_path / "a.jsonl", row), parquet(tmp_path / "a.parquet", row)):
+        with pytest.raises(DataError, match=message):
+            read(path, tmp_path, columns)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        ({"text": "a", "score": "n/a"}, NUMBER, r"must hold numbers: column 'score' of .* holds 'n/a'"),
+        ({"text": "a", "labels": "x"}, CLASSES, r"a list, or columns of 0 and 1 .*: column 'labels' of .* holds 'x'"),
+        ({"tokens": ["a"], "tags": "O"}, TAGS, r"every token has one tag: .* has 1 in 'tokens' and no in 'tags'"),
+        ({"text": "a", "entities": "x"}, TAGS, r"entities must hold lists: column 'entities' of .* holds 'x'"),
+        ({"text": "a", "label": ["x"]}, CLASS, r"must hold strings or integers: column 'label' of .* holds \['x'\]"),
+    ],
+)
+def test_a_column_that_is_called_so_and_holds_something_else_is_said_by_its_row(tmp_path, row, columns, message):
     for path in (jsonl(tmp_path / "a.jsonl", row), parquet(tmp_path / "a.parquet", row)):
         with pytest.raises(DataError, match=message):
             read(path, tmp_path, columns)
@@ -129,7 +146,7 @@ def test_a_string_of_several_labels_is_refused_not_split(tmp_path):
         first(tmp_path, {"text": "a", "labels": "x|y"}, CLASSES, label_column="labels")
 
 
-@pytest.mark.parametrize("value", ["x", None, True, "1_0", "", math.nan, math.inf, [1]])
+@pytest.mark.parametrize("value", ["x", None, True, "1_0", "", math.nan, math.inf, 1e39, [1]])
 def test_a_number_that_is_none_is_an_error_that_names_its_row(tmp_path, value):
     path = jsonl(tmp_path / "a.jsonl", {"text": "a", "score": 1}, {"text": "b", "score": value})
     with pytest.raises(DataError, match=r"numbers? must .*: column 'score' of .*a\.jsonl, line 2 holds "):

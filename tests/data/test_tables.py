@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources import files
+from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.records import DataError
-from tests.data.reading import CLASS, TEXT, jsonl, open_named, parquet, read, texts, values
+from tests.data.reading import CLASS, TAGS, TEXT, jsonl, open_named, parquet, read, texts, values
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -141,6 +142,7 @@ def test_parts_of_any_size_name_the_same_lines(tmp_path, monkeypatch, part_bytes
         ("text,label\ra,1\r", r"rows end in \\n or \\r\\n \(`tr "),
         ("text,label\na,\n", r"every document must have a label: column 'label' of .*row 1 \(line 2\) holds ''"),
         ("text,text,label\na,b,1\n", r"several named 'text'"),
+        ("text;label\na, b;\n", r"must have a label: column 'label' of .*row 1 \(line 2\) holds ''"),
     ],
 )
 def test_a_bad_row_of_a_table_is_an_error_that_names_it(tmp_path, content, message):
@@ -148,6 +150,28 @@ def test_a_bad_row_of_a_table_is_an_error_that_names_it(tmp_path, content, messa
     path.write_bytes(content.encode())
     with pytest.raises(DataError, match=message):
         read(path, tmp_path, CLASS)
+
+
+@pytest.mark.parametrize("spell", [json.dumps, repr])  # as programs write them, and as pandas does
+def test_a_cell_that_spells_a_list_is_that_list(tmp_path, spell):
+    rows = [
+        {"text": 'a, "b"', "labels": ["x", "y"], "tokens": ["a", "é"], "tags": ["O", "X"], "entities": [[0, 1, "P"]]},
+        {"text": "[c]", "labels": [], "tokens": [], "tags": [], "entities": []},
+    ]
+    for path in (tmp_path / "a.csv", tmp_path / "a.tsv"):
+        with path.open("w", encoding="utf-8", newline="") as f:
+            writer = csv.writer(f, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writerow(rows[0])
+            writer.writerows([[x if isinstance(x, str) else spell(x) for x in row.values()] for row in rows])
+        assert values(read(path, tmp_path, Columns("classes"))) == [('a, "b"', ("x", "y")), ("[c]", ())]
+        whole = jsonl(tmp_path / "a.jsonl", *rows)
+        for text, label in (("tokens", "tags"), ("text", "entities")):
+            options = {"text_column": text, "label_column": label}
+            got, want = (read(file, tmp_path, TAGS, **options) for file in (path, whole))
+            assert [record._replace(where="") for record in got] == [record._replace(where="") for record in want]
+    path.write_text("text\tlabels\na\t[]\n" + "b\t['x']\n" * 150 + "c\tx y\n", "utf-8")
+    with pytest.raises(DataError, match=r"a list, or columns of 0 and 1.*: column 'labels' of .*row 152 .*holds 'x y'"):
+        read(path, tmp_path, Columns("classes"))
 
 
 def test_bad_rows_are_skipped_and_counted_where_asked_for(tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ def test_words_and_tags_are_those_of_the_file_in_every_format(sentences, separat
 @st.composite
 def texts_with_entities(draw):
     text = draw(TEXTS)
-    edges = sorted(draw(st.lists(st.integers(0, len(text)), unique=True, max_size=6)))
+    between = [i for i in range(len(text) + 1) if not text[i : i + 1] or unicodedata.category(text[i])[0] != "M"]
+    edges = sorted(draw(st.lists(st.sampled_from([0, *between]), unique=True, max_size=6)))
     spans = [(a, b, "XY"[i % 2]) for i, (a, b) in enumerate(itertools.pairwise(edges))]
     return text, [span for span in spans if text[span[0] : span[1]].strip() and draw(st.booleans())]
 
@@ -98,6 +100,13 @@ def test_entities_that_cannot_be_are_errors_that_name_their_row(tmp_path, entiti
     with pytest.raises(DataError, match=message):
         read(path, tmp_path, TAGS, label_column="entities")
     assert len(read(path, tmp_path, TAGS, label_column="entities", skip_bad_rows=True)) == 1
+
+
+@pytest.mark.parametrize("entity", [[0, 1, "A"], [1, 3, "A"], [3, 4, "A"]])
+def test_an_entity_that_cuts_a_letter_from_its_mark_names_its_row(tmp_path, entity):
+    rows = ({"text": "e\u0301 \u0928\u093f", "entities": [own]} for own in ([0, 2, "A"], entity))
+    with pytest.raises(DataError, match=r"between characters.* of .*line 2 has 'A' from"):
+        read(jsonl(tmp_path / "a.jsonl", *rows), tmp_path, TAGS)
 
 
 @pytest.mark.parametrize("row", [

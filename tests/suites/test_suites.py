@@ -211,8 +211,8 @@ def test_a_listing_trains_nothing(made, capsys):
 
 def by_name(tmp_path, task, rows):
     """The task with a set of the Hub's layout that lies in a folder: rows by split."""
-    folder = tmp_path / "named"
-    folder.mkdir()
+    folder = tmp_path / task.name
+    folder.mkdir(parents=True)
     for split, of_split in rows.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_split))
     return dataclasses.replace(task, hf=f"hf:{folder}")
@@ -231,12 +231,26 @@ def test_sets_by_name_are_scored_on_the_split_that_is_reported(tmp_path, cache_f
     assert split == "test" and [record.texts for record in source.records(split)] == [("Ann test",)]
 
     [mnli] = choose_tasks("glue", ["mnli"])
-    place = open_place(dataclasses.replace(mnli, tfds="tfds:any"), None, "tfds", tmp_path / "out")
+    row = {"premise": "a", "hypothesis": "b", "label": "neutral"}
+    mnli = by_name(tmp_path, mnli, {split: [row] for split in ("train", "validation_matched", "validation_mismatched")})
+    place = open_place(mnli, None, "hf", tmp_path / "out")
     splits = [(config.validation_split, split) for config, split in place.reported.values()]
     assert splits == [("validation_matched", "validation"), ("validation_mismatched", "validation")]
     assert place.train.validation_split == "validation_matched"
     with pytest.raises(DataError, match="wnut_17 is no set of tfds: give --data-dir, or another --source"):
         open_place(choose_tasks("ner", ["wnut_17"])[0], None, "tfds", tmp_path / "out")
+
+
+@pytest.mark.parametrize("column", ["ner_tags", "tags", "ner"])  # the Hub's, and those of TensorFlow Datasets
+def test_tags_are_found_by_the_name_that_the_set_gives_them(tmp_path, cache_folder, column):
+    [task] = choose_tasks("ner", ["wikiann_en"])
+    rows = [{"tokens": ["Ann"], "pos_tags": ["X"], column: ["B-PER"]}]
+    task = by_name(tmp_path, task, {split: rows for split in ("train", "validation", "test")})
+    assert open_place(task, None, "hf", tmp_path / "out").train.label_column == column
+    row = {"tokens": ["Ann"], "marks": ["X"]}
+    other = by_name(tmp_path / "other", task, {"train": [row], "test": [row]})
+    with pytest.raises(DataError, match=r"has the columns tokens, marks: wikiann_en has tokens ner_tags, or tokens"):
+        open_place(other, None, "hf", tmp_path / "out")
 
 
 def test_rows_that_are_no_pairs_are_made_pairs_of_sets_by_name_too(tmp_path, cache_folder):

@@ -1,5 +1,7 @@
 """Answers carry the names of what they answer, from files that name it."""
 
+import csv
+import dataclasses
 import json
 import pathlib
 import re
@@ -12,6 +14,7 @@ from flax import nnx
 
 from flax_encoder.commands import main
 from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, RunConfig, to_dict
+from flax_encoder.data.pipeline import open_data
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.nn.partition import round_up_vocab
@@ -112,3 +115,52 @@ def test_what_is_no_text_or_no_objective_is_named(squad):
         config.__post_init__()
     with pytest.raises(ConfigError, match="no objective 'foo'; known are masked_lm"):
         load(GOLDEN / "bert-masked_lm", objective="foo")
+
+
+def test_a_table_of_answers_has_room_for_texts_without_any(squad, tmp_path):
+    make_run(tmp_path / "run", "classification", ["no", "yes"])
+    out, texts = tmp_path / "out.csv", tmp_path / "texts.txt"
+    for written in ("\n\nthe river\n\n", "\n\n", ""):  # the first answers, all, and none
+        texts.write_text(written)
+        main(["predict", str(tmp_path / "run"), "--input", str(texts), "--output", str(out)])
+        rows = list(csv.DictReader(out.read_text().splitlines()))
+        assert [row["error"] != "" for row in rows] == [line == "" for line in written.splitlines()]
+        assert [row["label"] in ("no", "yes") for row in rows if row["error"] == ""] == [True] * ("river" in written)
+
+
+def test_what_a_message_says_is_understood_by_the_command_that_said_it(squad, tmp_path, capsys):
+    (tmp_path / "asked.jsonl").write_text('{"title": "the river", "body": "a"}\n{"title": 5, "body": "a"}\n')
+    make_run(tmp_path / "run", "classification", ["no", "yes"])
+    command = ["predict", str(tmp_path / "run"), "--input", str(tmp_path / "asked.jsonl"), "--output", "-"]
+    for options in ([], ["--data.text-column", "title"], ["--data.text-column", "title", "--data.skip-bad-rows"]):
+        said = capsys.readouterr().err
+        assert all(option in said for option in options if option.startswith("--") and option == options[-1])
+        try:
+            main([*command, *options])
+        except SystemExit:
+            continue
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["label"] in ("no", "yes") and "1 row cannot be used, and left out" in shown.err
+
+
+@pytest.mark.parametrize(("objective", "value", "labels", "words"), [
+    ("classification", "yes", ["no", "yes"], "the data has yes"),
+    ("multi_label", ["a", "b"], ["a", "b"], "the data has a, b"),
+    ("regression", 2.5, None, "the data has 2.5"),
+    ("multiple_choice", 1, None, "the data has choice 1"),
+])  # fmt: skip
+def test_a_run_ends_with_what_it_says_of_held_out_texts(tmp_path, objective, value, labels, words):
+    make_run(tmp_path / "run", objective, labels)
+    other = {"classification": "no", "multi_label": ["a"], "regression": 0.0, "multiple_choice": 0}[objective]
+    for name, text, right in (("held_out", "the river", value), ("rows", "the cloud", other)):
+        texts = {"text": text}
+        if objective == "multiple_choice":
+            texts = {"context": text, "choices": ["is blue", "is red"]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(texts | {"label": right}) + "\n")
+    run = load(tmp_path / "run")
+    rows, held_out = (str(tmp_path / f"{name}.jsonl") for name in ("rows", "held_out"))
+    data = DataConfig(source=rows, validation=held_out, row_length=24, label_column="label")
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+    opened = open_data(run.config, run.task.reading, tokenizer=run.tokenizer, label_names=labels)
+    [line] = run.task.examples(run, opened)
+    assert "the river" in line and "it says" in line and (words in line or "which is right" in line)

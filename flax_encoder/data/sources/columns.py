@@ -205,10 +205,11 @@ class _Chooser:
         return name
 
     def one(self, role: str, asked: str | None, names: tuple[str, ...], is_fit=lambda kind: True) -> str:
-        """The column asked for, else the only one of these names."""
+        """The column asked for, else the only one of these names; where none of them holds what is wanted, the only
+        one that is called so, whose rows then say what they hold."""
         if asked is not None:
             return self.named(asked, role)
-        found = self.known(names, is_fit)
+        found = self.known(names, is_fit) or self.known(names)
         if len(found) == 1:
             return self.guessed(role, found[0])
         if not found:
@@ -387,6 +388,12 @@ def _tags(chooser: _Chooser) -> Layout:
         names = list(names) if names else chooser.table.names.get(tags)
         return Layout((words, tags), functools.partial(values.tagged, words, tags, names), tags, names,
                       notes=chooser.notes)  # fmt: skip
+    if asked is None and not chooser.known(_SPANS):
+        raise DataError(
+            f"tags stand in lists of tokens and tags, in the entities of a text, or a line a word in a file that is "
+            f"called .conll: {chooser.table.where} has {', '.join(chooser.kinds)}. Name a column with "
+            f"--data.label-column."
+        )
     entities = chooser.one("label", asked, _SPANS, _ENTITIES.__contains__)
     (text,) = _texts(chooser, (entities,))
     make = functools.partial(values.tagged_spans, text, entities)

@@ -1,20 +1,25 @@
-"""Tables of separated fields: .csv and .tsv. Every field is text, as it is written."""
+"""Tables of separated fields: .csv and .tsv. Every field is text, as it is written, but in columns of lists or objects,
+spelled as JSON or as Python's own."""
 
+import ast
+import contextlib
 import csv
 import dataclasses
 import io
 import itertools
+import json
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax_encoder.config import DataConfig
-from flax_encoder.data.sources.columns import SAMPLED_ROWS, Columns, Row, Table
+from flax_encoder.data.sources.columns import SAMPLED_ROWS, Columns, Row, Table, kinds_of_rows
 from flax_encoder.data.sources.records import BadRow, BadRows, DataError
 from flax_encoder.data.sources.remote import AnyFile
 from flax_encoder.data.sources.streams import Span, decode, name_without_packing, open_text, raw_lines
 
 _SAMPLED_BYTES, _SAMPLED_LINES = 2**20, 100
 _FIELD_CHARACTERS = 2**27  # Python's own limit is 2**17
+_TEXTUAL = ("str", "float", "null")  # kinds of columns whose fields are what is written
 
 
 class Dialect(NamedTuple):
@@ -48,7 +53,7 @@ def table(path: AnyFile, config: DataConfig, wanted: Columns) -> Table | None:
     notes = []
     delimiter = "\t" if _suffix(path) == ".tsv" else _delimiter(path, config.csv_quotes)
     if delimiter != "," and _suffix(path) == ".csv":
-        notes.append(f"{path}: its columns are separated by {delimiter!r}, for its first row has no comma.")
+        notes.append(f"{path}: its columns are separated by {delimiter!r}, in which its first rows agree.")
     quotes = config.csv_quotes and (_suffix(path) != ".tsv" or _quotes_enclose(path, delimiter))
     if config.csv_quotes and not quotes:
         notes.append(f"{path}: quotes are text, for more of its first rows have all their fields so.")
@@ -80,14 +85,14 @@ def _problem(error: csv.Error) -> tuple[str, str]:
 
 
 def _delimiter(path: AnyFile, quotes: bool) -> str:
-    """The comma, unless the first two rows have none and agree in another sign that such files have."""
+    """The sign that such files have and in which the first two rows agree, commas first; else the comma."""
     head = list(itertools.islice(_text_lines(path), _SAMPLED_LINES))
     for delimiter in (",", ";", "\t", "|"):
         try:
             widths = {len(row) for row in itertools.islice(filter(None, _reader(iter(head), delimiter, quotes)), 2)}
         except csv.Error:
             continue
-        if widths and max(widths) > 1 and (delimiter == "," or len(widths) == 1):
+        if len(widths) == 1 and max(widths) > 1:
             return delimiter
     return ","
 
@@ -121,7 +126,7 @@ def rows(
 ) -> Iterator[tuple[tuple[int, int], Row]]:
     delimiter, quotes, names, skipped = table.dialect
     reader = _reader(itertools.islice(_text_lines(path), skipped, None), delimiter, quotes)
-    places = [(name, names.index(name)) for name in columns]
+    places = [(name, names.index(name), table.kinds[name] in _TEXTUAL) for name in columns]
     for number in itertools.count(1):
         place = number, skipped + reader.line_num + 1
         try:
@@ -140,7 +145,7 @@ def rows(
                 BadRow(f"every row must have a field for each of the {len(names)} columns", f"has {len(fields)}"),
             )
             continue
-        yield place, {name: fields[i] for name, i in places}
+        yield place, {name: fields[i] if is_text else _value(fields[i]) for name, i, is_text in places}
 
 
 def where(path: AnyFile, place: tuple[int, int]) -> str:
@@ -148,12 +153,27 @@ def where(path: AnyFile, place: tuple[int, int]) -> str:
 
 
 def _kinds_of_strings(names: list[str], rows: list[Row]) -> dict[str, str]:
-    """float for columns all of whose values spell numbers, which are hardly texts; a guess, and for guessing alone."""
+    """float for columns all of whose values spell numbers, which are hardly texts: a guess, and for guessing alone. Of
+    columns all of whose values spell lists or objects, the kind of these."""
     kinds = {}
     for name in names:
         cells = [row[name].strip() for row in rows if row[name].strip()]
-        kinds[name] = "float" if cells and all(map(_spells_number, cells)) else "str" if cells else "null"
+        spelled = [_value(cell) for cell in cells]
+        if cells and not any(isinstance(value, str) for value in spelled):
+            kinds |= kinds_of_rows([{name: value} for value in spelled])
+        else:
+            kinds[name] = "float" if cells and all(map(_spells_number, cells)) else "str" if cells else "null"
     return kinds
+
+
+def _value(cell: str) -> Any:
+    """The list or object that a cell spells, or the cell."""
+    if cell.lstrip()[:1] in ("[", "{"):
+        for parse in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                if isinstance(value := parse(cell.strip()), list | dict):
+                    return value
+    return cell
 
 
 def _spells_number(cell: str) -> bool:

@@ -114,8 +114,10 @@ def _txt_spans(path: AnyFile, config: DataConfig, wanted: Columns) -> list[tuple
 
 def _txt_table(path: AnyFile, config: DataConfig, wanted: Columns) -> Table:
     if wanted.value != "none" or wanted.min_texts > 1:
+        way = "If it has a word and its tag a line, call it .conll; else u" if wanted.value == "tags" else "U"
         raise DataError(
-            f"a .txt file has no labels and no pairs: {path}. Use .csv, .tsv, .jsonl or .parquet, which have columns."
+            f"a .txt file has no labels and no pairs: {path}. {way}se .csv, .tsv, .jsonl or .parquet, which have "
+            f"columns."
         )
     return Table({"text": "str"}, str(path), is_fixed=True)
 

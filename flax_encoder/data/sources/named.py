@@ -1,7 +1,9 @@
 """Data sets by name: TensorFlow Datasets (tfds:) and Hugging Face datasets (hf:)."""
 
 import contextlib
+import difflib
 import functools
+import importlib
 import io
 import os
 import pathlib
@@ -20,6 +22,9 @@ from flax_encoder.data.sources.values import is_no_label
 _VALIDATION = ("validation", "validation_matched", "dev", "valid", "val")
 _TEST = ("test", "test_matched")
 _EVALUATED = ("validation", "dev", "valid", "test")  # how the names of splits for evaluation begin
+# TensorFlow Datasets imports its packages of builders one after another, and stops where one needs a library that is
+# not there: all that come after it are unknown to it then. These have texts.
+_TFDS_PACKAGES = ("question_answering", "summarization", "text", "text_simplification", "translate")
 
 
 class NamedSet(NamedTuple):
@@ -49,17 +54,30 @@ def open_hf(name: str, config: DataConfig, wanted: Columns, cache_dir: pathlib.P
     return _named_set(_find_hf(name, cache_dir), config, wanted)
 
 
+def named_columns(name: str, cache_dir: pathlib.Path) -> tuple[str, ...]:
+    """The columns of a set by name, `tfds:NAME` or `hf:NAME`.
+
+    Raises:
+      DataError: as `open_tfds` and `open_hf`.
+    """
+    return tuple(_find(name, cache_dir).table.kinds)
+
+
 def read_named(name: str, split: str, cache_dir: pathlib.Path) -> Iterator[Row]:
     """The rows of a split of a set by name, with all their columns.
 
     Raises:
       DataError: as `open_tfds` and `open_hf`; or no such split.
     """
-    kind, _, rest = name.partition(":")
-    found = {"tfds": _find_tfds, "hf": _find_hf}[kind](rest, cache_dir)
+    found = _find(name, cache_dir)
     if split not in found.splits:
         raise DataError(f"there is no split {split!r} in {name}; the splits are {', '.join(found.splits)}.")
     yield from found.rows(tuple(found.table.kinds), split, 0, found.splits[split][0])
+
+
+def _find(name: str, cache_dir: pathlib.Path) -> _Rows:
+    kind, _, rest = name.partition(":")
+    return {"tfds": _find_tfds, "hf": _find_hf}[kind](rest, cache_dir)
 
 
 def _find_tfds(name: str, cache_dir: pathlib.Path) -> _Rows:
@@ -75,7 +93,18 @@ def _find_tfds(name: str, cache_dir: pathlib.Path) -> _Rows:
         with FileLock(data_dir / ".lock"), contextlib.redirect_stdout(io.StringIO()):
             builder = _tfds_builder(name, data_dir)
             builder.download_and_prepare()
-    except (tfds.core.DatasetNotFoundError, NotImplementedError, ValueError, OSError) as error:
+    except tfds.core.DatasetNotFoundError:  # its message lists all that there are
+        known = tfds.list_builders(with_community_datasets=False)
+        near = difflib.get_close_matches(name.split("/")[0], known, 5)
+        hint = f" Names like it: {', '.join(near)}." if near else ""
+        raise DataError(f"TensorFlow Datasets cannot give {name!r}: it has no set of this name.{hint}") from None
+    except ImportError as error:  # wrapped, with the library's name in its text alone
+        library = str(error).rpartition("No module named ")[2].strip("'")
+        raise DataError(
+            f"TensorFlow Datasets cannot give {name!r}: the set's own code needs {library}. pip install {library}, "
+            f"or take the set from hf: or from files."
+        ) from error
+    except Exception as error:  # a set's own code raises many kinds, for a name, a network or a file
         raise DataError(f"TensorFlow Datasets cannot give {name!r}: {type(error).__name__}: {error}") from error
     kinds, names = {}, {}
     for column, feature in builder.info.features.items():
@@ -96,6 +125,9 @@ def _tfds_builder(name: str, data_dir: pathlib.Path):
 
     import flax_encoder.data.sources.python_docs  # noqa: F401
 
+    for package in _TFDS_PACKAGES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"tensorflow_datasets.{package}")
     return tfds.builder(name, data_dir=os.fspath(data_dir), file_format="array_record")
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -15,7 +14,7 @@ from flax_encoder.config import DataConfig
 from flax_encoder.data.sources.columns import Columns, Layout
 from flax_encoder.data.sources.files import KINDS, file_layout, file_parts, kind_of
 from flax_encoder.data.sources.named import open_hf, open_tfds
-from flax_encoder.data.sources.records import DataError, Part, Record
+from flax_encoder.data.sources.records import DataError, Part, Record, Say
 from flax_encoder.data.sources.remote import (
     AnyFile,
     RemoteFile,
@@ -52,9 +51,14 @@ class Source:
         splits = {part.split for part in self.parts}
         return "validation" in splits or ("test" in splits and not self.has_test_apart)
 
-    def records(self, split: str) -> Iterator[Record]:
-        """The split's documents in order."""
-        return itertools.chain.from_iterable(part.read() for part in self.parts if part.split == split)
+    def records(self, split: str | None = None, tell: Say = lambda message: None) -> Iterator[Record]:
+        """The documents of a split, or all, in order. `tell` hears at the end of rows that were left out."""
+        left_out = 0
+        for part in self.parts:
+            if split in (None, part.split):
+                left_out += (yield from part.read()) or 0
+        if left_out:
+            tell(f"{self.name}: {left_out:,} row{'s' * (left_out > 1)} cannot be used, and left out")
 
 
 def open_source(name: str, config: DataConfig, columns: Columns, cache_dir: pathlib.Path) -> Source:

@@ -5,6 +5,7 @@ A function here raises BadRow for a row that does not hold what is wanted.
 
 import itertools
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -244,6 +245,9 @@ def flags(columns: tuple[str, ...], row: Row) -> tuple[str, ...]:
     return tuple(found)
 
 
+_LARGEST = (2 - 2**-23) * 2.0**127  # of float32
+
+
 def number(column: str, row: Row) -> float:
     value = cell(row, column)
     try:
@@ -252,8 +256,8 @@ def number(column: str, row: Row) -> float:
         result = float(value)
     except (TypeError, ValueError, OverflowError):
         raise BadRow("a column of numbers must hold numbers", f"holds {_short(value)}", column) from None
-    if not math.isfinite(result):
-        raise BadRow("numbers must be finite", f"holds {_short(value)}", column)
+    if not abs(result) <= _LARGEST:
+        raise BadRow("numbers must be finite in float32", f"holds {_short(value)}", column)
     return result
 
 
@@ -298,6 +302,11 @@ def tagged_spans(column: str, entities: str, row: Row) -> Record:
             raise BadRow(
                 f"entities lie within the text of {len(whole)} characters and cover some of it",
                 f"has {label!r} from {begin} to {end}", entities,
+            )  # fmt: skip
+        if any(0 < at < len(whole) and unicodedata.category(whole[at])[0] == "M" for at in (begin, end)):
+            raise BadRow(
+                "entities begin and end between characters, not between a letter and a mark that belongs to it",
+                f"has {label!r} from {begin} to {end}, {whole[max(begin - 1, 0) : end + 1]!r}", entities,
             )  # fmt: skip
         if begin < end_before:
             found = f"has {label!r} from {begin}, where another ends at {end_before}"

@@ -44,7 +44,9 @@ def merge_parts(
         keep[codes > 0] = True
     kept = {split: int((keep & (codes == k)).sum()) for k, split in enumerate(SPLITS)}
     if not kept["train"]:
-        raise DataError("the source must have at least one document to train on: every one was empty or held out.")
+        raise DataError(
+            f"the source must have at least one document to train on: every one of {source.name} was empty or held out."
+        )
     if not kept["test"]:
         del kept["test"]
     names = label_names or _names(columns, source, values, [a["tags"] for a in about])
