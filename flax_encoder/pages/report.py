@@ -11,6 +11,7 @@ from flax_encoder.pages.frame import escape, number, page, section, table
 from flax_encoder.pages.story import Story, flattened
 
 _POINTS = 1200  # of a curve, so that a page stays small
+_STEPS = 10  # of a run, at which the same texts are shown
 _LABELS = 40  # of a confusion matrix, so that it can be read
 
 
@@ -250,9 +251,34 @@ def _time(story: Story) -> str:
     )
 
 
+def _watched(story: Story) -> str:
+    """What the model said of the same few texts over the run: a table each, a row a step."""
+    cards = []
+    for text, right, said in story.watched():
+        if len(said) < 2:
+            continue
+        some = [said[i] for i in sorted({i * (len(said) - 1) // (_STEPS - 1) for i in range(_STEPS)})]
+        heads = "".join(f'<th scope="col">{escape(word)}</th>' for word in right)
+        rows = ""
+        for step, words in some:
+            cells = "".join(
+                f'<td class="right">{escape(a)} ✓</td>' if a == b else f"<td>{escape(a)}</td>"
+                for a, b in zip(words, right, strict=True)
+            )
+            rows += f'<tr><th scope="row">{step:,}</th>{cells}</tr>'
+        cards.append(
+            f'<figure class="card watched"><figcaption>{escape(text)}</figcaption><div class="scroll" tabindex="0" '
+            f'role="region" aria-label="what it says over the run"><table><thead><tr><th scope="col">right</th>{heads}'
+            f"</tr></thead><tbody>{rows}</tbody></table></div></figure>"
+        )
+    if not cards:
+        return ""
+    return f'<h3>The same held-out texts over the run</h3><div class="grid pictures">{"".join(cards)}</div>'
+
+
 def _predictions(story: Story, several: bool) -> str:
-    """Examples, answers right and wrong, the confusion matrix and the reliability curve."""
-    summary, parts = story.summary, []
+    """What it said over the run, examples, answers right and wrong, the confusion matrix, the reliability curve."""
+    summary, parts = story.summary, [_watched(story)]
     if examples := summary.get("examples"):
         parts.append("".join(
             f'<div class="command"><pre>{escape(line.strip())}</pre></div>' for line in examples

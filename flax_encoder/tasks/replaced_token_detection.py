@@ -88,6 +88,10 @@ class ReplacedTokenDetection(nnx.Module):
         weight = batch["detection_weight"].max() if "detection_weight" in batch else self.weight * self.rate
         return LossSum(generator_sum + weight * entropy, weights.sum(), metrics)
 
+    def outputs(self, batch: dict[str, Array]) -> dict[str, Array]:
+        """The generator's, which fills in what is masked."""
+        return self.generator.outputs(batch)
+
 
 def replace(batch: dict[str, Array], drawn: Int[Array, "B M"]) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     """(tokens with the drawn ones at the masked places, which of them are not what stood there)."""
@@ -215,6 +219,7 @@ TASK = Task(
     headline="f1",
     reads=("masking.", "generator.", "data.last_row_length", "data.last_rate"),
     check=_check,
+    samples=masked_lm.TASK.samples,
     commands=_commands,
     head="discriminator",
     parts={"encoder": _detector, "generator": _generator},

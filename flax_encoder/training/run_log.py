@@ -20,6 +20,8 @@ from flax_encoder.training.trackers import Tracked, Tracker
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
+SAMPLES = "samples.jsonl"
+"""In a run folder: what each evaluation says of the same few held-out texts."""
 
 
 class NotFinite(ArithmeticError):
@@ -103,6 +105,10 @@ class RunLog:
 
     def _open(self) -> BinaryIO:
         path = self._run_dir / "metrics.jsonl"
+        if (samples := self._run_dir / SAMPLES).exists():
+            last = self._resume_step - self.is_finished
+            kept = [line for line in read_metrics(self._run_dir, SAMPLES) if line["step"] <= last]
+            write_atomically(samples, "".join(json.dumps(line) + "\n" for line in kept))
         kept = [line for line in read_metrics(self._run_dir) if line["step"] <= self._resume_step]
         if self.is_finished:  # the last evaluation and the test are made, and written, again, before what came last
             kept = [line for line in kept if line["step"] < self._resume_step or not _is_of(line, "eval/", "test/")]
@@ -127,9 +133,18 @@ class RunLog:
             self._file = self._file or self._open()
             self._file.write(line.encode())
         except OSError as error:
-            why = f"{error.strerror}; once it can be written, the same command goes on"
-            raise OSError(error.errno, why, str(path)) from None
+            raise _with_way_out(error, path) from None
         self._trackers.call("log", step, values)
+
+    def write_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        """One line of samples.jsonl: what an evaluation, whose metrics are written, says of a few held-out texts."""
+        if self._is_main and samples:
+            path = self._run_dir / SAMPLES
+            try:
+                with path.open("ab") as file:
+                    file.write((json.dumps({"step": step, "samples": samples}) + "\n").encode())
+            except OSError as error:
+                raise _with_way_out(error, path) from None
 
     def progress(self, step: int, values: dict[str, float], headline: str, seconds_left: float) -> None:
         """Show where the run is: step, loss, the task's headline metric, tokens/s, data wait, time left."""
@@ -176,6 +191,10 @@ class RunLog:
             self._trackers.call("end")
 
 
+def _with_way_out(error: OSError, path: pathlib.Path) -> OSError:
+    return OSError(error.errno, f"{error.strerror}; once it can be written, the same command goes on", str(path))
+
+
 def _is_of(line: dict[str, Any], *prefixes: str) -> bool:
     return any(name.startswith(prefixes) for name in line)
 
@@ -193,10 +212,11 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def read_metrics(run_dir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, each with its `step`. A last line that a kill cut short is left out. So is,
-    with a warning, one that is damaged: no UTF-8, no JSON object, no step, or a number that is not finite."""
-    path = run_dir / "metrics.jsonl"
+def read_metrics(run_dir: pathlib.Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, or of another file like it, each with its `step`. A last line that a kill cut
+    short is left out. So is, with a warning, one that is damaged: no UTF-8, no JSON object, no step, or a number that
+    is not finite."""
+    path = run_dir / name
     try:
         content = path.read_bytes()
     except FileNotFoundError:
