@@ -268,21 +268,25 @@ def _watched(story: Story) -> str:
             rows += f'<tr><th scope="row">{step:,}</th>{cells}</tr>'
         cards.append(
             f'<figure class="card watched"><figcaption>{escape(text)}</figcaption><div class="scroll" tabindex="0" '
-            f'role="region" aria-label="what it says over the run"><table><thead><tr><th scope="col">right</th>{heads}'
+            f'role="region" aria-label="what it says over the run"><table><thead><tr><th scope="col">step</th>{heads}'
             f"</tr></thead><tbody>{rows}</tbody></table></div></figure>"
         )
     if not cards:
         return ""
-    return f'<h3>The same held-out texts over the run</h3><div class="grid pictures">{"".join(cards)}</div>'
+    return (
+        '<h3>The same held-out texts over the run</h3><p class="note">What it said at each evaluation. Over a column '
+        f'stands what is right.</p><div class="grid narrow">{"".join(cards)}</div>'
+    )
 
 
 def _predictions(story: Story, several: bool) -> str:
-    """What it said over the run, examples, answers right and wrong, the confusion matrix, the reliability curve."""
-    summary, parts = story.summary, [_watched(story)]
+    """Examples, what it said over the run, answers right and wrong, the confusion matrix, the reliability curve."""
+    summary, parts = story.summary, []
     if examples := summary.get("examples"):
         parts.append("".join(
             f'<div class="command"><pre>{escape(line.strip())}</pre></div>' for line in examples
         ))  # fmt: skip
+    parts.append(_watched(story))
     if answers := summary.get("answers"):
         rows = [
             ["✓" if a["is_right"] else "✗", a["text"], a["says"], a["right"], a.get("probability")] for a in answers
