@@ -96,7 +96,8 @@ def test_a_page_shows_what_was_said_of_the_same_texts_at_every_step(tmp_path):
         {"step": step, "samples": [sample("a ____ of", [said], ["list"]), sample(NASTY, [NASTY], ["b"])]}
         for step, said in ((40, "list"), (8, "the"), (16, "value"))
     ]
-    lines += [{"step": 48}, {"step": 48, "samples": [3, sample("a", [], []), sample("a ____ of", ["x", "y"], ["list"])]}]
+    damaged = [3, sample("a", [], []), sample("a ____ of", ["x", "y"], ["list"])]
+    lines += [{"step": 48}, {"step": 48, "samples": damaged}]
     folder = write_samples(write_run(tmp_path / "run"), lines)
     with (folder / "samples.jsonl").open("a") as file:
         file.write('{"step": 56, "samp')  # a kill cut it short
