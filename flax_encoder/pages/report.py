@@ -128,7 +128,7 @@ def _scores(stories: Sequence[Story]) -> str:
     if not metrics:
         return '<p class="note">The log has no evaluation yet.</p>'
     cells = [[name, *(values.get(metric) for metric in metrics)] for name, values in rows]
-    return table(["model", *(_words(m) for m in metrics)], cells, "scores on held-out documents")
+    return _styled(table(["model", *(_words(m) for m in metrics)], cells, "scores on held-out documents"), "named")
 
 
 def _families(stories: Sequence[Story]) -> list[Story]:
@@ -168,7 +168,8 @@ def _charts(stories: Sequence[Story]) -> list[dict[str, Any]]:
                 if points := thinned(points):
                     steps, values = zip(*points, strict=True)
                     series.append({"run": i, "held_out": held_out, "steps": steps, "values": values})
-        if series:
+        is_in_table = all(one["held_out"] and len(one["steps"]) == 1 for one in series)
+        if not is_in_table:
             both = len({s["held_out"] for s in series}) > 1
             charts.append({
                 "title": chart.title, "unit": chart.unit, "log": chart.log, "zero": chart.zero,
@@ -294,7 +295,7 @@ def _predictions(story: Story, several: bool) -> str:
         columns = ["right", "text", "it says", "the data has", "probability"]
         shown = table(columns, rows, "answers to held-out documents")
         parts.append("<h3>Held-out documents that it is wrong about, the surest first, and some that it has right</h3>")
-        parts.append(shown.replace('class="scroll"', 'class="scroll tall"', 1))
+        parts.append(_styled(shown, "tall", "answers"))
     pictures = []
     if confusion := summary.get("confusion"):
         pictures.append(_confusion(confusion["labels"], confusion["counts"]))
@@ -342,20 +343,25 @@ def _confusion(labels: list[str], counts: list[list[int]]) -> str:
 
 def _settings(stories: Sequence[Story]) -> str:
     """Settings in which runs differ, or in which one differs from the default."""
-    columns = [("default", flattened(to_dict(RunConfig())))] if len(stories) == 1 else []
+    defaults = flattened(to_dict(RunConfig()))  # also what a setting was before there was a choice
+    columns = [("default", defaults)] if len(stories) == 1 else []
     columns += [(story.name, story.settings) for story in stories if story.settings]
     if len(columns) < 2:
         return ""
     names = sorted({name for _, settings in columns for name in settings} - {"run_dir"})
     rows = []
     for name in names:
-        values = [_plain(settings.get(name)) for _, settings in columns]
+        values = [_plain(settings.get(name, defaults.get(name))) for _, settings in columns]
         if any(value != values[0] for value in values):
             rows.append([name, *values])
     if not rows:
         return '<p class="note">They are the same.</p>'
     shown = table(["setting", *(name for name, _ in columns)], rows, "settings")
-    return shown.replace('class="scroll"', 'class="scroll tall"', 1)
+    return _styled(shown, "tall")
+
+
+def _styled(table: str, *styles: str) -> str:
+    return table.replace('class="scroll"', f'class="{" ".join(("scroll", *styles))}"', 1)
 
 
 def _plain(value: Any) -> Any:
