@@ -168,8 +168,7 @@ def _charts(stories: Sequence[Story]) -> list[dict[str, Any]]:
                 if points := thinned(points):
                     steps, values = zip(*points, strict=True)
                     series.append({"run": i, "held_out": held_out, "steps": steps, "values": values})
-        is_in_table = all(one["held_out"] and len(one["steps"]) == 1 for one in series)
-        if not is_in_table:
+        if series:
             both = len({s["held_out"] for s in series}) > 1
             charts.append({
                 "title": chart.title, "unit": chart.unit, "log": chart.log, "zero": chart.zero,
