@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from flax_encoder.config import DistillationConfig, EncoderConfig, HeadConfig, RunConfig
 from flax_encoder.config.rules import require
 from flax_encoder.data.reading import MASKED_TEXT
-from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.heads import MaskedLMHead, gather_rows
 from flax_encoder.tasks import distillation
 from flax_encoder.tasks.distillation import distillation_loss
@@ -27,6 +27,8 @@ _LIKELIEST = 8  # some may be special tokens, which are no words
 
 class MaskedLM(nnx.Module):
     """Encoder and vocabulary head; reads only the batch's target positions."""
+
+    __repr__ = short_repr
 
     def __init__(
         self,
