@@ -86,7 +86,7 @@ def draw_attention(tokens: Sequence[str], weights: np.ndarray, out: pathlib.Path
     if is_one:
         axes[0, 0].set(xlabel="is attended to", ylabel="attends")
     figure.suptitle(title.replace("$", r"\$"), fontsize=10, wrap=True)
-    figure.savefig(out, dpi=150)
+    figure.savefig(out, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
