@@ -26,8 +26,8 @@ complete -o default -F _flax_encoder flax-encoder
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh"), help="put `eval \"$(flax-encoder completion bash)\"` in "
-                        "~/.bashrc, or zsh's in ~/.zshrc")  # fmt: skip
+    parser.add_argument("shell", choices=("bash", "zsh"), help="its script is for the end of ~/.bashrc, or "
+                        "~/.zshrc")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
