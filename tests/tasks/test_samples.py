@@ -1,26 +1,24 @@
 """Held-out texts that a model is asked about at every evaluation: what is asked, and how the answers are read."""
 
 import dataclasses
-import pathlib
 
-import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from flax_encoder.config import RunConfig
+from flax_encoder.config import EncoderConfig, RunConfig
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.records import Record
 from flax_encoder.data.store.encoding import encode_records
 from flax_encoder.data.store.tokenizing import token_dtype
 from flax_encoder.data.tokens.byte_pairs import train_byte_pairs
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
-from flax_encoder.runs.load import load
 from flax_encoder.runs.loaded import memory_split
+from flax_encoder.tasks import TASKS
 from flax_encoder.tasks.samples import GAP, NUM_SAMPLES, answered, filled_sentences, gapped_sentences
-from flax_encoder.training.run_log import SAMPLES, read_metrics
-from tests.runs import TINY, WORDS, losses, tiny, with_fields
-from tests.test_train import Stops
-from train import train
+from flax_encoder.training.step import make_outputs_step
+from tests.runs import TINY, WORDS
+from tests.toy import split_model
 
 LINES = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 9 + i % 13)) + f" {i} unseenword" for i in range(1, 90)]
 LONG = [" ".join(LINES[i : i + 6]) for i in range(20)]
@@ -100,61 +98,14 @@ def test_an_answer_is_shown_beside_what_is_right(answer, right, says, shown):
     assert answered(split, 0, {"vectors": np.zeros(3)}, right, tokenizer, writes=False) is None
 
 
-@pytest.fixture(scope="module")
-def on_one_device():
-    devices = jax.devices()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *args: devices[:1])
-        yield
-
-
-@pytest.fixture(scope="module")
-def watched(corpus, tmp_path_factory, on_one_device):
-    """A masked LM's run of twelve steps that is evaluated at every fourth."""
-    config = tiny(
-        corpus, tmp_path_factory.mktemp("watched") / "run", steps=12, eval_every=4, checkpoint_every=12,
-        model__num_layers=1,
-    )  # fmt: skip
-    train(config)
-    return config
-
-
-def test_the_last_samples_are_what_the_run_fills_in(watched):
-    run, lines = load(watched.run_dir), read_metrics(pathlib.Path(watched.run_dir), SAMPLES)
-    assert [line["step"] for line in lines] == [4, 8, 12]
-    assert len({tuple(sample["text"] for sample in line["samples"]) for line in lines}) == 1
-    for sample in lines[-1]["samples"]:
-        filled = run.fill_mask(sample["text"].replace(GAP, "[MASK]"), 1)
-        assert [word["token"] for [word] in filled] == sample["says"]
-
-
-def test_a_run_that_is_stopped_and_resumed_keeps_the_same_samples(watched, tmp_path, monkeypatch):
-    cut = with_fields(watched, run_dir=str(tmp_path / "cut"))
-    with monkeypatch.context() as patch:
-        patch.setattr("flax_encoder.runs.train.StopSignals", lambda: Stops(7))
-        assert train(cut) is None
-    train(cut)
-    want = (pathlib.Path(watched.run_dir) / SAMPLES).read_text()
-    assert (tmp_path / "cut" / SAMPLES).read_text() == want
-    train(cut)  # a finished run reports again
-    assert (tmp_path / "cut" / SAMPLES).read_text() == want
-    assert losses(tmp_path / "cut") == losses(pathlib.Path(watched.run_dir))
-
-
-def test_watching_a_run_changes_no_loss(watched, tmp_path):
-    blind = with_fields(watched, run_dir=str(tmp_path / "blind"), eval_every=None)
-    train(blind)
-    assert losses(tmp_path / "blind") == losses(pathlib.Path(watched.run_dir))
-    assert not (tmp_path / "blind" / SAMPLES).exists()
-
-
-@pytest.mark.parametrize("objective", ["causal_lm", "replaced_token_detection", "sentence_order", "classification"])
-def test_other_objectives_are_watched_too(corpus, tmp_path, on_one_device, objective):
-    more = {"data__source": str(corpus / "rows.jsonl")} if objective == "classification" else {}
-    config = tiny(corpus, tmp_path, steps=2, eval_every=1, eval_batches=1, model__num_layers=1, objective=objective,
-                  **more)  # fmt: skip
-    train(config)
-    lines = read_metrics(tmp_path, SAMPLES)
-    assert [len(line["samples"]) for line in lines] == [NUM_SAMPLES] * 2
-    if objective == "classification":
-        assert {*lines[0]["samples"][0]["right"], *lines[0]["samples"][0]["says"]} <= {"first", "second", "third"}
+@pytest.mark.parametrize("objective", ["masked_lm", "causal_lm", "replaced_token_detection", "sentence_order"])
+def test_every_objective_that_predicts_words_can_be_asked(objective):
+    tokenizer, task = train_wordpiece(LINES, 150), TASKS[objective]
+    model = EncoderConfig(vocab_size=192, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24, max_length=40)
+    config = RunConfig(objective=objective, model=model, data=TINY.data)
+    samples = task.samples(config, tokenizer, split_of(LINES, tokenizer), (1, 1))
+    graphdef, params = split_model(lambda: task.make_model(config, None)(nnx.Rngs(0)))
+    outputs = make_outputs_step(graphdef)(params, samples.batch)
+    read = samples.read({name: np.asarray(x) for name, x in outputs.items()})
+    assert len(read) == NUM_SAMPLES and all(len(sample.says) == len(sample.right) for sample in read)
+    assert np.all(np.diff(np.asarray(outputs["probabilities"])) <= 0)
