@@ -14,6 +14,7 @@ config = RunConfig(
     steps=1450,
     batch_size=16,
     log_every=10,
+    eval_every=290,
     checkpoint_every=250,
     model=EncoderConfig(
         num_layers=3,

@@ -25,7 +25,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    for name in ("faults", "every_mesh"):
+    for name in ("faults", "every_mesh", "installs"):
         if name not in (config.option.markexpr or ""):
             skip = pytest.mark.skip(reason=f"takes minutes: pytest -m {name}")
             for item in items:

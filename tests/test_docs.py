@@ -30,7 +30,7 @@ def commands(page: pathlib.Path) -> list[list[str]]:
     found = []
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
-            for words in re.split(r"&&|\|", line.split(" #")[0]):
+            for words in re.split(r"&&|\||>>", line.split(" #")[0]):
                 match = re.search(r"python train\.py(.*)|(?:python -m flax_encoder|flax-encoder) (.*)", words)
                 if match and (rest := match[1] if match[1] is not None else match[2]) is not None:
                     found.append((["train"] if match[1] is not None else []) + shlex.split(rest))

@@ -29,7 +29,7 @@ from flax_encoder.runs import ask_file, processes
 from flax_encoder.runs.ask_file import AnswerFile, output_file
 from flax_encoder.runs.load import load_run
 from flax_encoder.training.roll_call import LOST
-from flax_encoder.training.run_log import read_metrics
+from flax_encoder.training.run_log import SAMPLES, read_metrics
 from tests.runs import (
     ROOT,
     TINY,
@@ -76,7 +76,7 @@ def finished(processes: list[subprocess.Popen]) -> list[str]:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_stop_together(corpus, tmp_path):
-    whole = tiny(corpus, tmp_path / "whole", steps=120)
+    whole = tiny(corpus, tmp_path / "whole", steps=120, eval_every=60)
     run(command(whole))
     config = with_fields(whole, run_dir=str(tmp_path / "run"))
     processes = start_all(config, 2)
@@ -91,11 +91,13 @@ def test_two_processes_train_as_one_and_stop_together(corpus, tmp_path):
     assert "held-out text" in outputs[0] and "held-out text" not in outputs[1]
     for name in ("run", "resumed_by_one"):
         assert_same_losses(tmp_path / name, tmp_path / "whole")
+        lines = read_metrics(tmp_path / name, SAMPLES)
+        assert [line["step"] for line in lines] == [60, 120] and all(len(line["samples"]) == 4 for line in lines)
 
 
 @pytest.mark.slow
 def test_two_processes_that_share_rows_train_as_one(corpus, tmp_path):
-    whole = tiny(corpus, tmp_path / "whole", steps=9)
+    whole = tiny(corpus, tmp_path / "whole", steps=9, eval_every=9)
     run(command(whole))
     outputs = finished(start_all(with_fields(whole, run_dir=str(tmp_path / "run")), 2, data=1, tensor=2))
     assert "tensor 2" in outputs[0]
@@ -103,6 +105,7 @@ def test_two_processes_that_share_rows_train_as_one(corpus, tmp_path):
     folders = tmp_path / "run", tmp_path / "whole"
     got, want = ([line["eval/loss"] for line in read_metrics(folder) if "eval/loss" in line] for folder in folders)
     assert got == pytest.approx(want, rel=1e-5)
+    assert read_metrics(folders[0], SAMPLES) == read_metrics(folders[1], SAMPLES) != []
 
 
 def test_processes_that_cannot_be_found_are_an_error(tmp_path):

@@ -16,8 +16,9 @@ import pytest
 from flax_encoder.commands import main
 from flax_encoder.config import ConfigError, EncoderConfig, MeshConfig, OptimizerConfig, RunConfig
 from flax_encoder.runs.load import load_run
+from flax_encoder.tasks.samples import GAP
 from flax_encoder.training.checkpoint import CheckpointError
-from flax_encoder.training.run_log import read_metrics
+from flax_encoder.training.run_log import SAMPLES, read_metrics
 from tests.runs import (
     ROOT,
     assert_same_losses,
@@ -112,6 +113,15 @@ def test_metrics_and_run_folder_are_complete(corpus, tmp_path, one_device):
     assert {"config.json", "tokenizer.json", "checkpoints", "metrics.jsonl"} <= files
     assert any(name.startswith("events.out.tfevents") for name in files)
     assert json.loads((tmp_path / "run/config.json").read_text())["model"]["vocab_size"] == 256
+    first, last = read_metrics(tmp_path / "run", SAMPLES)
+    assert (first["step"], last["step"]) == (12, 24)
+    assert [sample["text"] for sample in first["samples"]] == [sample["text"] for sample in last["samples"]]
+    run = load_run(tmp_path / "run")
+    for sample in last["samples"]:  # what was filled in last is what the run fills in
+        filled = run.fill_mask(sample["text"].replace(GAP, "[MASK]"), 1)
+        assert [word["token"] for [word] in filled] == sample["says"]
+    train(with_fields(config, run_dir=str(tmp_path / "blind"), eval_every=None))
+    assert losses(tmp_path / "blind") == losses(tmp_path / "run") and not (tmp_path / "blind" / SAMPLES).exists()
 
 
 def test_a_checkpoint_stands_alone(corpus, tmp_path, one_device):
@@ -276,6 +286,9 @@ def test_evaluations_that_a_signal_stops_are_made_by_the_next_start(corpus, tmp_
 
     assert evaluations(cut) == evaluations(whole) and len(evaluations(cut)) == 4
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    for _ in range(2):  # and again as the finished run reports anew
+        assert (tmp_path / "cut" / SAMPLES).read_text() == (tmp_path / "whole" / SAMPLES).read_text()
+        train(cut)
 
 
 def test_stages_of_one_length_have_their_own_numbers_of_targets(corpus, tmp_path, one_device):

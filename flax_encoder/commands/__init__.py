@@ -26,6 +26,7 @@ COMMANDS = {
     "prepare": "prepare",
     "inspect": "inspect",
     "verify": "verify",
+    "completion": "completion",
 }
 
 
@@ -43,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module_name in COMMANDS.items():
         module = importlib.import_module(f"flax_encoder.commands.{module_name}")
-        has_own_parser = getattr(module, "HAS_OWN_PARSER", False)
+        has_own_parser = hasattr(module, "SETTINGS")
         command = commands.add_parser(name, help=module.HELP, add_help=not has_own_parser)
         command.set_defaults(run=module.run, has_own_parser=has_own_parser)
         if not has_own_parser:

@@ -13,7 +13,6 @@ from flax_encoder.config import ConfigError, DataConfig, GenerationConfig
 from flax_encoder.training.console import make_news_console
 
 HELP = "score a model on a file that holds the right values: accuracy, F1, correlation, BLEU, loss ..."
-HAS_OWN_PARSER = True  # its options are settings, which have a parser of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +35,9 @@ class EvaluateArguments:
     """Print JSON for programs."""
     num_processes: int = 1
     """How many processes share the work, which were started together with the same command, as for training."""
+
+
+SETTINGS = EvaluateArguments  # each is an option, by a parser of their own
 
 
 def run(arguments: argparse.Namespace) -> None:

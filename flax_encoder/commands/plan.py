@@ -7,10 +7,11 @@ from typing import Any
 
 from flax_encoder.commands.recipe import parse_run_config
 from flax_encoder.commands.screen import failing_clearly, positive_count
+from flax_encoder.config import RunConfig
 from flax_encoder.config.mesh import MESH_AXES
 
 HELP = "whether a run fits on some hardware, how fast it goes and what it costs, with no accelerator at hand"
-HAS_OWN_PARSER = True
+SETTINGS = RunConfig  # each is an option too, by a parser of their own
 _DAY = 86400
 
 
@@ -18,8 +19,8 @@ def run(arguments: argparse.Namespace) -> None:
     main(arguments.rest)
 
 
-def main(argv: list[str]) -> None:
-    """Plan as the command line says, and print it."""
+def own_parser() -> argparse.ArgumentParser:
+    """Of the options that are no settings."""
     parser = argparse.ArgumentParser(
         prog="python -m flax_encoder plan", allow_abbrev=False, description=f"{HELP}. Any setting of the recipe is an "
         "option too, as for train: --batch-size 4096 --mesh.fsdp 8."
@@ -36,7 +37,12 @@ def main(argv: list[str]) -> None:
                         "rank them")  # fmt: skip
     parser.add_argument("--search-minutes", type=float, default=10.0, help="no trial begins later (default 10)")
     parser.add_argument("--json", action="store_true", help="print JSON for programs instead")
-    asked, rest = parser.parse_known_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Plan as the command line says, and print it."""
+    asked, rest = own_parser().parse_known_args(argv)
     with failing_clearly():
         _plan(asked, rest)
 

@@ -13,7 +13,6 @@ from flax_encoder.config import ConfigError, DataConfig, RunConfig, differences
 from flax_encoder.tasks import find_task
 
 HELP = "tokenize text once, into a store that runs read"
-HAS_OWN_PARSER = True  # its options are settings, which have a parser of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +42,9 @@ _PREPARED = (
     "held_out_by_class", "held_out_rate", "tokenizer", "vocab_size",
     "cache_dir",
 )  # fmt: skip
+
+
+SETTINGS = PrepareArguments  # each is an option, by a parser of their own
 
 
 def run(arguments: argparse.Namespace) -> None:

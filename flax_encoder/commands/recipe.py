@@ -26,9 +26,14 @@ def find_recipe(name: str, home: pathlib.Path = HOME) -> pathlib.Path:
     for file in candidates:
         if file.is_file():
             return file
-    known = ", ".join(sorted(p.relative_to(home).as_posix() for p in home.glob("configs/*.py"))) or "none"
+    known = ", ".join(f"configs/{name}.py" for name in recipe_names(home)) or "none"
     where = "" if home.resolve() == pathlib.Path.cwd() else f", in {home}"
     raise ConfigError(f"no recipe at {name}; recipes in configs/ are: {known}{where}. A bare name is of one of them.")
+
+
+def recipe_names(home: pathlib.Path = HOME) -> list[str]:
+    """Of the recipes in configs/ there, in order."""
+    return sorted(file.stem for file in home.glob("configs/*.py"))
 
 
 def load_recipe(path: str | pathlib.Path) -> RunConfig:

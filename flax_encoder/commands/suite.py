@@ -12,10 +12,11 @@ from flax_encoder.commands.screen import failing_clearly, positive_count, show
 from flax_encoder.config import ConfigError, RunConfig
 
 HELP = "fine-tune a model on the tasks of glue, superglue, ner or qa, several seeds each, and show one table"
-HAS_OWN_PARSER = True  # after its own options come settings of runs, which have a parser of their own
+SETTINGS = RunConfig  # each is an option too, by a parser of their own
 
 
-def _parser() -> argparse.ArgumentParser:
+def own_parser() -> argparse.ArgumentParser:
+    """Of the options that are no settings."""
     from flax_encoder.runs.suites import SUITES
 
     parser = argparse.ArgumentParser(
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     from flax_encoder.runs.suite import Suite, choose_tasks, describe, run_suite, table_rows
 
-    asked, settings = _parser().parse_known_args(arguments.rest)
+    asked, settings = own_parser().parse_known_args(arguments.rest)
     names = None if asked.tasks is None else [name for word in asked.tasks for name in word.split(",") if name]
     out = asked.out or pathlib.Path("runs") / f"{asked.suite}-{pathlib.Path(asked.folder).resolve().name}"
     if asked.data_dir is not None and not asked.data_dir.is_dir():

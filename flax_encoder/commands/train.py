@@ -5,9 +5,10 @@ import sys
 
 from flax_encoder.commands.recipe import parse_run_config
 from flax_encoder.commands.screen import failing_clearly, obey_quiet
+from flax_encoder.config import RunConfig
 
 HELP = "train by a recipe: --config configs/NAME.py, then any setting; --help shows all"
-HAS_OWN_PARSER = True
+SETTINGS = RunConfig  # each is an option, by a parser of their own
 
 
 def main(argv: list[str] | None = None) -> None:

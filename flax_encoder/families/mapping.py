@@ -190,6 +190,9 @@ class Family:
     """Fields with one known meaning, and the values they may have."""
     modernize: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
     """Old spellings of a config to today's."""
+    older: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    """Old spellings that a config in today's is written with too: a transformers that knows only those would take its
+    defaults for what it does not find."""
     arranged: Callable[[Mapping[str, np.ndarray], str | None], Mapping[str, np.ndarray]] = lambda tensors, task: tensors
     """Tensors as a folder has them, and the task that is loaded, to tensors as `rows` name them."""
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -332,6 +335,7 @@ def write_config(
         own["attention_head_dim"] = config.head_dim
     try:
         theirs |= {k: v for k, v in _write_fields(family.fields, own).items() if v is not None}
+        theirs |= family.older(theirs)
         got = settled(read_config(family, theirs))
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"a {family.model_type} config cannot say this model: {error}") from None

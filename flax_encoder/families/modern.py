@@ -2,6 +2,7 @@
 arXiv 2503.05500), NeoBERT (Le Breton et al., arXiv 2502.19587); and cramming's (Geiping and Goldstein, 2212.14034)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from flax_encoder.config import ConfigError, EncoderConfig
@@ -56,6 +57,17 @@ def _modernize_modernbert(config: dict[str, Any]) -> dict[str, Any]:
     rope = {kind: {"rope_type": "default", "rope_theta": theta, **scaling, **(given.get(kind) or {})}
             for kind, theta in thetas.items()}  # fmt: skip
     return config | {"layer_types": config.get("layer_types") or types, "rope_parameters": rope}
+
+
+def _older_modernbert(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As transformers before 5 reads it; no such field says that the first layer has a window."""
+    thetas = {
+        name: config["rope_parameters"][kind]["rope_theta"]
+        for name, kind in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention"))
+    }
+    full = [i for i, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+    every = {"global_attn_every_n_layers": [*full, len(config["layer_types"])][1]} if full else {}
+    return thetas | every
 
 
 MODERN_HEAD_FIELDS = (
@@ -140,6 +152,7 @@ MODERNBERT = Family(
     # The last two are published (position_embedding_type is sans_pos in mmBERT and granite) and never read.
     ignored=frozenset({"embedding_dropout", "layer_norm_eps", "position_embedding_type"}),
     modernize=_modernize_modernbert,
+    older=_older_modernbert,
     presets={
         "modernbert_base": modernbert_base,
         "modernbert_large": dataclasses.replace(

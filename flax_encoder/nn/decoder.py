@@ -15,7 +15,7 @@ from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig, HeadC
 from flax_encoder.nn.attention import SelfAttention
 from flax_encoder.nn.cache import Cache, Memory
 from flax_encoder.nn.embedding import places
-from flax_encoder.nn.encoder import REMAT_POLICIES, Encoder, unstack
+from flax_encoder.nn.encoder import REMAT_POLICIES, Encoder, short_repr, unstack
 from flax_encoder.nn.feed_forward import FeedForward
 from flax_encoder.nn.heads import MaskedLMHead
 from flax_encoder.nn.linear import packed
@@ -300,6 +300,8 @@ class Decoder(nnx.Module):
 
 class EncoderDecoder(nnx.Module):
     """Rows of source tokens and of target tokens to logits of each target's next token; one token embedding for all."""
+
+    __repr__ = short_repr
 
     def __init__(self, config: EncoderConfig, decoder: DecoderConfig | None = None, *, rngs: nnx.Rngs):
         decoder = decoder or DecoderConfig()

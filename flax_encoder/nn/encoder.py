@@ -143,6 +143,16 @@ def looks_ahead(config: EncoderConfig) -> str | None:
     return None
 
 
+def num_parameters(model: nnx.Module) -> int:
+    """Numbers in all parameters of a model."""
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def short_repr(model: Any) -> str:
+    """A model that has an encoder in one line; treescope shows it whole."""
+    return f"{type(model).__name__}({model.encoder!r}, {num_parameters(model):,} parameters in all)"
+
+
 class Encoder(nnx.Module):
     """Packed rows of tokens to vectors, [B, T] -> [B, T, D], float32.
 
@@ -317,9 +327,8 @@ class Encoder(nnx.Module):
 
     def __repr__(self) -> str:
         config = self.config
-        count = sum(x.size for x in jax.tree.leaves(nnx.state(self, nnx.Param)))
         layers = f"{config.num_layers} layer{'s' * (config.num_layers > 1)} of width {config.embed_dim}"
-        return f"{type(self).__name__}({layers}, {config.vocab_size:,} tokens, {count:,} parameters)"
+        return f"{type(self).__name__}({layers}, {config.vocab_size:,} tokens, {num_parameters(self):,} parameters)"
 
     def _stacks(self) -> list[tuple[nnx.Module, int, int]]:
         """(stacked layers, the first of them, the one after the last), in the order that they run."""

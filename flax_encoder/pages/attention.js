@@ -70,10 +70,16 @@ function choose(layer, head) {
 const short = token => token.length > 14 ? token.slice(0, 13) + "…" : token;
 const paper = () => Math.max(260, document.getElementById("matrix").clientWidth);
 
+function widest() {  // of the tokens as they are written, in pixels
+  const context = document.createElement("canvas").getContext("2d");
+  context.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+  return Math.max(...tokens.map(token => context.measureText(short(token)).width));
+}
+
 function drawMatrix() {
   const holder = document.getElementById("matrix"), width = paper();
-  const label = T > 64 ? 0 : 12 + 7.2 * Math.min(14, Math.max(...tokens.map(token => token.length)));
-  const size = Math.min(26, (width - label - 4) / T), canvas = document.createElement("canvas");
+  const label = T > 64 ? 0 : 10 + widest();
+  const size = Math.min(36, (width - label - 4) / T), canvas = document.createElement("canvas");
   paint(canvas, state.layer, state.head);
   holder.replaceChildren();
   const svg = element(holder, "svg", { viewBox: `0 0 ${width} ${label + size * T + 4}`, role: "img",

@@ -51,7 +51,7 @@ def attention_page(tokens: Sequence[str], weights: np.ndarray, segments: Sequenc
 
 
 def draw_attention(tokens: Sequence[str], weights: np.ndarray, out: pathlib.Path, title: str) -> None:
-    """Draw every layer and head as one picture, or the only one large, with its tokens.
+    """Draw every layer and head as one picture, with the tokens where there is room, or the only one large.
 
     Args:
       weights: float [L, N, T, T].
@@ -63,23 +63,30 @@ def draw_attention(tokens: Sequence[str], weights: np.ndarray, out: pathlib.Path
     L, N, T = weights.shape[:3]
     is_one = L == N == 1
     size = (max(4.0, 1.8 + 0.24 * T),) * 2 if is_one else (0.5 + 1.1 * N, 0.9 + 1.1 * L)
-    figure, axes = plt.subplots(L, N, figsize=size, layout="constrained", squeeze=False)
+    labels = [token.replace("$", r"\$") for token in tokens]
+    font = 8.0 if is_one else min(6.0, 60 / T)
+    has_room = font >= 4
+    if has_room and not is_one:
+        size = (size[0] + 0.5, size[1] + 0.5)
+    figure, axes = plt.subplots(L, N, figsize=size, layout="compressed", squeeze=False)
     for layer in range(L):
         for head in range(N):
             axis = axes[layer, head]
             axis.imshow(np.sqrt(weights[layer, head]), cmap="Blues", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
+            axis.tick_params(length=1, pad=1)
+            if has_room and head == 0:
+                axis.set_yticks(range(T), labels, fontsize=font)
+            if has_room and layer == L - 1:
+                axis.set_xticks(range(T), labels, rotation=90, fontsize=font)
             if layer == 0 and not is_one:
                 axis.set_title(f"head {head + 1}", fontsize=8)
             if head == 0 and not is_one:
                 axis.set_ylabel(f"layer {layer + 1}", fontsize=8)
     if is_one:
-        labels = [token.replace("$", r"\$") for token in tokens]
-        axes[0, 0].set_xticks(range(T), labels, rotation=90, fontsize=8)
-        axes[0, 0].set_yticks(range(T), labels, fontsize=8)
         axes[0, 0].set(xlabel="is attended to", ylabel="attends")
     figure.suptitle(title.replace("$", r"\$"), fontsize=10, wrap=True)
-    figure.savefig(out, dpi=150)
+    figure.savefig(out, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -11,6 +11,7 @@ from flax_encoder.pages.frame import escape, number, page, section, table
 from flax_encoder.pages.story import Story, flattened
 
 _POINTS = 1200  # of a curve, so that a page stays small
+_STEPS = 10  # of a run, at which the same texts are shown
 _LABELS = 40  # of a confusion matrix, so that it can be read
 
 
@@ -127,7 +128,7 @@ def _scores(stories: Sequence[Story]) -> str:
     if not metrics:
         return '<p class="note">The log has no evaluation yet.</p>'
     cells = [[name, *(values.get(metric) for metric in metrics)] for name, values in rows]
-    return table(["model", *(_words(m) for m in metrics)], cells, "scores on held-out documents")
+    return _styled(table(["model", *(_words(m) for m in metrics)], cells, "scores on held-out documents"), "named")
 
 
 def _families(stories: Sequence[Story]) -> list[Story]:
@@ -250,13 +251,42 @@ def _time(story: Story) -> str:
     )
 
 
+def _watched(story: Story) -> str:
+    """What the model said of the same few texts over the run: a table each, a row a step."""
+    cards = []
+    for text, right, said in story.watched():
+        if len(said) < 2:
+            continue
+        some = [said[i] for i in sorted({i * (len(said) - 1) // (_STEPS - 1) for i in range(_STEPS)})]
+        heads = "".join(f'<th scope="col">{escape(word)}</th>' for word in right)
+        rows = ""
+        for step, words in some:
+            cells = "".join(
+                f'<td class="right">{escape(a)} ✓</td>' if a == b else f"<td>{escape(a)}</td>"
+                for a, b in zip(words, right, strict=True)
+            )
+            rows += f'<tr><th scope="row">{step:,}</th>{cells}</tr>'
+        cards.append(
+            f'<figure class="card watched"><figcaption>{escape(text)}</figcaption><div class="scroll" tabindex="0" '
+            f'role="region" aria-label="what it says over the run"><table><thead><tr><th scope="col">step</th>{heads}'
+            f"</tr></thead><tbody>{rows}</tbody></table></div></figure>"
+        )
+    if not cards:
+        return ""
+    return (
+        '<h3>The same held-out texts over the run</h3><p class="note">What it said at each evaluation. Over a column '
+        f'stands what is right.</p><div class="grid narrow">{"".join(cards)}</div>'
+    )
+
+
 def _predictions(story: Story, several: bool) -> str:
-    """Examples, answers right and wrong, the confusion matrix and the reliability curve."""
+    """Examples, what it said over the run, answers right and wrong, the confusion matrix, the reliability curve."""
     summary, parts = story.summary, []
     if examples := summary.get("examples"):
         parts.append("".join(
             f'<div class="command"><pre>{escape(line.strip())}</pre></div>' for line in examples
         ))  # fmt: skip
+    parts.append(_watched(story))
     if answers := summary.get("answers"):
         rows = [
             ["✓" if a["is_right"] else "✗", a["text"], a["says"], a["right"], a.get("probability")] for a in answers
@@ -264,7 +294,7 @@ def _predictions(story: Story, several: bool) -> str:
         columns = ["right", "text", "it says", "the data has", "probability"]
         shown = table(columns, rows, "answers to held-out documents")
         parts.append("<h3>Held-out documents that it is wrong about, the surest first, and some that it has right</h3>")
-        parts.append(shown.replace('class="scroll"', 'class="scroll tall"', 1))
+        parts.append(_styled(shown, "tall", "answers"))
     pictures = []
     if confusion := summary.get("confusion"):
         pictures.append(_confusion(confusion["labels"], confusion["counts"]))
@@ -312,20 +342,25 @@ def _confusion(labels: list[str], counts: list[list[int]]) -> str:
 
 def _settings(stories: Sequence[Story]) -> str:
     """Settings in which runs differ, or in which one differs from the default."""
-    columns = [("default", flattened(to_dict(RunConfig())))] if len(stories) == 1 else []
+    defaults = flattened(to_dict(RunConfig()))  # also what a setting was before there was a choice
+    columns = [("default", defaults)] if len(stories) == 1 else []
     columns += [(story.name, story.settings) for story in stories if story.settings]
     if len(columns) < 2:
         return ""
     names = sorted({name for _, settings in columns for name in settings} - {"run_dir"})
     rows = []
     for name in names:
-        values = [_plain(settings.get(name)) for _, settings in columns]
+        values = [_plain(settings.get(name, defaults.get(name))) for _, settings in columns]
         if any(value != values[0] for value in values):
             rows.append([name, *values])
     if not rows:
         return '<p class="note">They are the same.</p>'
     shown = table(["setting", *(name for name, _ in columns)], rows, "settings")
-    return shown.replace('class="scroll"', 'class="scroll tall"', 1)
+    return _styled(shown, "tall")
+
+
+def _styled(table: str, *styles: str) -> str:
+    return table.replace('class="scroll"', f'class="{" ".join(("scroll", *styles))}"', 1)
 
 
 def _plain(value: Any) -> Any:

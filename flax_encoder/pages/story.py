@@ -9,7 +9,7 @@ from typing import Any
 
 from flax_encoder.config import ConfigError, OptimizerConfig, RunConfig, from_dict
 from flax_encoder.training.checkpoint import checkpoint_steps
-from flax_encoder.training.run_log import read_metrics
+from flax_encoder.training.run_log import SAMPLES, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class Story:
     checkpoints: list[int]
     """Steps."""
     summary: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of samples.jsonl: {"step", "samples": [{"text", "says", "right"}, ...]}."""
     seeds: dict[str, Any] = field(default_factory=dict)
     """seeds.json of the folder that holds the run and its sisters."""
 
@@ -52,6 +54,20 @@ class Story:
             if found := {name.removeprefix(prefix): x for name, x in line.items() if name.startswith(prefix)}:
                 return found
         return {}
+
+    def watched(self) -> list[tuple[str, list[str], list[tuple[int, list[str]]]]]:
+        """(text, what is right, [(step, what the model said), ...]) of each sample; those that are damaged are left
+        out."""
+        found: dict[tuple[str, tuple[str, ...]], dict[int, list[str]]] = {}
+        for line in self.samples:
+            samples = line.get("samples")
+            for sample in samples if isinstance(samples, list) else ():
+                if not isinstance(sample, dict):
+                    continue
+                text, says, right = (sample.get(name) for name in ("text", "says", "right"))
+                if isinstance(text, str) and _are_texts(says) and _are_texts(right) and len(says) == len(right):
+                    found.setdefault((text, tuple(right)), {})[line["step"]] = says
+        return [(text, list(right), sorted(said.items())) for (text, right), said in found.items()]
 
     def scale(self) -> dict[str, list[Any]]:
         """Steps of the log's training lines, and the tokens and minutes of training that were behind them.
@@ -80,6 +96,10 @@ class Story:
         if len(stages) > 1:
             return [{"end": s.end_step, "label": f"{s.batch_size} x {s.row_length}"} for s in stages]
         return list(_parts_of_schedule(self.config.optimizer, self.config.schedule_began, self.config.steps))
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) for text in value)
 
 
 def _parts_of_schedule(optimizer: OptimizerConfig, began: int, steps: int) -> Iterator[dict[str, Any]]:
@@ -133,7 +153,7 @@ def _read(folder: pathlib.Path, seeds: dict[str, Any]) -> Story:
         summary = {}
     return Story(
         folder.resolve().name, folder, read_metrics(folder), flattened(values), config,
-        sorted(checkpoint_steps(folder)), summary, seeds,
+        sorted(checkpoint_steps(folder)), summary, read_metrics(folder, SAMPLES), seeds,
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ from flax_encoder.families.mapping import (
     with_table,
 )
 from flax_encoder.nn.decoder import EncoderDecoder
-from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.generation import Generation, generate
 from flax_encoder.nn.heads import ClassificationHead, MaskedLMHead, segment_mean
 from flax_encoder.nn.partition import abstract_model, flatten, unflatten
@@ -80,6 +80,8 @@ class Output:
 
 class PretrainedModel(nnx.Module):
     """An encoder with what a folder has on it: the head of its task, a pooler. Paths are those of the objectives."""
+
+    __repr__ = short_repr
 
     def __init__(
         self,

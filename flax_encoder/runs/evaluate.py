@@ -21,10 +21,11 @@ from flax_encoder.runs.loaded import Piece, by_owner, in_order
 from flax_encoder.runs.programs import Programs
 from flax_encoder.tasks import Task
 from flax_encoder.tasks.loss import LossSum
+from flax_encoder.tasks.samples import NUM_SAMPLES, Sample, Samples, answered
 from flax_encoder.tasks.task import Answer, Labels, Question
 from flax_encoder.training.run_log import RunLog
 from flax_encoder.training.sharding import put_batch, rows_of_process
-from flax_encoder.training.step import make_answer_step, make_eval_step
+from flax_encoder.training.step import make_answer_step, make_eval_step, make_outputs_step
 
 _IN_FLIGHT = 2  # batches that the host runs ahead of the device
 
@@ -43,7 +44,7 @@ class Evaluations:
         self._task, self._data, self._config, self._log, self._mesh = task, data, config, log, mesh
         self.by_step = read_evaluations(pathlib.Path(config.run_dir), start)
         self.made_at: int | None = None
-        self._programs, self._shardings, self._steps = programs, shardings, {}
+        self._programs, self._shardings, self._steps, self._outputs = programs, shardings, {}, {}
 
     def _step_of(self, step: int) -> Callable[[Any, Any], tuple[LossSum, dict[str, Any]]]:
         """The loss and outputs of (parameters, batch) with the model as it is after `step` updates."""
@@ -64,10 +65,11 @@ class Evaluations:
         of `StopSignals`, was asked to meanwhile. Those of the first `most` batches alone are not written. `made_after`
         is the step of which the parameters are, where that is another."""
         step_of = self._step_of(step if made_after is None else made_after)
+        samples: list[Sample] = []
         metrics = evaluate(
             self._task, self._data.evaluation if name == "eval" else self._data.test,
             lambda batch: step_of(params, put_batch(batch, self._mesh)), self._config,
-            self._data.label_names, self._data.tokenizer, say=self._log.say, most=most,
+            self._data.label_names, self._data.tokenizer, say=self._log.say, most=most, samples=samples,
             is_stopped=lambda: stop is not None and stop.requested is not None and jax.process_count() == 1,
         )  # fmt: skip
         if metrics is not None:
@@ -76,7 +78,29 @@ class Evaluations:
             self._log.write(step, metrics)
             if name == "eval":
                 self.by_step[step], self.made_at = metrics, step
+                samples += self._asked(params, step)
+                self._log.write_samples(step, [sample._asdict() for sample in samples])
         return metrics
+
+    @functools.cached_property
+    def _samples(self) -> Samples | None:
+        if self._task.samples is None or self._config.eval_every is None:  # at the end alone, the examples show it
+            return None
+        rows = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        unit, held_out = (rows, self._mesh.shape["context"]), self._data.stores[0].validation
+        return self._task.samples(self._config, self._data.tokenizer, held_out, unit)
+
+    def _asked(self, params: Any, step: int) -> list[Sample]:
+        """What the model says of its task's samples."""
+        if self._samples is None:
+            return []
+        graphdef = self._programs.model_after(step)
+        if id(graphdef) not in self._outputs:
+            self._outputs[id(graphdef)] = make_outputs_step(graphdef, self._shardings)
+        part, count = rows_of_process(self._mesh)
+        own = {name: np.split(rows, count)[part] for name, rows in self._samples.batch.items()}
+        outputs = self._outputs[id(graphdef)](params, put_batch(own, self._mesh))
+        return self._samples.read({name: np.asarray(x) for name, x in outputs.items()})
 
 
 def evaluate(
@@ -90,12 +114,14 @@ def evaluate(
     say: Say = lambda message: None,
     is_stopped: Callable[[], bool] = lambda: False,
     most: int | None = None,
+    samples: list[Sample] | None = None,
 ) -> dict[str, float] | None:
     """The mean loss of the batches and, of a task with answers, its scores; None if it was stopped.
 
     Args:
       step: the model's loss and outputs of a batch.
       most: of the batches; None is all.
+      samples: where the answers to the first few documents go.
     """
     say, totals, answers, golds = unhurried(say), [], [], []
     found: dict[int, list[Piece]] = {}
@@ -129,6 +155,11 @@ def evaluate(
     for source in sorted(found):
         answers.append(_stored_answer(task, documents, source, found[source], config, labels, tokenizer))
         golds.append(_decoded(task.gold(documents.split, source, labels), tokenizer))
+    if samples is not None:
+        writes = task.reading.columns.writes
+        some = zip(sorted(found)[:NUM_SAMPLES], answers, golds, strict=False)
+        said = [answered(documents.split, *of_one, tokenizer, writes=writes) for of_one in some]
+        samples += [sample for sample in said if sample is not None]
     return metrics | task.score(answers, golds, labels)
 
 

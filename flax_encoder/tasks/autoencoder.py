@@ -21,7 +21,7 @@ from flax_encoder.data.rows.deletion import denoising_targets
 from flax_encoder.data.rows.targets import TargetInputs, Targets
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.nn.decoder import Decoder
-from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.heads import MaskedLMHead
 from flax_encoder.nn.pooling import pool_segments
 from flax_encoder.ops.position import sinusoidal
@@ -40,6 +40,8 @@ class Autoencoder(nnx.Module):
     Tied, a layer of the decoder has the parameters of the encoder's layer beside it, but for its attention to the
     vector. (Its name comes after the encoder's, under which shared parameters are then kept.)
     """
+
+    __repr__ = short_repr
 
     def __init__(self, config: RunConfig, *, rngs: nnx.Rngs):
         model = config.model

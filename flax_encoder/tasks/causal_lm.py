@@ -4,6 +4,7 @@ A first part of an encoder's pretraining (Gisserot-Boukhlef et al., arXiv 2507.0
 masked_lm's, so that a run goes on as masked_lm by `init_from`, with all its parameters.
 """
 
+import functools
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from flax_encoder.config.rules import require
 from flax_encoder.data.reading import CONTINUED_TEXT
 from flax_encoder.nn.encoder import looks_ahead
 from flax_encoder.tasks.masked_lm import MaskedLM, check_head
+from flax_encoder.tasks.samples import filled_sentences
 from flax_encoder.tasks.task import Labels, Task
 
 
@@ -65,6 +67,7 @@ TASK = Task(
     reads=("head.tied", "data.last_row_length", "data.last_rate"),
     check=_check,
     baselines=_baselines,
+    samples=functools.partial(filled_sentences, looks_back=True),
     commands=_commands,
     head="masked_lm",
     answers_for="tokens",

@@ -21,7 +21,7 @@ from flax_encoder.data.rows.documents import Layout
 from flax_encoder.data.rows.targets import TargetInputs, Targets, group_targets
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.store.store import Split
-from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.partition import param, zeros
 from flax_encoder.nn.pooling import pool_segments
 from flax_encoder.tasks.contrastive_loss import cosent, cosines, info_nce
@@ -35,6 +35,8 @@ from flax_encoder.tasks.task import Answer, Labels, Question, Task, VectorSettin
 class Contrastive(nnx.Module):
     """Encoder and pooling. The loss couples all rows of a batch: it is made of `represent`, which reads each row by
     itself, and `coupled_loss`, so that a large batch's representations can be made part by part."""
+
+    __repr__ = short_repr
 
     def __init__(self, config: EncoderConfig, contrastive: ContrastiveConfig, *, rngs: nnx.Rngs):
         self.encoder = Encoder(config, rngs=rngs)

@@ -12,13 +12,15 @@ from jaxtyping import Array, Float
 from flax_encoder.config import EncoderConfig, HeadConfig, RunConfig
 from flax_encoder.config.rules import require
 from flax_encoder.data.sources.records import Record
-from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.heads import ClassificationHead, gather_rows, segment_mean
 from flax_encoder.tasks.task import Answer
 
 
 class DocumentModel(nnx.Module):
     """Encoder and head; a target position is the first token of a document, whose outputs the head gives."""
+
+    __repr__ = short_repr
 
     def __init__(
         self,

@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -12,16 +14,21 @@ from jaxtyping import Array, Float
 from flax_encoder.config import DistillationConfig, EncoderConfig, HeadConfig, RunConfig
 from flax_encoder.config.rules import require
 from flax_encoder.data.reading import MASKED_TEXT
-from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.heads import MaskedLMHead, gather_rows
 from flax_encoder.tasks import distillation
 from flax_encoder.tasks.distillation import distillation_loss
 from flax_encoder.tasks.loss import LossSum, target_loss
+from flax_encoder.tasks.samples import filled_sentences, gapped_sentences
 from flax_encoder.tasks.task import Labels, Task
+
+_LIKELIEST = 8  # some may be special tokens, which are no words
 
 
 class MaskedLM(nnx.Module):
     """Encoder and vocabulary head; reads only the batch's target positions."""
+
+    __repr__ = short_repr
 
     def __init__(
         self,
@@ -49,6 +56,12 @@ class MaskedLM(nnx.Module):
         rows = self._target_rows(batch, key)
         total, correct = self.head.cross_entropy(rows, token_embedding, batch["targets"], weights)
         return LossSum(total, weights.sum(), {"correct": correct})
+
+    def outputs(self, batch: dict[str, Array]) -> dict[str, Array]:
+        """The likeliest `tokens` of each target, int32 [B, M, k], and their `probabilities`."""
+        logits = self(batch).astype(jnp.float32)
+        largest, tokens = jax.lax.top_k(logits, min(_LIKELIEST, logits.shape[-1]))
+        return {"tokens": tokens, "probabilities": jnp.exp(largest - jax.nn.logsumexp(logits, -1, keepdims=True))}
 
     def logits(
         self, hidden: Float[Array, "B T D"], batch: dict[str, Array], *, key: Array | None = None
@@ -110,26 +123,12 @@ def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
     return {"most frequent token": scores["most_frequent"], "guess from two neighbours": scores["neighbours"]}
 
 
-def _held_out_sentences(run: Any, data: Any, count: int) -> list[tuple[str, str]]:
-    """(text with one word masked, that word) from short held-out documents, evenly spread over them."""
-    held_out = data.stores[0].validation
-    mask_id = run.tokenizer.special("mask")
-    candidates = np.flatnonzero((held_out.lengths >= 8) & (held_out.lengths <= 24))
-    found = []
-    for document in np.roll(candidates, len(candidates) // 3):
-        ids = np.array(held_out.document(document))
-        words = [run.tokenizer.token(i) for i in ids] + [""]
-        whole = [i for i in range(3, len(ids)) if words[i].isalpha() and len(words[i]) > 2 and words[i + 1][:2] != "##"]
-        if whole and sum(w.isalpha() for w in words) > 0.7 * len(ids):
-            at = whole[len(whole) // 2]
-            ids[at] = mask_id
-            found.append((run.tokenizer.decode(ids), words[at]))
-    return [found[i * len(found) // count] for i in range(count)] if len(found) >= count else found
-
-
 def _examples(run: Any, data: Any) -> list[str]:
     lines = []
-    for text, truth in _held_out_sentences(run, data, 3):
+    for sentence in gapped_sentences(data.stores[0].validation, run.tokenizer, 3):
+        at, ids = sentence.gaps[0], np.array(sentence.tokens)
+        truth, ids[at] = run.tokenizer.decode(ids[[at]]).strip(), run.tokenizer.special("mask")
+        text = run.tokenizer.decode(ids)
         guesses = "  ".join(f"{g['token']} {g['probability']:.0%}" for g in run.fill_mask(text, 4)[0])
         lines.append(f"\n{text}\n  it says {guesses}; the text has {truth!r}")
     return lines
@@ -152,6 +151,7 @@ TASK = Task(
     check=_check,
     baselines=_baselines,
     examples=_examples,
+    samples=filled_sentences,
     commands=_commands,
     head="masked_lm",
     answers_for="tokens",

@@ -26,7 +26,7 @@ from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.records import Record
 from flax_encoder.data.store.encoding import NO_ANSWER
 from flax_encoder.data.store.store import Split
-from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.heads import ClassificationHead
 from flax_encoder.tasks.document_model import ask_file_commands, check_whole_documents
 from flax_encoder.tasks.loss import LossSum, accuracy_report
@@ -47,6 +47,8 @@ class QuestionAnswering(nnx.Module):
     Args:
       longest_answer: tokens of the longest span that `outputs` looks at.
     """
+
+    __repr__ = short_repr
 
     def __init__(
         self, config: EncoderConfig, head: HeadConfig | None = None, *, longest_answer: int = 30, rngs: nnx.Rngs

@@ -17,7 +17,7 @@ from flax_encoder.config.rules import require
 from flax_encoder.data.reading import MASKED_TEXT
 from flax_encoder.data.rows.targets import Rows, TargetInputs, Targets, masking_ramp, masking_rate
 from flax_encoder.data.rows.targets import masked_lm as masked_text
-from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.heads import ClassificationHead
 from flax_encoder.tasks import masked_lm
 from flax_encoder.tasks.loss import LossSum
@@ -31,6 +31,8 @@ class ReplacedTokenDetection(nnx.Module):
     The generator predicts the batch's masked tokens. A draw from its predictions takes each one's place, and the
     encoder tells the tokens that are not what stood there. Draws are not differentiated.
     """
+
+    __repr__ = short_repr
 
     def __init__(self, config: RunConfig, *, rngs: nnx.Rngs):
         self.rate, self.weight = config.masking.rate, config.generator.detection_weight
@@ -87,6 +89,10 @@ class ReplacedTokenDetection(nnx.Module):
         }
         weight = batch["detection_weight"].max() if "detection_weight" in batch else self.weight * self.rate
         return LossSum(generator_sum + weight * entropy, weights.sum(), metrics)
+
+    def outputs(self, batch: dict[str, Array]) -> dict[str, Array]:
+        """The generator's, which fills in what is masked."""
+        return self.generator.outputs(batch)
 
 
 def replace(batch: dict[str, Array], drawn: Int[Array, "B M"]) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
@@ -215,6 +221,7 @@ TASK = Task(
     headline="f1",
     reads=("masking.", "generator.", "data.last_row_length", "data.last_rate"),
     check=_check,
+    samples=masked_lm.TASK.samples,
     commands=_commands,
     head="discriminator",
     parts={"encoder": _detector, "generator": _generator},

@@ -15,7 +15,9 @@ from flax_encoder.config.phases import SETTINGS
 from flax_encoder.data.reading import Reading
 from flax_encoder.data.sources.records import Record
 from flax_encoder.data.store.store import Split
+from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.tasks.loss import LossSum
+from flax_encoder.tasks.samples import Samples
 
 Batch = dict[str, Array]
 Labels = list[str] | None
@@ -131,6 +133,9 @@ class Task:
     """What can be had without the model, of a loaded run and its data (`RunData`): rows of the final table."""
     examples: Callable[[Any, Any], list[str]] | None = None
     """A few lines of what a loaded run says of its held-out data (`RunData`)."""
+    samples: Callable[[RunConfig, TextTokenizer, Split, tuple[int, int]], Samples | None] | None = None
+    """Of a task without answers: held-out rows that the model is asked about at every evaluation, given what must
+    divide their number and their length. A task with answers shows some of those."""
     commands: Callable[[Any], list[str]] | None = None
     """What to type to use a loaded run."""
     parts: Mapping[str, Callable[[Any], tuple[RunConfig, Any]]] = field(default_factory=dict)

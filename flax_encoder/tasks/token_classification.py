@@ -19,7 +19,7 @@ from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.records import DataError, Record
 from flax_encoder.data.store.encoding import words_of_record, words_of_tokens
 from flax_encoder.data.store.store import Split
-from flax_encoder.nn.encoder import Encoder
+from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.heads import ClassificationHead, gather_rows
 from flax_encoder.tasks.document_model import ask_file_commands, check_whole_documents
 from flax_encoder.tasks.loss import LossSum, accuracy_report, target_loss
@@ -35,6 +35,8 @@ _EXAMPLES = 2  # right and wrong ones
 
 class TokenClassifier(nnx.Module):
     """Encoder and a head at every target position, the first token of a word; its target is the word's tag."""
+
+    __repr__ = short_repr
 
     def __init__(
         self,

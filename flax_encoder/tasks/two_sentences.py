@@ -136,6 +136,7 @@ def _task(kind: str) -> Task:
         settle=_settle,
         baselines=_baselines,
         examples=masked_lm.TASK.examples,
+        samples=masked_lm.TASK.samples,
         commands=masked_lm.TASK.commands,
         head="pretraining",
         fills_masks=True,

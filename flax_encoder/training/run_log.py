@@ -20,6 +20,8 @@ from flax_encoder.training.trackers import Tracked, Tracker
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
+SAMPLES = "samples.jsonl"
+"""In a run folder: what each evaluation says of the same few held-out texts."""
 
 
 class NotFinite(ArithmeticError):
@@ -105,6 +107,10 @@ class RunLog:
 
     def _open(self) -> BinaryIO:
         path = self._run_dir / "metrics.jsonl"
+        if (samples := self._run_dir / SAMPLES).exists():
+            last = self._resume_step - self.is_finished
+            kept = [line for line in read_metrics(self._run_dir, SAMPLES) if line["step"] <= last]
+            write_atomically(samples, "".join(json.dumps(line) + "\n" for line in kept))
         kept = [line for line in read_metrics(self._run_dir) if line["step"] <= self._resume_step]
         if self.is_finished:  # the last evaluation and the test are made, and written, again, before what came last
             kept = [line for line in kept if line["step"] < self._resume_step or not _is_of(line, "eval/", "test/")]
@@ -141,6 +147,16 @@ class RunLog:
         except OSError as error:
             return error
         return None
+
+    def write_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        """One line of samples.jsonl: what an evaluation, whose metrics are written, says of a few held-out texts."""
+        if self._is_main and samples:
+            path = self._run_dir / SAMPLES
+            try:
+                with path.open("ab") as file:
+                    file.write((json.dumps({"step": step, "samples": samples}) + "\n").encode())
+            except OSError as error:
+                logger.warning("%s cannot be written (%s): step %d has no samples.", path, error.strerror, step)
 
     def progress(self, step: int, values: dict[str, float], headline: str, seconds_left: float) -> None:
         """Show where the run is: step, loss, the task's headline metric, tokens/s, data wait, time left."""
@@ -209,10 +225,11 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def read_metrics(run_dir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, each with its `step`. A last line that a kill cut short is left out. So is,
-    with a warning, one that is damaged: no UTF-8, no JSON object, no step, or a number that is not finite."""
-    path = run_dir / "metrics.jsonl"
+def read_metrics(run_dir: pathlib.Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, or of another file like it, each with its `step`. A last line that a kill cut
+    short is left out. So is, with a warning, one that is damaged: no UTF-8, no JSON object, no step, or a number that
+    is not finite."""
+    path = run_dir / name
     try:
         content = path.read_bytes()
     except FileNotFoundError:

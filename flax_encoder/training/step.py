@@ -289,6 +289,11 @@ def make_answer_step(
     return _without_dropout(lambda model, batch: (model.loss(batch), model.outputs(batch)), graphdef, shardings)
 
 
+def make_outputs_step(graphdef: Any, shardings: TrainState | None = None) -> Callable[[Any, Batch], dict[str, Array]]:
+    """A jitted `outputs_step(params, batch) -> outputs`, without dropout; [B, M, ...], whole on every process."""
+    return _without_dropout(lambda model, batch: model.outputs(batch), graphdef, shardings)
+
+
 def _without_dropout(evaluate: Callable[[Any, Batch], Any], graphdef: Any, shardings: TrainState | None):
     def step(params, batch):
         return evaluate(assembled(graphdef, params), batch)

@@ -187,6 +187,21 @@ def test_whole_numbers_serve_for_rates():
     assert type(read_config(find_family(config), config).dropout_rate) is float
 
 
+@pytest.mark.parametrize("window, every, layers", [(4, 3, 7), (4, 3, 3), (6, 1, 2), (6, 5, 4), (None, 1, 3), (8, 2, 1)])
+def test_the_old_spellings_of_a_config_that_is_written_say_the_same(window, every, layers):
+    """A transformers before 5 knows no others, and took its defaults for what it did not find."""
+    local = None if window is None else 300.0
+    config = dataclasses.replace(
+        preset("modernbert_base"), window=window, global_every=every, num_layers=layers, rope_theta=77.0,
+        local_rope_theta=local,
+    )  # fmt: skip
+    written = write_config(find_family({"model_type": "modernbert"}), config)
+    old = {name: value for name, value in written.items() if name not in ("layer_types", "rope_parameters")}
+    got = read_config(find_family(old), old)
+    assert got.windows == config.windows
+    assert (got.rope_theta, got.local_rope_theta or 77.0) == (77.0, local or 77.0)
+
+
 def test_old_spellings_of_a_config_are_read():
     old = {"model_type": "modernbert", "global_attn_every_n_layers": 2, "global_rope_theta": 1e5,
            "local_rope_theta": 2e4, "num_hidden_layers": 4, "local_attention": 32}  # fmt: skip

@@ -82,6 +82,41 @@ def test_no_text_of_a_run_is_markup(tmp_path):
     assert NASTY in "".join(tags.text)
 
 
+def write_samples(folder, lines):
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def sample(text, says, right):
+    return {"text": text, "says": says, "right": right}
+
+
+def test_a_page_shows_what_was_said_of_the_same_texts_at_every_step(tmp_path):
+    lines = [
+        {"step": step, "samples": [sample("a ____ of", [said], ["list"]), sample(NASTY, [NASTY], ["b"])]}
+        for step, said in ((40, "list"), (8, "the"), (16, "value"))
+    ]
+    damaged = [3, sample("a", [], []), sample("a ____ of", ["x", "y"], ["list"])]
+    lines += [{"step": 48}, {"step": 48, "samples": damaged}]
+    folder = write_samples(write_run(tmp_path / "run"), lines)
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write('{"step": 56, "samp')  # a kill cut it short
+    made = report_page(read_stories([folder]))
+    first, second = made.split('class="card watched"')[1:]
+    steps = [int(part.split("<")[0]) for part in first.split('<th scope="row">')[1:]]
+    assert steps == [8, 16, 40] and first.index("value") < first.index('<td class="right">list ✓</td>')
+    assert NASTY not in made and "taken" in second
+    once = write_samples(write_run(tmp_path / "once"), lines[:1])
+    assert "card watched" not in report_page(read_stories([once]))
+
+
+def test_a_long_run_shows_ten_of_its_evaluations(tmp_path):
+    lines = [{"step": step, "samples": [sample("a ____", ["b"], ["c"])]} for step in range(100)]
+    made = report_page(read_stories([write_samples(write_run(tmp_path / "run"), lines)]))
+    steps = [int(part.split("<")[0]) for part in made.split('class="card watched"')[1].split('<th scope="row">')[1:]]
+    assert len(steps) == 10 and steps[0] == 0 and steps[-1] == 99
+
+
 def test_a_page_asks_the_network_for_nothing(tmp_path):
     made = report_page(read_stories([write_run(tmp_path / "run", summary=SUMMARY)]))
     sources = [v for name, v in Tags(made).attributes if name in ("src", "href") and not str(v).startswith("data:")]
@@ -195,6 +230,8 @@ def test_the_command_writes_a_page(tmp_path, capsys):
 @pytest.mark.parametrize("width", [400, 900, 1600])
 def test_a_browser_shows_the_page_without_error_or_overflow(tmp_path, width):
     runs = [write_run(tmp_path / "one", summary=SUMMARY), write_run(tmp_path / "two", summary=SUMMARY)]
+    long = "word" * 60
+    write_samples(runs[0], [{"step": s, "samples": [sample(long, [long, "a"], ["a", long])] * 4} for s in (1, 2)])
     (tmp_path / "page.html").write_text(report_page(read_stories(runs)), "utf-8")
     with open_page(tmp_path / "page.html", width) as (browser, errors):
         assert browser.title() == "one, two"

@@ -1,6 +1,10 @@
 """Trackers get each line of metrics.jsonl, and none of them can end a run."""
 
+import importlib.util
 import json
+import os
+import pathlib
+import subprocess
 import sys
 import types
 
@@ -11,6 +15,8 @@ from flax_encoder.config import ConfigError
 from flax_encoder.training import trackers
 from flax_encoder.training.run_log import RunLog
 from flax_encoder.training.trackers import Tracker, WeightsAndBiases, make_trackers
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Kept:
@@ -86,3 +92,27 @@ def test_a_tracker_whose_library_is_not_there_is_refused_with_the_command_to_typ
         make_trackers(["wandb"])
     assert parse_run_config(["--trackers", "wandb", "tensorboard"], "quickstart").trackers == ("wandb", "tensorboard")
     assert parse_run_config(["--trackers"], "quickstart").trackers == ()
+
+
+def test_weights_and_biases_itself_keeps_every_line_offline(tmp_path):
+    """Its own library, in a process of its own, with no network and no account; a resumed run has the same name."""
+    if importlib.util.find_spec("wandb") is None:
+        pytest.skip("needs wandb: pip install -e '.[wandb]'")
+    code = "\n".join([
+        "import pathlib, sys",
+        "from flax_encoder.training.trackers import make_trackers",
+        "from tests.training.test_trackers import write",
+        "folder, start = pathlib.Path(sys.argv[1]), int(sys.argv[2])",
+        "write(folder, start, start + 2, *make_trackers(['wandb']))",
+    ])  # fmt: skip
+    offline = {"WANDB_MODE": "offline", "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    for start in ("0", "2"):
+        command = [sys.executable, "-c", code, str(tmp_path / "run"), start]
+        (tmp_path / "run").mkdir(exist_ok=True)
+        done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0 and "left out" not in done.stderr, done.stderr
+    first, second = (path.read_bytes() for path in sorted((tmp_path / "run/wandb").glob("offline-run-*/*.wandb")))
+    name = (tmp_path / "run/wandb-id").read_text().strip().encode()
+    for content, steps in ((first, (1, 2)), (second, (3, 4))):
+        assert name in content and b"seed" in content
+        assert all(json.dumps(1.0 / step).encode() in content for step in steps)

@@ -78,10 +78,22 @@ class Split:
         assert self.tags is not None
         return self._of_document(self.tags, index)
 
+    def word_starts(self, index: int) -> np.ndarray:
+        """Whether each of the document's tokens begins a word, bool [tokens]."""
+        shard, begin, end = self._place(index)
+        bits = np.unpackbits(self.words[shard][begin >> 3 : -(-end // 8)], bitorder="little")
+        return bits[begin & 7 :][: end - begin].astype(bool)
+
     def _of_document(self, shards: Sequence[np.ndarray], index: int) -> np.ndarray:
-        begin, end = self.offsets[index : index + 2]
+        shard, begin, end = self._place(index)
+        return shards[shard][begin:end]
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """(shard, where the document begins and ends in it)."""
+        begin, end = self.offsets[index : index + 2].tolist()
         shard = int(np.searchsorted(self.shard_starts, begin, side="right")) - 1
-        return shards[shard][begin - self.shard_starts[shard] : end - self.shard_starts[shard]]
+        first = int(self.shard_starts[shard])
+        return shard, begin - first, end - first
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,9 @@ class TextTokenizer:
     json: str
     """The text of tokenizer.json."""
 
+    def __repr__(self) -> str:
+        return f"TextTokenizer({self.vocab_size:,} tokens)"
+
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         if _LARGE_NUMBER.search(self.json):  # or else none is too large, and a large file need not be parsed here
