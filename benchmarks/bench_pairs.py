@@ -7,7 +7,7 @@ The peer is sentence-transformers with MultipleNegativesRankingLoss on the same 
 T5ForConditionalGeneration of the sizes of configs/translate_en_fr.py. Both sides read the same pairs by the same
 tokenizer, --texts of them an update (ours on average: as many packed rows as hold them), with AdamW, dropout and dtype
 alike. The peer's batches are grouped by length, among 50 at a time, and padded to their longest; tokenization counts on
-neither side. Each side runs in a process of its own, by turns, and pairs a second are what is compared.
+neither side. Each side runs in a process of its own, by turns, and real tokens a second are what is compared.
 """
 
 import dataclasses
@@ -171,8 +171,10 @@ def main() -> None:
         "weight_decay": ADAMW.weight_decay, "cores": num_cores(),
     }  # fmt: skip
     if asked.objective == "text_to_text":
-        own = dataclasses.replace(config.model, vocab_size=vocab)
-        spec["peer_config"] = write_config(T5, own, "text_to_text", decoder=config.decoder)
+        own = dataclasses.replace(config.model, vocab_size=vocab, attention_scale=1.0)  # as T5 can say it
+        ids = {"decoder_start_token_id": config.decoder.start_id, "eos_token_id": config.decoder.end_id}
+        ids["pad_token_id"] = data.tokenizer.special("pad")
+        spec["peer_config"] = write_config(T5, own, "text_to_text", decoder=config.decoder) | ids
     turns: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
@@ -193,8 +195,8 @@ def main() -> None:
             for turn in range(1, asked.rounds + 1):
                 for name, worker in workers.items():
                     answer = worker.ask(f"run {asked.seconds}")
-                    rate = 1000 * answer["texts"] / sum(answer["milliseconds"])
-                    say(f"turn {turn}/{asked.rounds}  {name}: {rate:,.1f} pairs/s")
+                    rate = 1000 * answer["tokens"] / sum(answer["milliseconds"])
+                    say(f"turn {turn}/{asked.rounds}  {name}: {rate:,.0f} tokens/s")
                     turns[name].append(answer | {"rate": rate})
             ready = {name: worker.ready for name, worker in workers.items()}
         finally:
@@ -209,8 +211,8 @@ def main() -> None:
     for name, own in turns.items():
         steps = [ms for turn in own for ms in turn["milliseconds"]]
         shown.append({
-            "": name, "pairs/s": statistics.median(turn["rate"] for turn in own),
-            "tokens/s": statistics.median(1000 * turn["tokens"] / sum(turn["milliseconds"]) for turn in own),
+            "": name, "tokens/s": statistics.median(turn["rate"] for turn in own),
+            "pairs/s": 1000 * sum(turn["texts"] for turn in own) / sum(steps),
             "pairs an update": sum(turn["texts"] for turn in own) / len(steps), "filled": filled[name],
             "step ms": statistics.median(steps), "spread": f"{min(steps):,.0f} to {max(steps):,.0f}",
             "start s": ready[name]["compile_seconds"], "peak memory GB": max(t["memory"] for t in own) / 1e9,

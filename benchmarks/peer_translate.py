@@ -4,8 +4,8 @@ torch's Python, where sacrebleu must be too.
 python benchmarks/peer_translate.py tokenizer.json train.jsonl test.jsonl --processor-minutes 6 --learning-rate 1e-3
 
 A line of the files is {"en": ..., "fr": ...}; tokenizer.json is that of our run, which reads the same two files by
---data.source train.jsonl --data.validation test.jsonl. The model has its sizes: two layers of 192 on each side and one
-table of tokens. Batches are grouped by length (of like pairs among 50 batches), each with about the tokens of one of
+--data.source train.jsonl --data.validation test.jsonl. The model has two layers of 192 on each side, and about as many
+parameters as ours. Batches are grouped by length (of like pairs among 50 batches), each with about the tokens of one of
 our updates, and the learning rate rises for a twentieth of the time and falls to nothing at its end. The budget counts
 this process's processor time in training alone. Prints a line of JSON: greedy translations of the test file by
 sacrebleu.
@@ -27,7 +27,8 @@ SHARED = {"vocab_size": 0, "pad_token_id": PAD, "eos_token_id": END, "decoder_st
 
 
 def marian(vocab_size, dropout):
-    """The Transformer of Vaswani et al. A feed-forward block of 576 has the parameters of a gated one of 384."""
+    """The Transformer of Vaswani et al., with one table of tokens. A feed-forward block of 576 has the parameters of a
+    gated one of 384."""
     config = transformers.MarianConfig(
         **SHARED | {"vocab_size": vocab_size}, d_model=192, encoder_layers=2, decoder_layers=2,
         encoder_attention_heads=3, decoder_attention_heads=3, encoder_ffn_dim=576, decoder_ffn_dim=576,
@@ -38,10 +39,10 @@ def marian(vocab_size, dropout):
 
 
 def t5(vocab_size, dropout):
-    """T5 v1.1 with tied embeddings, which is our recipe's architecture."""
+    """T5 v1.1, which is our recipe's architecture."""
     config = transformers.T5Config(
         **SHARED | {"vocab_size": vocab_size}, d_model=192, d_kv=64, d_ff=384, num_layers=2, num_heads=3,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=True, dropout_rate=dropout,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=dropout,
     )  # fmt: skip
     return transformers.T5ForConditionalGeneration(config)
 
