@@ -2,8 +2,8 @@
 
 python train.py --config configs/summarize.py --data.source en.jsonl
 
-A row holds a text and what is to be written for it. `--init-from runs/spans` starts from what span_corruption learned of
-texts, with its tokenizer.
+A row holds a text and what is to be written for it. `--init-from runs/spans` starts from what span_corruption learned
+of texts, with its tokenizer.
 """
 
 import dataclasses
