@@ -32,7 +32,7 @@ class Columns(NamedTuple):
     keeps_words: bool = False
     """Without a value: where the source has words rather than a text, name them, as tags that are None."""
     is_optional: bool = False
-    """A value is read of pairs alone, and a source without a column of that name has none: it is None."""
+    """A value is read of pairs and of triples alone, and a source without a column of that name has none: it is None."""
     has_keys: bool = False
     """Keep a hash of every text, by which equal texts are known."""
     prompts: tuple[str, ...] = ()
@@ -312,7 +312,8 @@ def _label(chooser: _Chooser) -> str | tuple[str, ...]:
 
 
 def _optional_label(chooser: _Chooser, texts: tuple[str, ...]) -> str | None:
-    """The column of numbers, if there is one that is called so and two texts that it can be of."""
+    """The column of numbers, if there is one that is called so and texts that it can be of: two, or three with a
+    margin."""
     names = {2: _LABELS["number"], 3: _MARGINS}.get(len(texts), ())
     if chooser.label is None and not chooser.known(names, _is_number):
         return None
