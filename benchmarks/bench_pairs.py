@@ -45,6 +45,7 @@ from flax_encoder.training.step import init_train_state, make_train_step
 HERE = pathlib.Path(__file__).parent
 RECIPES = {"contrastive": "contrastive", "text_to_text": "translate_en_fr"}
 ADAMW = OptimizerConfig(name="adamw", learning_rate=1e-4, warmup_rate=0.0, clip_norm=None)
+LONGEST = {"contrastive": 128, "text_to_text": 64}  # the recipes' rows; hardly a text is longer
 BATCHES = {"ours": 16, "peer": 50}
 
 
@@ -82,7 +83,7 @@ def settings(asked) -> tuple[RunConfig, Any]:
     config = dataclasses.replace(
         config, epochs=None, steps=BATCHES["ours"], batch_texts=asked.texts, eval_batches=1,
         model=dataclasses.replace(config.model, dtype=asked.dtype),
-        data=dataclasses.replace(config.data, source=asked.data),
+        data=dataclasses.replace(config.data, source=asked.data, row_length=asked.length or config.data.row_length),
     )  # fmt: skip
     if asked.init_from is None:
         return config, None
@@ -91,12 +92,12 @@ def settings(asked) -> tuple[RunConfig, Any]:
 
 
 def columns(data: RunData, config: RunConfig) -> list[list[np.ndarray]]:
-    """Of each training pair its texts as a model reads them, cut to a row."""
+    """Of each training pair its texts as a model reads them."""
     split, (first, last) = data.stores[0].train, data.tokenizer.frame
     is_written = config.objective == "text_to_text"
     before = [] if first is None or is_written else [first]
     after = [config.decoder.end_id if is_written else last]
-    room = config.data.row_length - len(before) - 1
+    room = LONGEST[config.objective] - len(before) - 1
     lengths = split.values["text_lengths"]
     return [
         [np.array([*before, *text[:room], *after]) for text in np.split(split.document(i), np.cumsum(own)[:-1])]
@@ -132,6 +133,7 @@ def main() -> None:
     arguments.add_argument("data", help="a file of pairs; of text_to_text with the columns of the recipe")
     arguments.add_argument("--init-from", metavar="FOLDER", help="a published folder, of contrastive")
     arguments.add_argument("--texts", type=int, default=64, help="pairs an update, of both sides (default 64)")
+    arguments.add_argument("--length", type=int, help="tokens in a row of ours (default: the recipe's)")
     arguments.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products")
     arguments.add_argument("--peer-python", required=True, help="the Python of the peer's environment")
     arguments.add_argument("--peer-mode", choices=("eager", "compiled"), default="eager", help="how torch runs")

@@ -32,7 +32,7 @@ class Columns(NamedTuple):
     keeps_words: bool = False
     """Without a value: where the source has words rather than a text, name them, as tags that are None."""
     is_optional: bool = False
-    """A value is read of pairs and of triples alone, and a source without a column of that name has none: it is None."""
+    """A value is read of pairs and triples alone, and a source without a column of that name has none: it is None."""
     has_keys: bool = False
     """Keep a hash of every text, by which equal texts are known."""
     prompts: tuple[str, ...] = ()
