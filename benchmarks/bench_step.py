@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from flax import nnx
 from harness import header, matmul_peak, parser, say, show
-from sides import Side
+from sides import Side, resident_peak_bytes, serve_steps
 
 from flax_encoder.config import DataConfig, EncoderConfig, MaskingConfig, OptimizerConfig, RunConfig
 from flax_encoder.data.pipeline import open_data
@@ -50,31 +50,6 @@ from flax_encoder.training.step import init_train_state, make_train_step
 
 HERE = pathlib.Path(__file__).parent
 ADAMW = OptimizerConfig(name="adamw", learning_rate=1e-4, warmup_rate=0.0, clip_norm=None)
-
-
-def serve(step, tokens: list[int], texts: list[int], ready: dict[str, Any], peak_memory_bytes) -> None:
-    """The worker's side of the protocol: `step(i)` makes one step on batch i, to its end."""
-    print(json.dumps(ready), flush=True)
-    made = 0
-    for line in sys.stdin:
-        until = time.perf_counter() + float(line.split()[1])
-        milliseconds, count, documents = [], 0, 0
-        while not milliseconds or time.perf_counter() < until:
-            began = time.perf_counter()
-            step(made % len(tokens))
-            milliseconds.append(1000 * (time.perf_counter() - began))
-            count += tokens[made % len(tokens)]
-            documents += texts[made % len(texts)]
-            made += 1
-        answer = {"milliseconds": milliseconds, "tokens": count, "texts": documents, "memory": peak_memory_bytes()}
-        print(json.dumps(answer), flush=True)
-
-
-def resident_peak_bytes() -> int:
-    """The most memory that this process has held."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def ours(folder: pathlib.Path) -> None:
@@ -109,7 +84,7 @@ def ours(folder: pathlib.Path) -> None:
 
     step(0)
     ready = {"compile_seconds": seconds, "matmul_peak": matmul_peak(spec["dtype"])}
-    serve(step, spec["ours_tokens"], spec["ours_texts"], ready, memory)
+    serve_steps(step, spec["ours_tokens"], spec["ours_texts"], ready, memory)
 
 
 def masked_rows(config: EncoderConfig, rows: int, length: int, rate: float, seed: int) -> dict[str, np.ndarray]:

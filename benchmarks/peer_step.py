@@ -7,20 +7,16 @@ FOLDER holds spec.json and the batches. A line `run SECONDS` on the input is ans
 
 import json
 import pathlib
-import resource
 import sys
 import time
 
 import numpy as np
 import transformers
+from sides import resident_peak_bytes, serve_steps
 
 folder = pathlib.Path(sys.argv[1])
 spec = json.loads((folder / "spec.json").read_text())
 batches = [dict(np.load(path)) for path in sorted(folder.glob("peer-*.npz"))]
-
-
-def resident_peak_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # Of a masked-language model, what stands between its hidden states and the logits of the vocabulary.
@@ -161,17 +157,5 @@ def flax_step():
 step, memory, about = {"torch": torch_step, "flax": flax_step}[spec["peer"]]()
 began = time.perf_counter()
 step(0)
-print(json.dumps({"compile_seconds": time.perf_counter() - began, **about}), flush=True)
-made = 0
-for line in sys.stdin:
-    until = time.perf_counter() + float(line.split()[1])
-    milliseconds, tokens, texts = [], 0, 0
-    while not milliseconds or time.perf_counter() < until:
-        began = time.perf_counter()
-        i = made % len(batches)
-        step(i)
-        milliseconds.append(1000 * (time.perf_counter() - began))
-        tokens += spec["peer_tokens"][i]
-        texts += spec["peer_texts"][i]
-        made += 1
-    print(json.dumps({"milliseconds": milliseconds, "tokens": tokens, "texts": texts, "memory": memory()}), flush=True)
+ready = {"compile_seconds": time.perf_counter() - began, **about}
+serve_steps(step, spec["peer_tokens"], spec["peer_texts"], ready, memory)

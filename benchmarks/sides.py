@@ -4,6 +4,7 @@ It imports nothing but the standard library, so that a peer's environment can im
 """
 
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,33 @@ class Side:
         self._process.stdin.close()
         self._process.wait()
         self._errors.close()
+
+
+def serve_steps(step, tokens: list[int], texts: list[int], ready: dict, peak_memory_bytes) -> None:
+    """The process's side for training steps: a line `run SECONDS` is answered with what was done in the time.
+
+    Args:
+      step: makes one step on batch i, to its end.
+      tokens, texts: real ones of each batch; batches come again and again.
+    """
+    print(json.dumps(ready), flush=True)
+    made = 0
+    for line in sys.stdin:
+        until = time.perf_counter() + float(line.split()[1])
+        milliseconds, count, documents = [], 0, 0
+        while not milliseconds or time.perf_counter() < until:
+            i = made % len(tokens)
+            began = time.perf_counter()
+            step(i)
+            milliseconds.append(1000 * (time.perf_counter() - began))
+            count, documents, made = count + tokens[i], documents + texts[i], made + 1
+        answer = {"milliseconds": milliseconds, "tokens": count, "texts": documents, "memory": peak_memory_bytes()}
+        print(json.dumps(answer), flush=True)
+
+
+def resident_peak_bytes() -> int:
+    """The most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def serve(answers, texts: list[str], began: float, versions: dict[str, str]) -> None:

@@ -13,9 +13,10 @@ class ContrastiveConfig(ShortRepr):
 
     pooling: PoolingMode = "mean"
     """How the vectors of a text's tokens become one vector; vectors are compared by their cosine."""
-    loss: Literal["auto", "infonce", "cosent"] = "auto"
+    loss: Literal["auto", "infonce", "cosent", "margin_mse"] = "auto"
     """infonce finds each anchor's positive among the texts of the batch; cosent puts the cosines of pairs in the order
-    of the pairs' numbers; auto takes cosent where pairs have numbers."""
+    of the pairs' numbers; margin_mse makes the anchor nearer to its positive than to its negative by the number that
+    the three have, such as the difference of a reranker's scores. auto takes the one that the numbers are of."""
     temperature: float = 0.05
     """Cosines are divided by it before the softmax (van den Oord et al., arXiv 1807.03748)."""
     learn_temperature: bool = False

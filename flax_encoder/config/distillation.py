@@ -49,6 +49,10 @@ class DistillationConfig(ShortRepr):
     """The teacher's layers, from 0, that the student's start from, one for each; spread takes the first, the last and
     evenly between (of 12 for 6: 0 2 4 7 9 11, as DistilBERT). The student then has the teacher's settings of the
     model, but for its number of layers, and its embeddings and head too. None starts anew, or from init_from."""
+    initial_width: int | None = None
+    """With initial_layers: features that the student keeps of its teacher's, those with the longest columns of the
+    token embedding, for every token of the vocabulary; heads and feed-forward units are kept in proportion, the first
+    ones."""
 
     def __post_init__(self):
         require_positive(self, "temperature")
@@ -85,7 +89,12 @@ class DistillationConfig(ShortRepr):
             self.initial_layers != (),
             "distillation.initial_layers are one layer of the teacher for each of the student's, or spread: got none.",
         )
-        for name, least in (("relation_heads", 1), ("relation_layer", 0)):
+        require(
+            self.initial_width is None or self.initial_layers is not None,
+            f"distillation.initial_width is of a student that starts from its teacher's layers: got "
+            f"{self.initial_width}. Give --distillation.initial-layers spread too.",
+        )
+        for name, least in (("relation_heads", 1), ("relation_layer", 0), ("initial_width", 1)):
             value = getattr(self, name)
             require(value is None or value >= least, f"distillation.{name} is at least {least}, or None: got {value}.")
         require_finite(self)

@@ -1,5 +1,7 @@
 """What can be had without a model: guesses from counts, to hold a model's held-out numbers against."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from flax_encoder.data.rows.batches import Batches
@@ -61,17 +63,36 @@ class NeighbourCounts:
 
 
 class PreviousCounts:
-    """The most frequent token after the one before, else of all; counted on training rows, special tokens included."""
+    """The most frequent token after the one before, else of all.
 
-    def __init__(self, splits, tokenizer, row_length: int):
-        tokens, segments = _training_rows(splits, tokenizer, row_length)
-        inside = (segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] > 0)
-        before, after = tokens[:, :-1][inside], tokens[:, 1:][inside]
-        self._followers = _best(before, after, tokenizer.vocab_size)
-        counts = np.bincount(after, minlength=tokenizer.vocab_size)
+    Args:
+      before, after: tokens [N] and what stands after each.
+    """
+
+    def __init__(self, before: np.ndarray, after: np.ndarray, vocab_size: int):
+        self._followers = _best(before, after, vocab_size)
+        counts = np.bincount(after, minlength=vocab_size)
         self._frequency = (counts + 1) / (counts + 1).sum()
 
-    def score(self, batches: Batches, given: str = "tokens") -> dict[str, dict[str, float]]:
+    @classmethod
+    def of_texts(cls, splits, tokenizer, row_length: int) -> "PreviousCounts":
+        """Counted on training rows, special tokens included."""
+        tokens, segments = _training_rows(splits, tokenizer, row_length)
+        inside = (segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] > 0)
+        return cls(tokens[:, :-1][inside], tokens[:, 1:][inside], tokenizer.vocab_size)
+
+    @classmethod
+    def of_batches(cls, batches: Sequence[Batch], vocab_size: int, given: str) -> "PreviousCounts":
+        """Counted on what the field `given` of training batches and their targets have: targets that are made of a
+        text, such as the spans that are cut out of it, follow one another as no text does."""
+        is_target = [batch["target_weights"] > 0 for batch in batches]
+        pairs = [
+            np.concatenate([batch[name][where] for batch, where in zip(batches, is_target, strict=True)])
+            for name in (given, "targets")
+        ]
+        return cls(*(tokens.astype(np.int64) for tokens in pairs), vocab_size)
+
+    def score(self, batches: Batches | Sequence[Batch], given: str = "tokens") -> dict[str, dict[str, float]]:
         """Of targets that follow each token of the batches: the accuracy of both guesses, and the loss of always giving
         the tokens' frequencies.
 

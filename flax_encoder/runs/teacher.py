@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, RunConfig, differences
+from flax_encoder.config import FREE_OF_PARAMETERS, ConfigError, EncoderConfig, RunConfig, differences
+from flax_encoder.config.rules import require
 from flax_encoder.data.pipeline import RunData, settle_tokenizer
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.records import Say
@@ -119,10 +122,16 @@ class OpenTeacher:
         return tokenizer
 
     def _as_start(self, config: RunConfig) -> RunConfig:
-        """The config with the teacher's settings of the model, but for its number of layers, and of its head."""
+        """The config with the teacher's settings of the model, but for its number of layers and what initial_width
+        leaves, and of its head.
+
+        Raises:
+          ConfigError: a width at which heads could not be kept whole.
+        """
         theirs, own = self.run.config, config.model
         kept = (*FREE_OF_PARAMETERS, "num_layers")
         shape = {name: value for name, value in vars(theirs.model).items() if name not in kept}
+        shape |= cut_width(theirs.model, config.distillation.initial_width)
         head, pooling = (theirs.head, theirs.pooling) if self._has_head(config) else (config.head, config.pooling)
         if not is_setting_read(config.objective, "pooling"):
             pooling = config.pooling
@@ -149,6 +158,7 @@ class OpenTeacher:
             )
         theirs = flatten(self.run.params)
         numbers, theirs_numbers = layer_numbers(params), layer_numbers(self.run.params)
+        kept = _kept(theirs, self.run.config.model, config.model)
         runs = [_runs(n, p) for n, p in ((numbers, count), (theirs_numbers, self.run.config.model.num_layers))]
         fresh = []
 
@@ -160,6 +170,8 @@ class OpenTeacher:
                 which = [layers[(first + i) * runs[0]] // runs[1] for i in range(own.shape[0])]
                 start = theirs_numbers[path][0].start
                 found = np.asarray(found)[[i - start for i in which]]
+            if found is not None and found.ndim == own.ndim:
+                found = np.asarray(found)[np.ix_(*map(kept, found.shape, own.shape))]
             if found is None or found.shape != own.shape:
                 fresh.append(name)
                 return own
@@ -197,6 +209,42 @@ class OpenTeacher:
             return jax.make_array_from_callback(x.shape, place, np.asarray(x).__getitem__)
 
         return Teacher(graphdef, jax.tree.map(put, unflatten(flatten(run.params)), places))
+
+
+def cut_width(teacher: EncoderConfig, width: int | None) -> dict[str, int | None]:
+    """The settings of a student that has `width` features of its teacher's, heads as wide as its teacher's and as wide
+    a feed-forward block in proportion; nothing where the width is None.
+
+    Raises:
+      ConfigError: heads do not come out whole, or the width is not below the teacher's.
+    """
+    if width is None:
+        return {}
+    D, heads = teacher.embed_dim, (teacher.num_heads, teacher.num_kv_heads or teacher.num_heads)
+    unit = D // math.gcd(D, *heads)
+    require(
+        teacher.layer == "attention" and width < D and width % unit == 0,
+        f"distillation.initial_width keeps whole heads of layers with attention: got {width} of a teacher with "
+        f"layers of {teacher.layer}, {D} features and {heads[0]} heads ({heads[1]} of keys and values). "
+        + (f"Multiples of {unit} below {D} do." if unit < D else "Leave it out."),
+    )
+    kv_heads = teacher.num_kv_heads and teacher.num_kv_heads * width // D
+    return {
+        "embed_dim": width, "num_heads": heads[0] * width // D, "num_kv_heads": kv_heads,
+        "mlp_dim": max(1, round(teacher.mlp_dim * width / D)),
+    }  # fmt: skip
+
+
+def _kept(params: dict[str, Any], teacher: EncoderConfig, student: EncoderConfig) -> Callable[[int, int], np.ndarray]:
+    """Which of a teacher's numbers along an axis a student has, by (their size, its size): of features those with the
+    longest columns of what makes them of tokens, in their order; of heads and units the first; of all else all."""
+    cut = {(getattr(teacher, name), getattr(student, name)) for name in ("num_heads", "num_kv_heads", "mlp_dim")}
+    chosen = {(theirs, own): np.arange(own) for theirs, own in cut if own}
+    if student.embed_dim < teacher.embed_dim:
+        made_by = params.get("encoder.embedding.projection.kernel", params["encoder.embedding.token"])
+        longest = np.argsort(-np.square(np.asarray(made_by, np.float64)).sum(0), kind="stable")[: student.embed_dim]
+        chosen[teacher.embed_dim, student.embed_dim] = np.sort(longest)
+    return lambda theirs, own: chosen.get((theirs, own), np.arange(theirs))
 
 
 def _runs(numbers: Any, num_layers: int) -> int:

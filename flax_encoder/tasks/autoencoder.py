@@ -1,7 +1,8 @@
 """A text through one vector and back: vectors from texts alone (TSDAE; Wang et al., arXiv 2104.06979).
 
 The encoder reads a text with words missing; its tokens' vectors become one; a decoder, whose attention to the encoder
-sees that vector alone, writes the whole text.
+sees that vector alone, writes the whole text. Of recurrent layers it is the autoencoder of Dai and Le (arXiv
+1511.01432): with pooling lasttoken the encoder's last state.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from flax_encoder.nn.decoder import Decoder
 from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.heads import MaskedLMHead
 from flax_encoder.nn.pooling import pool_segments
+from flax_encoder.nn.recurrent_decoder import RecurrentDecoder, check_recurrent_decoder
 from flax_encoder.ops.position import sinusoidal
 from flax_encoder.tasks.document_model import check_whole_documents
 from flax_encoder.tasks.loss import LossSum
@@ -46,7 +48,10 @@ class Autoencoder(nnx.Module):
     def __init__(self, config: RunConfig, *, rngs: nnx.Rngs):
         model = config.model
         self.encoder = Encoder(model, rngs=rngs)
-        self.writer = Decoder(decoder_config(model), config.decoder, rngs=rngs)
+        if model.layer == "attention":
+            self.writer = Decoder(decoder_config(model), config.decoder, rngs=rngs)
+        else:
+            self.writer = RecurrentDecoder(model, config.decoder, rngs=rngs)
         if config.autoencoder.is_tied:
             for name in _TIED:
                 setattr(self.writer.layers, name, getattr(self.encoder.layers, name))
@@ -76,7 +81,8 @@ class Autoencoder(nnx.Module):
         slots = jnp.where(has_document, jnp.arange(1, has_document.shape[1] + 1, dtype=jnp.int32), 0)
         positions = batch["decoder_positions"]
         x = self.encoder.embedding(batch["decoder_tokens"], positions, key=embedding_key)
-        if self.encoder.config.position in ("rope", "none") and self.encoder.config.relative_position != "t5":
+        config = self.encoder.config
+        if config.layer == "attention" and config.position in ("rope", "none") and config.relative_position != "t5":
             x = x + sinusoidal(positions, x.shape[-1])  # or else the decoder would not know one place from another
         return self.writer(x, memory, batch["decoder_segment_ids"], slots, key=decoder_key)[0]
 
@@ -105,11 +111,15 @@ def _check(config: RunConfig) -> None:
     model, num_layers = config.model, config.decoder.num_layers
     check_whole_documents(config)
     check_head(config)
-    require(
-        model.layer == "attention" and model.embed_dim % 2 == 0,
-        f"autoencoder has a decoder of layers with attention: model.layer must be attention and model.embed_dim even, "
-        f"got {model.layer} and {model.embed_dim}.",
-    )
+    if model.layer != "attention":
+        check_recurrent_decoder(model)
+        require(
+            not config.autoencoder.is_tied,
+            f"a decoder of {model.layer} layers has parameters of its own, since it reads the vector at every token: "
+            f"give --no-autoencoder.is-tied.",
+        )
+        return
+    require(model.embed_dim % 2 == 0, f"a decoder's places need model.embed_dim to be even: got {model.embed_dim}.")
     require(
         not config.autoencoder.is_tied
         or (num_layers in (None, model.num_layers) and not model.first_differs and model.num_layer_groups is None),
@@ -132,7 +142,7 @@ def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
     """What the words before tell of the next one, without the vector."""
     from flax_encoder.data.baselines import PreviousCounts
 
-    counts = PreviousCounts([s.train for s in data.stores], data.tokenizer, run.config.data.row_length)
+    counts = PreviousCounts.of_texts([s.train for s in data.stores], data.tokenizer, run.config.data.row_length)
     scores = counts.score(data.evaluation, given="decoder_tokens")
     return {"most frequent token": scores["most_frequent"], "guess from the token before": scores["previous"]}
 

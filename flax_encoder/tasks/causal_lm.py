@@ -46,7 +46,7 @@ def _check(config: RunConfig) -> None:
 def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
     from flax_encoder.data.baselines import PreviousCounts
 
-    counts = PreviousCounts([s.train for s in data.stores], data.tokenizer, run.config.data.row_length)
+    counts = PreviousCounts.of_texts([s.train for s in data.stores], data.tokenizer, run.config.data.row_length)
     scores = counts.score(data.evaluation)
     return {"most frequent token": scores["most_frequent"], "guess from the token before": scores["previous"]}
 

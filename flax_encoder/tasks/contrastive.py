@@ -24,7 +24,7 @@ from flax_encoder.data.store.store import Split
 from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.partition import param, zeros
 from flax_encoder.nn.pooling import pool_segments
-from flax_encoder.tasks.contrastive_loss import cosent, cosines, info_nce
+from flax_encoder.tasks.contrastive_loss import cosent, cosines, info_nce, margin_mse
 from flax_encoder.tasks.document_model import check_whole_documents
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.metrics import scipy_stats
@@ -69,7 +69,8 @@ class Contrastive(nnx.Module):
         def at(width: int) -> LossSum:
             cut = cosines(vectors[..., :width])
             if "targets" in batch:
-                return cosent(cut, batch["targets"].reshape(B * M), weights, scale)
+                of = cosent if n == 2 else margin_mse
+                return of(cut, batch["targets"].reshape(B * M), weights, scale)
             return info_nce(cut, keys, weights, scale, symmetric=self.settings.symmetric)
 
         widths = self.settings.widths or (E,)
@@ -85,6 +86,11 @@ class Contrastive(nnx.Module):
     def outputs(self, batch: dict[str, Array]) -> dict[str, Array]:
         """Vectors of length 1 [B, M, n, E], and the hashes of their texts."""
         return {"vectors": cosines(self(batch)), "text_keys": batch["text_keys"]}
+
+
+_NUMBERED = {"cosent": 2, "margin_mse": 3}
+"""Losses of numbers, and how many texts of a row a number is of."""
+_TEXTS = {2: "pairs of texts", 3: "an anchor, a positive and one negative"}
 
 
 def _places(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -120,10 +126,16 @@ def _settle(config: RunConfig, data: Any) -> RunConfig:
     split, plan = data.stores[0].train, data.train_plans[0]
     num_texts = split.values["text_keys"].shape[1]
     has_numbers = "number" in split.values and not np.isnan(split.values["number"]).all()
-    if config.contrastive.loss == "cosent" and not has_numbers:
+    loss, wanted = config.contrastive.loss, _NUMBERED.get(config.contrastive.loss)
+    if wanted is not None and not has_numbers:
         raise ConfigError(
-            "contrastive.loss cosent learns the order of numbers, and the pairs of texts have none. Name their column "
-            "with --data.label-column, or leave the loss out."
+            f"contrastive.loss {loss} learns the numbers of {_TEXTS[wanted]}, and the texts have none. Name their "
+            f"column with --data.label-column, or leave the loss out."
+        )
+    if has_numbers and loss != "infonce" and num_texts not in (_NUMBERED.values() if wanted is None else (wanted,)):
+        raise ConfigError(
+            f"contrastive.loss {loss} with numbers takes {_TEXTS.get(wanted, ' or '.join(_TEXTS.values()))} a row: got "
+            f"{num_texts} texts. Leave out the columns of the others, or give --contrastive.loss infonce."
         )
     if num_texts == 1 and config.model.dropout_rate == 0 and config.model.attention_dropout_rate == 0:
         raise ConfigError(
@@ -167,8 +179,8 @@ def _gold(split: Split, document: int, labels: Labels) -> float | None:
 
 def score(answers: Sequence[Answer], golds: Sequence[float | None], labels: Labels = None) -> dict[str, float]:
     """Of pairs with numbers Pearson's and Spearman's correlation of cosines and numbers (scipy; 0 where either side
-    does not vary). Of pairs without, how well positives are found (`ranking.neighbour_scores`). Of single texts
-    nothing.
+    does not vary); of three texts with a number, of the margin between two cosines and the number. Without numbers, how
+    well positives are found (`ranking.neighbour_scores`). Of single texts nothing.
 
     Args:
       golds: the number of each pair, or None.
@@ -179,13 +191,19 @@ def score(answers: Sequence[Answer], golds: Sequence[float | None], labels: Labe
         return {}
     if np.isnan(numbers).any():
         return neighbour_scores(answers)
-    cosine = np.array([answers[i]["score"] for i in scored])
+    cosine = np.array([_likeness(answers[i]) for i in scored])
     varies = len(scored) > 1 and np.ptp(cosine) > 0 and np.ptp(numbers) > 0
     stats = scipy_stats()
     return {
         "pearson": float(stats.pearsonr(cosine, numbers).statistic) if varies else 0.0,
         "spearman": float(stats.spearmanr(cosine, numbers).statistic) if varies else 0.0,
     }
+
+
+def _likeness(answer: Answer) -> float:
+    """What the number of a document is of: the cosine of two texts, or its lead over the third's."""
+    vectors = answer.get("vectors", ())
+    return float(vectors[0] @ (vectors[1] - vectors[2])) if len(vectors) == 3 else answer["score"]
 
 
 def _vectors(config: RunConfig) -> VectorSettings:
@@ -207,7 +225,8 @@ def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
     for name, by_rarity in {"shared words": False, "TF-IDF": True}.items():
         words = word_matrix(texts, by_rarity=by_rarity)
         if golds[0] is not None:
-            cosine = np.asarray(words[::n].multiply(words[1::n]).sum(1)).ravel()
+            to_each = [np.asarray(words[::n].multiply(words[k::n]).sum(1)).ravel() for k in range(1, n)]
+            cosine = to_each[0] if n == 2 else to_each[0] - to_each[1]
             rows[name] = score([{"score": float(c)} for c in cosine], golds)
             continue
         found = collection_of(list(keys))

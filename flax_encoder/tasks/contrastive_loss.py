@@ -105,6 +105,25 @@ def cosent(
     return LossSum(loss, is_document.any().astype(jnp.float32), metrics)
 
 
+def margin_mse(
+    vectors: Float[Array, "A 3 E"],
+    numbers: Float[Array, "A"],
+    weights: Float[Array, "A"],
+    scale: Float[Array, ""] | float,
+) -> LossSum:
+    """The squared difference of scale * (cosine to the positive - cosine to the negative) and the margin that a
+    teacher, such as a cross-encoder, puts between the two (Hofstätter et al., arXiv 2010.02666), summed over anchors.
+    The paper's scores are products of vectors; here they are cosines over the temperature, so that vectors are
+    compared as they are by every other loss. `correct` counts margins of the teacher's sign."""
+    cosine = jnp.einsum("AE,ACE->AC", vectors[:, 0], vectors[:, 1:], precision=precision(vectors))
+    margins = scale * (cosine[:, 0] - cosine[:, 1])
+    right = (margins * numbers > 0).astype(jnp.float32)
+    count = weights.sum()
+    # A slot without a document has a number of 0 and vectors of 0.
+    loss = (jnp.square(margins - numbers) * weights).sum()
+    return LossSum(loss, count, {"correct": (right * weights).sum(), "compared": count})
+
+
 def _equal(keys: Keys, others: Int[Array, "C 2"]) -> Bool[Array, "N C"]:
     return (keys[:, None, 0] == others[:, 0]) & (keys[:, None, 1] == others[:, 1])
 

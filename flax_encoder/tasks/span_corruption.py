@@ -4,6 +4,8 @@
 text_to_text's, so one run starts from the other.
 """
 
+from typing import Any
+
 import numpy as np
 
 from flax_encoder.config import RunConfig
@@ -16,6 +18,7 @@ from flax_encoder.tasks.masked_lm import MaskedLM
 from flax_encoder.tasks.task import Task
 from flax_encoder.tasks.text_to_text import check_model, make_model, settle_ids, with_ids
 
+_COUNTED_BATCHES = 200  # of training, by which the baselines guess
 _ROOM = 1.3  # times what spans need on average: hardly a row has so many short texts that it needs more
 
 
@@ -62,6 +65,16 @@ def _check(config: RunConfig) -> None:
     )
 
 
+def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
+    """What the token before tells of the next one, without the text that the encoder reads."""
+    from flax_encoder.data.baselines import PreviousCounts
+
+    some = [data.train[number] for number in range(min(len(data.train), _COUNTED_BATCHES))]
+    counts = PreviousCounts.of_batches(some, data.tokenizer.vocab_size, given="decoder_tokens")
+    scores = counts.score(data.evaluation, given="decoder_tokens")
+    return {"most frequent token": scores["most_frequent"], "guess from the token before": scores["previous"]}
+
+
 TASK = Task(
     reading=Reading(Columns(writes=True), _targets, _layout, special_tokens=_modes),
     make_model=make_model,
@@ -69,5 +82,6 @@ TASK = Task(
     reads=("decoder.", "spans.", "labels.smoothing", "data.target_length"),
     check=_check,
     settle=settle_ids,
+    baselines=_baselines,
     head="text_to_text",
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flax_encoder.config import MaskingConfig
-from flax_encoder.data.baselines import NeighbourCounts
+from flax_encoder.data.baselines import NeighbourCounts, PreviousCounts
 from flax_encoder.data.rows.batches import Batches, OneByOne
 from flax_encoder.data.rows.documents import Documents, Frame, Layout
 from flax_encoder.data.rows.packing import PackingPlan
@@ -97,3 +97,22 @@ def test_neighbour_counts_equal_a_slow_reference(tokenizer, rate):
     assert score["most_frequent"]["loss"] == pytest.approx(nats, rel=1e-12)
     assert score["most_frequent"]["perplexity"] == pytest.approx(math.exp(nats), rel=1e-12)
     assert hits > likeliest_hits
+
+
+def test_guesses_from_the_token_before_are_counted_on_what_is_written():
+    """Of batches, as a decoder is given them: what follows a token there, and nothing at slots of weight 0."""
+    rng = np.random.default_rng(0)
+    batches = []
+    for _ in range(3):
+        before, targets = rng.integers(0, 5, (7, 11)), rng.integers(0, 5, (7, 11))
+        batches.append({"given": before, "targets": targets, "target_weights": (rng.random((7, 11)) < 0.5) * 1.0})
+    followers, totals = defaultdict(Counter), Counter()
+    for batch in batches:
+        real = batch["target_weights"] > 0
+        for a, b in zip(batch["given"][real].tolist(), batch["targets"][real].tolist(), strict=True):
+            followers[a][b] += 1
+            totals[b] += 1
+    hits = sum(max(counts.values()) for counts in followers.values())
+    score = PreviousCounts.of_batches(batches, 5, "given").score(batches, given="given")
+    assert score["previous"]["accuracy"] == pytest.approx(hits / sum(totals.values()))
+    assert score["most_frequent"]["accuracy"] == pytest.approx(max(totals.values()) / sum(totals.values()))

@@ -1,7 +1,10 @@
 """T5's spans: nothing is lost, the counts are the paper's, and every way to cut is equally likely."""
 
+import re
+
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +13,7 @@ from flax_encoder.data.rows.span_corruption import Denoiser, Sentinels, corrupt_
 from flax_encoder.data.rows.targets import most_spans, span_corruption_targets
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.byte_pairs import train_byte_pairs
-from flax_encoder.data.tokens.tokenizer import train_wordpiece
+from flax_encoder.data.tokens.tokenizer import load_tokenizer, train_wordpiece
 
 PAD, LAST, START = 0, 1, 2
 SENTINELS = Sentinels(np.arange(299, 199, -1), LAST, START, PAD)
@@ -138,6 +141,17 @@ def test_too_few_sentinels_and_a_tokenizer_without_them_are_errors():
         )  # fmt: skip
     with pytest.raises(DataError, match=r"up to 3 spans, the tokenizer 0 sentinels <extra_id_0>.* Without --data\.tok"):
         span_corruption_targets(train_wordpiece(["a b"] * 2, 41), SpansConfig().mixture, 64, 20, 0)
+
+
+def test_sentinels_that_are_added_as_the_error_says_are_enough(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(train_wordpiece(["a b"] * 2, 41).plain_json)
+    with pytest.raises(DataError) as error:
+        span_corruption_targets(load_tokenizer(file), SpansConfig().mixture, 64, 20, 0)
+    [code] = re.findall(r"by (t = .*; t\.save\(FILE\))\.", str(error.value))
+    exec(code, {"tokenizers": tokenizers, "FILE": str(file)})
+    span_corruption_targets(load_tokenizer(file), SpansConfig().mixture, 64, 20, 0)
+    assert len(load_tokenizer(file).sentinel_ids) == 3
 
 
 # --- several denoisers

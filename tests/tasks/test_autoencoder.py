@@ -21,6 +21,11 @@ from tests.toy import SMALL, split_model
 from train import train
 
 CONFIG = RunConfig(objective="autoencoder", model=SMALL, data=DataConfig(row_length=29))
+RECURRENT = RunConfig(
+    objective="autoencoder", data=DataConfig(row_length=29),
+    model=EncoderConfig(vocab_size=37, layer="gru", position="none", num_layers=1, embed_dim=10, init_std=0.5),
+    autoencoder=AutoencoderConfig(is_tied=False, pooling="lasttoken"),
+)  # fmt: skip
 B, T, S, P = 2, 9, 11, 2
 
 
@@ -41,12 +46,12 @@ def draw_batch():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["learned", "rope", "t5"])
+@pytest.mark.parametrize("kind", ["learned", "rope", "t5", "gru"])
 def test_the_decoder_sees_its_own_documents_vector_and_the_text_before(kind):
     """What is written changes with its own document's vector, and with nothing else of the encoder's row."""
     fields = {"learned": {}, "rope": {"position": "rope", "norm_placement": "pre", "window": 2},
-              "t5": {"position": "none", "relative_position": "t5"}}[kind]  # fmt: skip
-    config = with_fields(CONFIG, model=dataclasses.replace(SMALL, **fields))
+              "t5": {"position": "none", "relative_position": "t5"}, "gru": None}[kind]  # fmt: skip
+    config = RECURRENT if fields is None else with_fields(CONFIG, model=dataclasses.replace(SMALL, **fields))
     graphdef, params = split_model(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
     model, batch = nnx.merge(graphdef, params), draw_batch()
     logits = jax.jit(lambda batch: model(batch))
@@ -68,8 +73,9 @@ def test_the_decoder_sees_its_own_documents_vector_and_the_text_before(kind):
         np.testing.assert_allclose(jax.jit(lambda batch: model(batch))(given), whole, atol=1e-5)
 
 
-def test_a_packed_document_is_learned_as_if_alone():
-    graphdef, params = split_model(lambda: Autoencoder(CONFIG, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize("config", [CONFIG, RECURRENT], ids=["attention", "gru"])
+def test_a_packed_document_is_learned_as_if_alone(config):
+    graphdef, params = split_model(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
     model, batch = nnx.merge(graphdef, params), draw_batch()
     alone = {name: x[:1, 3:7] for name, x in batch.items() if x.shape[1] == T}
     alone |= {name: x[:1, 4:10] for name, x in batch.items() if x.shape[1] == S}
@@ -96,7 +102,9 @@ def test_settings_that_cannot_be_are_refused():
     for fields, message in (
         ({"decoder": DecoderConfig(num_layers=1)}, r"--no-autoencoder\.is-tied"),
         ({"model__num_layer_groups": 1}, r"--no-autoencoder\.is-tied"),
-        ({"model": EncoderConfig(layer="lstm")}, "must be attention"),
+        ({"model": EncoderConfig(layer="lstm", position="none")}, r"--no-autoencoder\.is-tied"),
+        ({"model": EncoderConfig(layer="lstm")}, "needs model.position to be none or sinusoidal"),
+        ({"model": EncoderConfig(embed_dim=31, num_heads=1)}, "embed_dim to be even: got 31"),
         ({"data__packing": "concatenate"}, "stays whole"),
     ):
         with pytest.raises(ConfigError, match=message):

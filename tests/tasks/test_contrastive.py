@@ -30,7 +30,7 @@ from flax_encoder.runs.score_file import score_source
 from flax_encoder.runs.summary import held_out_answers
 from flax_encoder.tasks import TASKS
 from flax_encoder.tasks.contrastive import Contrastive, score
-from flax_encoder.tasks.contrastive_loss import cosent, cosines, info_nce
+from flax_encoder.tasks.contrastive_loss import cosent, cosines, info_nce, margin_mse
 from flax_encoder.tasks.ranking import collection_of, rank_scores, ranks
 from flax_encoder.training.parameters import join, split, trained
 from flax_encoder.training.step import TrainState, coupled_gradient, make_train_step
@@ -50,7 +50,7 @@ SGD = optax.sgd(1.0)  # the parameters' change is the gradient
 
 
 FAST = {symmetric: jax.jit(functools.partial(info_nce, symmetric=symmetric)) for symmetric in (False, True)}
-FAST_COSENT = jax.jit(cosent)
+FAST_COSENT, FAST_MARGIN = jax.jit(cosent), jax.jit(margin_mse)
 
 
 def slow_info_nce(vectors, keys, weights, scale, symmetric):
@@ -105,6 +105,21 @@ def test_cosent_is_the_sum_over_all_pairs_in_the_wrong_order(numbers, seed):
     np.testing.assert_allclose(got.sum, want, rtol=1e-5, atol=1e-6)
     assert got.count == 1 and got.metrics["compared"] == len(pairs)
     assert got.metrics["correct"] == sum(cosine[i] > cosine[j] for i, j in pairs)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.floats(-9, 9, width=32), st.booleans()), min_size=5, max_size=5), st.integers(0, 99))
+def test_margin_mse_is_the_squared_error_of_every_margin(rows, seed):
+    """Whatever stands in empty slots, which have no gradient."""
+    numbers, weights = (np.array(column, "f4") for column in zip(*rows, strict=True))
+    x = np.random.default_rng(seed).standard_normal((len(rows), 3, 7)).astype("f4")
+    vectors = np.where(weights[:, None, None] > 0, x / np.linalg.norm(x, axis=-1, keepdims=True), 0.0)
+    margins = [7 * (own[0] @ own[1] - own[0] @ own[2]) for own in vectors.astype("f8")]
+    errors = [(m - y) ** 2 for m, y, w in zip(margins, numbers, weights, strict=True) if w]
+    got = FAST_MARGIN(vectors, numbers, weights, 7.0)
+    np.testing.assert_allclose(got.sum, sum(errors), rtol=1e-4, atol=1e-4)
+    assert got.count == len(errors) == got.metrics["compared"]
+    assert got.metrics["correct"] == sum(m * y > 0 for m, y, w in zip(margins, numbers, weights, strict=True) if w)
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -281,6 +296,8 @@ def test_scores_by_hand():
     assert score([own], [None]) == {}
     numbers = score([{"score": s} for s in (0.1, 0.9, 0.4)], [1.0, 3.0, 2.0])
     assert numbers["spearman"] == 1.0 and 0.9 < numbers["pearson"] < 1.0
+    margins = [{"score": 0.5, "vectors": np.array([[1, 0], [0.5, 0], [x, 0]], np.float32)} for x in (0.4, 0.0, 0.2)]
+    assert score(margins, [1.0, 3.0, 2.0])["spearman"] == 1.0, "a number of three texts is of the lead of the second"
 
 
 # --- columns
@@ -298,6 +315,8 @@ def test_scores_by_hand():
         ({"sentence1": "str", "sentence2": "str", "score": "float"}, ("sentence1", "sentence2"), "score"),
         ({"anchor": "str", "positive": "str", "negative": "str", "score": "float"},
          ("anchor", "positive", "negative"), None),
+        ({"query": "str", "positive": "str", "negative": "str", "margin": "float"},
+         ("query", "positive", "negative"), "margin"),
     ],
 )  # fmt: skip
 def test_texts_and_numbers_are_found_by_their_names(kinds, texts, label):
@@ -309,14 +328,17 @@ def test_texts_and_numbers_are_found_by_their_names(kinds, texts, label):
     assert record.texts == (*texts, *(["more"] if "negatives" in texts else []))
 
 
-def test_a_number_needs_a_pair_and_a_second_text_a_column():
+def test_a_number_needs_a_pair_or_a_triple_and_a_second_text_a_column():
     table = Table({"text": "str", "other": "str", "score": "float"}, "t")
-    with pytest.raises(DataError, match="a number is of a pair of texts: t is read as 1 a row"):
+    with pytest.raises(DataError, match=r"a number is of a pair .* and a negative: t is read as 1 a row"):
         choose_columns(table, DataConfig(text_column="text", label_column="score"), COLUMNS)
     with pytest.raises(DataError, match="there is no column 'positive'"):
         choose_columns(table, DataConfig(text_column="text", text_pair_column="positive"), COLUMNS)
     named = choose_columns(table, DataConfig(text_column="text", text_pair_column="other"), COLUMNS)
     assert named.columns == ("text", "other", "score")
+    triples = Table({"query": "str", "positive": "str", "negative": "str", "score": "float"}, "t")
+    named = choose_columns(triples, DataConfig(label_column="score"), COLUMNS)
+    assert named.columns == ("query", "positive", "negative", "score")
 
 
 # --- rows
@@ -521,8 +543,12 @@ def test_one_text_is_learned_from_two_dropouts(tmp_path, one_device):
         score_source(load(singles.run_dir), DataConfig(source=str(tmp_path / "one.jsonl")), print)
 
 
-def test_numbers_reach_the_loss_that_puts_cosines_in_their_order(trained_run, tmp_path):
-    config = with_fields(trained_run[1], data__source=write(tmp_path / "numbers.jsonl", make_pairs(60, number=True)),
+@pytest.mark.parametrize(("texts", "loss"), [(2, FAST_COSENT), (3, FAST_MARGIN)])
+def test_numbers_reach_the_loss_of_pairs_or_of_triples(trained_run, tmp_path, texts, loss):
+    rows = make_pairs(60, number=True)
+    if texts == 3:
+        rows = [{**row, "negative": rows[i - 1]["positive"], "margin": row.pop("score")} for i, row in enumerate(rows)]
+    config = with_fields(trained_run[1], data__source=write(tmp_path / "numbers.jsonl", rows),
                          contrastive=ContrastiveConfig())  # fmt: skip
     batch = open_data(config, TASK.reading).train[0]
     numbers = batch["targets"][batch["target_weights"] > 0]
@@ -531,7 +557,7 @@ def test_numbers_reach_the_loss_that_puts_cosines_in_their_order(trained_run, tm
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     made = nnx.merge(*model(SMALL, ContrastiveConfig(temperature=1 / 7)))
     real = batch["target_weights"] > 0
-    want = FAST_COSENT(vectors[real], numbers, np.ones(len(numbers), "f4"), 7.0)
+    want = loss(vectors[real], numbers, np.ones(len(numbers), "f4"), 7.0)
     got = made.coupled_loss(jnp.asarray(vectors), jax.tree.map(jnp.asarray, batch))
     np.testing.assert_allclose(got.sum, want.sum, rtol=1e-5)
     config = with_fields(config, contrastive=ContrastiveConfig(loss="infonce"))
@@ -557,8 +583,13 @@ def test_what_cannot_be_learned_is_said_before_training(trained_run, tmp_path, o
     wide = ContrastiveConfig(widths=(64,))
     with pytest.raises(ConfigError, match=r"contrastive\.widths are at most .*: got \(64,\) for model\.embed_dim 32"):
         train(with_fields(config, run_dir=str(tmp_path / "x"), contrastive=wide))
-    with pytest.raises(ConfigError, match="the pairs of texts have none"):
-        train(with_fields(config, run_dir=str(tmp_path / "x"), contrastive=ContrastiveConfig(loss="cosent")))
+    for loss, texts in {"cosent": "pairs of texts", "margin_mse": "an anchor, a positive and one negative"}.items():
+        with pytest.raises(ConfigError, match=f"{loss} learns the numbers of {texts}, and the texts have none"):
+            train(with_fields(config, run_dir=str(tmp_path / "x"), contrastive=ContrastiveConfig(loss=loss)))
+    pairs = write(tmp_path / "numbers.jsonl", make_pairs(60, number=True))
+    margins = with_fields(config, run_dir=str(tmp_path / "x"), contrastive=ContrastiveConfig(loss="margin_mse"))
+    with pytest.raises(ConfigError, match=r"takes an anchor, a positive and one negative a row: got 2 texts\."):
+        train(with_fields(margins, data__source=pairs))
     with pytest.raises(ConfigError, match="takes one source"):
         train(with_fields(config, run_dir=str(tmp_path / "x"), data__source=(config.data.source,) * 2))
     with pytest.raises(ConfigError, match="a corpus is searched by vectors, which classification does not make"):

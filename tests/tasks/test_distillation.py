@@ -273,6 +273,28 @@ def test_a_student_starts_from_its_teachers_layers(home, corpus):
             np.testing.assert_array_equal(value, expected, err_msg=name)
 
 
+def test_a_narrower_student_has_the_numbers_of_the_features_that_it_keeps(home, corpus):
+    """All tokens, half of the features, heads and units; the same ones in every kernel."""
+    asked = student(home, corpus, distillation__initial_layers="spread", distillation__initial_width=8)
+    config, _, _ = settled(asked)
+    teacher = open_teacher(config)
+    big, small = teacher.run.config.model, config.model
+    assert (big.embed_dim, small.embed_dim, small.head_dim) == (16, 8, big.head_dim)
+    assert (small.num_heads * 2, small.mlp_dim * 2) == (big.num_heads, big.mlp_dim)
+    _, state, _ = init_train_state(model_factory(config, None), optax.sgd(0.1))
+    theirs, said = {name: np.asarray(x) for name, x in flatten(teacher.run.params).items()}, []
+    got = flatten(teacher.initial_params(config, state.params, said.append))
+    assert not any("new parameters" in line for line in said)
+    table = np.asarray(theirs["encoder.embedding.token"])
+    features = np.sort(np.argsort(-np.square(table).sum(0))[:8])
+    np.testing.assert_array_equal(got["encoder.embedding.token"], table[:, features])
+    np.testing.assert_array_equal(got["head.dense.kernel"], theirs["head.dense.kernel"][np.ix_(features, features)])
+    up, query = "encoder.layers.feed_forward.up.kernel", "encoder.layers.attention.query.kernel"
+    np.testing.assert_array_equal(got[up], theirs[up][[0, 2]][:, features, : small.mlp_dim])
+    np.testing.assert_array_equal(got[query], theirs[query][[0, 2]][:, features, : small.num_heads])
+    assert got["encoder.embedding.token"].shape[0] == table.shape[0]
+
+
 def test_a_teacher_that_cannot_be_learned_from_is_refused_with_a_way_out(home, corpus):
     of_other = train_wordpiece(["une liste de valeurs"] * 9, 60)
     for fields, given, message in (
@@ -285,6 +307,8 @@ def test_a_teacher_that_cannot_be_learned_from_is_refused_with_a_way_out(home, c
          r"--distillation.relations query key value"),
         ({"data__row_length": 64}, (), r"reach 32 tokens.*Give --data.row-length 32"),
         ({"model__num_layers": 4, "distillation__initial_layers": "spread"}, (), r"at most as many: .* 4 for 3"),
+        ({"distillation__initial_layers": "spread", "distillation__initial_width": 12}, (),
+         r"whole heads .*: got 12 of a teacher .* 16 features and 2 heads .*Multiples of 8 below 16 do"),
         ({"distillation__hidden_weight": 1.0, "distillation__layer_map": (1, 4), "model__embed_dim": 16}, (),
          r"layer_map goes up to 3"),
         ({"objective": "classification"}, (), r"predicts what the run predicts, classification: .* head of masked_lm"),

@@ -163,8 +163,10 @@ def span_corruption_targets(
         raise DataError(
             f"every span of a row needs its sentinel: a row of {row_length} tokens has up to {spans} spans, the "
             f"tokenizer {len(ids)} sentinels <extra_id_0>, <extra_id_1> ... Without --data.tokenizer one is made that "
-            f"has 100, and T5's have as many; or take shorter rows (--data.row-length), a lower rate (--spans.rate, or "
-            f"a denoiser's) or longer spans (mean-tokens)."
+            f"has 100, and T5's have as many. They are added to a tokenizer.json by t = tokenizers.Tokenizer.from_file("
+            f"FILE); t.add_special_tokens([f'<extra_id_{{i}}>' for i in range({spans})]); t.save(FILE). Or take "
+            f"shorter rows (--data.row-length), a lower rate (--spans.rate, or a denoiser's) or longer spans "
+            f"(mean-tokens)."
         )
     sentinels = Sentinels(ids, end, pad if start is None else start, pad)
     is_text = np.ones(tokenizer.vocab_size, bool)

@@ -32,7 +32,7 @@ class Columns(NamedTuple):
     keeps_words: bool = False
     """Without a value: where the source has words rather than a text, name them, as tags that are None."""
     is_optional: bool = False
-    """A value is read of pairs alone, and a source without a column of that name has none: it is None."""
+    """A value is read of pairs and triples alone, and a source without a column of that name has none: it is None."""
     has_keys: bool = False
     """Keep a hash of every text, by which equal texts are known."""
     prompts: tuple[str, ...] = ()
@@ -118,6 +118,7 @@ _LABELS = {
     "answers": ("answers", "answer"),
     "choices": ("label", "answer"),
 }  # fmt: skip
+_MARGINS = ("margin", "score_difference")
 _CONVERSATIONS = (
     "turns", "dialog", "dialogue", "utterances", "conversation", "conversations", "messages",
 )  # fmt: skip
@@ -312,16 +313,18 @@ def _label(chooser: _Chooser) -> str | tuple[str, ...]:
 
 
 def _optional_label(chooser: _Chooser, texts: tuple[str, ...]) -> str | None:
-    """The column of numbers, if there is one that is called so and two texts that it can be of."""
-    if chooser.label is None and (len(texts) != 2 or not chooser.known(_LABELS["number"], _is_number)):
+    """The column of numbers, if there is one that is called so and texts that it can be of: two, or three with a
+    margin."""
+    names = {2: _LABELS["number"], 3: _MARGINS}.get(len(texts), ())
+    if chooser.label is None and not chooser.known(names, _is_number):
         return None
-    if len(texts) != 2:
+    if not names:
         raise DataError(
-            f"a number is of a pair of texts: {chooser.table.where} is read as {len(texts)} a row, {', '.join(texts)}. "
-            f"Leave out --data.label-column {chooser.label}, or name two with --data.text-column and "
-            f"--data.text-pair-column."
+            f"a number is of a pair of texts, or of an anchor, a positive and a negative: {chooser.table.where} is "
+            f"read as {len(texts)} a row, {', '.join(texts)}. Leave out --data.label-column {chooser.label}, or name "
+            f"two with --data.text-column and --data.text-pair-column."
         )
-    return str(_label(chooser))
+    return str(_label(chooser) if len(texts) == 2 else chooser.one("label", chooser.label, names, _is_number))
 
 
 def _texts(chooser: _Chooser, labels: tuple[str, ...]) -> tuple[str, ...]:
