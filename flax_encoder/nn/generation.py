@@ -110,7 +110,7 @@ def generate(
     """A target for each source row: start_id, then up to max_new_tokens, then pad_id after end_id.
 
     Args:
-      segment_ids: 0 marks padding, on either side; one source a row.
+      segment_ids: 0 marks padding, on either side; one source a row. Of a row of padding nothing is written.
       key: needed where the text is drawn; row i draws the same whatever rows stand beside it.
       draws: the number of each row by which it draws, in place of i.
       slots: how many sources are written at a time, None for all. Those whose text has ended make room for others,
@@ -177,6 +177,7 @@ def write(model: EncoderDecoder, sources: _Sources, generation: Generation, slot
 
     blank = (_no_beams if is_search else _no_text)(generation, slots)
     if slots == R:
+        blank = blank._replace(is_over=_is_padding(sources))
         return go_on(sources, blank, decoder.start(sources.memory, limit, W), False, R)[0].best
 
     # Long sources first: their texts are long too, as a rule, and one begun last would be written alone.
@@ -190,7 +191,7 @@ def write(model: EncoderDecoder, sources: _Sources, generation: Generation, slot
         own = jax.tree.map(lambda a: a[jnp.minimum(order[rows], R - 1)], sources)
         cache = decoder.begin(cache, own.memory, texts.is_over)
         fresh = jax.tree.map(lambda new, old: _where(texts.is_over, new, old), blank, texts)
-        texts = fresh._replace(is_over=rows == R)
+        texts = fresh._replace(is_over=(rows == R) | _is_padding(own))
         number = jnp.minimum(number + (rows != state[1]).sum(), R)
         texts, cache = go_on(own, texts, cache, number < R, -(-slots // 8))
         return number, rows, texts, cache, out
@@ -201,6 +202,10 @@ def write(model: EncoderDecoder, sources: _Sources, generation: Generation, slot
         decoder.start(first.memory, limit, W), jnp.full((R + 1, 1 + limit), generation.pad_id, jnp.int32),
     )  # fmt: skip
     return jax.lax.while_loop(lambda state: (state[0] < R) | (state[1] < R).any(), renew, start)[-1][:R]
+
+
+def _is_padding(sources: _Sources) -> Bool[Array, "R"]:
+    return ~(sources.memory.segments > 0).any(1)
 
 
 def _where(which: Bool[Array, "B"], new: Array, old: Array) -> Array:

@@ -216,13 +216,14 @@ def test_texts_that_make_room_for_others_are_those_of_all_at_once(name, settings
     graphdef, params = make(name)
     model = nnx.merge(graphdef, jax.tree.map(lambda x: 3 * x, params))
     source = random_tokens((17, M), seed=5)
-    segments = (jnp.arange(M) < 1 + jnp.arange(17)[:, None] % M).astype(jnp.int32)
+    segments = (jnp.arange(M) < jnp.arange(17)[:, None] % (M + 1)).astype(jnp.int32)  # two have no token
     key = jax.random.key(1) if "is_drawn" in settings else None
     plain = generate(model, source, segments, Generation(max_new_tokens=7, end_id=None, **settings), key=key)
     ends = tuple(np.unique(np.asarray(plain)[:, 2:5])[:4].tolist())  # so that texts end at several places
     generation = Generation(max_new_tokens=7, end_id=ends, pad_id=35, **settings)
     want = np.asarray(generate(model, source, segments, generation, key=key))
     assert len(np.unique((want == 35).sum(1))) > 2
+    assert (want[[0, 14], 1:] == 35).all() and (want[1:14, 1] != 35).all()
     for slots in (1, 4) if name == "t5" and not settings else (4,):
         np.testing.assert_array_equal(generate(model, source, segments, generation, key=key, slots=slots), want)
 
