@@ -58,7 +58,7 @@ def train(asked, tokenizer, rows, names, encode, seed):
     )  # fmt: skip
     steps = math.ceil(asked.epochs * len(rows) / asked.texts)
     warm = asked.warmup_rate * steps
-    share = lambda step: min((step + 1) / warm, max(0.0, (steps - step) / (steps - warm)))  # noqa: E731
+    share = lambda step: min(step / warm, (steps - step) / (steps - warm))  # noqa: E731 - the library's, and ours
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     rng, queue = random.Random(seed), []
     for _ in range(steps):
