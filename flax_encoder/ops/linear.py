@@ -169,7 +169,8 @@ def _forward(x, kernel, transposed, dtype, out_dtype):
 
 def _few_rows_dot(x, kernel, transposed: bool, out_dtype: str):
     """x @ kernel. Of few rows and a kernel [F, D] a CPU's product is twice as fast the other way round (LOG.md)."""
-    if transposed and x.ndim == 2 and x.shape[0] <= _FEW_ROWS and platform() == "cpu" and not is_spread():
+    # The platform first: a program for all of them has lengths that are symbols.
+    if platform() == "cpu" and transposed and x.ndim == 2 and x.shape[0] <= _FEW_ROWS and not is_spread():
         return _row_major(_dot(_row_major(kernel), _row_major(x), (1, 1))).T.astype(out_dtype)
     return _rows_dot(x, kernel, 1 if transposed else 0, out_dtype)
 
