@@ -21,6 +21,7 @@ SAID = ("label", "choice", "answer", "score", "labels", "tags", "text")
 _SHORTEST, _LONGEST = 8, 24  # tokens of a sentence
 _ROW_LENGTH = 32
 GAP = "____"
+"""Where a word is to be filled in."""
 _TRIED = 64  # documents, for each sentence that is looked for
 _LETTERS = 240  # of a text that is shown
 
@@ -131,7 +132,7 @@ def _read_filled(
         says, right, parts, done = [], [], [], 0
         for number, gap in enumerate(sentence.gaps):
             at = number if shift is None else gap + shift
-            says.append(_word(outputs["tokens"][row, at], outputs["probabilities"][row, at], tokenizer))
+            says.append(_word(outputs["tokens"][row, at], tokenizer))
             right.append(tokenizer.decode(sentence.tokens[[gap]]).strip())
             parts += [tokenizer.decode(sentence.tokens[done:gap]).strip(), GAP]
             done = gap + 1
@@ -140,8 +141,8 @@ def _read_filled(
     return samples
 
 
-def _word(ids: np.ndarray, probabilities: np.ndarray, tokenizer: TextTokenizer) -> str:
-    """The likeliest that is a word, and no special token, as people read it."""
+def _word(ids: np.ndarray, tokenizer: TextTokenizer) -> str:
+    """The first that is no special token, as people read it."""
     words = [i for i in ids.tolist() if i < tokenizer.vocab_size and i not in tokenizer.special_ids]
     return tokenizer.decode(words[:1]).strip()
 
@@ -171,5 +172,5 @@ def shown(value: Any) -> str:
     if isinstance(value, (tuple, list)):  # of spans: a place and a text
         texts = [part[-1] if isinstance(part, (tuple, list)) else part for part in value]
         value = ", ".join(map(str, texts)) or "none"
-    text = str(value)
+    text = str(value) or "none"
     return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"

@@ -84,7 +84,8 @@ def test_a_text_without_words_has_no_samples():
         ({"label": "a", "probability": 0.5}, "b", "a", "b"),
         ({"score": 0.25}, 1.0, "0.25", "1"),
         ({"labels": ()}, ("x", "y"), "none", "x, y"),
-        ({"answer": "", "score": 0.5}, ((3, "the list"),), "", "the list"),
+        ({"answer": "", "score": 0.5}, ((3, "the list"),), "none", "the list"),
+        ({"answer": "", "score": 0.5}, (), "none", "none"),
         ({"text": "ein Wort"}, "das Wort", "ein Wort", "das Wort"),
     ],
 )
