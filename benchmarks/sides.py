@@ -52,14 +52,18 @@ def serve_steps(step, tokens: list[int], texts: list[int], ready: dict, peak_mem
     made = 0
     for line in sys.stdin:
         until = time.perf_counter() + float(line.split()[1])
-        milliseconds, count, documents = [], 0, 0
+        milliseconds, processor, count, documents = [], [], 0, 0
         while not milliseconds or time.perf_counter() < until:
             i = made % len(tokens)
-            began = time.perf_counter()
+            began, spent = time.perf_counter(), time.process_time()
             step(i)
             milliseconds.append(1000 * (time.perf_counter() - began))
+            processor.append(1000 * (time.process_time() - spent))
             count, documents, made = count + tokens[i], documents + texts[i], made + 1
-        answer = {"milliseconds": milliseconds, "tokens": count, "texts": documents, "memory": peak_memory_bytes()}
+        answer = {
+            "milliseconds": milliseconds, "processor_milliseconds": processor, "tokens": count, "texts": documents,
+            "memory": peak_memory_bytes(),
+        }  # fmt: skip
         print(json.dumps(answer), flush=True)
 
 

@@ -6,7 +6,7 @@ python -m flax_encoder predict runs/rerank --input found.jsonl --output scores.j
 A row of pairs.jsonl is {"query": ..., "passage": ..., "label": "yes"} or "no"; those of "no" are best what a search by
 words or vectors finds wrongly. A row of found.jsonl has a query and one of its finds, and the probability of "yes" is
 what to sort by. Grades rather than labels are learned by --objective regression. A vector model learns the margins of
-such a model by contrastive's margin_mse (docs/tasks.md).
+such a model by contrastive's margin_mse (docs/tasks.md). Not measured here yet.
 """
 
 import dataclasses

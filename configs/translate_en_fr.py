@@ -5,6 +5,11 @@ python train.py --config configs/translate_en_fr.py --data.source pairs.jsonl
 Measured with --budget-minutes 26 on 33,448 pairs of LibreOffice's help, 2 CPU cores that a score of other programs kept
 busy (5 min of processor time in all), 508 of the 800 steps, an epoch and a half, 2.6M parameters: on the 682 pairs that
 are held out BLEU 17.8, chrF 42.6, ROUGE-L 0.409; the source itself has 5.7, 26.8 and 0.114. Rows are 96.4% full.
+
+transformers' Marian class on torch with as many parameters (benchmarks/peer_translate.py, AdamW at 1e-3, bfloat16, the
+same pairs, tokenizer and tokens an update, one core, a busier machine) came to 292 updates in 4.5 min of processor
+time of training alone: BLEU 0.3, chrF 8.7; it repeats itself. One rate, one run and another optimizer than ours: other
+rates, T5's class and both sides in one run were not tried.
 """
 
 from flax_encoder.config import DataConfig, EncoderConfig, LabelsConfig, OptimizerConfig, RunConfig

@@ -137,7 +137,7 @@ def _period(kinds: Sequence[Any]) -> int:
 def looks_ahead(config: EncoderConfig) -> str | None:
     """What of a model sees later tokens whatever the window, with a way out; None if nothing does."""
     if config.layer != "attention" and config.bidirectional:
-        return f"half of each {config.layer} layer reads from the end; give --no-model.bidirectional."
+        return f"half of each {config.layer} layer reads from the end; give --model.no-bidirectional."
     if config.conv_width:
         return f"a convolution of {config.conv_width} tokens reads the next ones; give --model.conv-width 0."
     return None

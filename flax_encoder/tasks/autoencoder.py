@@ -116,7 +116,7 @@ def _check(config: RunConfig) -> None:
         require(
             not config.autoencoder.is_tied,
             f"a decoder of {model.layer} layers has parameters of its own, since it reads the vector at every token: "
-            f"give --no-autoencoder.is-tied.",
+            f"give --autoencoder.no-is-tied.",
         )
         return
     require(model.embed_dim % 2 == 0, f"a decoder's places need model.embed_dim to be even: got {model.embed_dim}.")
@@ -125,7 +125,7 @@ def _check(config: RunConfig) -> None:
         or (num_layers in (None, model.num_layers) and not model.first_differs and model.num_layer_groups is None),
         f"a tied decoder has a layer beside each of the encoder's, all alike: got decoder.num_layers {num_layers} for "
         f"{model.num_layers}, model.num_layer_groups {model.num_layer_groups} and a first layer "
-        f"{'of its own' if model.first_differs else 'like the rest'}. Give --no-autoencoder.is-tied.",
+        f"{'of its own' if model.first_differs else 'like the rest'}. Give --autoencoder.no-is-tied.",
     )
 
 

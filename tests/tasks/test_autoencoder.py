@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flax_encoder.commands.recipe import parse_run_config
 from flax_encoder.config import AutoencoderConfig, ConfigError, DataConfig, DecoderConfig, EncoderConfig, RunConfig
 from flax_encoder.data.pipeline import open_data
 from flax_encoder.nn.partition import flatten
@@ -100,15 +101,18 @@ def test_a_tied_decoder_has_attention_to_the_vector_alone_of_its_own():
 
 def test_settings_that_cannot_be_are_refused():
     for fields, message in (
-        ({"decoder": DecoderConfig(num_layers=1)}, r"--no-autoencoder\.is-tied"),
-        ({"model__num_layer_groups": 1}, r"--no-autoencoder\.is-tied"),
-        ({"model": EncoderConfig(layer="lstm", position="none")}, r"--no-autoencoder\.is-tied"),
+        ({"decoder": DecoderConfig(num_layers=1)}, r"--autoencoder\.no-is-tied"),
+        ({"model__num_layer_groups": 1}, r"--autoencoder\.no-is-tied"),
+        ({"model": EncoderConfig(layer="lstm", position="none")}, r"--autoencoder\.no-is-tied"),
         ({"model": EncoderConfig(layer="lstm")}, "needs model.position to be none or sinusoidal"),
         ({"model": EncoderConfig(embed_dim=31, num_heads=1)}, "embed_dim to be even: got 31"),
         ({"data__packing": "concatenate"}, "stays whole"),
     ):
         with pytest.raises(ConfigError, match=message):
             check_task(with_fields(CONFIG, **fields))
+    words = ["--objective", "autoencoder", "--autoencoder.no-is-tied"]
+    asked = parse_run_config(words, default="configs/quickstart.py")
+    assert not asked.autoencoder.is_tied, "what the messages say is an option"
     untied = AutoencoderConfig(is_tied=False)
     check_task(with_fields(CONFIG, decoder=DecoderConfig(num_layers=1), autoencoder=untied))
     with pytest.raises(ConfigError, match="share below 1"):

@@ -64,7 +64,7 @@ def test_the_targets_are_the_next_tokens_of_each_document():
 
 def test_models_that_look_ahead_otherwise_are_refused():
     for fields, message in (
-        ({"layer": "lstm"}, r"half of each lstm layer.*--no-model.bidirectional"),
+        ({"layer": "lstm"}, r"half of each lstm layer.*--model.no-bidirectional"),
         ({"conv_width": 3}, r"convolution of 3 tokens.*--model.conv-width 0"),
     ):
         with pytest.raises(ConfigError, match=message):
