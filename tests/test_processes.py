@@ -76,7 +76,7 @@ def finished(processes: list[subprocess.Popen]) -> list[str]:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_stop_together(corpus, tmp_path):
-    whole = tiny(corpus, tmp_path / "whole", steps=120, eval_every=60)
+    whole = tiny(corpus, tmp_path / "whole", steps=120)
     run(command(whole))
     config = with_fields(whole, run_dir=str(tmp_path / "run"))
     processes = start_all(config, 2)
@@ -91,8 +91,6 @@ def test_two_processes_train_as_one_and_stop_together(corpus, tmp_path):
     assert "held-out text" in outputs[0] and "held-out text" not in outputs[1]
     for name in ("run", "resumed_by_one"):
         assert_same_losses(tmp_path / name, tmp_path / "whole")
-        lines = read_metrics(tmp_path / name, SAMPLES)
-        assert [line["step"] for line in lines] == [60, 120] and all(len(line["samples"]) == 4 for line in lines)
 
 
 @pytest.mark.slow
