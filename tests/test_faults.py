@@ -138,11 +138,18 @@ class Saving:
         asked = {"run_dir": str(self.run_dir), "log": str(self._log), "file_limit": file_limit}
         print(json.dumps(asked), file=self._worker.stdin, flush=True)
         pid = int(self._worker.stdout.readline())
-        deadline = time.monotonic() + 60
-        while not self.lines():
+        self._wait_for_lines(1)
+        return pid
+
+    def wait_for_saves(self, count: int) -> None:
+        """Until so many have begun since it said where from."""
+        self._wait_for_lines(1 + count)
+
+    def _wait_for_lines(self, count: int) -> None:
+        deadline = time.monotonic() + 120
+        while len(self.lines()) < count:
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        return pid
 
     def end(self, pid: int | None) -> None:
         """Kill it, or wait for it."""
@@ -160,7 +167,7 @@ class Saving:
 
 
 def test_of_a_hundred_faults_while_checkpoints_are_saved_none_loses_one_and_none_goes_unnoticed(tmp_path):
-    """A save every few milliseconds: killed at any moment, its disk full, or then the newest checkpoint damaged."""
+    """One save after another: killed at any moment, the disk full, or the newest checkpoint damaged after that."""
     print(f"\nFAULT_SEED={SEED}")
     with contextlib.closing(Saving(tmp_path)) as saving:
         _hurt(saving, random.Random(SEED))
@@ -181,7 +188,8 @@ def _hurt(saving: Saving, rng: random.Random) -> None:
             saving.end(None)
             assert "could not be written" in saving.lines()[-1]["error"]
         else:
-            time.sleep(rng.uniform(0, 0.4))
+            saving.wait_for_saves(rng.randrange(4))
+            time.sleep(rng.uniform(0, 0.3))
             saving.end(pid)
         begun_last = max((line["saving"] for line in saving.lines() if "saving" in line), default=newest)
         is_whole = {int(p.name): hasattr(found, "files") for p, found in checkpoints(saving.run_dir)}

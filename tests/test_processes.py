@@ -152,7 +152,7 @@ def test_when_a_process_is_killed_the_others_say_which_and_end_and_fewer_go_on(c
 
 @pytest.mark.faults
 def test_what_one_process_fails_by_ends_the_others_with_its_error(corpus, tmp_path):
-    config = tiny(corpus, tmp_path / "run", steps=5000, mesh__num_processes=2)
+    config = tiny(corpus, tmp_path / "run", steps=5000, mesh__data=-1, mesh__num_processes=2)
     first, second = addressed(2)
     there = tmp_path / "there"
     there.mkdir()
