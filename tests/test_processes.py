@@ -141,9 +141,10 @@ def test_when_a_process_is_killed_the_others_say_which_and_end_and_fewer_go_on(c
     wait_for_step(processes[0], tmp_path / "run", 12)
     processes[1].kill()
     began = time.monotonic()
-    outputs = [processes[i].communicate(timeout=120)[0] for i in (0, 2)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
     print(f"the others ended {time.monotonic() - began:.0f} s later")
-    for i, said in zip((0, 2), outputs, strict=True):
+    for i in (0, 2):
+        said = outputs[i]
         assert processes[i].returncode == LOST, said
         assert f"process 1 of 3 (pid {processes[1].pid} on" in said and "Traceback" not in said
     run(command(config))
