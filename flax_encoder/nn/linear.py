@@ -57,13 +57,13 @@ class Linear(nnx.Module):
         bias = self.bias[...].reshape(-1) if with_bias and self.bias is not None else None
         if self.splits_outputs and splits_tokens(x.shape, x.shape[-1], math.prod(features)):
             return _of_tokens(x, [self], with_bias)[0]
-        matrix, dtypes = kernel.reshape(x.shape[-1], -1), {"dtype": self.dtype, "out_dtype": self.out_dtype}
+        matrix = kernel.reshape(x.shape[-1], -1)
         if self.splits_inputs and splits_tokens(x.shape, matrix.shape[1], x.shape[-1]):
-            y = product_to_tokens(x, matrix, **dtypes)
+            y = product_to_tokens(x, matrix, dtype=self.dtype, out_dtype=self.out_dtype)
             y = self.add_bias(y) if with_bias else y
         else:
             # Rounded before the features are taken apart: heads of 64 do not fill a TPU's 128 lanes.
-            y = linear(x, matrix, bias, **dtypes)
+            y = linear(x, matrix, bias, dtype=self.dtype, out_dtype=self.out_dtype)
         return y.reshape(*x.shape[:-1], *features)
 
     def add_bias(self, y: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
