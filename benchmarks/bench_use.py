@@ -13,8 +13,9 @@ A peer is a way to run the model and the dtype of its weights: `torch` as it is,
 pipeline in batches of 32 in the file's order, as people call it, or, named `sorted-torch`, `sorted-onnx` ..., of texts
 sorted by length first.
 
-`write` asks an encoder-decoder for texts of exactly `--new-tokens` tokens, greedy or by `--num-beams`; its peer is
-transformers' `generate` in batches of 32 of texts sorted by length.
+`write` asks an encoder-decoder for texts of exactly `--new-tokens` tokens, or, of a trained one, of as many as it
+likes from `--least-tokens` on, greedy or by `--num-beams`; its peer is transformers' `generate` in batches of 32 of
+texts sorted by length.
 
 `first` is the time from the start of the process to the answer for one text; `one` of one text to a warm model, the
 median and the 99th percentile of 100. `largest difference` is from our first side: 1 - cosine of vectors, of
@@ -31,7 +32,7 @@ COMPARED = 256
 TASKS = ("embed", "classify", "tag", "write")
 
 
-def ours(task: str, folder: str, dtype: str, num_beams: int, new_tokens: int):
+def ours(task: str, folder: str, dtype: str, num_beams: int, new_tokens: int, least_tokens: int):
     """Texts to vectors, or to answers as `comparable` has them, by the library as a script would use it."""
     from flax_encoder.training.runtime import set_up_runtime
 
@@ -47,7 +48,7 @@ def ours(task: str, folder: str, dtype: str, num_beams: int, new_tokens: int):
     if task == "write":
         from flax_encoder.config import GenerationConfig
 
-        settings = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, num_beams=num_beams)
+        settings = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=least_tokens, num_beams=num_beams)
         model = model.with_settings(settings)
         return lambda texts: [answer["text"] for answer in model.predict(texts)]
     if task == "classify":
@@ -61,8 +62,8 @@ def main() -> None:
     if sys.argv[1] == "--side":
         from sides import serve
 
-        *_, task, folder, texts, num_beams, new_tokens, dtype = sys.argv
-        answers = ours(task, folder, dtype, int(num_beams), int(new_tokens))
+        *_, task, folder, texts, num_beams, new_tokens, least_tokens, dtype = sys.argv
+        answers = ours(task, folder, dtype, int(num_beams), int(new_tokens), int(least_tokens))
         return serve(answers, pathlib.Path(texts).read_text("utf-8").splitlines(), BEGAN, {})
     from harness import Timing, header, parser, say, show
     from sides import Side
@@ -77,11 +78,13 @@ def main() -> None:
     arguments.add_argument("--turns", type=int, default=3)
     arguments.add_argument("--num-beams", type=int, default=1, help="of write")
     arguments.add_argument("--new-tokens", type=int, default=64, help="of write")
+    arguments.add_argument("--least-tokens", type=int, help="of write; as many as --new-tokens if not said")
     asked = arguments.parse_args()
     if bool(asked.peer) != bool(asked.peer_python):
         raise SystemExit("a peer runs in its own environment: give --peer and --peer-python together, or neither.")
     texts = pathlib.Path(asked.texts).read_text("utf-8").splitlines()
-    told = [asked.task, asked.folder, asked.texts, str(asked.num_beams), str(asked.new_tokens)]
+    least = asked.new_tokens if asked.least_tokens is None else asked.least_tokens
+    told = [asked.task, asked.folder, asked.texts, *map(str, (asked.num_beams, asked.new_tokens, least))]
     commands = {f"ours:{d}": [sys.executable, __file__, "--side", *told, d] for d in asked.dtype}
     commands |= {name: [asked.peer_python, str(HERE / "peer_use.py"), *told, name] for name in asked.peer}
     sides = {}

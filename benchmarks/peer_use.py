@@ -1,6 +1,6 @@
 """What bench_use.py times as its peers, in their own environment: sentence-transformers, pipelines, `generate`.
 
-    PYTHON peer_use.py TASK FOLDER TEXTS NUM_BEAMS NEW_TOKENS WAY:DTYPE
+    PYTHON peer_use.py TASK FOLDER TEXTS NUM_BEAMS NEW_TOKENS LEAST_TOKENS WAY:DTYPE
 """
 
 import pathlib
@@ -12,7 +12,7 @@ BEGAN = time.perf_counter()
 import torch  # noqa: E402
 from sides import serve  # noqa: E402
 
-TASK, FOLDER, TEXTS, NUM_BEAMS, NEW_TOKENS, NAME = sys.argv[1:]
+TASK, FOLDER, TEXTS, NUM_BEAMS, NEW_TOKENS, LEAST_TOKENS, NAME = sys.argv[1:]
 WAY, _, DTYPE = NAME.partition(":")
 
 
@@ -67,7 +67,9 @@ def writer():
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(FOLDER, dtype=DTYPE).eval()
     if WAY == "compiled":
         model.forward = torch.compile(model.forward, dynamic=True)
-    options = {"num_beams": int(NUM_BEAMS), "max_new_tokens": int(NEW_TOKENS), "min_new_tokens": int(NEW_TOKENS)}
+    options = {
+        "num_beams": int(NUM_BEAMS), "max_new_tokens": int(NEW_TOKENS), "min_new_tokens": int(LEAST_TOKENS),
+    }  # fmt: skip
 
     def answers(texts):
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))

@@ -141,7 +141,8 @@ def test_masked_lm_reads_only_target_positions():
 
 
 def test_unknown_axes_are_refused_with_the_known():
-    with pytest.raises(ValueError, match="unknown logical axis 'depth'; known are batch, length, tokens, places, layers"):
+    known = "unknown logical axis 'depth'; known are batch, length, tokens, places, layers"
+    with pytest.raises(ValueError, match=known):
         partition_spec("layers", "depth")
 
 
