@@ -141,9 +141,9 @@ ROWS = (
 
 HEADER = """# Objectives
 
-What each objective has been seen to do here, on 2 CPU cores: a law that a test holds, a recipe of `configs/`, and a
-measured run of it beside what can be had without it. [Tasks](tasks.md) says what each reads and answers; the recipes'
-headers have the settings and the spread. `python benchmarks/objectives.py --write docs/objectives.md` makes this page.
+What a measured run of each objective reached on 2 CPU cores, beside a baseline that needs no such model. Law is a test
+that the objective's code passes, recipe a file of `configs/`. [Tasks](tasks.md) describes each file and its answers; the recipes'
+headers have the settings and the spread. `python benchmarks/objectives.py --write docs/objectives.md` writes this page.
 
 | objective | law | recipe | data | minutes | result | baseline | peer |
 |---|---|---|---|---|---|---|---|
