@@ -141,9 +141,9 @@ ROWS = (
 
 HEADER = """# Objectives
 
-What a measured run of each objective reached on 2 CPU cores, beside a baseline that needs no such model. Law is a test
-that the objective's code passes, recipe a file of `configs/`. [Tasks](tasks.md) describes each file and its answers; the recipes'
-headers have the settings and the spread. `python benchmarks/objectives.py --write docs/objectives.md` writes this page.
+What a measured run of each objective reached on 2 CPU cores, beside a baseline. The law is what a test holds the code
+to; the recipe is a file of `configs/`, whose header has the settings and the spread. [Tasks](tasks.md) describes each
+task's file and answers. `python benchmarks/objectives.py --write docs/objectives.md` writes this page.
 
 | objective | law | recipe | data | minutes | result | baseline | peer |
 |---|---|---|---|---|---|---|---|
