@@ -420,15 +420,15 @@ class GenerationConfig(ShortRepr):
         given = {name for name, value in vars(self).items() if value is not None}
         require(
             not (self.sample and (self.num_beams or 1) > 1),
-            f"beams are not drawn: got generation.sample with generation.num_beams {self.num_beams}. Give "
+            f"beam search does not sample: got generation.sample with generation.num_beams {self.num_beams}. Give "
             f"--generation.num-beams 1, or --generation.sample False.",
         )
         for names, is_read, way_out in (
-            (_OF_SAMPLED, self.sample, "sampled text: give --generation.sample True"),
-            (_OF_BEAMS, (self.num_beams or 1) > 1, "beams: give --generation.num-beams, such as 4"),
+            (_OF_SAMPLED, self.sample, "sampling: give --generation.sample True, or leave them out"),
+            (_OF_BEAMS, (self.num_beams or 1) > 1, "beam search: give --generation.num-beams 4, or leave them out"),
         ):
             unread = [f"generation.{name}" for name in names if name in given]
-            require(is_read or not unread, f"{' and '.join(unread)} would not be read, being of {way_out}.")
+            require(is_read or not unread, f"{' and '.join(unread)} would not be read without {way_out}.")
 
     def over(self, own: "GenerationConfig") -> "GenerationConfig":
         """`own`, overridden by the settings of this config that are not None. Settings of sampling (or beams) in `own`

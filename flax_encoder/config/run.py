@@ -282,6 +282,8 @@ class LabelsConfig(ShortRepr):
 
 @dataclass(frozen=True, repr=False)
 class OptimizerConfig(ShortRepr):
+    """The optimizer, its learning rate over the run, and the parameters that it trains."""
+
     name: Literal["adamw", "stable_adamw", "lamb", "lion", "muon", "soap", "adafactor", "schedule_free"] = "adamw"
     """adamw (Loshchilov and Hutter, arXiv 1711.05101); stable_adamw, whose updates are clipped (Wortsman et al., arXiv
     2304.13013); lamb (You et al., arXiv 1904.00962); lion (Chen et al., arXiv 2302.06675); muon (Jordan et al. 2024,
