@@ -313,9 +313,9 @@ class OptimizerConfig(ShortRepr):
     (1 + t) / (10 + t)."""
     clip_norm: float | None = 1.0
     """Gradients with a larger global norm are scaled down to it; None never clips."""
-    schedule: Literal["linear", "cosine", "wsd", "inverse_sqrt"] = "linear"
+    schedule: Literal["linear", "cosine", "wsd", "inverse_sqrt", "constant"] = "linear"
     """After the warm-up: straight or cosine to the final rate, or (wsd) constant and then down over decay_rate, or
-    (inverse_sqrt) as one over the root of the step (Vaswani et al., arXiv 1706.03762, equation 3)."""
+    (inverse_sqrt) as one over the root of the step (Vaswani et al., arXiv 1706.03762, equation 3), or constant."""
     warmup_rate: float = 0.06
     """Share of the run spent rising from 0; with linear, 0.5 makes a triangle."""
     decay_rate: float = 0.2
@@ -368,11 +368,15 @@ class OptimizerConfig(ShortRepr):
             f"decay_shape is of schedule wsd: got {self.decay_shape} with {self.schedule}.",
         )
         require(
-            self.name != "schedule_free" or (self.schedule == "wsd" and self.decay_rate == 0),
-            "schedule_free averages instead of decaying: give schedule wsd and decay_rate 0 with it; got "
-            f"{self.schedule} and {self.decay_rate}.",
+            self.name != "schedule_free" or self.peak_end == 1,
+            f"schedule_free averages instead of decaying: give schedule constant with it; got {self.schedule}.",
         )
         require_finite(self)
+
+    @property
+    def peak_end(self) -> float | None:
+        """Up to which share of the run the learning rate is at its peak after the warm-up, for schedules that stay."""
+        return {"constant": 1.0, "wsd": 1.0 - self.decay_rate}.get(self.schedule)
 
 
 @dataclass(frozen=True, repr=False)

@@ -43,10 +43,11 @@ def _rate(ramp: Ramp, number: Int[Array, ""] | int) -> Float[Array, ""]:
 def share_of_peak(config: OptimizerConfig, progress: Float[Array, "..."] | float) -> Float[Array, "..."]:
     """The learning rate as a share of its peak, where `progress` of the run, from 0 to 1, has gone by.
 
-    It rises straight from 0 over warmup_rate of the run, and then goes by config.schedule to final_rate at 1. Linear
-    with warmup_rate 0.5 is a triangle. Linear, cosine (Loshchilov and Hutter, arXiv 1608.03983) and wsd, constant with
-    a decay at the end (Hu et al., arXiv 2404.06395), whose shape one_minus_sqrt is Hägele et al.'s (arXiv 2405.18392).
-    inverse_sqrt falls as the root of warmup_rate / progress (Vaswani et al., arXiv 1706.03762), and ends above 0.
+    It rises straight from 0 over warmup_rate of the run, and then stays (constant) or goes by config.schedule to
+    final_rate at 1. Linear with warmup_rate 0.5 is a triangle. Linear, cosine (Loshchilov and Hutter, arXiv 1608.03983)
+    and wsd, constant with a decay at the end (Hu et al., arXiv 2404.06395), whose shape one_minus_sqrt is Hägele et
+    al.'s (arXiv 2405.18392). inverse_sqrt falls as the root of warmup_rate / progress (Vaswani et al., arXiv
+    1706.03762), and ends above 0.
 
     Example:
       >>> config = OptimizerConfig(schedule="linear", warmup_rate=0.1, final_rate=0.0)
@@ -54,9 +55,9 @@ def share_of_peak(config: OptimizerConfig, progress: Float[Array, "..."] | float
       [0.5, 1.0, 0.5, 0.0]
     """
     progress = jnp.clip(jnp.asarray(progress, jnp.float32), 0.0, 1.0)
-    start = 1.0 - config.decay_rate if config.schedule == "wsd" else config.warmup_rate
+    start = config.warmup_rate if config.peak_end is None else config.peak_end
     fallen = jnp.clip((progress - start) / (1.0 - start), 0.0, 1.0) if start < 1 else jnp.zeros_like(progress)
-    shape = config.decay_shape if config.schedule == "wsd" else config.schedule
+    shape = config.schedule if config.peak_end is None else config.decay_shape
     if shape == "inverse_sqrt":
         left = jnp.sqrt(config.warmup_rate / jnp.maximum(progress, config.warmup_rate))
     elif shape == "cosine":
