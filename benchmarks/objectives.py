@@ -141,9 +141,9 @@ ROWS = (
 
 HEADER = """# Objectives
 
-What each objective has been seen to do here, on 2 CPU cores: a law that a test holds, a recipe of `configs/`, and a
-measured run of it beside what can be had without it. [Tasks](tasks.md) says what each reads and answers; the recipes'
-headers have the settings and the spread. `python benchmarks/objectives.py --write docs/objectives.md` makes this page.
+What a measured run of each objective reached on 2 CPU cores, beside a baseline. The law is what a test holds the code
+to; the recipe is a file of `configs/`, whose header has the settings and the spread. [Tasks](tasks.md) describes each
+task's file and answers. `python benchmarks/objectives.py --write docs/objectives.md` writes this page.
 
 | objective | law | recipe | data | minutes | result | baseline | peer |
 |---|---|---|---|---|---|---|---|

@@ -3,9 +3,10 @@
 python train.py --config configs/albert_base.py --mesh.data 8 --num-microbatches 16
 
 Published: 125,000 steps of 4096 rows of 512 tokens on 64 TPU v3 or more, with LAMB; 80.1 on average over SQuAD 1.1 and
-2.0, MNLI, SST-2 and RACE. Runs of one to three words are masked, as in the original: there with odds of 6, 3 and 2 to
-11, here geometric with the same mean, cut at three; beside them it learns whether the two halves of a row are in order.
-The published text was Wikipedia and BookCorpus. Not run here; sentence_order is a small one that is.
+2.0, MNLI, SST-2 and RACE. As in the original, spans of one to three words are masked. There their lengths have odds of
+6, 3 and 2 to 11; here they are geometric with the same mean, cut at three. The model also learns whether the two halves
+of a text are in order. The published text was Wikipedia and BookCorpus. Not run here; sentence_order is a small recipe
+of this kind that was run.
 """
 
 import dataclasses

@@ -1,14 +1,14 @@
-"""Vectors from texts alone: a text with words missing goes through one vector, and is written whole from it (TSDAE).
+"""Vectors from texts alone: an encoder makes one vector of a text without some words; a decoder writes it (TSDAE).
 
 python train.py --config configs/autoencoder.py --init-from FOLDER --data.source texts.txt --data.text-unit line
 
 (Wang et al., arXiv 2104.06979.) FOLDER is a published encoder or a run; `embed` and `export` then give its vectors.
 
-Measured with --optimizer.learning-rate 3e-4, from a published BERT of 2 layers of width 128 that had learned masked
-words alone, on 13,197 sentences of the STS benchmark (194 steps): 2 CPU cores that other work kept busy, 2 min 44 s.
-The decoder writes 0.202 of the held-out tokens right, where a guess from the token before has 0.249. Spearman on the
-1,379 test pairs, mean pooling: 0.401, where the encoder had 0.620 before: so short a run at this rate has made its
-vectors worse, not better. A lower rate and more steps were not tried.
+Measured with --optimizer.learning-rate 3e-4, from a published BERT of 2 layers of width 128 that knew only masked
+words, on 13,197 sentences of the STS benchmark (194 steps): 2 CPU cores that other work kept busy, 2 min 44 s.
+The decoder writes 0.202 of the held-out tokens right; a guess from the token before reaches 0.249. Spearman on the
+1,379 test pairs with mean pooling is 0.401; before the run the encoder had 0.620. So this short run at this rate made
+the vectors worse. A lower rate and more steps were not tried.
 """
 
 from flax_encoder.config import DataConfig, EncoderConfig, OptimizerConfig, RunConfig

@@ -1,11 +1,11 @@
-"""BERT-base, pretrained as published but for next sentences (Devlin et al., arXiv 1810.04805, appendix A.2).
+"""BERT-base, pretrained as published but without next sentences (Devlin et al., arXiv 1810.04805, appendix A.2).
 
 python train.py --config configs/bert_base.py --mesh.data 8
 
-Published: a million steps of 256 rows of 512 tokens, rows of 128 for the first nine tenths, on 4 cloud TPUs (16
-chips) in 4 days; GLUE 79.6 (average of the paper's test scores without WNLI). Here a batch has 131,072 tokens
-throughout, in 1024 rows of 128 and then 256 of 512; rows are packed, and no document sees another. The published text
-was Wikipedia and BookCorpus. Not run here: this project has had no such machine.
+Published: a million steps of 256 rows of 512 tokens, rows of 128 for the first nine tenths, on 4 cloud TPUs (16 chips)
+in 4 days; GLUE 79.6 (average of the paper's test scores without WNLI). Here every batch has 131,072 tokens, first in
+1024 rows of 128, then in 256 of 512. Rows are packed, and no document sees another. The published text was Wikipedia
+and BookCorpus. Not run here: this project has had no such machine.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""One of several labels a text, or a pair of texts, learned from a file, starting from a published encoder.
+"""Learn one of several labels for each text, or pair of texts, of a file, starting from a published encoder.
 
 python train.py --config configs/classify.py --init-from FOLDER --data.source train.csv --run-dir runs/mine
 
 Measured with --epochs 3 --batch-texts 32 --model.dtype float32 --optimizer.learning-rate 3e-4 from a BERT of two layers
-of width 128, on 1,584 rated movie snippets, good or bad: accuracy on 800 others 0.744 with each of two seeds;
-transformers on torch (benchmarks/peer_finetune.py) 0.740, 0.739 to 0.746 with five.
+of width 128, on 1,584 movie snippets rated good or bad: accuracy on 800 others is 0.744 with each of two seeds;
+transformers on torch (benchmarks/peer_finetune.py) has 0.740 as the median of five seeds, from 0.739 to 0.746.
 """
 
 from flax_encoder.config import DataConfig, EncoderConfig, OptimizerConfig, RunConfig

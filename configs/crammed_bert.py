@@ -3,8 +3,8 @@ github.com/JonasGeiping/cramming).
 
 python train.py --config configs/crammed_bert.py
 
-Published: 24 hours on one A6000, GLUE 80.4. The run ends by its clock, and its learning rate, a triangle, goes by it;
-batches grow over the first 60% of the steps, where the original grows straight by time to 8192 rows. Not run here.
+Published: 24 hours on one A6000, GLUE 80.4. The run ends by the clock, and its learning rate, a triangle, follows the
+clock. Batches grow over the first 60% of the steps; the original's grow linearly with time to 8192 rows. Not run here.
 """
 
 import dataclasses

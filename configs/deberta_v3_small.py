@@ -2,10 +2,10 @@
 
 python train.py --config configs/deberta_v3_small.py --mesh.data 8 --num-microbatches 16 --data.tokenizer FOLDER
 
-FOLDER is one with DeBERTaV3's tokenizer; without it a WordPiece is made. Published: 500,000 steps of 8192 rows of 512
-tokens; MNLI 88.3 and 87.7, SQuAD 2.0 F1 82.8 (the model's card). The encoder finds the words that a generator of its
-width and half its layers has replaced; the two share embeddings by gradient-disentangled sharing. The published text
-was 160 GB of five corpora. Not run here.
+FOLDER has DeBERTaV3's tokenizer; without it the run trains a WordPiece. Published: 500,000 steps of 8192 rows of 512
+tokens; MNLI 88.3 and 87.7, SQuAD 2.0 F1 82.8 (the model's card). The encoder finds the words that a generator, as wide
+and half as deep, has replaced; the two share embeddings by gradient-disentangled sharing. The published text was 160 GB
+of five corpora. Not run here.
 """
 
 import dataclasses

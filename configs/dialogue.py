@@ -1,13 +1,13 @@
-"""Answer in a conversation, from scratch: each answer is learned from the turns before it.
+"""Answer in a conversation, from scratch: the model learns each answer from the turns before it.
 
 python train.py --config configs/dialogue.py --data.source dialogue.jsonl
 
 A row holds a list of turns (`turns`, `dialog`, `messages` with roles, ...), or a history beside a source and a target.
 
-Measured on ChatterBot's 801 conversations (975 answers to learn, 106 held out), 2 CPU cores that others kept busy,
-2 min 9 s in all for the 100 steps, 2.2M parameters: BLEU 2.3, chrF 9.5, ROUGE-L 0.098; the newest turn echoed has 1.9,
-13.2 and 0.101, the most frequent answer 0.0, 2.5 and 0.000. So few conversations teach no one to talk: 400 steps learn
-them by heart (0.982 of the training tokens), and the held-out loss rises from 5.76 to 6.81.
+Measured on ChatterBot's 801 conversations (975 answers to learn, 106 held out), 2 CPU cores that other work kept busy,
+2 min 9 s in all for the 100 steps, 2.2M parameters: BLEU 2.3, chrF 9.5, ROUGE-L 0.098. An echo of the newest turn has
+1.9, 13.2 and 0.101, the most frequent answer 0.0, 2.5 and 0.000. These are too few conversations: 400 steps learn them
+by heart (0.982 of the training tokens are right), and the held-out loss rises from 5.76 to 6.81.
 """
 
 from flax_encoder.config import DataConfig, EncoderConfig, LabelsConfig, OptimizerConfig, RunConfig

@@ -2,11 +2,11 @@
 
 python train.py --config configs/distilbert.py --distillation.teacher FOLDER --mesh.data 8 --num-microbatches 16
 
-FOLDER is BERT-base's, published or a run of one's own. Published: BERT's text three times over in batches of up to 4000
+FOLDER is a BERT-base, published or a run of yours. Published: three epochs of BERT's text in batches of up to 4000
 examples, on 8 V100 of 16 GB in about 90 hours; GLUE 77.0 (average of the development sets; BERT-base 79.5). The student
-has six of its teacher's twelve layers and starts from them. The loss is 5 times the divergence from the teacher's
-softened words, 2 times that of the masked words and the cosine of hidden states. Not run here; distillation is a small
-one that is.
+starts from six of its teacher's twelve layers. The loss is 5 times the divergence from the teacher's softened
+predictions, plus 2 times the loss of masked words, plus the cosine distance of hidden states. Not run here;
+distillation is a small recipe of this kind that was run.
 """
 
 import dataclasses

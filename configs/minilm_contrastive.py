@@ -2,10 +2,10 @@
 
 python train.py --config configs/minilm_contrastive.py --init-from FOLDER --data.source pairs.jsonl --mesh.data 8
 
-FOLDER is MiniLM-L6-H384-uncased (every second layer of arXiv 2002.10957's); a line of the file is {"query": ...,
-"positive": ...}. Published: 100,000 steps of 1024 pairs of texts cut at 128 tokens, of 1.17 billion, on one TPU v3-8;
-68.06 on average over 14 tasks of sentences (sbert.net), 22.7M parameters. Each pair's texts find each other among all
-of the batch, by cosines times 20. Not run here; contrastive is a small one that is.
+FOLDER is MiniLM-L6-H384-uncased (every second layer of the MiniLM of arXiv 2002.10957); a line of the file is {"query":
+..., "positive": ...}. Published: 100,000 steps of 1024 pairs, from 1.17 billion, whose texts are cut at 128 tokens, on
+one TPU v3-8; 68.06 on average over 14 sentence tasks (sbert.net), 22.7M parameters. The two texts of a pair find each
+other among all texts of the batch, by cosines times 20. Not run here; contrastive is a small recipe that was run.
 """
 
 from flax_encoder.config import ContrastiveConfig, DataConfig, EncoderConfig, OptimizerConfig, RunConfig

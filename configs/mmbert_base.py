@@ -2,12 +2,13 @@
 
 python train.py --config configs/mmbert_base.py --mesh.data 8 --data.tokenizer FOLDER
 
-FOLDER is one with Gemma 2's tokenizer; the three folders of data.source hold the published text of each phase, in 60,
-110 and 1,833 languages, as Parquet with a column `text`. Published: 3 trillion tokens, 40 days on 8 H100; 307M
-parameters. 2.3 trillion tokens in rows of 1024 with 30% of tokens masked, batches growing over the first 60 billion and
-the learning rate over the first 3; 600 billion in rows of 8192 with another rope_theta and 15% masked; 100 billion with
-5%, in which the rate falls. Batches double in size here. Its weight decay of 8e-5 is a share of the parameters, here
-one of the rate. The original has dropout of 0.1 behind attention. Not run here.
+FOLDER has Gemma 2's tokenizer; the three folders of data.source hold the published text of each phase, in 60, 110 and
+1,833 languages, as Parquet with a column `text`. Published: 3 trillion tokens, 40 days on 8 H100; 307M parameters.
+First 2.3 trillion tokens in rows of 1024 with 30% of tokens masked, where batches grow over the first 60 billion and
+the learning rate over the first 3; then 600 billion in rows of 8192 with another rope_theta and 15% masked; then 100
+billion with 5% masked, in which the rate falls. Here batches grow by doubling. The published weight decay of 8e-5 is a
+share of the parameters; here it is a share of the learning rate. The original has dropout of 0.1 after attention. Not
+run here.
 """
 
 import dataclasses

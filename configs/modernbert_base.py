@@ -2,13 +2,14 @@
 
 python train.py --config configs/modernbert_base.py --mesh.data 8 --data.tokenizer FOLDER
 
-FOLDER is one with ModernBERT's tokenizer; without it a WordPiece is made. Published: 2 trillion tokens on 8 H100 in 246
-hours (194, 40 and 12 for the three phases); GLUE 88.4. 1.719 trillion tokens in rows of 1024, batches growing from 768
-to 4608 rows over the first 50 billion and the learning rate over the first 3 billion; 250 billion in rows of 8192 with
-another rope_theta; 50 billion in which the rate falls. Batches double in size here, where the original's grow by
-microbatches. Its weight decay of 1e-5 is a share of the parameters, here one of the rate: 1e-5 / 8e-4. The original has
-dropout of 0.1 behind attention, where a model here has one rate for all, and starts from other random numbers
-(Megatron's). The published text is not public; here it is FineWeb-Edu. Not run here; modernbert_small is its twin.
+FOLDER has ModernBERT's tokenizer; without it the run trains a WordPiece. Published: 2 trillion tokens on 8 H100 in 246
+hours (194, 40 and 12 for the three phases); GLUE 88.4. First 1.719 trillion tokens in rows of 1024, where batches grow
+from 768 to 4608 rows over the first 50 billion and the learning rate over the first 3 billion; then 250 billion in rows
+of 8192 with another rope_theta; then 50 billion in which the rate falls. Here batches grow by doubling; the original's
+grow by microbatches. The published weight decay of 1e-5 is a share of the parameters; here it is a share of the
+learning rate: 1e-5 / 8e-4. The original has dropout of 0.1 after attention, where a model here has one rate for all,
+and another initialization (Megatron's). The published text is not public; this recipe reads FineWeb-Edu. Not run here;
+modernbert_small is a small version that was run.
 """
 
 import dataclasses

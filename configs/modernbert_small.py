@@ -1,15 +1,15 @@
-"""ModernBERT's recipe, small: its layers and its phases on a text of one's own, in minutes.
+"""ModernBERT's recipe, small: its layers and its phases on your own text, in minutes.
 
 python train.py --config configs/modernbert_small.py --data.source texts.jsonl
 
-The learning rate and the batches rise, then rows of 128 become rows of 512 with another rope_theta, then the rate falls
+The learning rate and the batches grow, then rows of 128 become rows of 512 with another rope_theta, then the rate falls
 by one minus a root, with half as many masks. A line of the file is {"text": ...}.
 
 Measured on 10,033 Wikipedia leads, 4.4M parameters, 2 CPU cores that other work kept busy, 933 s of steps: accuracy on
-masked tokens held out, after steps 250, 500, 750 and 1000, 0.213, 0.253, 0.273 and 0.303, loss at the end 4.353; the
-guess from two neighbours has 0.276, the most frequent token 0.049. It was stopped by a signal after step 610 and killed
-after step 780. It went on from step 700, and steps 701 to 780, over the third phase's beginning, had the losses and
-gradient norms that they had had, to the bit.
+held-out masked tokens after steps 250, 500, 750 and 1000 is 0.213, 0.253, 0.273 and 0.303, the last loss 4.353; a guess
+from two neighbours has 0.276, the most frequent token 0.049. The run was stopped by a signal after step 610 and killed
+after step 780. It resumed from step 700, and steps 701 to 780, over the beginning of the third phase, had bit for bit
+the losses and gradient norms of the first time.
 """
 
 from flax_encoder.config import DataConfig, EncoderConfig, MaskingConfig, OptimizerConfig, Phase, RunConfig

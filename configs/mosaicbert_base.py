@@ -3,7 +3,8 @@
 python train.py --config configs/mosaicbert_base.py --mesh.data 8
 
 Published: 70,000 steps of 4096 rows of 128 tokens of C4 on 8 A100 of 80 GB, 4.6 hours for GLUE 83.2 (79.6 after 1.13
-hours). Its weight decay of 1e-5 is a share of the parameters, here one of the rate: 1e-5 / 5e-4. Not run here.
+hours). The published weight decay of 1e-5 is a share of the parameters; here it is a share of the learning rate: 1e-5 /
+5e-4. Not run here.
 """
 
 import dataclasses

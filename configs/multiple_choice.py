@@ -1,15 +1,16 @@
-"""Tell which of several choices goes with a context: SWAG, COPA, or rows with context, choices and label.
+"""Learn which of several choices fits a context: SWAG, COPA, or rows with context, choices and label.
 
 python train.py --config configs/multiple_choice.py --init-from FOLDER
 python train.py --config configs/multiple_choice.py --init-from FOLDER --data.source train.jsonl --data.test test.jsonl
 
-FOLDER is a published encoder or a run. All choices of a document stand in one row, each with the context before it.
-A BERT that transformers opens reads the first token of each: to export one, give --pooling cls.
+FOLDER is a published encoder or a run. All choices of a document stand in one row, each after a copy of the context.
+transformers' BERT reads the first token of each choice: to export such a model, train with --pooling cls.
 
 Measured with --steps 100 --model.dtype bfloat16, from MiniLM-L6 (22.7M parameters), on the first 32 words of 3,400
-Wikipedia leads with four short descriptions of the same topic, of which one is the lead's own: 2 CPU cores that other
-work kept busy, 5 min (2 min of processor time). Accuracy on 800 other leads 0.979, on 170 held out 0.988, where the
-choice with most tokens of the context is right in 0.935, the longest in 0.247 and the most frequent place in 0.265.
+Wikipedia leads with four short descriptions of the same topic, one of them the lead's own: 2 CPU cores that other work
+kept busy, 5 min (2 min of processor time). Accuracy on 800 other leads is 0.979, on 170 held out 0.988; there the
+choice that shares most tokens with the context is right in 0.935, the longest in 0.247, the most frequent place in
+0.265.
 """
 
 from flax_encoder.config import DataConfig, OptimizerConfig, RunConfig

@@ -3,7 +3,7 @@
 python train.py --config configs/neobert.py --mesh.data 8 --num-microbatches 16
 
 Published: a million steps of 2M tokens in rows of 1024 on 8 H100 (2.1T tokens with the second phase of 50,000 steps
-in rows of 4096), GLUE 89.0. The second phase is a run of its own: --init-from runs/neobert --data.row-length 4096
+in rows of 4096), GLUE 89.0. For the second phase start another run: --init-from runs/neobert --data.row-length 4096
 --batch-size 512 --steps 50000. The published text was RefinedWeb. Not run here.
 """
 

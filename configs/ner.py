@@ -1,16 +1,17 @@
-"""Tag the words of a text: names, parts of addresses, parts of speech, from a file of tokens and tags.
+"""Learn to tag the words of a text (names, parts of addresses, parts of speech) from a file of tokens and tags.
 
 python train.py --config configs/ner.py --data.source train.jsonl --data.test test.jsonl --init-from FOLDER
 
 A line of the files is {"tokens": ["3600", "West", "5th", "Ave"], "tags": ["B-Number", "O", "B-Street", "I-Street"]};
-FOLDER is a published encoder or a run. CoNLL files and texts with spans of characters are read as well.
+FOLDER is a published encoder or a run. CoNLL files and texts with character offsets of entities are read as well.
 
-Hardware and time: 2 CPU cores shared with other work, some 5 minutes of processor time.
-Result, from MiniLM-L6 on US addresses (2,566 to train on, 46 types of entity): F1 of entities 0.891 on 675 test
-addresses, precision 0.878, recall 0.905, accuracy of words 0.899. On the 131 held out of training F1 is 0.908; the most
-frequent tag of each word has 0.509 there, all O 0.
-Beside transformers on torch, AdamW at 5e-4, four epochs, dropout: it has F1 0.891 on the test addresses (one seed, all
-2,697 to train on, 32 an update, benchmarks/peer_finetune.py); here 0.890 and 0.884 (seeds 0, 1, 2,566, 37 an update).
+Hardware and time: 2 CPU cores shared with other work, about 5 minutes of processor time.
+Result, from MiniLM-L6 on US addresses (2,566 to train on, 46 types of entity): F1 of entities is 0.891 on 675 test
+addresses, precision 0.878, recall 0.905, accuracy of words 0.899. On the 131 held out F1 is 0.908; there the most
+frequent tag of each word has 0.509, and tagging all words O has 0.
+Beside transformers on torch (benchmarks/peer_finetune.py), with AdamW at 5e-4, four epochs and dropout: its F1 on the
+test addresses is 0.891 (one seed, all 2,697 to train on, 32 an update); here 0.890 and 0.884 (seeds 0 and 1, 2,566 to
+train on, 37 an update).
 """
 
 from flax_encoder.config import DataConfig, EncoderConfig, OptimizerConfig, RunConfig

@@ -1,4 +1,4 @@
-"""Masked language modelling on the English that every CPython carries: a first run on a laptop.
+"""A first run on a laptop: masked language modelling on the English help texts that come with CPython.
 
     python train.py
 

@@ -1,4 +1,4 @@
-"""Tell the area of the Python library that a docstring comes from, starting from the quickstart's encoder.
+"""Learn which area of the Python library a docstring comes from, starting from the quickstart's encoder.
 
 python train.py --config configs/quickstart_classify.py --init-from runs/quickstart
 

@@ -1,9 +1,9 @@
-"""A number for a text or a pair of texts, learned from a file: how alike two sentences are, how well a film is liked.
+"""Learn a number for a text or a pair of texts, such as how alike two sentences are, or how well a film is liked.
 
 python train.py --config configs/regression.py --init-from FOLDER --data.source train.csv --data.test test.csv
 
-FOLDER is a published encoder or a run. A row is a text, or a pair, and a number; the columns are guessed, and named by
---data.text-column, --data.text-pair-column and --data.label-column.
+FOLDER is a published encoder or a run. A row has a text, or a pair of texts, and a number. The run recognizes columns
+by usual names; name others by --data.text-column, --data.text-pair-column and --data.label-column.
 
 Measured with --epochs 1, from MiniLM-L6 (22.7M parameters), on 5,749 pairs of STS benchmark: 2 CPU cores that other
 work kept busy, 16 min (2 min 34 s of processor time). On 1,379 test pairs Pearson 0.726, Spearman 0.705 and squared

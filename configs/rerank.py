@@ -1,12 +1,12 @@
-"""How well a passage answers a query, the two read together (a cross-encoder): puts the first finds in a better order.
+"""A cross-encoder, which reads a query and a passage together, to put the results of a search in a better order.
 
 python train.py --config configs/rerank.py --init-from FOLDER --data.source pairs.jsonl --run-dir runs/rerank
 python -m flax_encoder predict runs/rerank --input found.jsonl --output scores.jsonl
 
-A row of pairs.jsonl is {"query": ..., "passage": ..., "label": "yes"} or "no"; those of "no" are best what a search by
-words or vectors finds wrongly. A row of found.jsonl has a query and one of its finds, and the probability of "yes" is
-what to sort by. Grades rather than labels are learned by --objective regression. A vector model learns the margins of
-such a model by contrastive's margin_mse (docs/tasks.md). Not measured here yet.
+A row of pairs.jsonl is {"query": ..., "passage": ..., "label": "yes"}, or the same with "no"; the best passages for
+"no" are wrong results of a search by words or vectors. A row of found.jsonl has a query and one of its results; sort by
+the probability of "yes". For grades in place of labels use --objective regression. A vector model can learn the margins
+of such a model by contrastive's margin_mse (docs/tasks.md). Not measured here yet.
 """
 
 import dataclasses

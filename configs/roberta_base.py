@@ -2,9 +2,9 @@
 
 python train.py --config configs/roberta_base.py --mesh.data 8 --num-microbatches 16 --data.tokenizer FOLDER
 
-FOLDER is one with RoBERTa's tokenizer; without it a WordPiece is made. Published: 500,000 steps of 8192 rows of 512
-tokens on 1024 V100; GLUE 86.4 for the base model (averages of development sets, as later papers report them). The
-published text was 160 GB of five corpora; here rows are packed, and no document sees another. Not run here.
+FOLDER has RoBERTa's tokenizer; without it the run trains a WordPiece. Published: 500,000 steps of 8192 rows of 512
+tokens on 1024 V100; GLUE 86.4 for the base model (average of the development sets, as later papers report it). The
+published text was 160 GB of five corpora. Here rows are packed, and no document sees another. Not run here.
 """
 
 import dataclasses

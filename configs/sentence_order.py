@@ -1,12 +1,12 @@
-"""Masked words, and whether the two halves of a text are in order: ALBERT's two tasks, small, with its shared layers.
+"""ALBERT's two tasks, small, with its shared layers: masked words, and whether two halves of a text are in order.
 
 python train.py --config configs/sentence_order.py
 
-(Lan et al., arXiv 1909.11942, section 3.1.) The head goes out with the model as an AlbertForPreTraining.
+(Lan et al., arXiv 1909.11942, section 3.1.) `export` writes an AlbertForPreTraining with both heads.
 
 Hardware and time: 2 CPU cores that other work kept busy, 4 min 18 s for the whole command (1 min 33 s of processor
-time). Result on 663 texts held out: pairs told right 0.494, where the more frequent answer has 0.506, so nothing of the
-order was learned in 600 steps; masked accuracy 0.156 and loss 5.61, where the most frequent token has 0.046.
+time). Result on 663 held-out texts: 0.494 of the pairs are right (the more frequent answer: 0.506), so 600 steps did
+not teach the order; masked accuracy is 0.156 and loss 5.61 (the most frequent token: 0.046).
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""T5's denoiser for an encoder-decoder, of CPython's texts, on a CPU (Raffel et al., arXiv 1910.10683, section 3.1.4).
+"""T5's denoising for an encoder-decoder, on CPython's texts and a CPU (Raffel et al., arXiv 1910.10683, section 3.1.4).
 
 python train.py --config configs/span_corruption.py
 
-A small twin of t5_base: spans of three tokens, 15% of each text, are cut out, and the decoder writes them.
-`--config configs/translate_en_fr.py --init-from runs/spans` goes on with both, encoder and decoder.
+A small version of t5_base: spans of three tokens, 15% of each text, are cut out, and the decoder writes them.
+`--config configs/translate_en_fr.py --init-from runs/spans` then starts from its encoder and decoder.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""What a text is about, in a few words: titles, short descriptions or summaries of texts, from scratch.
+"""Learn from scratch to say what a text is about in a few words: titles, short descriptions or summaries.
 
 python train.py --config configs/summarize.py --data.source en.jsonl
 
-A row holds a text and what is to be written for it. `--init-from runs/spans` starts from what span_corruption learned
-of texts, with its tokenizer. Not measured here yet; a run's last table has ROUGE beside the text's first sentence.
+A row holds a text and its summary. `--init-from runs/spans` starts from the model and the tokenizer of span_corruption.
+Not measured here yet; the last table of a run has ROUGE, with the text's first sentence as a baseline.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""T5-base's baseline: spans of text cut out and written by the decoder (Raffel et al., arXiv 1910.10683, section 3.1).
+"""T5-base's baseline: spans are cut out of texts, and the decoder writes them (Raffel et al., arXiv 1910.10683, 3.1).
 
 python train.py --config configs/t5_base.py --mesh.data 8 --data.tokenizer FOLDER
 
-FOLDER is one with T5's tokenizer; without it byte-level BPE with sentinels is made. Published: 2**19 steps of 128 rows
-of 512 tokens of C4, 34 billion in all, on Cloud TPU pods, GLUE 83.3 on the validation sets (table 1). The learning rate
+FOLDER has T5's tokenizer; without it the run trains a byte-level BPE with sentinels. Published: 2**19 steps of 128 rows
+of 512 tokens of C4, 34 billion in all, on Cloud TPU pods; GLUE 83.3 on the validation sets (table 1). The learning rate
 is 0.01 for 10,000 steps and then one over the root of the step. Not run here.
 """
 

@@ -3,9 +3,9 @@
 python train.py --config configs/transformer_base.py --mesh.data 8
 
 Published: 100,000 steps of about 25,000 source and as many target tokens, on 8 P100 in 12 hours; BLEU 27.3 on
-newstest2014 with a beam of 4 and a length penalty of 0.6, of the last five checkpoints' average. Here a batch has 98
-rows of 256 tokens on either side, packed; `--optimizer.average 0.999` averages parameters as they are learned. Not run
-here; translate_en_fr is a small one that is.
+newstest2014 with a beam of 4 and a length penalty of 0.6, by the average of the last five checkpoints. Here a batch has
+98 packed rows of 256 tokens for sources and as many for targets; `--optimizer.average 0.999` averages the parameters in
+training. Not run here; translate_en_fr is a small recipe of this kind that was run.
 """
 
 import dataclasses

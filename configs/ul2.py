@@ -1,14 +1,15 @@
-"""UL2's mixture of denoisers for an encoder-decoder (Tay et al., arXiv 2205.05131): of CPython's texts, on a CPU.
+"""UL2's mixture of denoisers for an encoder-decoder (Tay et al., arXiv 2205.05131), on CPython's texts and a CPU.
 
 python train.py --config configs/ul2.py
 
-Each text draws one of seven ways to be cut: regular spans behind [NLU], its end behind [S2S], or many or long spans
-behind [NLG]. The tokenizer that is made here has these modes as tokens; another spells those that it has not.
-`--config configs/translate_en_fr.py --init-from runs/ul2` goes on with both, encoder and decoder.
+Each text draws one of seven ways to be cut: regular spans with mode [NLU], the text's end with mode [S2S], or many or
+long spans with mode [NLG]. The tokenizer that the run trains has these modes as tokens; another tokenizer spells the
+modes that it lacks. `--config configs/translate_en_fr.py --init-from runs/ul2` then starts from its encoder and
+decoder.
 
-Measured with --budget-minutes 3, 2 CPU cores that others kept busy, 127 of the 400 steps, most of an epoch, 4 min
-21 s in all, 2.6M parameters: of 663 held-out documents 0.194 of the cut tokens are right, at a loss of 5.29. It is a
-check that the mixture trains; what it is good for was not measured.
+Measured with --budget-minutes 3, 2 CPU cores that other work kept busy, 127 of the 400 steps, most of an epoch, 4 min
+21 s in all, 2.6M parameters: on 663 held-out documents 0.194 of the cut tokens are right, at a loss of 5.29. This only
+checks that the mixture trains; what it is good for was not measured.
 """
 
 from flax_encoder.config import UL2, DataConfig, EncoderConfig, OptimizerConfig, RunConfig, SpansConfig

@@ -245,7 +245,7 @@ def test_the_command_reads_rows_of_tables_and_packed_lines(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--input", "good.txt", "--output", "v.npy", "--text-column", "text"], "is of files with columns"),
+    (["--input", "good.txt", "--output", "v.npy", "--text-column", "text"], "needs a file with columns"),
     (["--input", "nothing.txt", "--output", "v.npy"], "no texts at nothing.txt: No such file"),
     (["--input", "bad.txt", "--output", "v.npy"], "bad.txt: line 2 must be UTF-8"),
     (["--input", "good.txt", "--output", "v.csv"], "must end in .npy: got v.csv"),

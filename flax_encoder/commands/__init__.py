@@ -38,9 +38,9 @@ def program() -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; a command with a parser of its own leaves its options unparsed."""
-    parser = argparse.ArgumentParser(prog=program(), description="Train a text encoder, and ask it.")
-    parser.add_argument("--quiet", action="store_true", help="show results, warnings and errors alone, not how far the "
-                        "work is; may stand anywhere")  # fmt: skip
+    parser = argparse.ArgumentParser(prog=program(), description="Train text encoders and use them.")
+    parser.add_argument("--quiet", action="store_true", help="show only results, warnings and errors, no progress; may "
+                        "stand anywhere in a command")  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module_name in COMMANDS.items():
         module = importlib.import_module(f"flax_encoder.commands.{module_name}")

@@ -5,19 +5,19 @@ import pathlib
 
 from flax_encoder.commands.screen import add_folder_options, folder_options, positive_count
 
-HELP = "show what each token of a text attends to, in every layer and head: a page or a picture"
+HELP = "show what each token of a text attends to, in every layer and head, as a page or a picture"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a run, one of its checkpoints, or a published folder")
     parser.add_argument("text")
     parser.add_argument("text_pair", nargs="?", help="a second text, which makes a pair with the first")
-    parser.add_argument("--packed", action="store_true", help="take the two texts for two documents of one row, which "
-                        "do not see each other, rather than for a pair")  # fmt: skip
-    parser.add_argument("--layer", type=positive_count, help="this layer alone, from 1")
-    parser.add_argument("--head", type=positive_count, help="this head alone, from 1")
-    parser.add_argument("--out", default="attention.html", help="a page, or a picture where it ends with .png, .svg or "
-                        ".pdf (default attention.html)")  # fmt: skip
+    parser.add_argument("--packed", action="store_true", help="treat the two texts not as a pair, but as two documents "
+                        "in one row, which do not see each other")  # fmt: skip
+    parser.add_argument("--layer", type=positive_count, help="show only this layer, counted from 1")
+    parser.add_argument("--head", type=positive_count, help="show only this head, counted from 1")
+    parser.add_argument("--out", default="attention.html", help="the page to write, or a picture if it ends with .png, "
+                        ".svg or .pdf (default attention.html)")  # fmt: skip
     add_folder_options(parser)
 
 

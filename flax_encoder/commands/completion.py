@@ -26,7 +26,7 @@ complete -o default -F _flax_encoder flax-encoder
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh"), help="its script is for the end of ~/.bashrc, or "
+    parser.add_argument("shell", choices=("bash", "zsh"), help="the shell; append its script to ~/.bashrc or "
                         "~/.zshrc")  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def completion_script() -> str:
-    """For bash, and for zsh with `bashcompinit`. Where no word is known, names of files complete."""
+    """The script for bash, and for zsh with `bashcompinit`. Where it knows no word, the shell completes file names."""
     from flax_encoder.commands import COMMANDS, make_parser
     from flax_encoder.commands.recipe import recipe_names
     from flax_encoder.tasks import TASKS
@@ -62,7 +62,7 @@ def completion_script() -> str:
 
 
 def _setting_options(settings: type, section: str = "") -> list[str]:
-    """--data.row-length and the like, of the fields of a dataclass and of those within them."""
+    """The options, such as --data.row-length, of a dataclass's fields and of the dataclasses within it."""
     found = []
     for field in dataclasses.fields(settings):
         name = field.name.replace("_", "-")

@@ -11,34 +11,38 @@ from flax_encoder.config.model import PoolingMode
 from flax_encoder.data.sources.records import DataError, Say
 from flax_encoder.training.console import make_news_console
 
-HELP = "a vector for each text of a file"
+HELP = "write a vector for each text of a file"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a run, one of its checkpoints, a published or a sentence-transformers folder")
-    parser.add_argument("--input", required=True, help="one text a line, or a .jsonl, .csv, .parquet ... file with "
-                        "a text a row; or a URL of one")  # fmt: skip
-    parser.add_argument("--text-column", "--data.text-column", dest="text_column", help="of such a file, the column to "
-                        "read (default: guessed by its name)")  # fmt: skip
+    parser.add_argument("--input", required=True, help="a file with one text per line, or a .jsonl, .csv, "
+                        ".parquet ... file with one per row; or its URL")  # fmt: skip
+    parser.add_argument("--text-column", "--data.text-column", dest="text_column", help="the column of the text "
+                        "(default: guessed by its name)")  # fmt: skip
     parser.add_argument("--skip-bad-rows", "--data.skip-bad-rows", dest="skip_bad_rows", action="store_true",
                         help="leave out rows that cannot be read, and count them")  # fmt: skip
-    parser.add_argument("--output", required=True, help="a .npy file: float32, a row a text; or a URL of one (gs://, "
+    parser.add_argument("--output", required=True, help="a .npy file, float32, one row per text; or its URL (gs://, "
                         "s3://)")  # fmt: skip
-    parser.add_argument("--pooling", nargs="+", choices=get_args(PoolingMode), help="how a text's vectors become "
-                        "one; several are concatenated (default: the folder's, or else mean)")  # fmt: skip
+    parser.add_argument("--pooling", nargs="+", choices=get_args(PoolingMode), help="how the vectors of a text's "
+                        "tokens become one; several results are concatenated (default: the folder's, or else "
+                        "mean)")  # fmt: skip
     parser.add_argument(
-        "--normalize", action=argparse.BooleanOptionalAction, default=None, help="to length 1 (default: the folder's)"
-    )
-    parser.add_argument("--dimensions", type=int, help="features of each vector to keep, the first, of models that "
-                        "learned such widths (default: all, or what the folder says)")  # fmt: skip
-    parser.add_argument("--prompt-name", help="which of the folder's prompts to put before each text (default: the "
-                        "folder's default)")  # fmt: skip
-    parser.add_argument("--batch-size", type=int, help="rows of 64 tokens at a time, or their tokens in longer rows "
-                        "(default: what suits the device)")  # fmt: skip
-    parser.add_argument("--max-tokens", type=int, help="cut longer texts (default: what the model takes)")
-    parser.add_argument("--allow-unused", action="store_true", help="of a published folder: leave out tensors that "
-                        "nothing reads")  # fmt: skip
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: the model's)")
+        "--normalize", action=argparse.BooleanOptionalAction, default=None, help="scale vectors to length 1 (default: "
+        "as the folder says)",
+    )  # fmt: skip
+    parser.add_argument("--dimensions", type=int, help="keep this many first features of each vector, for a model "
+                        "that learned such widths (default: all, or as the folder says)")  # fmt: skip
+    parser.add_argument("--prompt-name", help="the folder's prompt to put before each text (default: the folder's "
+                        "default)")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, help="rows of 64 tokens in a batch; longer rows have as many tokens "
+                        "together (default: by the device)")  # fmt: skip
+    parser.add_argument("--max-tokens", type=int, help="cut longer texts to this many tokens (default: what the model "
+                        "takes)")  # fmt: skip
+    parser.add_argument("--allow-unused", action="store_true", help="leave out tensors of a published folder that no "
+                        "part of the model reads")  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of matrix products (default: the "
+                        "model's)")  # fmt: skip
     add_processes_option(parser)
 
 
@@ -96,7 +100,7 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
 
 
 def _open(arguments: argparse.Namespace, tell: Say) -> tuple[Iterator[str], int | None]:
-    """(the texts of a file, how many there are where that is known): its lines, or what a column of its rows has."""
+    """(the texts of a file, their number or None): its lines, or the values of a column."""
     from flax_encoder.config import ConfigError, DataConfig
     from flax_encoder.data.sources.columns import Columns
     from flax_encoder.data.sources.files import KINDS, kind_of
@@ -110,10 +114,14 @@ def _open(arguments: argparse.Namespace, tell: Say) -> tuple[Iterator[str], int 
         path = pathlib.Path(name).expanduser()
         name, total = str(path), _num_lines(path)
         if total is None and num_processes > 1:
-            raise ConfigError(f"several processes read the same input, and {path} can be read once: give a file.")
+            raise ConfigError(
+                f"several processes must read the same input, but {path} can be read only once: give a file."
+            )
         if total is None or kind_of(path) not in KINDS or (kind_of(path) == ".txt" and not is_whole(path)):
             if column is not None:
-                raise ConfigError(f"--text-column is of files with columns, such as .jsonl and .csv: got {path}.")
+                raise ConfigError(
+                    f"--text-column needs a file with columns, such as .jsonl or .csv: got {path}. Leave it out."
+                )
             return read_texts(path), total
     config = DataConfig(
         source=name, text_unit="line", text_column=column, skip_bad_rows=arguments.skip_bad_rows
@@ -122,7 +130,7 @@ def _open(arguments: argparse.Namespace, tell: Say) -> tuple[Iterator[str], int 
 
 
 def _num_lines(path: pathlib.Path) -> int | None:
-    """None of what can be read once only, such as a pipe."""
+    """The number of lines; None for a path that can be read only once, such as a pipe."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return None

@@ -12,29 +12,29 @@ from flax_encoder.commands.screen import saying, show
 from flax_encoder.config import ConfigError, DataConfig, GenerationConfig
 from flax_encoder.training.console import make_news_console
 
-HELP = "score a model on a file that holds the right values: accuracy, F1, correlation, BLEU, loss ..."
+HELP = "score a model on a file with the right values: accuracy, F1, correlation, BLEU, loss ..."
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateArguments:
-    """Score a model on documents that have their right values, by the metrics of its task."""
+    """Score a model on documents with their right values, by the metrics of its task."""
 
     folder: tyro.conf.Positional[str]
     """A run, one of its checkpoints, or a published folder with a head."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     objective: str | None = None
-    """The task to open a published folder for; None is what it says itself."""
+    """The task to open a published folder for; None is the task of its head."""
     corpus: str | None = None
-    """Of a task that makes vectors: a source of more texts, one a line or row, among which texts are to be found."""
+    """contrastive: a file of more texts, one per line or row, which are searched beside the right ones."""
     allow_unused: bool = False
-    """Leave out tensors of a published folder that nothing reads."""
+    """Leave out tensors of a published folder that no part of the model reads."""
     details: bool = False
-    """Show the scores of each label too."""
+    """Also print the scores of each label."""
     json: bool = False
     """Print JSON for programs."""
     num_processes: int = 1
-    """How many processes share the work, which were started together with the same command, as for training."""
+    """Number of processes that share the work; start each with the same command, as for training."""
 
 
 SETTINGS = EvaluateArguments  # each is an option, by a parser of their own

@@ -5,13 +5,13 @@ import json
 
 from flax_encoder.commands.screen import add_folder_options, folder_options, positive_count, show
 
-HELP = "the likeliest words for each [MASK] of a text"
+HELP = "print the likeliest words for each [MASK] of a text"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", help="a masked_lm run folder, one checkpoint in it, or a published folder")
-    parser.add_argument("text", help='such as "Return the [MASK] of the list."')
-    parser.add_argument("--top", type=positive_count, default=5, help="how many to show (default 5)")
+    parser.add_argument("text", help='a text with masks, such as "Return the [MASK] of the list."')
+    parser.add_argument("--top", type=positive_count, default=5, help="words to show for each mask (default 5)")
     add_folder_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON for programs instead of a table")
 

@@ -4,12 +4,12 @@ import argparse
 
 from flax_encoder.commands.screen import add_folder_options, folder_options
 
-HELP = "make a run folder of a published folder"
+HELP = "turn a published folder into a run folder"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="config.json, weights and a tokenizer")
-    parser.add_argument("out", help="a folder that is empty or new")
+    parser.add_argument("folder", help="a published folder: config.json, weights and a tokenizer")
+    parser.add_argument("out", help="an empty or new folder")
     add_folder_options(parser)
 
 

@@ -9,20 +9,20 @@ from flax_encoder.config import ConfigError
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.training.console import make_console
 
-HELP = "what is in a store: counts, lengths, rows as a model sees them"
+HELP = "show what is in a store: counts, lengths, rows as a model sees them"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", help="a folder that prepare wrote")
-    parser.add_argument("--plot", metavar="PNG", help="draw lengths and fill rates here")
+    parser.add_argument("--plot", metavar="PNG", help="draw lengths and fill rates into this file")
     parser.add_argument("--verify", action="store_true", help="compare every file with its SHA-256")
     parser.add_argument("--rows", type=int, default=2, help="rows to show (default 2)")
-    parser.add_argument("--row-length", type=int, default=128, help="their length in tokens (default 128)")
+    parser.add_argument("--row-length", type=int, default=128, help="tokens in a row (default 128)")
     parser.add_argument("--kind", choices=("token", "whole_word", "span", "t5", "ul2", "written"),
-                        help="of masking; written shows sources and targets (default: written where a store has "
-                        "targets, else token)")  # fmt: skip
-    parser.add_argument("--rate", type=float, help="share of tokens masked (default 0.15)")
-    parser.add_argument("--seed", type=int, default=0)
+                        help="kind of masking to show; written shows sources and targets (default: written if "
+                        "the store has targets, else token)")  # fmt: skip
+    parser.add_argument("--rate", type=float, help="share of masked tokens (default 0.15)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order and the masks (default 0)")
     parser.add_argument("--json", action="store_true", help="print JSON for programs instead")
 
 

@@ -13,17 +13,17 @@ HELP = "draw the texts of a file as points, near each other where their vectors 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a run, one of its checkpoints, a published or a sentence-transformers folder")
-    parser.add_argument("--input", required=True, help="texts: a .csv, .tsv, .jsonl, .parquet or .txt file")
-    parser.add_argument("--text-column", help="the column to read (default: guessed by its name)")
-    parser.add_argument("--label-column", help="the column to colour by (default: guessed, if any)")
-    parser.add_argument("--limit", type=positive_count, default=5000, help="of more texts draw so many at random "
-                        "(default 5000)")  # fmt: skip
-    parser.add_argument("--method", choices=("pca", "umap"), default="pca", help="how vectors come into the plane; "
-                        "umap needs umap-learn (default pca)")  # fmt: skip
-    parser.add_argument("--out", default="map.html", help="a page, or a picture where it ends with .png, .svg or .pdf "
-                        "(default map.html)")  # fmt: skip
-    parser.add_argument("--allow-unused", action="store_true", help="of a published folder: leave out tensors that "
-                        "nothing reads")  # fmt: skip
+    parser.add_argument("--input", required=True, help="file of texts: .csv, .tsv, .jsonl, .parquet or .txt")
+    parser.add_argument("--text-column", help="the column of the text (default: guessed by its name)")
+    parser.add_argument("--label-column", help="the column to colour by (default: guessed by its name, or none)")
+    parser.add_argument("--limit", type=positive_count, default=5000, help="draw at most this many texts, chosen at "
+                        "random (default 5000)")  # fmt: skip
+    parser.add_argument("--method", choices=("pca", "umap"), default="pca", help="how to project vectors onto the "
+                        "plane; umap needs umap-learn (default pca)")  # fmt: skip
+    parser.add_argument("--out", default="map.html", help="the page to write, or a picture if it ends with .png, .svg "
+                        "or .pdf (default map.html)")  # fmt: skip
+    parser.add_argument("--allow-unused", action="store_true", help="leave out tensors of a published folder that no "
+                        "part of the model reads")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _drawn(records: Iterator[Any], count: int) -> list[Any]:
-    """So many of the records, in their order: each as likely as any other, and the same each time."""
+    """`count` of the records in their order, drawn at random with equal chances; the same each time."""
     generator, kept = random.Random(0), []
     for number, record in enumerate(records):
         if number < count:
@@ -68,7 +68,7 @@ def _drawn(records: Iterator[Any], count: int) -> list[Any]:
 
 
 def _records(arguments: argparse.Namespace) -> Iterator[Any]:
-    """The file's records, with a class each where a column is named for it or is called as labels are."""
+    """The file's records, with a class each if a label column is given or recognized by its name."""
     from flax_encoder.config import DataConfig
     from flax_encoder.data.pipeline import cache_folder
     from flax_encoder.data.sources.columns import Columns

@@ -1,4 +1,4 @@
-"""plan: what a run will take on hardware that is not there: whether it fits, how long, how dear."""
+"""plan: whether a run fits on hardware that you do not have, how long it takes and what it costs."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from flax_encoder.commands.screen import failing_clearly, positive_count
 from flax_encoder.config import RunConfig
 from flax_encoder.config.mesh import MESH_AXES
 
-HELP = "whether a run fits on some hardware, how fast it goes and what it costs, with no accelerator at hand"
+HELP = "tell whether a run fits on some hardware, how fast it goes and what it costs, without the hardware"
 SETTINGS = RunConfig  # each is an option too, by a parser of their own
 _DAY = 86400
 
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def own_parser() -> argparse.ArgumentParser:
-    """Of the options that are no settings."""
+    """The parser of the options that are no settings."""
     parser = argparse.ArgumentParser(
         prog="python -m flax_encoder plan", allow_abbrev=False, description=f"{HELP}. Any setting of the recipe is an "
         "option too, as for train: --batch-size 4096 --mesh.fsdp 8."
@@ -28,14 +28,15 @@ def own_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default="configs/quickstart.py", help="a recipe: a path, or a name in configs/")
     parser.add_argument("--hardware", required=True, help="tpu-v5e:16x16, tpu-v6e:8x8, tpu-v5p:4x4x4 (chips along "
                         "each side of a slice), h100:8, h200:8, a100:8, or cpu:8 (this machine)")  # fmt: skip
-    parser.add_argument("--preset", help="the model of a published architecture, such as modernbert_base, instead of "
-                        "the recipe's")  # fmt: skip
-    parser.add_argument("--texts", type=positive_count, help="documents of the training text, which --epochs counts")
-    parser.add_argument("--document-tokens", type=positive_count, help="tokens of a document (default: a row's)")
-    parser.add_argument("--price-per-chip-hour", type=float, help="in any currency")
-    parser.add_argument("--search", action="store_true", help="try meshes, microbatches and what is recomputed, and "
-                        "rank them")  # fmt: skip
-    parser.add_argument("--search-minutes", type=float, default=10.0, help="no trial begins later (default 10)")
+    parser.add_argument("--preset", help="a published architecture, such as modernbert_base, in place of the recipe's "
+                        "model")  # fmt: skip
+    parser.add_argument("--texts", type=positive_count, help="number of training documents, which --epochs needs")
+    parser.add_argument("--document-tokens", type=positive_count, help="tokens in a document (default: the row length)")
+    parser.add_argument("--price-per-chip-hour", type=float, help="price in any currency, for the total")
+    parser.add_argument("--search", action="store_true", help="try meshes, microbatches and model.remat, and rank them "
+                        "by speed")  # fmt: skip
+    parser.add_argument("--search-minutes", type=float, default=10.0, help="minutes after which no new trial begins "
+                        "(default 10)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON for programs instead")
     return parser
 
@@ -124,10 +125,10 @@ def _report(made: dict[str, Any], dtype: str, platform: str) -> str:
 _CAVEATS = {
     "tpu": "Times are the compiler's own cycles; evaluations, saves and compiling are not in them (docs/scale.md).",
     "gpu": "Times are the compiler's model and measured shares of peak; evaluations, saves and compiling are not in "
-    "them. Memory is against the 75% that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise "
+    "them. The memory limit is the 75% that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise "
     "(docs/scale.md).",
-    "cpu": "Times are what products and bytes take at this machine's measured peak and bandwidth, a lower bound: a "
-    "CPU's compiler gives none (docs/scale.md).",
+    "cpu": "Times are a lower bound: what products and bytes take at this machine's measured peak and bandwidth, since "
+    "a CPU's compiler estimates none (docs/scale.md).",
 }
 
 

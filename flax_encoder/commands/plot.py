@@ -7,8 +7,8 @@ HELP = "draw the loss curves of one or more runs"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dirs", nargs="+", metavar="run_dir")
-    parser.add_argument("--out", default="curve.png", help="where to write the picture (default curve.png)")
+    parser.add_argument("run_dirs", nargs="+", metavar="run_dir", help="a run folder")
+    parser.add_argument("--out", default="curve.png", help="the picture to write (default curve.png)")
 
 
 def run(arguments: argparse.Namespace) -> None:

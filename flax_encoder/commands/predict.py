@@ -17,18 +17,18 @@ from flax_encoder.commands.screen import (
 from flax_encoder.config import ConfigError, DataConfig, GenerationConfig
 from flax_encoder.training.console import make_news_console
 
-HELP = "an answer for each text of a file: label, score, tags, answer, choice or text, as the model was taught"
+HELP = "answer each text of a file: a label, score, tags, answer, choice or text, by the task of the model"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a run, one of its checkpoints, or a published folder with a head")
     parser.add_argument(
-        "--input", required=True, help="texts: .txt (one a line), .jsonl, .csv, .parquet ..., a URL of one, or - for "
-        "standard input"
+        "--input", required=True, help="file of texts: .txt (one per line), .jsonl, .csv, .parquet ..., its URL, or - "
+        "for standard input"
     )
-    parser.add_argument("--output", required=True, help="answers in the same order: .jsonl, .csv, a URL of "
-                        "one (gs://, s3://), or - for the screen")  # fmt: skip
-    # As training calls them, too: what a message says is understood.
+    parser.add_argument("--output", required=True, help="file for the answers, in the same order: .jsonl, "
+                        ".csv, its URL (gs://, s3://), or - for standard output")  # fmt: skip
+    # Also by the names that training uses, so that the options in an error message work here.
     parser.add_argument("--text-column", "--data.text-column", dest="text_column", help="the column of the text "
                         "(default: guessed by its name)")  # fmt: skip
     parser.add_argument("--text-pair-column", "--data.text-pair-column", dest="text_pair_column",
@@ -37,15 +37,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         "column with a list of turns")  # fmt: skip
     parser.add_argument("--skip-bad-rows", "--data.skip-bad-rows", dest="skip_bad_rows", action="store_true",
                         help="leave out rows that cannot be read, and count them")  # fmt: skip
-    parser.add_argument("--top", type=positive_count, help="give so many of the likeliest labels too")
-    parser.add_argument("--probabilities", action="store_true", help="give every label's probability")
-    parser.add_argument("--squad", metavar="FILE", help="of question answering: also write the answers by their "
-                        "questions' ids, as SQuAD's own evaluation reads them")  # fmt: skip
-    parser.add_argument("--prefix", help="text to text: what is put before every text (default: the run's data.prefix)")
+    parser.add_argument("--top", type=positive_count, help="also give this many of the likeliest labels")
+    parser.add_argument("--probabilities", action="store_true", help="give the probability of every label")
+    parser.add_argument("--squad", metavar="FILE", help="question answering: also write the answers to FILE by the ids "
+                        "of their questions, as SQuAD's evaluation reads them")  # fmt: skip
+    parser.add_argument("--prefix", help="text to text: text that is put before every source (default: the run's "
+                        "data.prefix)")  # fmt: skip
     add_generation_options(parser)
-    parser.add_argument("--objective", help="the task to open a published folder for (default: what it says itself)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: the model's)")
-    parser.add_argument("--allow-unused", action="store_true", help="leave out tensors that nothing reads")
+    parser.add_argument("--objective", help="the task to open a published folder for (default: the task of its head)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of matrix products (default: the "
+                        "model's)")  # fmt: skip
+    parser.add_argument("--allow-unused", action="store_true", help="leave out tensors of a published folder that no "
+                        "part of the model reads")  # fmt: skip
     add_processes_option(parser)
 
 
@@ -53,7 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
     from flax_encoder.runs.processes import together
 
     if arguments.input == "-" and arguments.num_processes > 1:
-        raise ConfigError("several processes read the same input, and standard input is one's own: give --input FILE.")
+        raise ConfigError(
+            "several processes must read the same input, but each has its own standard input: give --input FILE."
+        )
     with together(arguments.num_processes) as is_first:
         _run(arguments, is_first)
 

@@ -1,4 +1,4 @@
-"""Tokenize text once, into a store that runs read."""
+"""prepare: tokenize text once, into a store that runs read."""
 
 import argparse
 import dataclasses
@@ -17,19 +17,20 @@ HELP = "tokenize text once, into a store that runs read"
 
 @dataclasses.dataclass(frozen=True)
 class PrepareArguments:
-    """Tokenize text once, into a store; train with --data.source OUT. The same command again goes on after a stop."""
+    """Tokenize text once, into a store; train with --data.source OUT. The same command again continues after a stop."""
 
     out: str
-    """The new folder. With a URL, such as gs://BUCKET/FOLDER, the store is made in the cache and copied there."""
+    """The new folder. For a URL, such as gs://BUCKET/FOLDER, the store is made in the cache and copied there."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: str = "masked_lm"
-    """The task that the store is for: it says which columns are kept beside the text."""
+    """The task that the store is for; it decides which columns are kept beside the text."""
     with_labels: bool = False
     """The same as --objective classification."""
     workers: int | None = None
-    """Processes that tokenize; None is one a core."""
+    """Processes that tokenize; None is one per core."""
     shard: str = "0/1"
-    """i/n: of n machines that share the folder, this is number i from 0. Whoever is last finishes the store."""
+    """i/n: this machine is number i, from 0, of n machines that share the folder. The last to end finishes the store.
+    """
     json: bool = False
     """Print JSON for programs."""
 
@@ -64,7 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
     if asked.workers is not None and asked.workers < 1:
         raise ConfigError(f"--workers must be at least 1: got {asked.workers}.")
     if is_remote(asked.out) and int(count) > 1:
-        raise ConfigError(f"machines with a --shard each share a folder, and {asked.out} is none: leave --shard out.")
+        raise ConfigError(
+            f"machines with a --shard each must share a folder, and {asked.out} is a URL: leave --shard out, or give "
+            f"--out a folder that all mount."
+        )
     objective = "classification" if asked.with_labels else asked.objective
     out = pathlib.Path(asked.out)
     if is_remote(asked.out):
@@ -79,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         if is_remote(asked.out):
             upload_store(out, asked.out, say)
     if stores is None:
-        print(f"shard {asked.shard} is done; the store is finished when all are. The same command checks.")
+        print(f"shard {asked.shard} is done; the store is finished when all shards are. The same command again checks.")
         return
     if asked.json:
         print(json.dumps([{"folder": str(s.folder), "hash": s.hash, **s.manifest} for s in stores]))

@@ -1,4 +1,4 @@
-"""A recipe, a Python file of settings, and every setting of it as a typed option."""
+"""Recipes, Python files of settings, and an option of the command line for every setting."""
 
 import argparse
 import dataclasses
@@ -28,11 +28,12 @@ def find_recipe(name: str, home: pathlib.Path = HOME) -> pathlib.Path:
             return file
     known = ", ".join(f"configs/{name}.py" for name in recipe_names(home)) or "none"
     where = "" if home.resolve() == pathlib.Path.cwd() else f", in {home}"
-    raise ConfigError(f"no recipe at {name}; recipes in configs/ are: {known}{where}. A bare name is of one of them.")
+    raise ConfigError(f"no recipe at {name}; recipes in configs/ are: {known}{where}. Give a path, or the bare "
+                      f"name of one of them.")  # fmt: skip
 
 
 def recipe_names(home: pathlib.Path = HOME) -> list[str]:
-    """Of the recipes in configs/ there, in order."""
+    """The names of the recipes in configs/ of `home`, sorted."""
     return sorted(file.stem for file in home.glob("configs/*.py"))
 
 
@@ -70,15 +71,15 @@ def parse_run_config(argv: list[str], default: str, *, model: EncoderConfig | No
         default=config,
         args=rest,
         prog="train.py",
-        description=f"Train a text encoder. Defaults are those of the recipe {known.config}; --config PATH, or the "
-        "name of one in configs/, picks another. The same command again resumes a run. --quiet shows results alone.",
+        description=f"Train a text encoder. Defaults are those of the recipe {known.config}; --config takes the path "
+        "of another recipe, or its name in configs/. The same command again resumes a run. --quiet hides progress.",
     )
     return without_unread(asked, config)
 
 
 def without_unread(asked: RunConfig, recipe: RunConfig) -> RunConfig:
-    """`asked` where the objective is another than its recipe's: what the recipe sets for its own task alone, such as
-    how words are masked, is as if it had not."""
+    """`asked`, without the recipe's settings that only the recipe's own task reads (such as masking) if another
+    objective was asked for; these are at their defaults then."""
     if asked.objective == recipe.objective or asked.objective not in TASKS:
         return asked
     values, of_recipe = to_dict(asked), differences(asked, recipe)

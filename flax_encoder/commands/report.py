@@ -3,13 +3,13 @@
 import argparse
 import pathlib
 
-HELP = "write one HTML page of runs: curves, scores, settings, examples"
+HELP = "write one HTML page about one or more runs: curves, scores, settings, examples"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dirs", nargs="+", metavar="run_dir",
                         help="a run folder, or one that holds runs of several seeds")  # fmt: skip
-    parser.add_argument("--out", default="report.html", help="where to write the page (default report.html)")
+    parser.add_argument("--out", default="report.html", help="the page to write (default report.html)")
 
 
 def run(arguments: argparse.Namespace) -> None:

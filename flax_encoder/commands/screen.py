@@ -66,18 +66,18 @@ def positive_count(text: str) -> int:
 
 
 def add_processes_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-processes", type=positive_count, default=1, help="how many processes share the work, "
-                        "which were started together with the same command, as for training")  # fmt: skip
+    parser.add_argument("--num-processes", type=positive_count, default=1, help="number of processes that share the "
+                        "work; start each with the same command, as for training")  # fmt: skip
 
 
 def add_folder_options(parser: argparse.ArgumentParser) -> None:
     """Options of commands that open published folders; `folder_options` reads them."""
     from flax_encoder.published.tasks import NO_HEAD, TASKS
 
-    parser.add_argument("--task", choices=(*TASKS, NO_HEAD), help="of a published folder: the head to load, or none "
-                        "(default: the one that it is published with)")  # fmt: skip
-    parser.add_argument("--allow-unused", action="store_true", help="of a published folder: leave out tensors that "
-                        "nothing reads")  # fmt: skip
+    parser.add_argument("--task", choices=(*TASKS, NO_HEAD), help="the head to load from a published folder, or none "
+                        "(default: the published one)")  # fmt: skip
+    parser.add_argument("--allow-unused", action="store_true", help="leave out tensors of a published folder that no "
+                        "part of the model reads")  # fmt: skip
 
 
 def folder_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def folder_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """--generation.NAME of every setting of writing; `generation_options` reads them."""
-    group = parser.add_argument_group("text to text: how texts are written (default: as the run or the folder says)")
+    group = parser.add_argument_group("text to text: how texts are written (default: as the run or folder says)")
     for field in dataclasses.fields(GenerationConfig):
         group.add_argument(f"--generation.{field.name.replace('_', '-')}", dest=f"generation.{field.name}",
                            metavar="VALUE")  # fmt: skip
@@ -109,8 +109,7 @@ def generation_options(arguments: argparse.Namespace) -> GenerationConfig:
 
 
 def obey_quiet(arguments: list[str]) -> list[str]:
-    """A command line without its --quiet, wherever it stands before a `--`; with one, how far the work is is not
-    told."""
+    """The command line without any --quiet before a `--`; if there was one, progress is not shown."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     without_news("--quiet" in arguments[:end])
     return [word for word in arguments[:end] if word != "--quiet"] + arguments[end:]
@@ -118,7 +117,8 @@ def obey_quiet(arguments: list[str]) -> list[str]:
 
 @contextmanager
 def saying() -> Iterator[Callable[[str], None]]:
-    """What to call with news of the work: a line that renews itself on a terminal, else a line every ten seconds."""
+    """A function to call with news of the work. On a terminal it renews one line; elsewhere it prints a line at most
+    every ten seconds."""
     console = make_news_console(stderr=True)
     if console.is_terminal:
         with console.status("starting") as status:

@@ -1,4 +1,4 @@
-"""A model on every task of a suite."""
+"""suite: fine-tune a model on every task of a suite."""
 
 import argparse
 import contextlib
@@ -11,32 +11,32 @@ import tyro
 from flax_encoder.commands.screen import failing_clearly, positive_count, show
 from flax_encoder.config import ConfigError, RunConfig
 
-HELP = "fine-tune a model on the tasks of glue, superglue, ner or qa, several seeds each, and show one table"
+HELP = "fine-tune a model on every task of glue, superglue, ner or qa, with several seeds, and print one table"
 SETTINGS = RunConfig  # each is an option too, by a parser of their own
 
 
 def own_parser() -> argparse.ArgumentParser:
-    """Of the options that are no settings."""
+    """The parser of the options that are no settings."""
     from flax_encoder.runs.suites import SUITES
 
     parser = argparse.ArgumentParser(
         prog="python -m flax_encoder suite", allow_abbrev=False, description=HELP + ". Every setting of train.py is an "
-        "option too, such as --epochs 1 or --model.dtype bfloat16, and then holds for all tasks in place of the "
-        "published one. The same command again goes on where it was.",
+        "option too, such as --epochs 1 or --model.dtype bfloat16, and replaces the published setting in all tasks. "
+        "The same command again continues where it stopped.",
     )  # fmt: skip
     parser.add_argument("suite", choices=tuple(SUITES))
-    parser.add_argument("folder", help="what every task starts from: a run, one of its checkpoints, or a published "
-                        "folder")  # fmt: skip
-    parser.add_argument("--seeds", type=positive_count, default=1, help="train each task so many times (default 1)")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of the suite's tasks these, such as cola,rte")
-    parser.add_argument("--data-dir", type=pathlib.Path, help="a folder with one for each task, that holds the files "
-                        "of the set's own archive, or train, validation and test as .jsonl, .parquet, .csv or .tsv "
-                        "(.tsv: without quoting)")  # fmt: skip
-    parser.add_argument("--source", choices=("tfds", "hf"), default="tfds", help="where sets are taken by name, "
-                        "without --data-dir (default tfds)")  # fmt: skip
-    parser.add_argument("--out", type=pathlib.Path, help="where runs and suite.json are written (default "
+    parser.add_argument("folder", help="the model that every task starts from: a run, one of its checkpoints, or a "
+                        "published folder")  # fmt: skip
+    parser.add_argument("--seeds", type=positive_count, default=1, help="times to train each task (default 1)")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks of the suite, such as cola,rte")
+    parser.add_argument("--data-dir", type=pathlib.Path, help="a folder with a folder for each task, which holds the "
+                        "files of the data set's archive, or train, validation and test as .jsonl, .parquet, .csv or "
+                        ".tsv (.tsv: without quoting)")  # fmt: skip
+    parser.add_argument("--source", choices=("tfds", "hf"), default="tfds", help="where to get data sets by name, "
+                        "if there is no --data-dir (default tfds)")  # fmt: skip
+    parser.add_argument("--out", type=pathlib.Path, help="folder for runs and suite.json (default "
                         "runs/SUITE-FOLDER)")  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="show the tasks, their settings and where their data is, "
+    parser.add_argument("--list", action="store_true", help="print the tasks, their settings and where their data is, "
                         "and train nothing")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON for programs; progress goes to standard error")
     return parser
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = None if asked.tasks is None else [name for word in asked.tasks for name in word.split(",") if name]
     out = asked.out or pathlib.Path("runs") / f"{asked.suite}-{pathlib.Path(asked.folder).resolve().name}"
     if asked.data_dir is not None and not asked.data_dir.is_dir():
-        raise ConfigError(f"--data-dir must be a folder with one for each task: {asked.data_dir} is none.")
+        raise ConfigError(f"--data-dir must be a folder with a folder for each task: {asked.data_dir} is no folder.")
     suite = Suite(
         asked.suite, asked.folder, out, choose_tasks(asked.suite, names), asked.seeds, asked.data_dir, asked.source
     )

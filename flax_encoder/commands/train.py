@@ -1,4 +1,4 @@
-"""train: teach an encoder by a recipe; `python train.py` is the same command."""
+"""train: train an encoder by a recipe; `python train.py` is the same command."""
 
 import argparse
 import sys
@@ -7,12 +7,12 @@ from flax_encoder.commands.recipe import parse_run_config
 from flax_encoder.commands.screen import failing_clearly, obey_quiet
 from flax_encoder.config import RunConfig
 
-HELP = "train by a recipe: --config configs/NAME.py, then any setting; --help shows all"
+HELP = "train a model by a recipe: --config configs/NAME.py, and any of its settings as options (train --help)"
 SETTINGS = RunConfig  # each is an option, by a parser of their own
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train as the command line says, and show what came of it."""
+    """Train as the command line says, and show the results."""
     from flax_encoder.runs.step_log import Diverged
     from flax_encoder.training.run_log import NotFinite
 

@@ -5,7 +5,7 @@ import json
 import pathlib
 import sys
 
-HELP = "whether a run's checkpoints are as they were written"
+HELP = "check that a run's checkpoints are as they were written, by their checksums"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
             line = f"damaged: {result.reason}"
         elif result is None:
             about["state"] = "no checksums"
-            line = "has no checksums: it is of a version of this library that made none"
+            line = "has no checksums: an earlier version of this library wrote it without"
         else:
             about |= {"files": len(result.files), "bytes": result.num_bytes}
             line = f"whole: {len(result.files)} files, {result.num_bytes / 1e6:,.1f} MB, each as it was written"

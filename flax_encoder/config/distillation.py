@@ -10,49 +10,49 @@ Relation = Literal["attention", "query", "key", "value"]
 
 @dataclass(frozen=True, repr=False)
 class DistillationConfig(ShortRepr):
-    """masked_lm and classification: learning from another model beside the data (Hinton et al., arXiv 1503.02531).
+    """masked_lm and classification: the model (the student) also learns from another model, its teacher (Hinton et al.,
+    arXiv 1503.02531).
 
-    The loss is a sum of four terms, each with its weight. A layer's number is that of its name, `encoder.layers.0` and
-    so on; a hidden state's is of how many layers made it, so that 0 is the embeddings.
+    The loss is a weighted sum of four terms. Layers are counted from 0, as in `encoder.layers.0`. Hidden state 0 is the
+    embeddings, and hidden state n is the output of the n-th layer.
     """
 
     teacher: str | None = None
-    """A run, a checkpoint or a published folder with the same vocabulary. It is read beside the run, and not trained;
-    without --data.tokenizer and --init-from its tokenizer is the run's."""
+    """A run, a checkpoint or a published folder with the same vocabulary. It is not trained. Without --data.tokenizer
+    and --init-from the run uses its tokenizer."""
     teacher_hash: str | None = None
-    """SHA-256 of the teacher's parameters. A run fills it in, and is resumed with that teacher alone."""
+    """SHA-256 of the teacher's parameters. The run fills it in, and resumes only with that teacher."""
     task_weight: float = 1.0
-    """Of the objective's own loss, on the data's targets."""
+    """Weight of the objective's own loss, on the data's targets."""
     soft_weight: float = 1.0
-    """Of the divergence of the two models' predictions of the same targets; 0 needs no head of the teacher."""
+    """Weight of the divergence of the two models' predictions; with 0 the teacher needs no head."""
     temperature: float = 2.0
-    """Both models' logits are divided by it before that, and the divergence is multiplied by its square."""
+    """Both models' logits are divided by it for the divergence, which is multiplied by its square."""
     hidden_weight: float = 0.0
-    """Of the distance of the two models' hidden states at every token; they must be as wide."""
+    """Weight of the distance of the two models' hidden states at every token; both must have the same width."""
     hidden_loss: Literal["cosine", "mse"] = "cosine"
-    """One minus the cosine (DistilBERT, arXiv 1910.01108), or the mean squared difference (TinyBERT, arXiv
-    1909.10351)."""
+    """Distance of hidden states: one minus the cosine (DistilBERT, arXiv 1910.01108), or the mean squared difference
+    (TinyBERT, arXiv 1909.10351)."""
     layer_map: tuple[int, ...] = ()
-    """The teacher's hidden state for each of the student's layers, such as 4 8 12 of 3 layers; the distances are added
-    up. Empty compares the last with the last."""
+    """The teacher's hidden state for each layer of the student, such as 4 8 12 for 3 layers; the distances are added
+    up. Empty compares only the last hidden states."""
     relation_weight: float = 0.0
-    """Of the divergence of the two models' relations between tokens, in the student's last layer (MiniLM); widths may
-    differ."""
+    """Weight of the divergence of the two models' relations between tokens, in the student's last layer (MiniLM);
+    widths may differ."""
     relations: tuple[Relation, ...] = ("query", "key", "value")
-    """Products of queries with queries, keys with keys or values with values (arXiv 2012.15828), or attention, those of
-    queries with keys, which is the layer's own attention (arXiv 2002.10957, whose relations are attention value)."""
+    """Relations to learn: products of queries with queries, keys with keys, values with values (arXiv 2012.15828), or
+    attention, of queries with keys (arXiv 2002.10957, whose relations are attention value)."""
     relation_heads: int | None = None
-    """Parts into which queries, keys and values are cut for their relations; None is the student's heads."""
+    """Parts into which queries, keys and values are cut for their relations; None is the student's number of heads."""
     relation_layer: int | None = None
     """The teacher's layer, from 0, whose relations are learned; None is its last."""
     initial_layers: Literal["spread"] | tuple[int, ...] | None = None
-    """The teacher's layers, from 0, that the student's start from, one for each; spread takes the first, the last and
-    evenly between (of 12 for 6: 0 2 4 7 9 11, as DistilBERT). The student then has the teacher's settings of the
-    model, but for its number of layers, and its embeddings and head too. None starts anew, or from init_from."""
+    """The teacher's layers, from 0, from which the student's layers start; spread takes them evenly, with the first and
+    the last (for 6 of 12: 0 2 4 7 9 11, as DistilBERT). The student also takes the teacher's model settings, except
+    its number of layers, and its embeddings and head. None starts from scratch, or from init_from."""
     initial_width: int | None = None
-    """With initial_layers: features that the student keeps of its teacher's, those with the longest columns of the
-    token embedding, for every token of the vocabulary; heads and feed-forward units are kept in proportion, the first
-    ones."""
+    """With initial_layers: the number of the teacher's features that the student keeps, those with the longest columns
+    of the token embedding. It keeps heads and feed-forward units in proportion, the first ones."""
 
     def __post_init__(self):
         require_positive(self, "temperature")

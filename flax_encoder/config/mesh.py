@@ -12,21 +12,21 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 @dataclass(frozen=True, repr=False)
 class MeshConfig(ShortRepr):
-    """Devices along each axis of the mesh; the product is the number of devices used. One axis may be -1, which takes
-    the devices that the others leave."""
+    """Devices along each axis of the mesh; the product of the axes is the number of devices. One axis may be -1, which
+    takes the devices that the others leave."""
 
     data: int = -1
-    """Rows are split, parameters copied."""
+    """Devices that split the rows of a batch; each has all parameters."""
     fsdp: int = 1
-    """Rows and parameters are both split."""
+    """Devices that split both rows and parameters."""
     tensor: int = 1
-    """Heads, MLP and vocabulary are split."""
+    """Devices that split heads, feed-forward blocks and the vocabulary."""
     context: int = 1
-    """The tokens of each row are split, parameters copied: for rows too long for one device's memory."""
+    """Devices that split the tokens of each row, for rows too long for one device's memory; each has all parameters."""
     num_processes: int = 1
-    """That train together, as one on each of several machines; the mesh is over all their devices. They find each other
-    by what started them (Slurm, Kubernetes, Open MPI, Cloud TPU), or by JAX_COORDINATOR_ADDRESS (host:port of the
-    first) and JAX_PROCESS_ID, and share run_dir."""
+    """Processes that train together, usually one per machine; the mesh covers all their devices. They find each other
+    through their launcher (Slurm, Kubernetes, Open MPI, Cloud TPU), or through JAX_COORDINATOR_ADDRESS (host:port of
+    the first process) and JAX_PROCESS_ID, and share run_dir."""
 
     def __post_init__(self):
         for name in (*MESH_AXES, "num_processes"):
@@ -42,8 +42,8 @@ class MeshConfig(ShortRepr):
         )
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Devices along each axis, of so many in all; with -1 at least 1, though then they may be more than there are.
-        """
+        """The number of devices along each axis, for `num_devices` in all. An axis of -1 is at least 1, so the product
+        may exceed `num_devices`."""
         given = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "context": self.context}
         left = max(1, num_devices // math.prod(size for size in given.values() if size > 0))
         return {name: left if size == -1 else size for name, size in given.items()}
@@ -52,32 +52,33 @@ class MeshConfig(ShortRepr):
 def check_context(
     parts: int, model: EncoderConfig, row_lengths: Sequence[int], target_length: int | None = None
 ) -> None:
-    """The rules of rows that are cut into parts, each on a device of its own.
+    """Check that rows can be cut into parts, one on each device.
 
     Args:
+      parts: mesh.context.
       row_lengths, target_length: tokens of the encoder's rows, and of the decoder's, where they are known.
 
     Raises:
-      ConfigError: a model that must have a row's tokens together, or a length that does not divide.
+      ConfigError: the model needs all tokens of a row on one device, or `parts` does not divide a length.
     """
     if parts == 1:
         return
     way_out = "give --mesh.context 1, and split rows by --mesh.data or --mesh.fsdp"
     require(
         model.layer == "attention",
-        f"mesh.context splits the tokens of a row, and a recurrent layer reads them one after the other: got context "
+        f"mesh.context splits the tokens of a row, but a recurrent layer reads them one after the other: got context "
         f"{parts} with model.layer {model.layer}; {way_out}.",
     )
     require(
         model.relative_position != "disentangled" and not model.conv_width,
-        f"mesh.context splits the tokens of a row, and disentangled attention and convolutions need them together: got "
+        f"mesh.context splits the tokens of a row, but disentangled attention and convolutions need all of them: got "
         f"context {parts} with model.relative_position {model.relative_position} and model.conv_width "
         f"{model.conv_width}; {way_out}.",
     )
     require(
         model.attention_implementation not in ("rows", "splash") or None not in model.windows,
-        f"with mesh.context the queries of a device are fewer than the keys of its rows, which attention "
-        f"{model.attention_implementation} does not take outside a window: got context {parts}; leave "
+        f"with mesh.context a device has fewer queries than keys, which attention "
+        f"{model.attention_implementation} cannot compute in layers without a window: got context {parts}; leave "
         f"model.attention_implementation None.",
     )
     lengths = {f"rows of {length} tokens": length for length in row_lengths}
@@ -87,6 +88,5 @@ def check_context(
             below = length // parts * parts
             ways = f"{below} and {below + parts} do" if below else f"{parts} does"
             raise ConfigError(
-                f"mesh.context must divide the tokens of a row, since each device has as many: got {name} for context "
-                f"{parts}; {ways}."
+                f"mesh.context must divide the number of tokens in a row: got {name} for context {parts}; {ways}."
             )

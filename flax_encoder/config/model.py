@@ -49,95 +49,107 @@ class EncoderConfig(ShortRepr):
     vocab_size: int = 0
     """Rows of the embedding table; 0 takes the tokenizer's size."""
     layer: Literal["attention", "rnn", "lstm", "gru"] = "attention"
-    """What a layer is: attention and feed-forward, or Elman's network (of activation tanh or relu), LSTM or GRU."""
+    """Kind of layer: attention with a feed-forward block, Elman's network (with activation tanh or relu), LSTM or GRU.
+    """
     bidirectional: bool = True
-    """Recurrent layers: half of embed_dim reads each row forward and half backward, not all of it forward."""
+    """Recurrent layers: half of embed_dim reads each row forward and half backward; if off, all of it reads forward."""
     num_layers: int = 12
+    """L, the number of layers."""
     num_layer_groups: int | None = None
-    """Sets of parameters, each run by num_layers / num_layer_groups layers in succession (ALBERT has 1); None is one
-    a layer."""
+    """Sets of layer parameters; num_layers / num_layer_groups layers in succession share a set (ALBERT has 1 set). None
+    gives each layer its own."""
     embed_dim: int = 768
     """D, the width of the residual stream."""
     embedding_dim: int | None = None
-    """Width of the embeddings, which a linear map then brings to embed_dim (ALBERT, ELECTRA), or the first recurrent
-    layer; None embeds in embed_dim."""
+    """Width of the embeddings. A linear map (ALBERT, ELECTRA) or the first recurrent layer then brings them to
+    embed_dim. None is embed_dim."""
     embedding_scale: float = 1.0
     """Factor of the token vectors before anything is added (Vaswani et al.: embed_dim ** 0.5)."""
     num_token_types: int = 0
-    """Kinds of tokens with a vector each, such as BERT's sentence A and B; 0 has none."""
+    """Number of token types, each with a vector, such as BERT's sentences A and B; 0 has none."""
     num_heads: int = 12
-    """N."""
+    """N, the number of attention heads."""
     attention_head_dim: int | None = None
-    """H, the width of a head; None is embed_dim / num_heads. Modules read `head_dim`, where that is settled."""
+    """H, the width of a head; None is embed_dim / num_heads. Modules read the property `head_dim`."""
     num_kv_heads: int | None = None
-    """K, key/value heads shared by num_heads / K query heads each; None is num_heads."""
+    """K, the number of key/value heads, each shared by num_heads / K query heads; None is num_heads."""
     attention_scale: float | None = None
     """Factor of the attention logits; None is H ** -0.5 (T5 has 1)."""
     mlp_dim: int = 3072
     """F, the inner width of the feed-forward block (of each half, if gated)."""
     activation: Activation = "gelu"
+    """Activation of the feed-forward block, or of rnn layers."""
     gated: bool = False
-    """act(x W_gate) * (x W_up): with gelu it is GeGLU, with silu SwiGLU (Shazeer, arXiv 2002.05202)."""
+    """Feed-forward blocks compute act(x W_gate) * (x W_up): with gelu it is GeGLU, with silu SwiGLU (Shazeer, arXiv
+    2002.05202)."""
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     norm_placement: Literal["pre", "post"] = "post"
-    """post normalises after each residual sum (BERT); pre normalises each block's input and the final output."""
+    """post normalizes after each residual sum (BERT); pre normalizes each block's input and the final output."""
     norm_epsilon: float = 1e-12
+    """Added to the variance under the root."""
     embedding_norm: bool | None = None
-    """Normalise the embeddings; None does in post-norm stacks."""
+    """Normalize the embeddings; None does so if norm_placement is post."""
     first_attention_norm: bool = True
-    """False leaves out the norm before the first attention of a pre-norm stack, whose embeddings have one
+    """False leaves out the norm before the first attention of a pre-norm model whose embeddings have a norm
     (ModernBERT)."""
     position: Literal["learned", "sinusoidal", "rope", "none"] = "learned"
-    """What each token is told of its place; relative_position is about pairs of them."""
+    """How a token knows its own position; relative_position is about the distance of two tokens."""
     max_length: int = 512
-    """Longest row that learned positions can serve; the other kinds have no such limit."""
+    """The longest row for learned positions; other positions have no limit."""
     position_offset: int = 0
-    """Rows of the table of learned positions before the first token's (RoBERTa has 2)."""
+    """Rows of the table of learned positions before that of the first token (RoBERTa has 2)."""
     position_scale: bool = False
-    """A learned factor of the sinusoids (Hua et al., arXiv 2202.10447)."""
+    """Multiply sinusoidal positions by a learned factor (Hua et al., arXiv 2202.10447)."""
     rope_theta: float = 10_000.0
+    """Base of the wavelengths of rotary positions (Su et al., arXiv 2104.09864)."""
     local_rope_theta: float | None = None
-    """rope_theta of the layers with a window; None is the same."""
+    """rope_theta of the layers with a window; None is rope_theta."""
     relative_position: Literal["none", "alibi", "t5", "disentangled"] = "none"
-    """What attention adds for the distance of two tokens: a slope a head (ALiBi), a learned scalar a head and bucket,
-    the same in all layers (T5), or products of contents and learned vectors of distances (DeBERTa)."""
+    """What attention adds for the distance of two tokens: alibi a slope per head; t5 a learned scalar per head and
+    bucket, the same in all layers; disentangled products of contents with learned vectors of distances (DeBERTa)."""
     relative_buckets: int = 32
-    """t5: buckets of both signs together. disentangled: of each sign; 0 has one bucket a distance."""
+    """Buckets of distances. t5: of both signs together; disentangled: of each sign, and with 0 one per distance."""
     relative_max_distance: int = 128
-    """From this distance on, all is one bucket."""
+    """Distances from this one on share one bucket."""
     disentangled_terms: Literal["c2p", "p2c", "c2p+p2c"] = "c2p+p2c"
-    """Which products: content to position, position to content (He et al., arXiv 2006.03654, equation 4)."""
+    """Products that are added: content to position, position to content (He et al., arXiv 2006.03654, equation 4)."""
     share_relative_projections: bool = True
-    """disentangled: distances go through the contents' own query and key projections (DeBERTa v2, v3)."""
+    """disentangled: the query and key projections of contents also project distances (DeBERTa v2, v3)."""
     relative_norm: bool = True
-    """disentangled: normalise the vectors of distances (DeBERTa v2, v3)."""
+    """disentangled: normalize the vectors of distances (DeBERTa v2, v3)."""
     conv_width: int = 0
-    """Tokens that a convolution beside the first layer spans (DeBERTa v2: 3); 0 has none."""
+    """Width, in tokens, of a convolution beside the first layer (DeBERTa v2 has 3); 0 has no convolution."""
     conv_activation: Activation = "gelu"
     window: int | None = None
-    """Each token sees this many tokens to either side; None sees its whole document."""
+    """A token sees this many tokens to either side; None: it sees its whole document."""
     global_every: int = 1
-    """With a window: layers 0, global_every, 2 global_every ... see the whole document instead; 0 means none does."""
+    """With a window: the layers 0, global_every, 2 global_every, ... see the whole document; 0: no layer does."""
     use_bias: bool = True
-    """Biases in linear layers and in layer norm, where none of the next four says otherwise."""
+    """Biases in linear layers and in layer norm; attention_bias, mlp_bias, mlp_out_bias and norm_bias override it."""
     attention_bias: bool | None = None
+    """Biases of attention's projections; None is use_bias."""
     mlp_bias: bool | None = None
+    """Biases of the feed-forward block; None is use_bias."""
     mlp_out_bias: bool | None = None
-    """Bias of the feed-forward block's last map; None is mlp_bias."""
+    """Bias of the feed-forward block's last linear map; None is mlp_bias."""
     norm_bias: bool | None = None
+    """Biases of layer norms; None is use_bias."""
     init_std: float = 0.02
     """Standard deviation of the truncated normal that kernels and embeddings start from."""
     dropout_rate: float = 0.0
+    """Dropout of the embeddings and of each block's output."""
     attention_dropout_rate: float = 0.0
+    """Dropout of the attention weights."""
     dtype: Literal["bfloat16", "float32"] = "float32"
-    """Operands of matrix products. Parameters, accumulation, norms, softmax and loss are always float32."""
+    """Dtype of the operands of matrix products. Parameters, accumulation, norms, softmax and loss are always float32.
+    """
     attention_implementation: Literal["reference", "chunked", "rows", "splash", "flash", "cudnn"] | None = None
-    """None picks the fastest that can serve."""
+    """Backend of attention; None picks the fastest that can serve."""
     scan_layers: bool = True
-    """Run the stacked layers by `lax.scan` (quick to compile) or unrolled (quicker to run); same parameters."""
+    """Run the layers by `lax.scan` (faster to compile) or unrolled (faster to run); the parameters are the same."""
     remat: Literal["none", "feed_forward", "dots", "full"] = "none"
-    """What the backward pass recomputes: chains of elementwise operations at most, the feed-forward blocks' first
-    product too, whose result is the largest they keep, all but matrix products, or everything in a layer."""
+    """What the backward pass recomputes. none: at most chains of elementwise operations; feed_forward: also the first
+    product of feed-forward blocks, their largest result; dots: all but matrix products; full: everything in a layer."""
 
     def __post_init__(self):
         require(self.dtype in ("bfloat16", "float32"), f"dtype must be bfloat16 or float32: got {self.dtype!r}.")
@@ -298,21 +310,24 @@ class EncoderConfig(ShortRepr):
 
 @dataclass(frozen=True, repr=False)
 class HeadConfig(ShortRepr):
-    """What an objective puts on the encoder: a transform (dense, activation, norm), then logits.
+    """The head on the encoder: a transform (dense map, activation, norm), then logits.
 
-    None is what BERT has: masked_lm the encoder's activation and biases, and a norm; classification tanh, a bias and
-    no norm; heads that read every token no transform at all.
+    None is BERT's choice: for masked_lm a transform with the encoder's activation and biases and a norm; for
+    classification one with tanh, a bias and no norm; for heads that read every token no transform at all.
     """
 
     transform: bool | None = None
+    """Whether there is a transform."""
     activation: Activation | None = None
+    """Activation of the transform."""
     norm: bool | None = None
+    """Whether the transform ends with a norm."""
     dense_bias: bool | None = None
-    """Bias of the transform's dense map."""
+    """Whether the transform's dense map has a bias."""
     out_bias: bool = True
-    """Bias of the logits."""
+    """Whether the logits have a bias."""
     tied: bool = True
-    """masked_lm: logits are products with the token embedding; else with a table of their own."""
+    """masked_lm: logits are products with the token embedding; if off, with a table of their own."""
 
     def __post_init__(self):
         require(
@@ -325,18 +340,19 @@ class HeadConfig(ShortRepr):
 
 @dataclass(frozen=True, repr=False)
 class DecoderConfig(ShortRepr):
-    """A decoder behind an encoder, of layers like the encoder's that also read its output."""
+    """The decoder of an encoder-decoder. Its layers are like the encoder's and also attend to the encoder's output."""
 
     num_layers: int | None = None
-    """None is as many as the encoder has."""
+    """Layers of the decoder; None is as many as the encoder has."""
     tied: bool = True
-    """Logits are products with the token embedding; else with a table of their own."""
+    """Logits are products with the token embedding; if off, with a table of their own."""
     logit_scale: float = 1.0
-    """Factor of the vectors that logits are made of (T5, where tied: embed_dim ** -0.5)."""
+    """Factor of the vectors that logits are made of (in a T5 with tied embeddings embed_dim ** -0.5)."""
     start_id: int | None = None
-    """The token that every target starts from; None takes the tokenizer's before a text, or else its padding (T5)."""
+    """Id of the token that a decoder starts from; None takes the tokenizer's token before a text, or else padding (T5).
+    """
     end_id: int | None = None
-    """The token that ends a target; None takes the tokenizer's after a text."""
+    """Id of the token that ends a target; None takes the tokenizer's token after a text."""
 
     def __post_init__(self):
         require(
@@ -356,33 +372,33 @@ _OF_BEAMS = ("length_penalty", "early_stopping")
 
 @dataclass(frozen=True, repr=False)
 class GenerationConfig(ShortRepr):
-    """How a decoder writes. None is what the model's folder says, or else what stands in brackets."""
+    """How a decoder writes. None takes the value in the model's folder, or else the value in brackets."""
 
     max_new_tokens: int | None = None
     """Tokens of the longest text, its end included [as many as a target has in training, or 128]."""
     min_new_tokens: int | None = None
     """Tokens before a text may end [0]."""
     num_beams: int | None = None
-    """Texts that are followed at once; 1 takes the likeliest token each time [1]."""
+    """Beams that are searched at once; 1 writes greedily, the likeliest token each time [1]."""
     length_penalty: float | None = None
-    """Beams: a text's score is its log-probability over its length to this power [1]."""
+    """Beam search: a text's score is its log-probability divided by its length to this power [1]."""
     early_stopping: bool | Literal["never"] | None = None
-    """Beams: stop at num_beams finished texts (True), once no better one is likely (False), or when sure (never)
-    [False]."""
+    """Beam search stops at num_beams finished texts (True), when a better text is unlikely (False), or when none is
+    possible (never) [False]."""
     sample: bool | None = None
-    """Draw each token, by `seed` [False]."""
+    """Sample each token at random, by `seed`, instead of taking the likeliest [False]."""
     temperature: float | None = None
     """Sampling: logits are divided by it [1]."""
     top_k: int | None = None
-    """Sampling: draw from so many of the likeliest tokens; 0 is all [0]."""
+    """Sampling: draw only from this many of the likeliest tokens; 0 draws from all [0]."""
     top_p: float | None = None
-    """Sampling: draw from the fewest tokens that have this probability together [1]."""
+    """Sampling: draw only from the fewest tokens whose probabilities add up to this [1]."""
     repetition_penalty: float | None = None
-    """Factor against tokens that the text has already [1]."""
+    """Factor that makes tokens less likely that the text already has [1]."""
     no_repeat_ngram_size: int | None = None
-    """No run of so many tokens occurs twice in a text; 0 allows it [0]."""
+    """No sequence of this many tokens may occur twice in a text; 0 allows any [0]."""
     seed: int | None = None
-    """Sampling: a text draws the same by the same seed, whatever stands beside it [0]."""
+    """Sampling: with the same seed a text is the same, whatever other texts are asked about [0]."""
 
     def __post_init__(self):
         least = {"max_new_tokens": 1, "min_new_tokens": 0, "num_beams": 1, "top_k": 0, "no_repeat_ngram_size": 0,
@@ -404,18 +420,19 @@ class GenerationConfig(ShortRepr):
         given = {name for name, value in vars(self).items() if value is not None}
         require(
             not (self.sample and (self.num_beams or 1) > 1),
-            f"beams are not drawn: got generation.sample with generation.num_beams {self.num_beams}. Give "
+            f"beam search does not sample: got generation.sample with generation.num_beams {self.num_beams}. Give "
             f"--generation.num-beams 1, or --generation.sample False.",
         )
         for names, is_read, way_out in (
-            (_OF_SAMPLED, self.sample, "sampled text: give --generation.sample True"),
-            (_OF_BEAMS, (self.num_beams or 1) > 1, "beams: give --generation.num-beams, such as 4"),
+            (_OF_SAMPLED, self.sample, "sampling: give --generation.sample True, or leave them out"),
+            (_OF_BEAMS, (self.num_beams or 1) > 1, "beam search: give --generation.num-beams 4, or leave them out"),
         ):
             unread = [f"generation.{name}" for name in names if name in given]
-            require(is_read or not unread, f"{' and '.join(unread)} would not be read, being of {way_out}.")
+            require(is_read or not unread, f"{' and '.join(unread)} would not be read without {way_out}.")
 
     def over(self, own: "GenerationConfig") -> "GenerationConfig":
-        """`own` with what is given here; what `own` says of sampled text and of beams is left where there are none."""
+        """`own`, overridden by the settings of this config that are not None. Settings of sampling (or beams) in `own`
+        are dropped if the result does not sample (or has one beam)."""
         merged = vars(own) | {name: value for name, value in vars(self).items() if value is not None}
         for names, is_read in ((_OF_SAMPLED, merged["sample"]), (_OF_BEAMS, (merged["num_beams"] or 1) > 1)):
             merged |= {} if is_read else {name: getattr(self, name) for name in names}

@@ -1,4 +1,4 @@
-"""The settings of objectives with few of them."""
+"""The settings of objectives that have only a few."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,13 +9,13 @@ from flax_encoder.config.rules import ShortRepr, require, require_finite
 
 @dataclass(frozen=True, repr=False)
 class SentencesConfig(ShortRepr):
-    """sentence_order and next_sentence: how a text becomes two segments, and what their order counts."""
+    """sentence_order and next_sentence: how a text becomes two segments, and the weight of their loss."""
 
     unit: Literal["sentence", "word"] = "sentence"
-    """A text is cut before any of its sentences, or of its words, but the first. Sentences end with a token that ends
-    with a full stop, a question mark or an exclamation mark; a text of one is learned by its masked words alone."""
+    """A text is cut before any of its sentences, or of its words, but the first. A sentence ends with a token that ends
+    in a full stop, a question mark or an exclamation mark. A text of one sentence only teaches its masked words."""
     weight: float = 1.0
-    """Factor of the two segments' loss beside the masked words'."""
+    """Factor of the segments' loss; the loss of masked words has factor 1."""
 
     def __post_init__(self):
         require(self.weight > 0, f"sentences.weight must be above 0: got {self.weight}.")
@@ -24,14 +24,14 @@ class SentencesConfig(ShortRepr):
 
 @dataclass(frozen=True, repr=False)
 class AutoencoderConfig(ShortRepr):
-    """autoencoder: a text with words missing goes in, one vector comes out, and a decoder writes the text from it."""
+    """autoencoder: the encoder makes one vector of a text with words left out; a decoder writes the text from it."""
 
     deletion_rate: float = 0.6
-    """Share of the words that are left out of what the encoder reads (Wang et al., arXiv 2104.06979, section 3.1)."""
+    """Share of a text's words that the encoder does not see (Wang et al., arXiv 2104.06979, section 3.1)."""
     pooling: PoolingMode = "mean"
-    """How the vectors of a text's tokens become the one that the decoder is given."""
+    """How the vectors of a text's tokens become the one vector that the decoder sees."""
     is_tied: bool = True
-    """The decoder's layers have the encoder's parameters, but for their attention to the vector."""
+    """The decoder's layers share the encoder's parameters, except in their attention to the vector."""
 
     def __post_init__(self):
         require(
@@ -49,16 +49,16 @@ def _check_spans(rate: float, mean_tokens: float | None, whose: str) -> None:
 
 @dataclass(frozen=True, repr=False)
 class DenoiserConfig(ShortRepr):
-    """One way to cut spans out of a text, of several among which each document draws."""
+    """One of several ways to cut spans out of a text; each document draws one."""
 
     share: float = 1.0
-    """Of the documents, relative to the other denoisers' shares."""
+    """Share of the documents, relative to the other denoisers' shares."""
     rate: float = 0.15
-    """Share of a document's tokens that are cut out, and written by the decoder."""
+    """Share of a document's tokens that are cut out, and that the decoder writes."""
     mean_tokens: float | None = 3.0
-    """Tokens of a span, on average; None is one span, the text's end, so that the rest is a prefix to go on from."""
+    """Mean number of tokens in a span; None cuts one span, the text's end, so that the encoder reads a prefix."""
     mode: str = ""
-    """What stands before the text that the encoder reads, such as [NLU], so that it knows the denoiser."""
+    """Text before what the encoder reads, such as [NLU], which tells it the denoiser."""
 
     def __post_init__(self):
         require(self.share > 0, f"a denoiser's share must be above 0: got {self.share}.")
@@ -84,23 +84,23 @@ class SpansConfig(ShortRepr):
     """span_corruption: how spans are cut out of a text (Raffel et al., arXiv 1910.10683, section 3.1.4)."""
 
     rate: float = 0.15
-    """Share of a document's tokens that are cut out, and written by the decoder."""
+    """Share of a document's tokens that are cut out, and that the decoder writes."""
     mean_tokens: float = 3.0
-    """Tokens of a span, on average."""
+    """Mean number of tokens in a span."""
     denoisers: tuple[DenoiserConfig, ...] = ()
-    """Several ways to cut, in place of the one that rate and mean_tokens say; each document draws one. A recipe has
-    them, as configs/ul2.py has UL2's; their settings then are options, such as --spans.denoisers.0.rate 0.2."""
+    """Several ways to cut, in place of rate and mean_tokens; each document draws one. A recipe lists them, as
+    configs/ul2.py does; their settings are then options, such as --spans.denoisers.0.rate 0.2."""
 
     def __post_init__(self):
         _check_spans(self.rate, self.mean_tokens, "spans.")
         require(
             not self.denoisers or (self.rate, self.mean_tokens) == (0.15, 3.0),
-            f"spans.rate and spans.mean_tokens are of a single denoiser: leave them at 0.15 and 3.0 beside "
-            f"spans.denoisers, which have their own; got {self.rate} and {self.mean_tokens}.",
+            f"each of spans.denoisers has its own rate and mean_tokens: leave spans.rate at 0.15 and spans.mean_tokens "
+            f"at 3.0 beside them; got {self.rate} and {self.mean_tokens}.",
         )
         require_finite(self)
 
     @property
     def mixture(self) -> tuple[DenoiserConfig, ...]:
-        """The denoisers; without any, the one that rate and mean_tokens say."""
+        """The denoisers; if there are none, the one that rate and mean_tokens describe."""
         return self.denoisers or (DenoiserConfig(1.0, self.rate, self.mean_tokens),)

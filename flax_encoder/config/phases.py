@@ -1,4 +1,4 @@
-"""What changes during a run: phases, and the stages that they come to, in each of which every batch has one shape."""
+"""Phases, which change settings during a run, and the stages that follow from them, whose batches have one shape."""
 
 import dataclasses
 import itertools
@@ -14,36 +14,40 @@ Shape = Literal["linear", "cosine", "one_minus_sqrt", "inverse_sqrt"]
 
 @dataclass(frozen=True, repr=False)
 class Phase(ShortRepr):
-    """A part of a run and the settings that it changes. A setting that a phase leaves at None stays as the phase before
-    left it, and before any changes it the run's own settings hold, their ramps over the whole run included. Of two
-    values a setting goes from the first, where the phase begins, to the second, where it ends."""
+    """A part of a run and the settings that it changes. A setting at None keeps the value of the phase before; until a
+    phase changes it, the run's own setting holds, also one that is a ramp over the whole run. A setting of two values
+    goes from the first, where the phase begins, to the second, where it ends."""
 
     share: float | None = None
-    """Of the run's steps; a phase has a share, steps or tokens, and the shares of all phases add up to 1."""
+    """The phase's share of the run's steps. A phase has one of share, steps and tokens; the shares of all phases add up
+    to 1."""
     steps: int | None = None
+    """The phase's steps."""
     tokens: float | None = None
-    """Tokens of the rows that the phase reads, padding included: as many steps as come nearest."""
+    """The tokens of the rows that the phase reads, padding included; it has the steps that come nearest."""
     row_length: int | None = None
-    """data.row_length from here on; a batch keeps its tokens, unless batch_size says otherwise."""
+    """data.row_length from here on; a batch keeps its number of tokens, unless batch_size changes too."""
     batch_size: int | tuple[int, int] | None = None
-    """Of two, batches double in size as often as it takes. Each size is compiled once."""
+    """batch_size from here on; of two values, batches double from the first to the second. Each size is compiled once.
+    """
     num_microbatches: int | None = None
+    """num_microbatches from here on."""
     masking_rate: float | tuple[float, float] | None = None
     """masking.rate from here on."""
     rope_theta: float | None = None
-    """model.rope_theta from here on: of all layers, or where model.local_rope_theta is given of those without a
-    window."""
+    """model.rope_theta from here on, in all layers, or in those without a window if model.local_rope_theta is set."""
     weights: tuple[float, ...] | None = None
     """data.weights from here on; a source with 0 is not read."""
     objective: str | None = None
-    """What is learned from here on: a task whose model has the same parameters, such as causal_lm before masked_lm. The
-    last phase has the run's own, by which all evaluations are made."""
+    """The task from here on. Its model must have the same parameters, such as causal_lm before masked_lm. The last
+    phase has the run's own objective, which all evaluations use."""
     learning_rate: float | tuple[float, float] | None = None
-    """optimizer.learning_rate from here on, no more by optimizer.schedule. Other peak rates are multiplied by the same
-    factor."""
+    """optimizer.learning_rate from here on, in place of optimizer.schedule. Other peak learning rates are multiplied by
+    the same factor."""
     learning_rate_shape: Shape = "linear"
-    """How two learning rates go from one to the other: straight, as half a cosine, as the root of what of the phase is
-    gone (one_minus_sqrt, arXiv 2405.18392), or as one over the root of steps (inverse_sqrt, T5's)."""
+    """How the learning rate goes from the first of two values to the second: linear; cosine, half a cosine;
+    one_minus_sqrt, one minus the root of the phase's progress (arXiv 2405.18392); inverse_sqrt, one over the root of
+    the step (T5's)."""
 
     def __new__(cls, *_: Any, **settings: Any) -> "Phase":
         cls.check_names(settings)
@@ -56,9 +60,9 @@ class Phase(ShortRepr):
         unknown = [name for name in names if name not in known]
         require(
             not unknown,
-            f"a phase changes what leaves the parameters' shapes as they are: "
-            f"{', '.join(known[3:])}; got {', '.join(unknown)}. Give it to the whole run, or start another from this "
-            f"one's model with --init-from.",
+            f"a phase changes only settings that keep the parameters' shapes: {', '.join(known[3:])}; got "
+            f"{', '.join(unknown)}. Set it for the whole run, or start another run from this one's model with "
+            f"--init-from.",
         )
 
     def __post_init__(self):
@@ -95,8 +99,8 @@ class Phase(ShortRepr):
         )
         require(
             self.learning_rate_shape == "linear" or rates[0] != rates[1],
-            f"learning_rate_shape is of two learning rates: got {self.learning_rate_shape} with learning_rate "
-            f"{self.learning_rate}.",
+            f"learning_rate_shape needs two learning rates: got {self.learning_rate_shape} with learning_rate "
+            f"{self.learning_rate}. Give two, such as 5e-4 0.0, or leave the shape out.",
         )
         require(
             self.weights is None or (min(self.weights, default=-1) >= 0 and sum(self.weights) > 0),
@@ -297,8 +301,9 @@ def check_phases(phases: tuple[Phase, ...], num_sources: int, old_ramps: dict[st
     given = {name: value for name, value in old_ramps.items() if value is not None}
     require(
         not given,
-        f"phases say what changes during a run: got {', '.join(f'{name} {value}' for name, value in given.items())} "
-        f"beside them. Leave that out, or say it as a phase.",
+        f"a run with phases changes settings by its phases alone: got "
+        f"{', '.join(f'{name} {value}' for name, value in given.items())} beside them. Leave that out, or make it a "
+        f"phase.",
     )
     for number, phase in enumerate(phases):
         require(
@@ -323,6 +328,6 @@ def check_steps(timeline: Timeline, steps: int) -> None:
     if (end := timeline.phase_ends[-1]) != steps:
         lengths = [b - a for a, b in itertools.pairwise((0, *timeline.phase_ends))]
         raise ConfigError(
-            f"phases in steps or tokens are as long as the run: got {' + '.join(f'{n:,}' for n in lengths)} = {end:,} "
-            f"steps for steps {steps:,}. Give --steps {end}, or phases by share, which fit a run of any length."
+            f"phases in steps or tokens must add up to the run's steps: got {' + '.join(f'{n:,}' for n in lengths)} = "
+            f"{end:,} steps for steps {steps:,}. Give --steps {end}, or phases by share, which fit a run of any length."
         )

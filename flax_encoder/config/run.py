@@ -35,84 +35,90 @@ class DataConfig(ShortRepr):
 
     source: str | tuple[str, ...] = "tfds:python_docs"
     """`tfds:NAME[/CONFIG]`, `hf:NAME[:CONFIG]`, a prepared store, or files: a path, a folder or a quoted glob of .txt,
-    .jsonl, .json, .csv, .tsv, .parquet or .conll files (all but .parquet also .gz or .zst). Several are mixed."""
+    .jsonl, .json, .csv, .tsv, .parquet or .conll files (all but .parquet also .gz or .zst). Several sources are mixed.
+    """
     weights: tuple[float, ...] | None = None
-    """Of several sources: the shares of rows from each; None reads all equally often."""
+    """Relative shares of rows from each of several sources; None reads each source in proportion to its size."""
     validation_split: str | None = None
     """The split of a tfds: or hf: source to evaluate on, such as validation_mismatched; None takes the usual name."""
     text_column: str | None = None
-    """None takes the column `text`, or the only column of strings, or one that is called as data sets call it. In a
-    .conll file columns have numbers, from 1."""
+    """The column of the text. None takes the column `text`, or the only column of strings, or one with a name that data
+    sets use. In a .conll file columns have numbers, from 1."""
     text_pair_column: str | None = None
-    """The second text of a pair; None takes the partner of a known pair, such as sentence1 and sentence2. For multiple
-    choice, the column with the list of choices; for question answering, the passage; for text to text, the target."""
+    """The column of the second text of a pair. None takes the partner of a known name, such as sentence2 for sentence1.
+    For multiple choice it holds the list of choices; for question answering the passage; for text to text the target.
+    """
     history_column: str | None = None
-    """text_to_text: a list of turns, which are texts or objects with role and content, or from and value. Beside a
-    target they stand before the source; alone they are a conversation, whose answers are the targets. None takes a
-    column of lists that is called as data sets call it."""
+    """text_to_text: the column with a list of turns. A turn is a text, or an object with role and content, or with from
+    and value. Beside a target the turns stand before the source; alone they are a conversation, whose answers are the
+    targets. None takes a column of lists with a name that data sets use."""
     target_turns: Literal["every", "last"] = "every"
-    """Of a conversation: learn every answer from all turns before it, or the last answer alone."""
+    """every learns each answer of a conversation from all turns before it; last learns only the last answer."""
     turn_separator: str | None = None
-    """What stands after every turn of a history; None is the tokenizer's token between two texts."""
+    """Text that stands after every turn of a history; None is the tokenizer's token between two texts."""
     prefix: str = ""
-    """text_to_text: what is put before every source, such as "translate English to French: "; after its history.
+    """text_to_text: text that is put before every source, after its history, such as "translate English to French: ".
     """
     label_column: str | tuple[str, ...] | None = None
-    """The column that is predicted; None guesses it by its name. Several columns of 0 and 1 are labels of which a
-    document may have several. In a .conll file a number, from 1 or, from the last, from -1."""
+    """The column to predict; None guesses it by its name. Several columns of 0 and 1 are the labels of multi_label. In
+    a .conll file it is a number, from 1 on, or from -1 back from the last column."""
     label_names: tuple[str, ...] | None = None
-    """Names of labels that are integers from 0, in their order, where the source has none."""
+    """Names of labels that are integers from 0, in that order, for a source that has no names."""
     has_header: bool = True
-    """The first row of .csv and .tsv files names the columns; otherwise they are called 1, 2, 3."""
+    """The first row of .csv and .tsv files names the columns; without it the columns are called 1, 2, 3."""
     csv_quotes: bool = True
-    """Quotes enclose fields of .csv and .tsv files; otherwise they are text. They also are text in a .tsv file whose
-    first rows do not read otherwise."""
+    """Quotes enclose fields of .csv and .tsv files; if off, quotes are text. They are also text in a .tsv file whose
+    first rows cannot be read otherwise."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be read, and count them, instead of stopping at the first."""
     text_unit: Literal["paragraph", "line", "file"] = "paragraph"
-    """What one document is in a .txt file; paragraphs are separated by blank lines."""
+    """The part of a .txt file that is one document; blank lines separate paragraphs."""
     validation: str | None = None
-    """A source like data.source, to evaluate on during the run and to choose by; None holds out a share of the training
-    documents, or takes the source's own validation or test split."""
+    """A source like data.source. The run evaluates on it and chooses the best checkpoint by it. None takes the source's
+    own validation or test split, or holds out a share of the training documents."""
     test: str | None = None
-    """A source like data.source, which is evaluated on once, at the end, and chosen by never."""
+    """A source like data.source. The run evaluates on it once, at the end, and chooses nothing by it."""
     held_out_rate: float = 0.02
-    """Share of documents kept for evaluation, chosen by a hash of their text; unused if the source has its own."""
+    """Share of documents held out for evaluation, by a hash of their text; unused if the source has a split of its own.
+    """
     held_out_by_class: bool = True
-    """Keep this share of every class, where documents have one."""
+    """Hold out the same share of every class, if documents have classes."""
     tokenizer: str | None = None
-    """A tokenizer.json, or a folder with a tokenizer's files; None takes that of init_from or of a prepared store, else
-    trains a WordPiece on the training text."""
+    """A tokenizer.json, or a folder with a tokenizer's files. None takes the tokenizer of init_from or of a prepared
+    store, or else trains a new one on the training text."""
     vocab_size: int = 8192
-    """Size of a tokenizer that is made here: a WordPiece, or where texts are written, byte-level BPE with sentinels."""
+    """Tokens of a tokenizer that the run trains: a WordPiece, or for tasks that write texts a byte-level BPE with
+    sentinels."""
     word_vectors: str | None = None
     """A GloVe or word2vec file, text or binary, whose vectors the token embedding starts from. Without data.tokenizer
-    its first vocab_size words are the tokens."""
+    the tokens are the file's first vocab_size words."""
     row_length: int = 128
-    """T, tokens in a row; documents are packed into rows, and longer ones split (classification: cut)."""
+    """T, tokens in a row. Documents are packed into rows; a longer document is split (for classification, cut)."""
     target_length: int | None = None
-    """text_to_text: S, tokens of the decoder's row beside each of row_length; None is row_length, and for
-    span_corruption what its spans need."""
+    """Tasks with a decoder: S, tokens in a decoder's row, which stands beside each row of row_length. None follows from
+    the lengths of the targets, or for span_corruption from those of its spans."""
     long_targets: Literal["cut", "leave_out"] = "cut"
-    """text_to_text: what becomes of a training pair whose target is longer than target_length: the target is cut, or
-    the pair left out. Either is counted."""
+    """text_to_text: cut a training target that is longer than target_length, or leave out its pair. Both are counted.
+    """
     last_row_length: int | None = None
-    """Rows of this length instead in the run's last steps; a batch then has as many tokens, in other rows."""
+    """Another row length for the run's last steps; a batch keeps its number of tokens."""
     last_rate: float = 0.1
-    """With last_row_length: the share of steps that have it."""
+    """With last_row_length: the share of steps that have that length."""
     packing: Literal["best-fit", "one-per-row", "concatenate"] = "best-fit"
-    """best-fit fills rows with whole documents; concatenate cuts their endless text every row_length tokens."""
+    """best-fit fills rows with whole documents; concatenate joins all documents and cuts every row_length tokens;
+    one-per-row does not pack."""
     window_overlap: int | None = None
-    """Tokens that neighbouring windows of a passage longer than a row share; None is 128, or a third of a row where
+    """Tokens that two neighbouring windows share, for a passage longer than a row. None is 128, or a third of a row if
     that is less."""
     buckets: tuple[int, ...] = ()
-    """With one-per-row: shorter lengths for batches of short documents, such as 32 64; each is compiled once."""
+    """With packing one-per-row: shorter row lengths for batches of short documents, such as 32 64. Each length is
+    compiled once."""
     workers: int = 0
-    """Processes that make batches; 0 makes them in threads of the training process."""
+    """Processes that make batches; with 0, threads of the training process make them."""
     verify: bool = False
-    """Compare every prepared file with its checksum first; sizes are always compared."""
+    """First compare every prepared file with its checksum; sizes are always compared."""
     cache_dir: str | None = None
-    """Prepared text; None is $FLAX_ENCODER_CACHE, else ~/.cache/flax_encoder."""
+    """Folder of prepared text; None is $FLAX_ENCODER_CACHE, or else ~/.cache/flax_encoder."""
 
     def __post_init__(self):
         require_rates(self, "held_out_rate", "last_rate")
@@ -177,18 +183,19 @@ class MaskingConfig(ShortRepr):
     rate: float = 0.15
     """Share of a row's ordinary tokens that are predicted in training."""
     last_rate: float | None = None
-    """What the rate goes to, straight, by the last step (Ankner et al., arXiv 2305.15096); None keeps it."""
+    """The rate at the last step, to which rate changes linearly (Ankner et al., arXiv 2305.15096); None keeps rate."""
     eval_rate: float = 0.15
+    """The rate in evaluations."""
     mask_rate: float = 0.8
-    """Of those, the share replaced by [MASK] ..."""
+    """Share of the predicted tokens that [MASK] replaces."""
     random_rate: float = 0.1
-    """... and by a random token; the rest stay as they are."""
+    """Share of the predicted tokens that a random token replaces; those left by mask_rate and random_rate stay."""
     mean_span_words: float = 5.0
-    """With kind span: words in a span, on average before it is cut ..."""
+    """With kind span: mean number of words in a span, before max_span_words cuts it."""
     max_span_words: int = 10
-    """... at this many."""
+    """With kind span: words of the longest span."""
     budget: int | None = None
-    """M, slots for predicted tokens in a row; None is enough for the rate and a little for a last word or span."""
+    """M, slots for predicted tokens in a row; None is enough for the rate, and for the end of a last word or span."""
 
     def __post_init__(self):
         require_rates(self, "rate", "eval_rate", "mask_rate", "random_rate")
@@ -219,16 +226,16 @@ class GeneratorConfig(ShortRepr):
     """replaced_token_detection: the small masked LM whose words the encoder learns to find (arXiv 2003.10555)."""
 
     width: float = 0.25
-    """Its heads and the width of its feed-forward block, as a share of the model's."""
+    """The generator's number of heads and feed-forward width, as a share of the model's."""
     num_layers: int | None = None
-    """None is as many as the model has."""
+    """The generator's layers; None is as many as the model has."""
     sharing: Literal["embedding", "disentangled", "none"] = "embedding"
-    """embedding: one table of tokens, of positions and of types for both (ELECTRA). disentangled: the model's vectors
-    are the generator's, which it does not train, plus what it learns itself (arXiv 2111.09543, section 3.2)."""
+    """embedding: both share their tables of tokens, positions and types (ELECTRA). disentangled: a vector of the model
+    is the generator's, which the model does not train, plus a learned one (arXiv 2111.09543, section 3.2)."""
     detection_weight: float = 50.0
-    """Factor of the encoder's loss beside the generator's."""
+    """Factor of the encoder's loss; the generator's has factor 1."""
     temperature: float = 1.0
-    """By which logits are divided before a token is drawn."""
+    """The generator's logits are divided by it before a token is drawn."""
 
     def __post_init__(self):
         require_finite(self)
@@ -242,23 +249,23 @@ class GeneratorConfig(ShortRepr):
 
 @dataclass(frozen=True, repr=False)
 class LabelsConfig(ShortRepr):
-    """How the values of documents are learned; which of these a task reads, its record says."""
+    """How labels and answers are learned and given. Each task reads some of these settings."""
 
     smoothing: float = 0.0
     """Share of each target that is spread evenly over all classes."""
     class_weights: Literal["balanced"] | tuple[float, ...] | None = None
     """Weight of each class in the training loss, in the labels' order; balanced makes every class weigh the same."""
     all_pieces: bool = False
-    """Learn a word's tag at each of its tokens, not at the first alone; answers read the first."""
+    """token_classification: learn a word's tag at each of its tokens, not only at the first; answers read the first."""
     longest_answer: int = 30
-    """Tokens of the longest answer that is looked for in a passage."""
+    """question_answering: tokens of the longest answer to look for in a passage."""
     null_threshold: float | None = None
-    """Nats by which "no answer" must be likelier than the best answer to be given. None never gives it; a run on data
-    with questions that have no answer takes 0 instead."""
+    """question_answering: answer "no answer" if it is likelier than the best answer by more than this, in nats. None
+    never does; a run on data with unanswerable questions takes 0 instead."""
     num_candidates: int = 0
-    """How many of the likeliest answers to list beside the best, up to 20."""
+    """question_answering: how many of the likeliest answers to list beside the best, up to 20."""
     threshold: float = 0.5
-    """multi_label: the probability from which a label is given."""
+    """multi_label: a label is given if its probability is above this."""
 
     def __post_init__(self):
         require_rates(self, "smoothing", "threshold")
@@ -275,6 +282,8 @@ class LabelsConfig(ShortRepr):
 
 @dataclass(frozen=True, repr=False)
 class OptimizerConfig(ShortRepr):
+    """The optimizer, its learning rate over the run, and the parameters that it trains."""
+
     name: Literal["adamw", "stable_adamw", "lamb", "lion", "muon", "soap", "adafactor", "schedule_free"] = "adamw"
     """adamw (Loshchilov and Hutter, arXiv 1711.05101); stable_adamw, whose updates are clipped (Wortsman et al., arXiv
     2304.13013); lamb (You et al., arXiv 1904.00962); lion (Chen et al., arXiv 2302.06675); muon (Jordan et al. 2024,
@@ -282,48 +291,50 @@ class OptimizerConfig(ShortRepr):
     leave embeddings, head, norms and biases to adamw; adafactor, relative to each parameter's size (Shazeer and Stern,
     arXiv 1804.04235); schedule_free, which evaluates and saves its average (Defazio et al., arXiv 2405.15682)."""
     learning_rate: float = 5e-4
-    """Peak rate; with muon, of what adamw has."""
+    """Peak learning rate; with muon, of the parameters that adamw trains."""
     muon_learning_rate: float = 0.02
-    """Peak rate of muon's matrices."""
+    """Peak learning rate of the matrices that muon trains."""
     b1: float = 0.9
-    """Decay of the mean gradient; with schedule_free, weight of the average where gradients are taken."""
+    """Decay of the mean gradient; with schedule_free, weight of the average at the point where gradients are taken."""
     b2: float = 0.98
-    """Decay of the mean square; with lion, of the mean gradient that is kept."""
+    """Decay of the mean squared gradient; with lion, of the stored mean gradient."""
     epsilon: float = 1e-6
+    """Added to the divisor of an update, which in adamw is the root of the mean squared gradient."""
     muon_momentum: float = 0.95
     muon_dtype: Literal["bfloat16", "float32"] = "float32"
-    """Operands of muon's products; its authors' are bfloat16."""
+    """Dtype of the operands of muon's products; its authors use bfloat16."""
     soap_every: int = 10
     """Steps between SOAP's QR decompositions."""
     weight_decay: float = 0.01
-    """Decoupled and times the learning rate, on matrices and embeddings; never on biases and norms."""
+    """Decoupled weight decay, times the learning rate, on matrices and embeddings; never on biases and norms."""
     layer_decay: float = 1.0
     """The learning rate of layer l of L, counted from 1, is multiplied by layer_decay ** (L - l); the embeddings are
-    layer 0, and what follows the layers has the whole rate (Clark et al., arXiv 2003.10555)."""
+    layer 0, and parameters after the layers have the whole rate (Clark et al., arXiv 2003.10555)."""
     head_learning_rate: float | None = None
-    """Peak rate of what stands on the encoder; None is learning_rate."""
+    """Peak learning rate of the parameters outside the encoder; None is learning_rate."""
     freeze: tuple[str, ...] = ()
-    """Parameters that stay as they start: names, beginnings of names up to a dot, or patterns with * and ?, such as
-    encoder.embedding encoder.layers.0 '*.bias'. A name that fits none lists those that there are."""
+    """Parameters that are not trained: names, beginnings of names up to a dot, or patterns with * and ?, such as
+    encoder.embedding encoder.layers.0 '*.bias'. If a name fits no parameter, the error lists them all."""
     freeze_embedding: bool = False
-    """Freeze the token embedding, such as from data.word_vectors or init_from."""
+    """Do not train the token embedding, for example one that starts from data.word_vectors or init_from."""
     average: float | None = None
-    """Decay of an exponential average of the parameters, such as 0.999. The average is what is evaluated, saved and
-    loaded; gradients are taken at the parameters themselves, which are kept beside it. Of update t the decay is at most
+    """Decay of an exponential average of the parameters, such as 0.999. The run evaluates, saves and loads the average;
+    it takes gradients at the parameters themselves, which it keeps too. At update t the decay is at most
     (1 + t) / (10 + t)."""
     clip_norm: float | None = 1.0
-    """Gradients with a larger global norm are scaled down to it; None never clips."""
+    """A gradient with a larger global norm is scaled down to this norm; None never clips."""
     schedule: Literal["linear", "cosine", "wsd", "inverse_sqrt", "constant"] = "linear"
-    """After the warm-up: straight or cosine to the final rate, or (wsd) constant and then down over decay_rate, or
-    (inverse_sqrt) as one over the root of the step (Vaswani et al., arXiv 1706.03762, equation 3), or constant."""
+    """The learning rate after the warm-up: linear and cosine fall to final_rate; wsd is constant and falls over
+    decay_rate; inverse_sqrt falls as one over the root of the step (Vaswani et al., arXiv 1706.03762, equation 3);
+    constant stays."""
     warmup_rate: float = 0.06
-    """Share of the run spent rising from 0; with linear, 0.5 makes a triangle."""
+    """Share of the run in which the learning rate rises from 0; with linear, 0.5 makes a triangle."""
     decay_rate: float = 0.2
-    """With wsd: share of the run spent falling; 0 never falls."""
+    """With wsd: share of the run in which the learning rate falls; with 0 it never falls."""
     decay_shape: Literal["linear", "one_minus_sqrt"] = "linear"
-    """With wsd: how it falls (one_minus_sqrt: Hägele et al., arXiv 2405.18392, and ModernBERT)."""
+    """With wsd: shape of the fall (one_minus_sqrt: Hägele et al., arXiv 2405.18392, and ModernBERT)."""
     final_rate: float = 0.0
-    """What the learning rate falls to, as a share of the peak."""
+    """The last learning rate, as a share of the peak."""
 
     def __post_init__(self):
         require_rates(self, "warmup_rate", "decay_rate", "final_rate", "b1", "b2", "muon_momentum")
@@ -381,14 +392,14 @@ class OptimizerConfig(ShortRepr):
 
 @dataclass(frozen=True, repr=False)
 class LoraConfig(ShortRepr):
-    """Low-rank adapters beside the encoder's products (Hu et al., arXiv 2106.09685): W + alpha / rank * A B, where A
-    and B are trained. The encoder is frozen besides; the head is trained whole."""
+    """Low-rank adapters of the encoder's matrices (Hu et al., arXiv 2106.09685): W + alpha / rank * A B. Only A, B and
+    the head are trained; the rest of the encoder is frozen."""
 
     rank: int = 0
     """Columns of A and rows of B; 0 has no adapters."""
     alpha: float = 16.0
     targets: tuple[str, ...] = ("query", "value")
-    """Products of each layer that have adapters, by name: query, key, value, out, up, gate or down; '*' is all."""
+    """Matrices of each layer that have adapters: query, key, value, out, up, gate or down; '*' is all of them."""
 
     def __post_init__(self):
         require_finite(self)
@@ -404,81 +415,83 @@ class LoraConfig(ShortRepr):
 
 @dataclass(frozen=True, repr=False)
 class RunConfig(ShortRepr):
-    """A run: what is learned, from what, how, and where it is written."""
+    """The settings of a run."""
 
     run_dir: str = "runs/run"
-    """Holds config.json, tokenizer.json, metrics.jsonl, checkpoints/ and TensorBoard events. Run again to resume.
-    A recipe that leaves it has runs/NAME, after its own."""
+    """The folder of config.json, tokenizer.json, metrics.jsonl, checkpoints/ and TensorBoard events; if it holds a run,
+    that run is resumed. A recipe without a run_dir has runs/NAME, by its own name."""
     init_from: str | None = None
-    """A run folder whose encoder (and tokenizer) to start from; parts that differ, such as the head, start fresh."""
+    """A run, a checkpoint or a published folder whose encoder and tokenizer to start from. Parts that differ, such as
+    the head, are newly initialized."""
     objective: str = "masked_lm"
-    """What is learned: the name of a task."""
+    """The name of the task to learn."""
     steps: int = 1000
-    """Updates; with epochs they follow from that."""
+    """Updates of the run; epochs, if set, decides them."""
     extend: bool = False
-    """With more steps than a run was begun with: begin a new schedule where it stands, its warm-up first, over the
-    steps that are left. Where the learning rate is still at its peak (wsd before it falls), more steps alone do."""
+    """Make a run longer, with more steps than it was begun with, by a new schedule from the current step on, warm-up
+    first. Not needed while the learning rate is still at its peak (wsd before its decay)."""
     schedule_began: int = 0
     """The step at which the schedule began; extend sets it."""
     epochs: float | None = None
-    """Times that all rows of the training text are read: the steps follow from the rows, once they are packed."""
+    """How often to read the training text. Steps follow from it once the text is packed into rows."""
     budget_minutes: float | None = None
-    """End after this much training, compiling and evaluations not counted, if the steps are not done before. The
-    learning rate then goes by the share of steps or of time, whichever is larger; the rest of the settings by steps."""
+    """End after so many minutes of training, compiling and evaluations not counted, if the steps take longer. The
+    learning rate then follows the share of steps or of time, whichever is larger; all other settings follow steps."""
     batch_size: int = 32
-    """Rows in a step, over all devices; with batch_texts it follows from that."""
+    """Rows in a batch, over all devices; batch_texts, if set, decides it."""
     batch_texts: int | None = None
-    """Documents in a step, on average: batch_size is as many rows as hold them, once they are packed."""
+    """Documents in a batch, on average. batch_size follows from it once the text is packed into rows."""
     first_batch_size: int | None = None
-    """Rows in the first step; batches then double in size until they have batch_size. Each size is compiled once."""
+    """Rows in the first batch; batches then double until they have batch_size rows. Each size is compiled once."""
     batch_warmup_rate: float = 0.1
     """With first_batch_size: the share of steps that have smaller batches."""
     phases: tuple[Phase, ...] = ()
-    """Parts of the run with other settings, one after the other, such as longer rows or fewer masks: `Phase` has what
-    may change. A recipe has them; their settings then are options, such as --phases.0.share 0.9."""
+    """Parts of the run with other settings, one after the other, such as longer rows or fewer masks (see `Phase`). A
+    recipe lists them; their settings are then options, such as --phases.0.share 0.9."""
     num_microbatches: int = 1
-    """Gradients are accumulated over this many equal parts of a batch; the update is the same. CPUs are fastest with
-    2,000 to 4,000 tokens in each (LOG.md)."""
+    """Equal parts of a batch over which gradients are accumulated; the update is the same. CPUs are fastest with 2,000
+    to 4,000 tokens in each part (LOG.md)."""
     max_skipped: int = 0
-    """Updates that may be left out, in all, as their loss or gradient is not finite or exploded: the state stays as it
-    was and the run goes on. With one more it stops, as with the first at 0."""
+    """How many updates in all the run may skip because their loss or gradient is not finite or has exploded. A skipped
+    update leaves the state as it was. One more stops the run; with 0 the first one does."""
     max_norm_factor: float | None = None
-    """With max_skipped: a gradient has exploded if its norm is above so many times the median of the last 64 steps'."""
+    """With max_skipped: a gradient has exploded if its norm is above this factor times the median norm of the last 64
+    steps."""
     skip_rows: tuple[int, ...] = ()
-    """Steps whose rows are not learnt from: no update is made of them."""
+    """Steps whose rows make no update."""
     seed: int = 0
     seeds: int = 1
-    """Train so many runs, with seeds from seed on, in RUN_DIR/seed-0, seed-1 ..., and report their median and spread.
-    The same command again goes on where it was."""
+    """Train this many runs, with the seeds from seed on, in RUN_DIR/seed-0, RUN_DIR/seed-1, ..., and report the median
+    and the spread. The same command again continues where it stopped."""
     pooling: Literal["cls", "mean", "late"] = "cls"
-    """What classification reads of a document: its first token, the mean of its tokens, or late, the mean of the
-    logits of its tokens."""
+    """What classification reads: the document's first token (cls), the mean of its tokens (mean), or each token, whose
+    logits are averaged (late)."""
     compare_with_scratch: bool = False
     """After a run with init_from, train the same model without it, and report both."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int | Literal["epoch"] | None = None
-    """Steps between evaluations on held-out text; epoch evaluates after each; None once, at the end."""
+    """Steps between evaluations on held-out text; epoch evaluates after each epoch; None evaluates only at the end."""
     keep_best: str | None = None
-    """A metric of the evaluations, such as eval/f1: the checkpoint where it was best is kept beside the newest, and is
-    what the run ends with: what is reported, tested, loaded and exported. More is better, but of losses and errors."""
+    """A metric of the evaluations, such as eval/f1. The checkpoint where it was best is kept beside the newest; the run
+    reports, tests, loads and exports this one. A loss or an error is best when lowest, other metrics when highest."""
     patience: int | None = None
-    """With keep_best: end after so many evaluations on end without a better one."""
+    """With keep_best: end the run after so many evaluations in a row without a better one."""
     eval_batches: int | None = None
     """Batches of each evaluation; None reads all held-out text."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; one is also written at the end and before a signal stops the run."""
+    """Steps between checkpoints; a run also saves one at its end and when a signal stops it."""
     keep_checkpoints: int = 2
-    """The newest so many are kept, and the best by keep_best."""
+    """How many of the newest checkpoints to keep, beside the best by keep_best."""
     keep_every: int | None = None
-    """Checkpoints of steps that this divides are kept for good too, to look back at how the model came about."""
+    """Also keep for good the checkpoints whose step is a multiple of this."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Who gets the numbers of metrics.jsonl too; wandb needs pip install 'flax-encoder[wandb]'."""
+    """Services that also get the lines of metrics.jsonl; wandb needs pip install 'flax-encoder[wandb]'."""
     stall_seconds: float | None = None
-    """End with status 86 when no step was made for so long, evaluations and compiling included, and say where every
-    thread stands; None waits for ever."""
+    """If the run makes no step for this long, evaluations and compiling included, print the stack of every thread and
+    end with status 86; None waits for ever."""
     profile: str | None = None
-    """Steps FIRST:LAST, such as 100:105, of which a trace is written to RUN_DIR/profile."""
+    """Write a trace of the steps FIRST:LAST, such as 100:105, to RUN_DIR/profile."""
     model: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)

@@ -299,7 +299,8 @@ class Decoder(nnx.Module):
 
 
 class EncoderDecoder(nnx.Module):
-    """Rows of source tokens and of target tokens to logits of each target's next token; one token embedding for all."""
+    """Turns rows of source tokens and of target tokens into logits of each target's next token; source, target and, if
+    tied, logits have one token embedding."""
 
     __repr__ = short_repr
 
@@ -352,12 +353,13 @@ class EncoderDecoder(nnx.Module):
         return hidden if self.logit_scale == 1.0 else self.logit_scale * hidden
 
     def read(self, tokens: Int[Array, "R M"], segment_ids: Int[Array, "R M"]) -> Memory:
-        """Sources as the decoder reads them, each row one document with padding on either side."""
+        """The memory that the decoder attends to, of sources with one document per row and padding on either side."""
         positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
         return self.decoder.read(self.encoder(tokens, segment_ids, positions), segment_ids)
 
     def step(self, tokens: Int[Array, "B W"], cache: Cache) -> tuple[Float[Array, "B W V"], Cache]:
-        """Logits of what follows these tokens, the next of each of a source's W texts, and the cache with them."""
+        """(logits of the token after these, the cache with these added). The tokens are the newest ones of the W texts
+        that are written for each of B sources."""
         positions = jnp.broadcast_to(cache.length[:, None], tokens.shape)
         hidden, cache = self.decoder.step(self.embed(tokens, positions), cache)
         return self.logits(hidden), cache

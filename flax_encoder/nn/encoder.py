@@ -27,9 +27,10 @@ REMAT_POLICIES = {
 
 
 class EncoderLayer(nnx.Module):
-    """Attention, then feed-forward, each in residual branches normalised before (pre) or after (post) the sum.
+    """Attention, then a feed-forward block, each in a residual branch that is normalized before (pre) or after (post)
+    the sum.
 
-    `is_first` is layer 0 where that has parts of its own (`EncoderConfig.first_differs`).
+    `is_first`: this is a layer 0 that differs from the other layers (`EncoderConfig.first_differs`).
     """
 
     def __init__(self, config: EncoderConfig, is_first: bool = False, *, rngs: nnx.Rngs):
@@ -72,13 +73,13 @@ class EncoderLayer(nnx.Module):
         position: PositionInputs,
         window: Window | None,
     ) -> Float[Array, "B N T T"]:
-        """By which the layer's attention weighs values, where the layer is given x."""
+        """The layer's attention weights for the input x of the layer."""
         return self.attention.weights(self._read(x), segment_ids, position, window)
 
     def projections(
         self, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """(queries, keys, values) of the layer's attention, where the layer is given x; not turned by positions."""
+        """(queries, keys, values) of the layer's attention for the input x of the layer, before rotary positions."""
         return self.attention.projections(self._read(x))
 
     def _read(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -154,10 +155,11 @@ def short_repr(model: Any) -> str:
 
 
 class Encoder(nnx.Module):
-    """Packed rows of tokens to vectors, [B, T] -> [B, T, D], float32.
+    """Turns packed rows of tokens into vectors, [B, T] -> [B, T, D], float32.
 
-    Its only leaves are `nnx.Param`. The layers' parameters are stored stacked, with a leading axis named `layers`,
-    whichever way they run; a first layer that differs from the rest is a stack of one, `first`.
+    Its only leaves are `nnx.Param`. The parameters of the layers are stored stacked, with a leading axis named
+    `layers`, whether the layers run scanned or unrolled. A first layer that differs from the rest is a stack of one,
+    `first`.
     """
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
@@ -287,18 +289,18 @@ class Encoder(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         token_types: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "L B N T T"]:
-        """By which each token [T] weighs each token [T], of every layer and head, without dropout; rows as `__call__`
-        takes them.
+        """The attention weights of every layer and head, without dropout: how much each token [T] attends to each token
+        [T]. Arguments as in `__call__`.
 
-        float32; a token's weights add up to 1, over its own segment and window, and are 0 elsewhere; padding has none.
-        The layers' inputs are the model's own, the weights are computed by the plain implementation.
+        float32. A token's weights add up to 1 over its own segment and window, and are 0 elsewhere; padding has none.
+        The layers' inputs are the model's own; the plain `reference` computes the weights.
 
         Raises:
-          ValueError: recurrent layers, which have no attention; otherwise as `__call__`.
+          ValueError: the layers are recurrent and have no attention; otherwise as `__call__`.
         """
         config = self.config
         if config.layer != "attention":
-            raise ValueError(f"attention weights are of layers with attention: these are {config.layer}.")
+            raise ValueError(f"attention weights need layers with attention: these are {config.layer}.")
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
@@ -310,7 +312,7 @@ class Encoder(nnx.Module):
     def layer_weights(
         self, index: int, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
     ) -> Float[Array, "B N T T"]:
-        """`attention_weights` of layer `index` alone, counted from 0, where it is given x."""
+        """`attention_weights` of layer `index`, counted from 0, for the input x of that layer."""
         return self._weights(index, x, segment_ids, self._position_inputs(positions))
 
     def _weights(self, index, x, segment_ids, position: dict[int | None, PositionInputs]) -> Float[Array, "B N T T"]:
@@ -319,7 +321,7 @@ class Encoder(nnx.Module):
         return self.layer(index).attention_weights(x, segment_ids, position[reach], window)
 
     def layer(self, index: int) -> nnx.Module:
-        """The layer that runs as number `index`, from 0, out of its stack."""
+        """Layer `index`, counted from 0 in the order in which layers run, as a module of its own."""
         stack, start, stop = next(found for found in self._stacks() if index < found[2])
         graphdef, params = nnx.split(stack)
         runs = (stop - start) // jax.tree.leaves(params)[0].shape[0]

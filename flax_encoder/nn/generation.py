@@ -1,6 +1,6 @@
-"""Writing text with an encoder-decoder: greedy, by beams, or drawn. One compiled loop, all shapes fixed.
+"""Writing text with an encoder-decoder: greedily, by beam search or by sampling, in one compiled loop of fixed shapes.
 
-Axes: R sources, B of them that are written at a time, W beams, T the longest target with the token that starts it, V
+Axes: R sources, B sources whose targets are written at a time, W beams, T the longest target with its start token, V
 vocabulary, M the longest source.
 """
 
@@ -25,32 +25,34 @@ _NEVER = -1e9  # a score no text has; finite, so that differences of two stay nu
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """How text is written. Without `key`, the likeliest token each time, or with num_beams the likeliest text found.
+    """How text is written: greedily, by beam search with num_beams above 1, or by sampling with is_drawn.
 
     Raises:
-      ValueError: settings that contradict each other, or that would not be read.
+      ValueError: settings contradict each other, or one would not be read.
     """
 
     max_new_tokens: int = 128
     start_id: int = 0
     end_id: int | tuple[int, ...] | None = 1
-    """One id, or several any of which ends a text; None never ends before max_new_tokens."""
+    """The id that ends a text, or several ids, each of which does; None: a text ends only at max_new_tokens."""
     pad_id: int = 0
     num_beams: int = 1
     length_penalty: float = 1.0
-    """Beams: a text's score is its log-probability over its length to this power."""
+    """Beam search: a text's score is its log-probability divided by its length to this power."""
     early_stopping: bool | Literal["never"] = False
-    """Beams: stop at num_beams finished texts (True), once no better one is likely (False), or when sure ("never")."""
+    """Beam search stops at num_beams finished texts (True), when a better text is unlikely (False), or when none is
+    possible ("never")."""
     temperature: float = 1.0
-    """Drawn: logits are divided by it ..."""
+    """Sampling: logits are divided by it."""
     top_k: int | None = None
-    """... of the likeliest top_k tokens alone ..."""
+    """Sampling: draw only from the likeliest top_k tokens."""
     top_p: float | None = None
-    """... and of those the fewest that have this probability together (Holtzman et al., arXiv 1904.09751)."""
+    """Sampling: of those, draw only from the fewest tokens whose probabilities add up to this (Holtzman et al., arXiv
+    1904.09751)."""
     is_drawn: bool = False
-    """Draw tokens, by the key that `generate` is given."""
+    """Sample each token, by the key that `generate` takes."""
     rules: LogitRules = _NO_RULES
-    """What texts may not go on with."""
+    """Rules that change the scores of next tokens."""
 
     def __post_init__(self):
         rules = (
@@ -61,7 +63,7 @@ class Generation:
             (self.top_p is None or 0 < self.top_p <= 1, "top_p must be above 0 and at most 1, or None", self.top_p),
             (
                 not self.is_drawn or self.num_beams == 1,
-                "beams are not drawn: give num_beams=1, or do not draw (do_sample=False)",
+                "beam search does not sample: give num_beams=1, or do not sample (do_sample=False)",
                 self.num_beams,
             ),
             (self.rules.repetition_penalty > 0, "repetition_penalty must be above 0", self.rules.repetition_penalty),
@@ -78,12 +80,12 @@ class Generation:
             ),
             (
                 self.is_drawn or (self.temperature, self.top_k, self.top_p) == (1.0, None, None),
-                "temperature, top_k and top_p are of drawn text: set is_drawn and give a key",
+                "temperature, top_k and top_p are for sampling: set is_drawn and give a key",
                 (self.temperature, self.top_k, self.top_p),
             ),
             (
                 self.num_beams > 1 or (self.length_penalty, self.early_stopping) == (1.0, False),
-                "length_penalty and early_stopping are of beams: set num_beams",
+                "length_penalty and early_stopping are for beam search: set num_beams above 1",
                 (self.length_penalty, self.early_stopping),
             ),
         )
@@ -107,17 +109,17 @@ def generate(
     draws: Int[Array, "R"] | None = None,
     slots: int | None = None,
 ) -> Int[Array, "R T"]:
-    """A target for each source row: start_id, then up to max_new_tokens, then pad_id after end_id.
+    """Write a target for each source row: start_id, up to max_new_tokens tokens, and pad_id after end_id.
 
     Args:
-      segment_ids: 0 marks padding, on either side; one source a row. Of a row of padding nothing is written.
-      key: needed where the text is drawn; row i draws the same whatever rows stand beside it.
-      draws: the number of each row by which it draws, in place of i.
-      slots: how many sources are written at a time, None for all. Those whose text has ended make room for others,
-        long sources first, so that short texts do not wait for long ones.
+      segment_ids: one source per row; 0 marks padding, on either side. Nothing is written for a row of padding.
+      key: needed for sampling. Row i draws the same tokens, whatever the other rows are.
+      draws: for each row the number that decides its draws, in place of i.
+      slots: number of sources whose targets are written at a time; None is all. When a text ends, the next source takes
+        its place, long sources first, so that short texts do not wait for long ones.
 
     Raises:
-      ValueError: a key without is_drawn, or the reverse.
+      ValueError: there is a key without is_drawn, or the reverse.
 
     Example:
       >>> model = load_pretrained("t5").model

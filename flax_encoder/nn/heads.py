@@ -65,7 +65,7 @@ class Head(nnx.Module):
 
 
 class MaskedLMHead(Head):
-    """BERT's head: the transform, then the token embedding transposed, or a table of its own; a bias a token."""
+    """BERT's head: the transform, then a product with the token embedding or with a table of its own, plus a bias."""
 
     def __init__(self, config: EncoderConfig, head: HeadConfig | None = None, *, rngs: nnx.Rngs):
         head = head or HeadConfig()
@@ -91,7 +91,8 @@ class MaskedLMHead(Head):
         weights: Float[Array, "B M"],
         smoothing: float = 0.0,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The loss of these logits and how many are correct, summed by weight; large logits never live whole.
+        """The loss of these logits and the number of correct ones, summed by weight. Large logits are never all in
+        memory.
 
         Args:
           smoothing: share of each target that is spread evenly over all tokens (Szegedy et al., arXiv 1512.00567).
@@ -121,10 +122,11 @@ def _mesh_axes() -> MeshAxes | None:
 
 
 class ClassificationHead(Head):
-    """The transform (BERT's pooler: dense, tanh), dropout, projection to classes, in float32; 0 classes pool only.
+    """The transform (BERT's pooler: dense, tanh), dropout, and a projection to classes, in float32. With 0 classes it
+    does not project.
 
     Args:
-      transform: whether there is one if `head` leaves it open.
+      transform: whether there is a transform, if `head` leaves it open.
     """
 
     def __init__(

@@ -111,13 +111,13 @@ class Recurrence(nnx.Module):
 
 
 class RecurrentLayer(nnx.Module):
-    """One layer of `config.layer`, with dropout after it; a bidirectional one puts its two directions side by side.
+    """One layer of `config.layer`, with dropout after it; a bidirectional layer concatenates its two directions.
 
-    A document's first token, seen from where a direction begins, starts from a state of zeros; padding comes out as
-    zeros and passes nothing on. The products with the inputs are one matrix product, before the scan over tokens.
+    In each direction the state is zeros before a document's first token; padding comes out as zeros and passes no
+    state on. The products with the inputs are one matrix product, before the scan over tokens.
     Gates and biases lie as torch has them: `input` is weight_ih and bias_ih, `recurrence` weight_hh and bias_hh,
-    transposed. States, gates and result are float32; operands of matrix products have `config.dtype`. `is_first` reads
-    embeddings of their own width.
+    transposed. States, gates and result are float32; operands of matrix products have `config.dtype`. A layer that
+    `is_first` reads embeddings, which may have another width.
     """
 
     def __init__(self, config: EncoderConfig, is_first: bool = False, *, rngs: nnx.Rngs):

@@ -29,9 +29,9 @@ def linear(
     Args:
       x: batch axes, then D.
       kernel: [D, ...], or with `contract_last` [..., D], as a tied vocabulary head has it.
-      dtype: of the operands, in the backward pass too, where the bias's gradient is the sum of what the products take;
-        the gradients come back in the operands' own dtypes.
-      out_dtype: of the result. It is rounded to it once, but on a GPU the product, the bias and their sum are each.
+      dtype: dtype of the operands, also in the backward pass, where the bias's gradient is the sum of the rounded
+        operands. The gradients come back in the dtypes of x, kernel and bias.
+      out_dtype: dtype of the result, which is rounded once; on a GPU the product, the bias and their sum each are.
 
     Example:
       >>> linear(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.ones(4))[0].tolist()

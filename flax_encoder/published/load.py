@@ -134,10 +134,13 @@ class PretrainedModel(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
+    """A published model that `load_pretrained` opens. Called with NumPy arrays, it computes what transformers computes.
+    """
+
     model: PretrainedModel | EncoderDecoder
     config: EncoderConfig
     tokenizer: TextTokenizer | None
-    """None where the folder has no file of one."""
+    """None if the folder has no tokenizer."""
     family: Family
     task: Task | None
     head: HeadConfig
@@ -147,12 +150,12 @@ class Pretrained:
     fresh: tuple[str, ...]
     """Paths of the parameters that the folder did not have."""
     num_outputs: int = 0
-    """Of its head: classes, tags, or what the head's kind has."""
+    """Outputs of the head: its number of classes or tags, or what its kind has."""
     decoder: DecoderConfig | None = None
     settings: Settings | None = None
-    """How the folder says that its decoder writes."""
+    """The folder's settings of generation."""
     problem_type: str | None = None
-    """Of a classification head: one of several labels (None), multi_label_classification or regression."""
+    """Kind of a classification head: None (one of several labels), multi_label_classification or regression."""
 
     def __repr__(self) -> str:
         model = self.model.encoder if self.decoder is None else self.config
@@ -161,10 +164,10 @@ class Pretrained:
 
     @property
     def generation(self) -> Generation | None:
-        """How the decoder writes where `generate` is told nothing else.
+        """How the decoder writes if `generate` gets no settings.
 
         Raises:
-          DataError: the folder asks for what is not done here.
+          DataError: the folder has a setting that is not supported.
         """
         return None if self.settings is None else self.settings.generation()
 
@@ -188,8 +191,8 @@ class Pretrained:
           decoder_input_ids: an encoder-decoder's target; None encodes only.
 
         Raises:
-          DataError: ids or types that the embedding has not, arrays that do not fit each other, rows longer than the
-            model takes, or a target for no decoder.
+          DataError: the embedding lacks an id or a type, arrays do not fit each other, rows are longer than the model
+            takes, or there is a target and no decoder.
         """
         if decoder_input_ids is not None and self.decoder is None:
             raise DataError(f"decoder_input_ids are for encoder-decoders: this is a {self.task or 'bare encoder'}.")
@@ -212,7 +215,7 @@ class Pretrained:
         attention_mask: Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"] | None = None,
         token_type_ids: Int[np.ndarray, "B T"] | None = None,
     ) -> tuple[Array | None, ...]:
-        """What `model` takes: tokens, segment_ids, positions as the family counts them, and types if it has any.
+        """The arguments of `model`: tokens, segment_ids, positions as the family counts them, and types if it has any.
 
         BERT counts columns. RoBERTa counts the tokens that are not its padding's id, with an attention_mask or
         without one, as transformers 5 does: that id is skipped wherever it stands, also where a text spells `<pad>`.
@@ -241,14 +244,14 @@ class Pretrained:
         """Write a target for each row, as the folder's generation_config.json and `settings` say.
 
         Args:
-          do_sample: draw tokens, by `seed`; None is what the folder says, or else the likeliest.
-          settings: `Generation`'s fields, such as num_beams. They win over the folder's.
+          do_sample: sample tokens, by `seed`; None is what the folder says, or else the likeliest token each time.
+          settings: `Generation`'s fields, such as num_beams. They override the folder's.
 
-        Returns ids with the one that starts them, padded to the longest.
+        Returns the ids of the texts with their start token, padded to the longest.
 
         Raises:
-          DataError: no decoder, or a folder that asks for what is not done here. ValueError: settings that contradict
-            each other.
+          DataError: there is no decoder, or the folder has a setting that is not supported.
+          ValueError: settings contradict each other.
         """
         if self.decoder is None:
             raise DataError(f"only encoder-decoders generate: this model is a {self.task or 'bare encoder'}.")
@@ -313,17 +316,18 @@ def load_pretrained(
     """Load a published folder: config.json, safetensors or pickled tensors, and whatever tokenizer it has.
 
     Args:
-      task: the head to load, "none" for the encoder alone, whatever head is on it; None is that of config.json's
-        architectures, or else the one that the weights hold.
-      num_labels: classes of a head that is not in the folder; None is config.json's.
-      allow_unused: leave out tensors that nothing here reads, rather than refuse them.
-      seed: for heads that the folder has not; None leaves them zero and unsaid, for a caller that makes its own.
+      task: the head to load; "none" loads only the encoder, whatever head the folder has. None takes the head of
+        config.json's architectures, or else the one in the weights.
+      num_labels: number of classes of a head that the folder lacks; None is config.json's.
+      allow_unused: leave out tensors that no part of the model reads, rather than refuse them.
+      seed: initializes heads that the folder lacks. None leaves them at zero without a log line, for callers that
+        make their own.
 
     Raises:
-      ConfigError: no published folder, an unknown model_type or architecture, a config field or a tensor that is not
-        understood, a tensor of the wrong shape.
-      WeightsError: weights that are missing, truncated or corrupt.
-      DataError: a tokenizer that cannot be read, or has an id beyond the embedding.
+      ConfigError: the folder is no published folder, its model_type or architecture is unknown, a config field or a
+        tensor is not understood, or a tensor has the wrong shape.
+      WeightsError: weights are missing, truncated or corrupt.
+      DataError: the tokenizer cannot be read, or has an id beyond the embedding.
 
     Example:
       >>> bert = load_pretrained("bert")

@@ -58,13 +58,13 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def read_weights(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Every tensor of a folder, in the dtype it is stored in (bfloat16 and float8 are ml_dtypes').
+    """Read every tensor of a folder, in the dtype in which it is stored (bfloat16 and float8 are those of ml_dtypes).
 
-    A name that safetensors' metadata calls another's copy is there too, as the same array.
+    If safetensors' metadata calls a name a copy of another, both names have the same array.
 
     Raises:
-      WeightsError: no weights; a missing, truncated or corrupt file; shards that do not fit their index; or a pickle
-        that holds anything but tensors and plain containers.
+      WeightsError: there are no weights; a file is missing, truncated or corrupt; shards do not fit their index; or a
+        pickle holds anything but tensors and plain containers.
 
     Example:
       >>> read_weights("bert")["bert.embeddings.word_embeddings.weight"].ndim
@@ -96,12 +96,12 @@ def write_weights(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write `model.safetensors`, or shards and an index where it would be larger than `max_shard_bytes`.
+    """Write `model.safetensors`, or shards and an index if the file would be larger than `max_shard_bytes`.
 
-    What can be seen in the folder is whole at any moment: files are written under other names first, the index last.
+    The visible files are complete at any moment: they are first written under other names, the index last.
 
     Args:
-      dtype: what floating-point tensors are rounded to; None keeps each as it is.
+      dtype: the dtype to which floating-point tensors are rounded; None keeps each tensor's own.
 
     Raises:
       WeightsError: the folder has weights already, or a number is too large for `dtype`.

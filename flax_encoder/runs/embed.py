@@ -93,14 +93,14 @@ class Vectors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Embedder:
-    """Makes vectors of texts: `load_embedder` opens one."""
+    """A model that makes vectors of texts; `load_embedder` opens one."""
 
     encoder: Encoder
     tokenizer: TextTokenizer
     settings: SentenceSettings = dataclasses.field(default_factory=SentenceSettings)
-    """max_tokens None has no limit."""
+    """With max_tokens None there is no limit."""
     normalize_last: bool = False
-    """Scale vectors to length 1 after everything that the settings say."""
+    """Scale vectors to length 1 after all that the settings do."""
 
     @property
     def config(self) -> EncoderConfig:
@@ -108,7 +108,7 @@ class Embedder:
 
     @property
     def pooling(self) -> PoolingMode | tuple[PoolingMode, ...]:
-        """How a text's vectors become one; several ways, concatenated, are a tuple."""
+        """How the vectors of a text's tokens become one; a tuple concatenates the results of several ways."""
         pooling = self.settings.pooling
         return pooling[0] if len(pooling) == 1 else pooling
 
@@ -119,22 +119,22 @@ class Embedder:
 
     @property
     def max_tokens(self) -> int | None:
-        """Longer texts are cut to so many tokens, special ones and the prompt's included; None has no limit."""
+        """Longer texts are cut to so many tokens, special tokens and the prompt included; None is no limit."""
         return self.settings.max_tokens
 
     @property
     def prompts(self) -> dict[str, str]:
-        """What can be put before texts, by name."""
+        """The prompts that can be put before texts, by name."""
         return dict(self.settings.prompts)
 
     @property
     def prompt(self) -> str:
-        """What is put before every text where no prompt is named."""
+        """The prompt that is put before every text if none is named."""
         return self.settings.prompts.get(self.settings.default_prompt_name, "")
 
     @functools.cached_property
     def embed_dim(self) -> int:
-        """E, features of a vector."""
+        """E, the number of features of a vector."""
         dims = [layer.arrays["kernel"].shape[1] for layer in self.settings.layers if layer.kind == "Dense"]
         dim = dims[-1] if dims else self.config.embed_dim * len(self.settings.pooling)
         return min(dim, self.settings.truncate_dim or dim)
@@ -178,17 +178,17 @@ class Embedder:
         *,
         prompt_name: str | None = None,
     ) -> tuple[Float[np.ndarray, "N E"], int]:
-        """(a vector a text, in the texts' order, float32; how many texts were cut).
+        """(one float32 vector per text, in the texts' order; the number of texts that were cut).
 
         Args:
           texts: a text without a token has a vector of zeros.
-          batch_size: rows of 64 tokens a batch, or their tokens in longer rows; None suits the device, and few texts,
-            whose vectors then differ from those of `stream` by rounding.
-          progress: hears how many texts are done.
+          batch_size: rows of 64 tokens in a batch; longer rows have as many tokens together. None chooses by the device
+            and the number of texts; the vectors of few texts then differ from those of `stream` by rounding.
+          progress: called with the number of texts that are done.
           prompt_name: which of `prompts` to put before every text; None is `prompt`.
 
         Raises:
-          DataError: what is no list of texts, a batch_size below 1, or a prompt that is not there.
+          DataError: `texts` is no list of texts, batch_size is below 1, or there is no such prompt.
         """
         texts, rows, prompt = check_texts(texts), _rows_of(batch_size), self._prompt_of(prompt_name)
         if batch_size is None:
@@ -319,19 +319,19 @@ def load_embedder(
     allow_unused: bool = False,
     dimensions: int | None = None,
 ) -> Embedder:
-    """An Embedder of a run, a published folder, whatever head it has, or a sentence-transformers folder.
+    """Open a run, a published folder with any head, or a sentence-transformers folder as an Embedder.
 
     Args:
-      pooling, normalize, max_tokens: None takes what a sentence-transformers folder says. Else it is the mean, no, and
-        what the model takes: what its tokenizer and its config say, or the length of a run's rows.
-      dtype: of matrix products; None is the model's.
-      allow_unused: leave out tensors of a published folder that nothing here reads. Heads always are.
-      dimensions: of each vector keep so many features, the first (Kusupati et al., arXiv 2205.13147), scaled to length
-        1 again where whole vectors are; None keeps what the folder says.
+      pooling, normalize, max_tokens: None takes what a sentence-transformers folder says. Other folders have the mean,
+        no normalization, and the longest text that the tokenizer and the model's config, or a run's rows, allow.
+      dtype: dtype of the operands of matrix products; None is the model's.
+      allow_unused: leave out tensors of a published folder that no part of the model reads. Heads are always left out.
+      dimensions: keep this many first features of each vector (Kusupati et al., arXiv 2205.13147), scaled to length 1
+        again if whole vectors are; None keeps what the folder says.
 
     Raises:
-      ConfigError: a sentence-transformers folder has something that is not done here, or layers that do not fit its
-        encoder or the pooling; a pooling that is not known.
+      ConfigError: a sentence-transformers folder has a part that is not supported, or layers that do not fit its
+        encoder or the pooling; or the pooling is unknown.
       DataError: the folder has no tokenizer, max_tokens is more than the model takes or leaves no room for text, or
         dimensions are more than a vector has.
       And whatever `load_pretrained` and `load_run` raise.

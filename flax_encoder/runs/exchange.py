@@ -39,13 +39,12 @@ def import_folder(
     head: Task | Literal["none"] | None = None,
     allow_unused: bool = False,
 ) -> None:
-    """Make a run folder of a published one: what is trained from, asked or exported like any other.
+    """Turn a published folder into a run folder, which can be trained from, queried or exported like any other.
 
-    A folder without a head gets a new masked_lm one, which is named in a log line.
+    A folder without a head gets a new masked_lm head, which a log line names.
 
     Raises:
-      ConfigError: `out` has something in it already; or the folder has a head that no objective trains. And whatever
-        `load_pretrained` raises.
+      ConfigError: `out` is not empty; or no objective trains the folder's head. And whatever `load_pretrained` raises.
 
     Example:
       >>> import_folder("bert", "runs/from-bert", head="none")
@@ -84,18 +83,20 @@ def export_run(
     allow_unused: bool = False,
     part: str | None = None,
 ) -> str:
-    """Write a run, a checkpoint or a published folder as one that transformers opens. Returns its architecture there.
+    """Write a run, a checkpoint or a published folder as a folder that transformers opens. Returns the name of its
+    architecture in transformers.
 
     Args:
-      dtype: of the weights.
-      model_type: the family to write it as; None takes the first that can say it.
+      dtype: dtype of the weights.
+      model_type: the family to write; None takes the first that can express the model.
       encoder_only: leave out the head.
-      part: of a run that trains several models, such as the generator of replaced_token_detection; None is the encoder.
-      head, allow_unused: of a published folder, as in `load`. All that is loaded of it is written.
+      part: the model to write, of a run that trains several, such as "generator" of replaced_token_detection; None is
+        the encoder.
+      head, allow_unused: for a published folder, as in `load`. All that is loaded is written.
 
     Raises:
-      ConfigError: no published family can say this model, with what keeps the given, or the nearest, from it; `out`
-        has something in it already; the folder has not the head that it is asked for.
+      ConfigError: no published family can express this model (the message says why model_type, or the nearest family,
+        cannot); `out` is not empty; or the folder lacks the requested head.
 
     Example:
       >>> export_run("bert", "bert-encoder", encoder_only=True)

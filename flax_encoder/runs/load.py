@@ -51,18 +51,18 @@ def load(
     dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> LoadedRun:
     """Open a run folder (its newest checkpoint, or its best with keep_best), one checkpoint, or a published folder, to
-    ask it, export it, embed with it or train from it. It may be at a URL, such as gs://BUCKET/RUN.
+    query it, export it, embed with it or train from it. The folder may be at a URL, such as gs://BUCKET/RUN.
 
     Args:
       objective: the task to open a published folder for; None is what its config.json says. A run has its own.
-      head: the head to load of a published folder where no objective is given, "none" for the encoder alone.
-      allow_unused: leave out tensors of a published folder that nothing here reads, rather than refuse them.
-      dtype: of the operands of matrix products; None is the model's own. Parameters stay float32.
+      head: the head to load from a published folder if there is no objective; "none" loads only the encoder.
+      allow_unused: leave out tensors of a published folder that no part of the model reads, rather than refuse them.
+      dtype: dtype of the operands of matrix products; None is the model's own. Parameters stay float32.
 
     Raises:
-      CheckpointError: no checkpoint, or one that cannot be read. ConfigError, WeightsError: as `load_pretrained`;
-        an objective that is not known.
-      DataError: a published folder without a tokenizer, or without the head that `objective` has.
+      CheckpointError: there is no checkpoint, or it cannot be read.
+      ConfigError, WeightsError: as `load_pretrained`; or the objective is unknown.
+      DataError: a published folder has no tokenizer, or lacks the head of `objective`.
 
     Example:
       >>> run = load("runs/movie")
@@ -79,11 +79,11 @@ def load(
 
 
 def load_run(path: str | pathlib.Path) -> LoadedRun:
-    """Load a run folder's newest checkpoint, or of a run with keep_best the best; or one checkpoint, by itself: no
-    other file is needed. Adapters (lora) are in the model's kernels then.
+    """Load a run folder's newest checkpoint (with keep_best its best), or one checkpoint, which needs no other file.
+    LoRA adapters are merged into the model's kernels.
 
     Raises:
-      CheckpointError: there is none, or it cannot be read.
+      CheckpointError: there is no checkpoint, or it cannot be read.
 
     Example:
       >>> load_run("runs/movie").config.objective

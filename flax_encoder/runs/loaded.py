@@ -1,4 +1,4 @@
-"""A trained model with its config, tokenizer and labels, ready to be asked; `load` opens the folders that hold one."""
+"""A trained model with its config, tokenizer and labels, ready to be queried; `load` opens folders that hold one."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ class TokenVectors(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model, ready to be asked."""
+    """A trained model with its config, tokenizer and labels, ready to be queried; `load` opens one."""
 
     model: Any
     """The task's module (`MaskedLM`, `Classifier`, ...); `model.encoder` is the `Encoder`."""
@@ -64,7 +64,7 @@ class LoadedRun:
     label_names: list[str] | None
     step: int
     fresh: tuple[str, ...] = ()
-    """Parameters of the head that no weights were found for: with any, the model gives vectors but no answers."""
+    """Parameters of the head that the folder lacks. With any, the model gives vectors but no answers."""
 
     def __repr__(self) -> str:
         labels = "" if self.label_names is None else f", {len(self.label_names)} labels"
@@ -75,8 +75,8 @@ class LoadedRun:
         return find_task(self.config.objective)
 
     def part(self, name: str | None = None) -> "LoadedRun":
-        """One of the models of a run that trains several, as a run of its own; None is what the run is for. A run that
-        trains one model is its own part.
+        """One model of a run that trains several, as a run of its own. None is the run's main model; for a run with one
+        model that is the run itself.
 
         Raises:
           ConfigError: there is no part of this name.
@@ -130,10 +130,11 @@ class LoadedRun:
         return self._of_batch(lambda model, batch: (model.loss(batch), model.outputs(batch)))
 
     def with_settings(self, generation: GenerationConfig | None = None, prefix: str | None = None) -> "LoadedRun":
-        """This run, asked otherwise: what `generation` gives of how texts are written, and another `data.prefix`.
+        """This run with other settings of generation (those of `generation` that are not None) and another
+        `data.prefix`.
 
         Raises:
-          ConfigError: the task reads no such setting, or settings that contradict each other.
+          ConfigError: the task reads no such setting, or settings contradict each other.
         """
         given = generation or GenerationConfig()
         if (given != GenerationConfig() or prefix is not None) and not is_setting_read(
@@ -150,7 +151,7 @@ class LoadedRun:
         return self if dtype is None else self.with_model_settings(dtype=dtype)
 
     def with_model_settings(self, **settings: Any) -> "LoadedRun":
-        """This run with other settings of `config.model` that say how it computes, and not what it is."""
+        """This run with other values of settings of `config.model` that its parameters do not depend on."""
         config = self._with_model(**settings)
         return self if config == self.config else self._as(config)
 
@@ -173,15 +174,15 @@ class LoadedRun:
             )
 
     def predict(self, records: Iterable[Record | str | tuple[str, ...]] | Any) -> Iterator[Answer]:
-        """An answer a record, in order: what the task's `answer` makes of the model's outputs.
+        """One answer per record, in order: what the task's `answer` makes of the model's outputs.
 
-        Records are packed into rows, some thousands at a time, which is all that is held in memory. A record may be a
-        text, or a tuple of texts; values that it has are not looked at, but words that it names are kept. The answer to
-        one that has a name has it as `id`.
+        A record may be a `Record`, a text, or a tuple of texts. Some thousands are packed into rows at a time, and no
+        more are in memory. The right value of a record is ignored, but its words are kept. If a record has a name, its
+        answer has it as `id`. The answer to a record without a token is {"error": ...}.
 
         Raises:
-          DataError: a task without answers, what is no list of records, or a record that is none, or has another number
-            of texts than the task reads. A record without a token has an answer that says so, {"error": ...}.
+          DataError: the task has no answers, `records` is no list of records, or a record has another number of texts
+            than the task reads.
         """
         self._check_asked()
         if self.task.answer is None:
@@ -276,10 +277,10 @@ class LoadedRun:
         return {name: np.concatenate([part[name] for part in parts], 1) for name in parts[0]}
 
     def fill_mask(self, text: str | Any, top: int = 5) -> list[list[dict[str, Any]]]:
-        """The likeliest tokens for each mask of a text, as [{"token", "probability"}, ...] a mask, likeliest first.
+        """For each mask of a text the `top` likeliest tokens, likeliest first, as [{"token", "probability"}, ...].
 
         Raises:
-          DataError: it is no text, has no mask, or is longer than the model takes, or the run has no masked-LM head.
+          DataError: `text` is no text, has no mask or is longer than the model takes, or the run has no masked-LM head.
         """
         if not self.task.fills_masks:
             raise DataError(f"fill-mask needs a masked_lm run: this one is {self.config.objective}.")
@@ -303,15 +304,16 @@ class LoadedRun:
         """The vector of each token of a text, or of a pair of texts, and how the tokens attend to each other.
 
         Args:
-          output_attentions: give `attentions` too, of every layer and head, by the plain implementation of attention.
+          output_attentions: also give `attentions`, of every layer and head, by the plain implementation of attention.
 
         Raises:
-          DataError: a text without a token, or longer than the model takes. ValueError: attentions of recurrent layers.
+          DataError: a text has no token, or is longer than the model takes.
+          ValueError: the model is recurrent and has no attention.
         """
         return self.token_vectors(self.row(text, text_pair), output_attentions)
 
     def token_vectors(self, row: Batch, output_attentions: bool = False) -> TokenVectors:
-        """Of a row [1, T] that `row` made; without the padding at its end."""
+        """The token vectors of a row [1, T] that `row` made, without the padding at its end."""
         length = int(np.count_nonzero(row["segment_ids"]))
         vectors = np.asarray(self._encode(row))[0, :length]
         tokens = [self.tokenizer.token(i) for i in row["tokens"][0, :length].tolist()]
@@ -336,7 +338,7 @@ class LoadedRun:
         """A text, or a pair of texts, as a row of its own, padded to the next usual length.
 
         Raises:
-          DataError: a text without a token, or longer than the model's learned positions reach.
+          DataError: a text has no token, or is longer than the model's learned positions reach.
         """
         frame = Frame.of(self.tokenizer, self.config.model.position_offset)
         texts = tuple(check_texts([text] if text_pair is None else [text, text_pair]))
@@ -364,8 +366,8 @@ class LoadedRun:
         return batch
 
     def classify(self, text: str | tuple[str, str]) -> list[dict[str, Any]]:
-        """Every label's probability, as [{"label", "probability"}, ...], likeliest first. A text that is longer than
-        the rows of training is cut, as in training.
+        """The probability of every label, likeliest first, as [{"label", "probability"}, ...]. A text that is longer
+        than the rows of training is cut, as in training.
 
         Raises:
           DataError: the run has no classification head.

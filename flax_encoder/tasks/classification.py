@@ -33,7 +33,7 @@ from flax_encoder.tasks.task import Answer, Labels, Question, Task
 
 
 class Classifier(DocumentModel):
-    """A logit a class; a document's target is its label."""
+    """One logit per class; a document's target is its label."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Classifier(DocumentModel):
         self.smoothing, self.distillation = smoothing, distillation or DistillationConfig()
 
     def loss(self, batch: dict[str, Array], *, key: Array | None = None, teacher: Any = None) -> LossSum:
-        """Of `self(batch)`; with a teacher, a model like this one, `distillation_loss`."""
+        """The loss of `self(batch)`; with a teacher, which is a model like this one, `distillation_loss`."""
         if teacher is not None:
             return distillation_loss(self, teacher, batch, self.distillation, key=key)
         return self.loss_of(self(batch, key=key), batch)

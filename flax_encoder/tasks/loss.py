@@ -9,7 +9,7 @@ from flax_encoder.ops.cross_entropy import cross_entropy
 
 
 class LossSum(NamedTuple):
-    """Sums over targets, float32. The mean, sum / count, is taken once, after everything is added up."""
+    """A loss as sums over targets, float32. The mean, sum / count, is taken once, after all sums are added up."""
 
     sum: Float[Array, ""]
     count: Float[Array, ""]
@@ -20,7 +20,7 @@ class LossSum(NamedTuple):
         return LossSum(self.sum + other.sum, self.count + other.count, metrics)
 
     def means(self, **metrics: str) -> dict[str, float]:
-        """For people: `loss`, and by each name the mean of a metric over the targets; 0 where there are none.
+        """The means over targets as floats: `loss`, and each metric under its new name. Without targets they are 0.
 
         Example:
           >>> LossSum(jnp.float32(3), jnp.float32(2), {"correct": jnp.float32(1)}).means(accuracy="correct")
@@ -31,7 +31,7 @@ class LossSum(NamedTuple):
 
 
 def accuracy_report(total: LossSum) -> dict[str, float]:
-    """The loss (nats a target), and how many targets no other class beats."""
+    """The mean loss in nats, and the accuracy: the share of targets that no other class beats."""
     return total.means(accuracy="correct")
 
 

@@ -48,8 +48,8 @@ class MaskedLM(nnx.Module):
         return self.head(self._target_rows(batch, key), self.encoder.embedding.token[...])
 
     def loss(self, batch: dict[str, Array], *, key: Array | None = None, teacher: Any = None) -> LossSum:
-        """Of `self(batch)`, without those logits all at once where they are large; with a teacher, a model like this
-        one, `distillation_loss`."""
+        """The loss of `self(batch)`, without all of its logits in memory if they are large; with a teacher, which is a
+        model like this one, `distillation_loss`."""
         if teacher is not None:
             return distillation_loss(self, teacher, batch, self.distillation, key=key)
         weights, token_embedding = batch["target_weights"], self.encoder.embedding.token[...]
@@ -66,7 +66,7 @@ class MaskedLM(nnx.Module):
     def logits(
         self, hidden: Float[Array, "B T D"], batch: dict[str, Array], *, key: Array | None = None
     ) -> Float[Array, "B M V"]:
-        """Those at `target_positions`, of the encoder's output."""
+        """The logits at `target_positions`, from the encoder's output."""
         return self.head(gather_rows(hidden, batch["target_positions"]), self.encoder.embedding.token[...])
 
     def loss_of(self, logits: Float[Array, "B M V"], batch: dict[str, Array]) -> LossSum:

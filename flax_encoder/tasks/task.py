@@ -1,4 +1,4 @@
-"""What a task is: one record of functions, which the rest of the house reads without asking which task it has."""
+"""A task is one record of functions; other code reads the record and never asks which task it is."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +22,11 @@ from flax_encoder.tasks.samples import Samples
 Batch = dict[str, Array]
 Labels = list[str] | None
 Answer = dict[str, Any]
-"""What a model says of one document, ready for JSON but for arrays, which scores are made of and files leave out."""
+"""A model's answer to one document, ready for JSON except for arrays, which scores use and files leave out."""
 
 
 class Objective(Protocol):
-    """A model with what it is trained for: an `nnx.Module` with an `encoder`."""
+    """A model with its loss: an `nnx.Module` with an `encoder`."""
 
     encoder: Any
 
@@ -37,37 +37,37 @@ class Objective(Protocol):
         ...
 
     def outputs(self, batch: Batch) -> dict[str, Array]:
-        """What answers are made of: arrays [B, M, ...], an entry for each target of the batch."""
+        """Arrays [B, M, ...], with an entry for each target of the batch, from which answers are made."""
         ...
 
 
 @runtime_checkable
 class CoupledObjective(Objective, Protocol):
-    """An objective whose loss compares rows of a batch with one another, so that it is no sum over parts of the batch:
+    """An objective whose loss compares rows of a batch with one another, so it is not a sum over parts of the batch.
     `loss(batch)` is `coupled_loss(represent(batch), batch)`."""
 
     def represent(self, batch: Batch, *, key: Array | None = None) -> Array:
-        """What the loss needs of each row, made of that row alone: [B, ...]."""
+        """What the loss needs of each row, computed from that row alone: [B, ...]."""
         ...
 
     def coupled_loss(self, representations: Array, batch: Batch) -> LossSum:
-        """The loss of a whole batch; it reads small fields of it, and parameters besides the encoder's."""
+        """The loss of a whole batch; it reads only small fields of the batch, and parameters outside the encoder."""
         ...
 
 
 class VectorSettings(NamedTuple):
-    """How a task's encoder makes vectors of texts, which are scaled to length 1."""
+    """How a task's encoder makes vectors of texts; vectors are scaled to length 1."""
 
     pooling: PoolingMode
     prompts: Mapping[str, str] = MappingProxyType({})
-    """What is put before texts, by name: `query` and `document`."""
+    """The prompts that are put before texts, by name: `query` and `document`."""
 
 
 class Question(NamedTuple):
-    """A document and what the model puts out for it, to be made an answer."""
+    """A document and the model's outputs for it, from which a task makes an answer."""
 
     outputs: Sequence[Mapping[str, np.ndarray]]
-    """For each of its windows or pieces that has targets, in order: arrays [m, ...], m the targets."""
+    """Arrays [m, ...] of m targets, for each window or piece of the document that has targets, in order."""
     labels: Labels
     config: RunConfig
     record: Record | None = None
@@ -75,15 +75,15 @@ class Question(NamedTuple):
     window_starts: Sequence[int] = (0,)
     """Where each window or piece begins in the document's last text, in tokens."""
     offsets: np.ndarray | None = None
-    """int32 [tokens, 2]: where each token's characters begin and end in its text; of all texts end to end."""
+    """int32 [tokens, 2]: where each token's characters begin and end in its text, for all texts end to end."""
     text_lengths: np.ndarray | None = None
     """Tokens of each text."""
     tokens: np.ndarray | None = None
     """Ids of all texts end to end."""
     decode: Callable[[np.ndarray], str] | None = None
-    """Ids to text, where the record is not known."""
+    """Turns ids into text, if the record is not known."""
     written: Callable[[np.ndarray], str] | None = None
-    """Ids that a model wrote to text, without special tokens."""
+    """Turns the ids that a model wrote into text, without special tokens."""
 
 
 def _nothing(config: RunConfig) -> None: ...
@@ -102,13 +102,13 @@ def _settled(config: RunConfig, data: Any) -> RunConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """One way to learn: what it reads, its model, and what is said of the model afterwards."""
+    """A training objective: the data that it reads, its model, its answers and its scores."""
 
     reading: Reading
     make_model: Callable[[RunConfig, Labels], Callable[[nnx.Rngs], nnx.Module]]
-    """An `Objective`'s factory; labels are the names of classes or tags, where the data has them."""
+    """Makes the factory of an `Objective`; labels are the names of classes or tags, if the data has them."""
     report: Callable[[LossSum], dict[str, float]]
-    """Means of summed metrics, `loss` among them: a line of the log."""
+    """Turns summed metrics into means for a line of the log, `loss` among them."""
     headline: str = "accuracy"
     """The metric that stands beside the loss on the progress line."""
     reads: tuple[str, ...] = ()
@@ -118,51 +118,51 @@ class Task:
     check_labels: Callable[[Labels], None] = _no_labels_to_check
     """Raises DataError for labels that the task cannot learn."""
     settle: Callable[[RunConfig, Any], RunConfig] = _settled
-    """The config with what its data (`RunData`) decides filled in, where it was left open."""
+    """Fills in settings of the config that were left open and that its data (`RunData`) decides."""
     answer: Callable[[Question], Answer] | None = None
-    """None: the task has no answers, and its loss is all that an evaluation gives."""
+    """Makes the answer to a document. None: the task has no answers, and an evaluation gives only its loss."""
     asked: Callable[[Record], Record] = _without_value
-    """A record as it is put to the model, without what is to be found."""
+    """A record as the model gets it, without the value to predict."""
     gold: Callable[[Split, int, Labels], Any] | None = None
     """The right value of a stored document, as a `Record` has it, with token ids in place of a text."""
     score: Callable[[Sequence[Answer], Sequence[Any], Labels], dict[str, float]] | None = None
-    """Answers held against the right values, by the library that defines each metric."""
+    """The scores of answers against right values, by the library that defines each metric."""
     details: Callable[[Sequence[Answer], Sequence[Any], Labels], dict[str, Any]] | None = None
-    """What `evaluate` shows besides: scores of each label and the like."""
+    """More that `evaluate` shows, such as the scores of each label."""
     baselines: Callable[[Any, Any], dict[str, dict[str, float]]] | None = None
-    """What can be had without the model, of a loaded run and its data (`RunData`): rows of the final table."""
+    """The scores of simple baselines, for a loaded run and its data (`RunData`): rows of the final table."""
     examples: Callable[[Any, Any], list[str]] | None = None
-    """A few lines of what a loaded run says of its held-out data (`RunData`)."""
+    """A few lines with a loaded run's answers to its held-out data (`RunData`)."""
     samples: Callable[[RunConfig, TextTokenizer, Split, tuple[int, int]], Samples | None] | None = None
-    """Of a task without answers: held-out rows that the model is asked about at every evaluation, given what must
-    divide their number and their length. A task with answers shows some of those."""
+    """For a task without answers: held-out rows that the model is asked about at every evaluation; the last argument
+    must divide their number and their length. A task with answers shows some of its answers."""
     commands: Callable[[Any], list[str]] | None = None
-    """What to type to use a loaded run."""
+    """The commands to type next, to use a loaded run."""
     parts: Mapping[str, Callable[[Any], tuple[RunConfig, Any]]] = field(default_factory=dict)
-    """Of a task whose model holds several: what each is called, and (its config, its module) of a loaded run, to be
-    exported like a run of its own. The first is what the run gives where no part is named. None: the model is one."""
+    """For a task whose model holds several models: their names, and a function of a loaded run to (config, module) of
+    each, which is exported like a run of its own. The first one is the run's main model. Empty: there is one model."""
     head: str | None = None
-    """Name of its head among a published family's `heads`; None exports the encoder alone."""
+    """Name of its head among a published family's `heads`; None exports only the encoder."""
     problem_type: str | None = None
-    """What a published config says of a head that several tasks have."""
+    """`problem_type` in a published config, for a head that several tasks have."""
     answers_for: Literal["tokens", "documents"] | None = None
-    """What the head has logits of, where a row is one text: each of its tokens, or all of it. None: a program of the
-    model (`export --stablehlo`) is the encoder alone."""
+    """What the head has logits for: each token, or the whole text of a row. With None `export --stablehlo` writes only
+    the encoder."""
     fills_masks: bool = False
     """Whether the model predicts masked tokens, so that `fill_mask` can ask it."""
     needs_offsets: bool = False
     """Whether answers count characters."""
     compares_start: bool = False
-    """Whether the model before training has scores that mean something: they are another baseline."""
+    """Whether the model's scores before training are meaningful, and so are another baseline."""
     vectors: Callable[[RunConfig], VectorSettings] | None = None
-    """Of a task that is there to make vectors: `embed` and `export` follow it."""
+    """For a task that makes vectors: the settings that `embed` and `export` use."""
 
 
 def reads_setting(task: Task, setting: str, of_some: frozenset[str]) -> bool:
-    """Whether a task reads a setting, dotted: one that no task names in `reads` is read by all.
+    """Whether a task reads a setting, dotted. All tasks read a setting that no task names in `reads`.
 
     Args:
-      of_some: the settings that any task names.
+      of_some: the settings that at least one task names.
     """
     return not _is_among(setting, of_some) or _is_among(setting, task.reads)
 
@@ -175,7 +175,7 @@ def check_settings(task: Task, name: str, config: RunConfig, of_some: frozenset[
     """A setting that only some tasks read must be at its default for a task that does not.
 
     Raises:
-      ConfigError: such a setting, or one that the task's own rules refuse.
+      ConfigError: there is such a setting, or the task's own rules refuse one.
     """
     for setting, (default, given) in differences(RunConfig(objective=config.objective), config).items():
         if not reads_setting(task, setting, of_some):

@@ -35,19 +35,19 @@ class ScheduledState(NamedTuple):
 def make_optimizer(
     config: OptimizerConfig, steps: int, axes: Any, schedule_began: int = 0, phases: Sequence[Ramp] = ()
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, then config.name with its schedule and decoupled weight decay; what is frozen stays,
-    and has no state. With config.average the parameters are the average (`averaged`).
+    """Clip by global norm, then update by config.name with its schedule and decoupled weight decay. Frozen parameters
+    do not change and have no state. With config.average the parameters are the average (`averaged`).
 
-    The schedule goes by updates made, of `steps`, or by `progress`, which `update` takes as an extra argument (a share
-    of the run from 0 to 1, such as of its time), whichever is further. Optimizer state is float32.
+    The schedule follows the share of `steps` that are done, or `progress`, an extra argument of `update` (another share
+    of the run from 0 to 1, such as of its time), whichever is larger. Optimizer state is float32.
 
     Args:
       axes: the tree of logical axes (training/sharding.py).
-      schedule_began: updates that had been made when the schedule began, which ends with the last of `steps`.
-      phases: learning rates in the schedule's place, by updates made, as `share_of_update` takes them.
+      schedule_began: the number of updates before the schedule began; it ends at `steps`.
+      phases: learning rates in place of the schedule, as `share_of_update` takes them.
 
     Raises (`init`):
-      ConfigError: config.freeze names what is no parameter, or all parameters.
+      ConfigError: config.freeze has a name that fits no parameter, or freezes all parameters.
 
     Example:
       >>> config = OptimizerConfig(learning_rate=0.1, schedule="linear", warmup_rate=0.0)
@@ -88,7 +88,7 @@ def make_optimizer(
 
 
 def _descend(config: OptimizerConfig, share: Any, multiples: Any, peak: float) -> optax.GradientTransformation:
-    """Updates times the learning rate, each parameter's own, and -1.
+    """Multiply updates by -1 and by the learning rate of each parameter.
 
     Args:
       multiples: of all parameters (training/parameters.py).
@@ -108,10 +108,10 @@ def _descend(config: OptimizerConfig, share: Any, multiples: Any, peak: float) -
 def _by_name(
     config: OptimizerConfig, share: Any, axes: Any, is_decayed: Any, descend_from: Callable[[float], Any]
 ) -> optax.GradientTransformation:
-    """The optimizer that config.name names, of the paper that its comment there names.
+    """The optimizer of config.name; the comment of that setting names its paper.
 
     Args:
-      descend_from: makes the last step, of a peak rate.
+      descend_from: makes the last step from a peak learning rate.
     """
     rate = share * config.learning_rate
     decay = optax.add_decayed_weights(config.weight_decay, is_decayed)

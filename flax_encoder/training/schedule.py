@@ -41,13 +41,13 @@ def _rate(ramp: Ramp, number: Int[Array, ""] | int) -> Float[Array, ""]:
 
 
 def share_of_peak(config: OptimizerConfig, progress: Float[Array, "..."] | float) -> Float[Array, "..."]:
-    """The learning rate as a share of its peak, where `progress` of the run, from 0 to 1, has gone by.
+    """The learning rate as a share of its peak when `progress` of the run, from 0 to 1, is done.
 
-    It rises straight from 0 over warmup_rate of the run, and then stays (constant) or goes by config.schedule to
-    final_rate at 1. Linear with warmup_rate 0.5 is a triangle. Linear, cosine (Loshchilov and Hutter, arXiv 1608.03983)
-    and wsd, constant with a decay at the end (Hu et al., arXiv 2404.06395), whose shape one_minus_sqrt is Hägele et
-    al.'s (arXiv 2405.18392). inverse_sqrt falls as the root of warmup_rate / progress (Vaswani et al., arXiv
-    1706.03762), and ends above 0.
+    It rises linearly from 0 over warmup_rate of the run, and then follows config.schedule to final_rate at 1. linear
+    with warmup_rate 0.5 is a triangle; cosine is Loshchilov and Hutter's (arXiv 1608.03983); wsd is constant and decays
+    at the end (Hu et al., arXiv 2404.06395), in the shape one_minus_sqrt as Hägele et al. (arXiv 2405.18392).
+    inverse_sqrt falls as the root of warmup_rate / progress (Vaswani et al., arXiv 1706.03762), and ends above 0;
+    constant stays at the peak.
 
     Example:
       >>> config = OptimizerConfig(schedule="linear", warmup_rate=0.1, final_rate=0.0)

@@ -20,7 +20,7 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A (data, fsdp, tensor, context) mesh over all devices.
 
-    Devices of one slice are neighbours: where several are joined by a slower network, it is rows that lie across it.
+    Devices of one slice are neighbours. If a slower network joins several slices, only axes that split rows cross it.
 
     Raises:
       ConfigError: the axes' product is not the number of devices, or slices would share rows.
@@ -48,10 +48,10 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def slices_along(sizes: Mapping[str, int], num_slices: int) -> dict[str, int]:
-    """Over how many slices each axis of the mesh lies: `data` over as many as it can, `fsdp` over the rest.
+    """The number of slices that each axis of the mesh spans: `data` spans as many as it can, `fsdp` the rest.
 
     Raises:
-      ConfigError: they leave some, so that devices of several slices would share rows.
+      ConfigError: the two cannot span all slices, so devices of several slices would share rows.
     """
     across = dict.fromkeys(sizes, 1)
     left = num_slices
@@ -60,7 +60,7 @@ def slices_along(sizes: Mapping[str, int], num_slices: int) -> dict[str, int]:
         left //= across[name]
     if left > 1:
         raise ConfigError(
-            f"slices are joined by a slow network, which only rows are split across: mesh.data x mesh.fsdp must be a "
+            f"a slow network joins slices, so only axes that split rows may cross it: mesh.data x mesh.fsdp must be a "
             f"multiple of the slices; got data {sizes['data']} x fsdp {sizes['fsdp']} for {num_slices} slices. Give "
             f"--mesh.data {num_slices}, and divide the devices of a slice among the other axes."
         )

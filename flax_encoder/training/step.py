@@ -25,7 +25,7 @@ Batch = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """All that an update reads and writes. `step` counts updates made; parameters are float32."""
+    """All that an update reads and writes. `step` is the number of updates made; parameters are float32."""
 
     step: Int[Array, ""]
     params: Any
@@ -75,7 +75,7 @@ class Taught(NamedTuple):
 def init_train_state(
     make_model: Callable[[], nnx.Module], tx: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> tuple[Any, TrainState, Any]:
-    """Make parameters and optimizer state, born sharded on `mesh`.
+    """Make parameters and optimizer state, sharded on `mesh` from the start.
 
     Returns:
       (graphdef, state, shardings): `nnx.merge(graphdef, state.params)` is the model; shardings is None without a mesh.
@@ -113,15 +113,15 @@ def _init(make_model: Callable[[], nnx.Module], tx: optax.GradientTransformation
 def with_params(
     state: TrainState, params: Any, tx: optax.GradientTransformation, shardings: TrainState | None = None
 ) -> TrainState:
-    """A state at its beginning with other parameters: what the optimizer keeps, which may be a copy of them, begins
-    anew."""
+    """A state at its beginning with other parameters. The optimizer's state, which may copy them, is made again."""
     out = None if shardings is None else shardings.opt_state
     return state._replace(params=params, opt_state=jax.jit(tx.init, out_shardings=out)(params))
 
 
 def state_shardings(make_model, tx: optax.GradientTransformation, mesh: Mesh, abstract: TrainState) -> TrainState:
-    """What the optimizer keeps for a parameter lies where the parameter lies, or if its shape is another, such as
-    Adafactor's rows and columns and SOAP's bases, it is spread; what is of no parameter is copied."""
+    """The shardings of a state. Optimizer state of a parameter's shape is sharded like the parameter; state of another
+    shape, such as Adafactor's rows and columns and SOAP's bases, is spread over all devices; state that belongs to no
+    parameter is copied."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = sharding_tree(mesh, logical_axes(make_model), abstract.params)
     by_path = dict(jax.tree_util.tree_flatten_with_path(params)[0])
@@ -151,18 +151,21 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """A jitted `step(state, batch) -> (state, metrics)`. The state passed in is donated: use the one returned.
 
-    The model's `loss(batch, key=)` gives sums, so any split into microbatches or over devices makes the same update
-    up to float32 rounding; `coupled_gradient` sees to it where a loss couples rows. The dropout key is a function of
-    (seed, step). A batch may have `progress` [B, 1], the share of the run's time that has gone by: the optimizer is
-    given the largest. The largest of `stop` [B, 1] is returned too, by which processes agree. With `max_norm` [B, 1] a
-    step whose gradient's norm is above it, or whose loss or norm is not finite, changes nothing but the count of steps.
+    The model's `loss(batch, key=)` gives sums, so any split into microbatches or over devices makes the same update up
+    to float32 rounding; for a loss that couples rows `coupled_gradient` ensures this. The dropout key depends on (seed,
+    step).
+
+    A batch may have three more fields, each [B, 1]. `progress` is the share of the run's time that is used up; the
+    optimizer gets the largest. `stop` is returned, its largest value, so that processes can agree to stop. With
+    `max_norm`, a step whose gradient norm is above it, or whose loss or norm is not finite, changes only the
+    step count.
 
     Args:
       graphdef, shardings: from `init_train_state`.
       num_microbatches: must divide the batch's rows; gradients are summed over them in float32.
-      trained: which parameters are (training/parameters.py); of the others there are no gradients. None: all.
-      teacher: what `loss(batch, key=, teacher=)` is given besides. It is an argument of the jitted step, beside the
-        state: no gradient is made of it, and no optimizer or checkpoint has it.
+      trained: marks the parameters to train (training/parameters.py); the others get no gradients. None trains all.
+      teacher: passed to `loss(batch, key=, teacher=)`. It is an argument of the jitted step beside the state, so it
+        gets no gradient, and no optimizer or checkpoint holds it.
 
     Example:
       >>> config = EncoderConfig(vocab_size=128, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32)

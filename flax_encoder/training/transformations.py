@@ -350,7 +350,7 @@ def _between(state: ScheduleFreeState, params: Any) -> Any:
 
 
 def gradient_point(opt_state: Any, params: Any) -> Any:
-    """Where the next gradient is taken: at the parameters, but for schedule-free learning and averages.
+    """The point at which to take the next gradient: the parameters, except with schedule_free and with averages.
 
     Example:
       >>> config = OptimizerConfig(name="schedule_free", schedule="constant")

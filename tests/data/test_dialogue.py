@@ -85,7 +85,7 @@ def test_named_columns_win_and_objects_of_lists_are_lists_of_objects(tmp_path):
         ({"dialog": ["a", "b"], "turns": ["a", "b"]}, {}, r"turns, or dialog could be\. Name one with --data\.history"),
         ({"source": "a", "target": "b", "turns": ["c"]}, {}, "turns, or source with target could be"),
         ({"history": ["a"], "input": "b", "prompt": "c", "output": "d"}, {}, "prompt, input could be"),
-        ({"source": "a", "target": "b"}, {"turn_separator": "|"}, "being of conversations: .* has source, target"),
+        ({"source": "a", "target": "b"}, {"turn_separator": "|"}, "without conversations: .* has source, target"),
         ({"history": ["a"], "source": "b", "target": "c"}, {"target_turns": "last"}, "holds a whole conversation"),
     ],
 )  # fmt: skip

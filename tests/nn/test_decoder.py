@@ -295,12 +295,12 @@ def test_draws_follow_the_probabilities_of_what_is_kept(settings, kept):
 @pytest.mark.parametrize(("values", "message"), [
     ({"max_new_tokens": 0}, "max_new_tokens must be above 0: got 0"),
     ({"num_beams": 0}, "num_beams must be above 0"),
-    ({"temperature": 0.5}, "are of drawn text: set is_drawn and give a key: got"),
+    ({"temperature": 0.5}, "are for sampling: set is_drawn and give a key: got"),
     ({"top_p": 1.5, "is_drawn": True}, "top_p must be above 0 and at most 1, or None: got 1.5"),
     ({"top_k": 0, "is_drawn": True}, "top_k must be above 0 or None: got 0"),
     ({"temperature": 0.0, "is_drawn": True}, "temperature must be above 0"),
-    ({"num_beams": 2, "is_drawn": True}, "beams are not drawn: give num_beams=1, or do not draw .*: got 2"),
-    ({"length_penalty": 2.0}, "are of beams: set num_beams"),
+    ({"num_beams": 2, "is_drawn": True}, "beam search does not sample: give num_beams=1, or do not sample .*: got 2"),
+    ({"length_penalty": 2.0}, "are for beam search: set num_beams"),
 ])  # fmt: skip
 def test_settings_that_contradict_are_refused(values, message):
     with pytest.raises(ValueError, match=message):

@@ -125,7 +125,7 @@ def test_drawing_that_the_folder_asks_for_has_the_top_k_that_the_file_means(tmp_
     assert read(tmp_path, do_sample=True).generation() == Generation(is_drawn=True, top_k=50)
     assert read(tmp_path, do_sample=True, top_k=0).generation() == Generation(is_drawn=True)
     assert read(tmp_path, do_sample=True, temperature=0.7).generation(False) == Generation()
-    with pytest.raises(ValueError, match=r"beams are not drawn: give num_beams=1, or do not draw \(do_sample=False\)"):
+    with pytest.raises(ValueError, match=r"does not sample: give num_beams=1, or do not sample \(do_sample=False\)"):
         read(tmp_path, do_sample=True, num_beams=2).generation()
 
 

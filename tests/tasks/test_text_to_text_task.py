@@ -266,7 +266,7 @@ def test_commands_write_and_score_files(folder, reversed_run, capsys):
     with pytest.raises(SystemExit):
         main(["predict", config.run_dir, "--input", str(folder / "in.txt"), "--output", "-",
               "--generation.num-beams", "2", "--generation.sample", "true"])  # fmt: skip
-    assert "beams are not drawn" in capsys.readouterr().err
+    assert "beam search does not sample" in capsys.readouterr().err
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_losses(folder, reversed_run, monkeypatch):
@@ -322,7 +322,7 @@ def test_a_prefix_stands_before_every_source(folder, tmp_path):
         ({"model__position": "learned", "model__relative_position": "none"}, "a decoder needs model.position to be"),
         ({"data__packing": "concatenate"}, "stays whole"),
         ({"head__transform": False}, "no head besides the logits"),
-        ({"generation__num_beams": 3, "generation__sample": True}, r"beams are not drawn: .* Give --generation\.num-"),
+        ({"generation__num_beams": 3, "generation__sample": True}, r"does not sample: .* Give --generation\.num-"),
         ({"generation__temperature": 0.5}, r"generation\.temperature would not be read.*--generation\.sample True"),
         ({"generation__length_penalty": 0.5}, r"length_penalty would not be read.*--generation\.num-beams"),
         ({"data__last_row_length": 16}, r"data\.last_row_length is not read by the objective text_to_text"),

@@ -450,9 +450,9 @@ def _written(chooser: _Chooser) -> Layout:
     pairs = _source_and_target_pairs(chooser)
     if unread := _settings_of_turns(chooser.config):
         raise DataError(
-            f"{' and '.join(unread)} would not be read, being of conversations: {chooser.table.where} has "
-            f"{', '.join(chooser.kinds)}, none of which is known as a list of turns. Name it with "
-            f"--data.history-column, or leave it out."
+            f"{' and '.join(unread)} would not be read without conversations: {chooser.table.where} has "
+            f"{', '.join(chooser.kinds)}, none of which is recognized as a list of turns. Name the column with "
+            f"--data.history-column, or leave the setting out."
         )
     if chooser.text is not None and chooser.pair is not None:
         source, target = chooser.text, chooser.named(chooser.pair, "target")

@@ -65,20 +65,20 @@ _OF_IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # members of
 
 
 def read_tokenizer(path: str | pathlib.Path, num_rows: int | None = None) -> TextTokenizer:
-    """The tokenizer of a published folder, or of a file.
+    """Read the tokenizer of a published folder, or of a file.
 
-    The tokenizer.json of a folder is read with what stands beside it, whether the folder is named or the file in it; a
-    file of another name stands alone. A tokenizer.json alone is taken as it is; where it has no template, runs put
-    [CLS] and [SEP], or <s> and </s>, around a text if the vocabulary has them.
+    A tokenizer.json is read with the files beside it, whether `path` is the folder or the file; a file of another name
+    is read alone. A tokenizer.json without other files is taken as it is; if it has no template, runs put [CLS] and
+    [SEP], or <s> and </s>, around a text if the vocabulary has them.
 
     Args:
-      num_rows: of the embedding that the ids are for. Special tokens that a folder names, and its vocabulary has not,
-        get the next ids; those for which there is no row are left out, and named in a log line.
+      num_rows: rows of the embedding that the ids are for. Special tokens that a folder names and its vocabulary lacks
+        get the next ids; if the embedding has no row for one, it is left out, and a log line names it.
 
     Raises:
-      DataError: no such files (it lists what was looked for), files that cannot be decoded, tokens that share an id, an
-        added token whose id is not what the files say, a setting that would change the ids and is not understood, or
-        a template of more than one token on a side.
+      DataError: there are no such files (the message lists those looked for), a file cannot be decoded, tokens share an
+        id, an added token has another id than the files say, a setting that changes ids is not understood, or a
+        template has more than one token on a side.
 
     Example:
       >>> tokenizer = read_tokenizer("bert")

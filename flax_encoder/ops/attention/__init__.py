@@ -72,28 +72,28 @@ def attention(
     """softmax(scale Q K^T + bias) V within segments and window (Vaswani et al., arXiv 1706.03762, equation 1).
 
     Args:
-      segment_ids: each query's document in its row, 0 for padding. None is one document a row.
-      key_segment_ids: each key's; None is segment_ids, for self-attention, where T = S.
-      lengths: instead of segment_ids, where each row is one document of so many tokens, and then padding, T = S: what a
-        backend may serve faster than documents in general.
+      segment_ids: the number of each query's document in its row, 0 for padding. None: each row is one document.
+      key_segment_ids: the same for keys; None is segment_ids, for self-attention, where T = S.
+      lengths: in place of segment_ids, if each row is one document of so many tokens, followed by padding, T = S. Some
+        backends compute this faster than rows of several documents.
       window: how many tokens to the (left, right) a query sees, in row indices. Python ints let a backend skip what
-        lies outside; traced values cost as much as no window, where a backend takes them at all.
-      rope: `rope_tables` of the positions, by which queries and keys are turned first, T = S; None leaves them.
-      bias: added to the scaled logits; T5's and ALiBi's positions go here.
-      offset_bias: instead of bias, one that is the same for all pairs of query i and key j of one offset j - i, from
-        -(T - 1) to S - 1, P = T + S - 1. On a mesh each device makes its own queries' bias of it, and what is sent of
-        its gradient is as short.
-      scale: None is H ** -0.5.
-      dropout_rate: of the attention probabilities, where dropout_key is given (Srivastava et al. 2014, inverted).
-        Which are dropped is a hash of the key and the place, the same on every backend.
+        lies outside; traced values cost as much as no window, if a backend takes them at all.
+      rope: `rope_tables` of the positions, by which queries and keys are rotated first, T = S; None does not rotate.
+      bias: added to the scaled logits, for example T5's and ALiBi's positions.
+      offset_bias: in place of bias, a bias that depends only on the offset j - i of key j from query i, which goes from
+        -(T - 1) to S - 1, P = T + S - 1. On a mesh each device makes the bias of its own queries from it, and devices
+        exchange a gradient that is as short.
+      scale: factor of the logits; None is H ** -0.5.
+      dropout_rate: share of the attention probabilities to drop, if there is a dropout_key (Srivastava et al. 2014,
+        inverted). A hash of the key and the place decides, the same on every backend.
       implementation: a name in `IMPLEMENTATIONS`, or None for the first of `CHOICES` that can serve.
 
-    Logits, softmax and accumulation are float32, and the result has query's dtype. Products take bfloat16 operands as
-    they come.
+    Logits, softmax and accumulation are float32; the result has query's dtype. Matrix products take their operands in
+    the dtype in which they come, such as bfloat16.
 
     Raises:
-      ValueError: heads that do not divide, a window below 0, an unknown implementation, or one that cannot serve, with
-        the reason.
+      ValueError: heads do not divide, a window is below 0, or the implementation is unknown or cannot serve; the
+        message gives the reason.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (1, 6, 2, 8))
@@ -171,10 +171,10 @@ def attention_weights(
     offset_bias: Float[Array, "N P"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B N T T"]:
-    """softmax(scale Q K^T + bias) of self-attention, by which `attention` weighs the values; arguments as there.
+    """softmax(scale Q K^T + bias) of self-attention: the weights that `attention` gives to values. Arguments as there.
 
-    Computed by the plain `reference`, whichever implementation a model runs: float32, memory quadratic in length.
-    Each query's weights add up to 1 over the keys that it sees, and are 0 elsewhere; a query of padding has none.
+    The plain `reference` computes them, whichever implementation a model runs: float32, memory quadratic in length.
+    The weights of a query add up to 1 over the keys that it sees, and are 0 elsewhere; a query of padding has none.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
