@@ -314,7 +314,8 @@ def load_pretrained(
 
     Args:
       task: the head to load, "none" for the encoder alone, whatever head is on it; None is that of config.json's
-        architectures, or else the one that the weights hold.
+        architectures, or else the one that the weights hold. The outputs of a head that config.json says is another
+        are left out, since several heads of a family give their tensors one name.
       num_labels: classes of a head that is not in the folder; None is config.json's.
       allow_unused: leave out tensors that nothing here reads, rather than refuse them.
       seed: for heads that the folder has not; None leaves them zero and unsaid, for a caller that makes its own.
@@ -365,7 +366,9 @@ def load_pretrained(
 
     graphdef, abstract = abstract_model(make_model)
     shapes = {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(abstract)).items()}
-    imported = import_tensors(family, task, tensors, shapes, config.num_heads)
+    is_another = task is not None and task not in (named_heads(family, published) or (task,))
+    read = _without_outputs(family, task) if is_another else family
+    imported = import_tensors(read, task, tensors, shapes, config.num_heads)
     fresh = tuple(sorted(set(shapes) - set(imported.params)))
     _check_unused(folder, family, imported.unused, allow_unused, is_alone)
     if seed is None:
@@ -421,6 +424,18 @@ def _label_names(folder: pathlib.Path, published: Mapping[str, Any], num_labels:
         logger.warning("%s: id2label names %d labels, of %d: they are called LABEL_0 ...", folder, len(names), count)
         names = {}
     return [names.get(i, f"LABEL_{i}") for i in range(count)]
+
+
+def named_heads(family: Family, published: Mapping[str, Any]) -> tuple[Task, ...]:
+    """The heads that a config's architecture is of; none of a bare encoder, of one that is not known or not said."""
+    architecture = (published.get("architectures") or [None])[0]
+    return tuple(task for task, head in family.heads.items() if architecture in head.architectures)
+
+
+def _without_outputs(family: Family, task: Task) -> Family:
+    head = family.heads[task]
+    rows = tuple(row for row in head.rows if not row.ours[0][0].startswith("head.out."))
+    return dataclasses.replace(family, heads={**family.heads, task: dataclasses.replace(head, rows=rows)})
 
 
 def _task(family: Family, published: Mapping[str, Any], tensors: Mapping[str, Any]) -> Task | None:

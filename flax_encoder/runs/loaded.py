@@ -165,7 +165,11 @@ class LoadedRun:
         make = self.task.make_model(config, self.label_names)
         return abstract_model(lambda: make(nnx.Rngs(0)))[0]
 
-    def _check_asked(self) -> None:
+    def check_asked(self) -> None:
+        """
+        Raises:
+          DataError: no weights were found for the head, so that nothing can be asked.
+        """
         if self.fresh:
             raise DataError(
                 f"a model is asked by the head that it was trained with: the folder has no {', '.join(self.fresh)}. It "
@@ -183,7 +187,7 @@ class LoadedRun:
           DataError: a task without answers, what is no list of records, or a record that is none, or has another number
             of texts than the task reads. A record without a token has an answer that says so, {"error": ...}.
         """
-        self._check_asked()
+        self.check_asked()
         if self.task.answer is None:
             raise DataError(f"objective {self.config.objective} has no answers to give for a file of texts.")
         block: list[Record] = []
@@ -283,7 +287,7 @@ class LoadedRun:
         """
         if not self.task.fills_masks:
             raise DataError(f"fill-mask needs a masked_lm run: this one is {self.config.objective}.")
-        self._check_asked()
+        self.check_asked()
         mask_id = self.tokenizer.special("mask")
         batch = self.row(text)
         positions = np.flatnonzero(batch["tokens"][0] == mask_id).astype(np.int32)
