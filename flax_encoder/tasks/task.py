@@ -136,8 +136,8 @@ class Task:
     samples: Callable[[RunConfig, TextTokenizer, Split, tuple[int, int]], Samples | None] | None = None
     """Of a task without answers: held-out rows that the model is asked about at every evaluation, given what must
     divide their number and their length. A task with answers shows some of those."""
-    commands: Callable[[Any], list[str]] | None = None
-    """What to type to use a loaded run."""
+    commands: Callable[[Any, Any], list[str]] | None = None
+    """What to type to use a loaded run, which learned of this data (`RunData`)."""
     parts: Mapping[str, Callable[[Any], tuple[RunConfig, Any]]] = field(default_factory=dict)
     """Of a task whose model holds several: what each is called, and (its config, its module) of a loaded run, to be
     exported like a run of its own. The first is what the run gives where no part is named. None: the model is one."""
