@@ -31,12 +31,12 @@ from flax_encoder.published.sentence_transformers import (
     read_sentence_settings,
 )
 from flax_encoder.published.tasks import Task
-from flax_encoder.runs.best import best_checkpoint
+from flax_encoder.runs.best import best_checkpoint, best_evaluation, read_evaluations
 from flax_encoder.runs.elsewhere import local_folder
 from flax_encoder.runs.loaded import LoadedRun, model_factory
 from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.tasks import TASKS, find_task, is_setting_read
-from flax_encoder.training.checkpoint import read_params
+from flax_encoder.training.checkpoint import checkpoint_steps, read_params
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,13 @@ def load_run(path: str | pathlib.Path) -> LoadedRun:
     config = record.config.after(record.step)
     graphdef, _ = abstract_model(model_factory(config, record.label_names))
     model = assembled(graphdef, read_params(path))
-    return LoadedRun(model, config, record.tokenizer, record.label_names, record.step)
+    run_dir = path if checkpoint_steps(path) else path.absolute().parent.parent
+    evaluations = read_evaluations(run_dir)  # none of a checkpoint that lies by itself
+    best = best_evaluation(evaluations, config.keep_best)
+    return LoadedRun(
+        model, config, record.tokenizer, record.label_names, record.step, scores=evaluations.get(record.step, {}),
+        is_best=best is not None and best.step == record.step,
+    )  # fmt: skip
 
 
 def objective_of(loaded: Pretrained, path: pathlib.Path) -> str | None:
