@@ -332,7 +332,7 @@ def test_an_error_that_a_user_can_mend_is_one_message(capsys):
 
 # A finished run that is made longer
 
-CONSTANT = OptimizerConfig(learning_rate=3e-3, schedule="wsd", decay_rate=0.0)
+CONSTANT = OptimizerConfig(learning_rate=3e-3, schedule="constant")
 FALLS_LATE = OptimizerConfig(learning_rate=3e-3, schedule="wsd", decay_rate=0.25)
 
 

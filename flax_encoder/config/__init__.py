@@ -5,6 +5,7 @@ checkpoint stores it as JSON. The first lines of a field's comment are its `--he
 """
 
 from flax_encoder.config.contrastive import ContrastiveConfig
+from flax_encoder.config.data import DataConfig
 from flax_encoder.config.distillation import DistillationConfig
 from flax_encoder.config.mesh import MeshConfig
 from flax_encoder.config.model import (
@@ -19,20 +20,16 @@ from flax_encoder.config.objectives import (
     UL2,
     AutoencoderConfig,
     DenoiserConfig,
+    GeneratorConfig,
+    LabelsConfig,
+    MaskingConfig,
     SentencesConfig,
     SpansConfig,
 )
+from flax_encoder.config.optimizer import LoraConfig, OptimizerConfig
 from flax_encoder.config.phases import Phase, Ramp, Stage
 from flax_encoder.config.rules import ConfigError, differences, from_dict, to_dict
-from flax_encoder.config.run import (
-    DataConfig,
-    GeneratorConfig,
-    LabelsConfig,
-    LoraConfig,
-    MaskingConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from flax_encoder.config.run import RunConfig
 
 __all__ = [
     "FREE_OF_PARAMETERS", "UL2", "Activation", "AutoencoderConfig", "ConfigError", "ContrastiveConfig", "DataConfig",

@@ -1,10 +1,10 @@
-"""The settings of objectives that have only a few."""
+"""The settings of what is learned: masks, labels, spans and the like, for objectives that have only a few."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from flax_encoder.config.model import PoolingMode
-from flax_encoder.config.rules import ShortRepr, require, require_finite
+from flax_encoder.config.rules import ShortRepr, require, require_finite, require_positive, require_rates
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,3 +104,109 @@ class SpansConfig(ShortRepr):
     def mixture(self) -> tuple[DenoiserConfig, ...]:
         """The denoisers; if there are none, the one that rate and mean_tokens describe."""
         return self.denoisers or (DenoiserConfig(1.0, self.rate, self.mean_tokens),)
+
+
+@dataclass(frozen=True, repr=False)
+class MaskingConfig(ShortRepr):
+    """Masked-LM corruption (Devlin et al., arXiv 1810.04805, section 3.1)."""
+
+    kind: Literal["token", "whole_word", "span"] = "token"
+    """What is masked together: single tokens, all of a word, or runs of words (Joshi et al., arXiv 1907.10529)."""
+    rate: float = 0.15
+    """Share of a row's ordinary tokens that are predicted in training."""
+    last_rate: float | None = None
+    """The rate at the last step, to which rate changes linearly (Ankner et al., arXiv 2305.15096); None keeps rate."""
+    eval_rate: float = 0.15
+    """The rate in evaluations."""
+    mask_rate: float = 0.8
+    """Share of the predicted tokens that [MASK] replaces."""
+    random_rate: float = 0.1
+    """Share of the predicted tokens that a random token replaces; those left by mask_rate and random_rate stay."""
+    mean_span_words: float = 5.0
+    """With kind span: mean number of words in a span, before max_span_words cuts it."""
+    max_span_words: int = 10
+    """With kind span: words of the longest span."""
+    budget: int | None = None
+    """M, slots for predicted tokens in a row; None is enough for the rate, and for the end of a last word or span."""
+
+    def __post_init__(self):
+        require_rates(self, "rate", "eval_rate", "mask_rate", "random_rate")
+        require(self.rate > 0 and self.eval_rate > 0, "rate and eval_rate must be above 0: nothing would be learned.")
+        require(
+            self.last_rate is None or 0 < self.last_rate <= 1,
+            f"last_rate is a probability above 0, or None: got {self.last_rate}.",
+        )
+        require(
+            self.mask_rate + self.random_rate <= 1.0,
+            f"mask_rate + random_rate is at most 1: got {self.mask_rate} + {self.random_rate}.",
+        )
+        require(
+            self.mean_span_words >= 1 and self.max_span_words >= 1,
+            f"a span has at least one word: got mean_span_words {self.mean_span_words}, max_span_words "
+            f"{self.max_span_words}.",
+        )
+        require_finite(self)
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """In the first step, and in the last."""
+        return self.rate, self.rate if self.last_rate is None else self.last_rate
+
+
+@dataclass(frozen=True, repr=False)
+class GeneratorConfig(ShortRepr):
+    """replaced_token_detection: the small masked LM whose words the encoder learns to find (arXiv 2003.10555)."""
+
+    width: float = 0.25
+    """The generator's number of heads and feed-forward width, as a share of the model's."""
+    num_layers: int | None = None
+    """The generator's layers; None is as many as the model has."""
+    sharing: Literal["embedding", "disentangled", "none"] = "embedding"
+    """embedding: both share their tables of tokens, positions and types (ELECTRA). disentangled: a vector of the model
+    is the generator's, which the model does not train, plus a learned one (arXiv 2111.09543, section 3.2)."""
+    detection_weight: float = 50.0
+    """Factor of the encoder's loss; the generator's has factor 1."""
+    temperature: float = 1.0
+    """The generator's logits are divided by it before a token is drawn."""
+
+    def __post_init__(self):
+        require_finite(self)
+        require_positive(self, "detection_weight", "temperature")
+        require(0 < self.width <= 1, f"generator.width is a share above 0, at most 1: got {self.width}.")
+        require(
+            self.num_layers is None or self.num_layers > 0,
+            f"generator.num_layers must be above 0 or None: got {self.num_layers}.",
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class LabelsConfig(ShortRepr):
+    """How labels and answers are learned and given. Each task reads some of these settings."""
+
+    smoothing: float = 0.0
+    """Share of each target that is spread evenly over all classes."""
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = None
+    """Weight of each class in the training loss, in the labels' order; balanced makes every class weigh the same."""
+    all_pieces: bool = False
+    """token_classification: learn a word's tag at each of its tokens, not only at the first; answers read the first."""
+    longest_answer: int = 30
+    """question_answering: tokens of the longest answer to look for in a passage."""
+    null_threshold: float | None = None
+    """question_answering: answer "no answer" if it is likelier than the best answer by more than this, in nats. None
+    never does; a run on data with unanswerable questions takes 0 instead."""
+    num_candidates: int = 0
+    """question_answering: how many of the likeliest answers to list beside the best, up to 20."""
+    threshold: float = 0.5
+    """multi_label: a label is given if its probability is above this."""
+
+    def __post_init__(self):
+        require_rates(self, "smoothing", "threshold")
+        require_positive(self, "longest_answer")
+        require(
+            0 <= self.num_candidates <= 20,
+            f"labels.num_candidates is from 0 to 20: got {self.num_candidates}.",
+        )
+        weights = self.class_weights
+        require(
+            not isinstance(weights, tuple) or min(weights) > 0, f"class_weights must be above 0: got {weights}."
+        )

@@ -154,6 +154,10 @@ def short_repr(model: Any) -> str:
     return f"{type(model).__name__}({model.encoder!r}, {num_parameters(model):,} parameters in all)"
 
 
+def layers_said(config: EncoderConfig) -> str:
+    return f"{config.num_layers} layer{'s' * (config.num_layers > 1)} of width {config.embed_dim}"
+
+
 class Encoder(nnx.Module):
     """Turns packed rows of tokens into vectors, [B, T] -> [B, T, D], float32.
 
@@ -329,8 +333,8 @@ class Encoder(nnx.Module):
 
     def __repr__(self) -> str:
         config = self.config
-        layers = f"{config.num_layers} layer{'s' * (config.num_layers > 1)} of width {config.embed_dim}"
-        return f"{type(self).__name__}({layers}, {config.vocab_size:,} tokens, {num_parameters(self):,} parameters)"
+        size = f"{config.vocab_size:,} tokens, {num_parameters(self):,} parameters"
+        return f"{type(self).__name__}({layers_said(config)}, {size})"
 
     def _stacks(self) -> list[tuple[nnx.Module, int, int]]:
         """(stacked layers, the first of them, the one after the last), in the order that they run."""

@@ -9,7 +9,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from flax_encoder.ops.mesh import TOKEN_AXES, is_spread, parts
-from flax_encoder.ops.platform import platform, precision
+from flax_encoder.ops.platform import cpu_multiplies_bfloat16, platform, precision
 from flax_encoder.ops.sums import sum_over
 
 _FEW_ROWS = 64
@@ -111,7 +111,7 @@ def linear_gradients(
 ) -> tuple[Float[Array, "*B D"], Float[Array, "..."]]:
     """The gradients of x, as `x_dtype`, and kernel for that of `linear`'s result: operands rounded to `dtype`, the rest
     float32."""
-    x, kernel, g = (a.astype(dtype) for a in (x, kernel, g))
+    x, kernel, g = (_rounded(a, dtype) for a in (x, kernel, g))
     d_x = _rows_dot(g, kernel, 0 if contract_last else 1, x_dtype)
     return d_x, _rows_dot_over_rows(*((g, x) if contract_last else (x, g)))
 
@@ -133,9 +133,16 @@ def _rows_dot(a, b, contract_b: int, out_dtype: str = "float32"):
     contract = a.ndim - 1, contract_b
     if platform() == "gpu":  # accumulates in float32 and rounds as it writes
         return _dot(a, b, contract, out_dtype)
-    if platform() == "cpu" and is_spread():  # of bfloat16 there is no product in any layout; these are the same numbers
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return _row_major(_dot(_row_major(a), _row_major(b), contract)).astype(out_dtype)
+
+
+def _rounded(x, dtype: str):
+    """x rounded to `dtype`, of the dtype that products take: products of bfloat16 are exact in float32."""
+    # Without instructions for bfloat16 XLA:CPU widens inside its product's loops, at half of float32's speed (LOG.md);
+    # and over several devices, where layouts are not constrained, it has no product of bfloat16 in any layout.
+    if dtype == "bfloat16" and platform() == "cpu" and (is_spread() or not cpu_multiplies_bfloat16()):
+        return jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
 
 
 def _rows_dot_over_rows(a, b):
@@ -162,7 +169,7 @@ def _product(x, kernel, transposed, dtype, out_dtype):
 
 def _forward(x, kernel, transposed, dtype, out_dtype):
     # What is kept for the backward pass is already rounded: half the memory, and the cast is not made twice.
-    x_low, kernel_low = x.astype(dtype), kernel.astype(dtype)
+    x_low, kernel_low = _rounded(x, dtype), _rounded(kernel, dtype)
     dtypes = jnp.zeros((), x.dtype), jnp.zeros((), kernel.dtype)
     return _few_rows_dot(x_low, kernel_low, transposed, out_dtype), (x_low, kernel_low, dtypes)
 

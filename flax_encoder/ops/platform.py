@@ -1,5 +1,8 @@
 """For which platform code is being traced: the default backend's, unless it is compiled for hardware elsewhere."""
 
+import functools
+import pathlib
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -22,6 +25,17 @@ def precision(*operands: Array) -> jax.lax.Precision | None:
     """
     is_exact = platform() == "cpu" or all(x.dtype != jnp.float32 for x in operands)
     return None if is_exact or jax.config.jax_default_matmul_precision is not None else jax.lax.Precision.HIGHEST
+
+
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this host's CPU has instructions for products of bfloat16: AVX512-BF16 or AMX, or Arm's BF16.
+
+    It is read where Linux lists them. Elsewhere the answer is yes, which leaves the products to XLA.
+    """
+    listed = pathlib.Path("/proc/cpuinfo")
+    words = set(listed.read_text(errors="replace").split()) if listed.exists() else {"bf16"}
+    return not words.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def kernels_are_interpreted() -> bool:

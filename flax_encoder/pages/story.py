@@ -108,9 +108,9 @@ def _parts_of_schedule(optimizer: OptimizerConfig, began: int, steps: int) -> It
         yield {"end": began, "label": "before"}
     if optimizer.warmup_rate:
         yield {"end": began + round(whole * optimizer.warmup_rate), "label": "warm-up"}
-    if optimizer.schedule == "wsd":
-        yield {"end": steps - round(whole * optimizer.decay_rate), "label": "constant"}
-    if optimizer.schedule != "wsd" or optimizer.decay_rate:
+    if optimizer.peak_end is not None:
+        yield {"end": began + round(whole * optimizer.peak_end), "label": "constant"}
+    if optimizer.peak_end != 1:
         yield {"end": steps, "label": "decay"}
 
 

@@ -317,7 +317,8 @@ def load_pretrained(
 
     Args:
       task: the head to load; "none" loads only the encoder, whatever head the folder has. None takes the head of
-        config.json's architectures, or else the one in the weights.
+        config.json's architectures, or else the one in the weights. If config.json names another head, its outputs
+        are left out, since several heads of a family give their tensors one name.
       num_labels: number of classes of a head that the folder lacks; None is config.json's.
       allow_unused: leave out tensors that no part of the model reads, rather than refuse them.
       seed: initializes heads that the folder lacks. None leaves them at zero without a log line, for callers that
@@ -369,7 +370,9 @@ def load_pretrained(
 
     graphdef, abstract = abstract_model(make_model)
     shapes = {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(abstract)).items()}
-    imported = import_tensors(family, task, tensors, shapes, config.num_heads)
+    is_another = task is not None and task not in (named_heads(family, published) or (task,))
+    read = _without_outputs(family, task) if is_another else family
+    imported = import_tensors(read, task, tensors, shapes, config.num_heads)
     fresh = tuple(sorted(set(shapes) - set(imported.params)))
     _check_unused(folder, family, imported.unused, allow_unused, is_alone)
     if seed is None:
@@ -425,6 +428,18 @@ def _label_names(folder: pathlib.Path, published: Mapping[str, Any], num_labels:
         logger.warning("%s: id2label names %d of %d labels: they are called LABEL_0, ...", folder, len(names), count)
         names = {}
     return [names.get(i, f"LABEL_{i}") for i in range(count)]
+
+
+def named_heads(family: Family, published: Mapping[str, Any]) -> tuple[Task, ...]:
+    """The heads that a config's architecture is of; none of a bare encoder, of one that is not known or not said."""
+    architecture = (published.get("architectures") or [None])[0]
+    return tuple(task for task, head in family.heads.items() if architecture in head.architectures)
+
+
+def _without_outputs(family: Family, task: Task) -> Family:
+    head = family.heads[task]
+    rows = tuple(row for row in head.rows if not row.ours[0][0].startswith("head.out."))
+    return dataclasses.replace(family, heads={**family.heads, task: dataclasses.replace(head, rows=rows)})
 
 
 def _task(family: Family, published: Mapping[str, Any], tensors: Mapping[str, Any]) -> Task | None:

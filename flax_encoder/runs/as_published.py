@@ -24,8 +24,14 @@ def published_config(config: RunConfig, model_type: str | None, task: str | None
       model_type: the family; None is any.
 
     Raises:
-      ConfigError: no family can, with what keeps the given, or the nearest, from it.
+      ConfigError: no family can, with what keeps the given, or the nearest, from it; or the layers are recurrent.
     """
+    if config.model.layer != "attention":
+        raise ConfigError(
+            f"transformers has no encoder of {config.model.layer} layers, and no other library's format is written "
+            f"here. `export {config.run_dir} FILE --stablehlo` writes a program that jax runs without this library; "
+            f"`embed`, `predict` and `load` take the run as it is."
+        )
     candidates = [f for f in FAMILIES if model_type in (None, f.model_type)]
     if not candidates:
         known = ", ".join(sorted({f.model_type for f in FAMILIES}))

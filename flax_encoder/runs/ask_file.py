@@ -26,6 +26,7 @@ from flax_encoder.tasks.task import Answer
 
 OUTPUT_KINDS = (".jsonl", ".csv")
 _KEPT_EVERY = 512  # answers between two writes
+_MOST_EMPTY = 100_000  # texts, held in memory, before the first that has an answer, which tells a table's columns
 # The labels in a value of each kind that has any.
 _LISTED: dict[str, Callable[[Any], tuple[str, ...]]] = {
     "class": lambda value: (value,),
@@ -159,7 +160,10 @@ class AnswerFile:
             return json.dumps(answer, ensure_ascii=False) + "\n"
         columns = self._columns or []
         if unknown := answer.keys() - set(columns):
-            raise DataError(f"a .csv file has one set of columns: {', '.join(unknown)} came later. Give .jsonl.")
+            raise DataError(
+                f"a .csv file has the columns of its first answer, {', '.join(columns)}: {', '.join(unknown)} came "
+                f"later. Give --output FILE.jsonl."
+            )
         return self._fields([answer.get(name, "") for name in columns])
 
     @staticmethod
@@ -171,12 +175,21 @@ class AnswerFile:
 
 
 def _up_to_an_answer(answers: Iterator[Answer]) -> list[Answer]:
-    """The first answers, up to one that is none of an empty text: all have its columns."""
+    """The first answers, up to one that is none of an empty text: all have its columns.
+
+    Raises:
+      DataError: too many empty texts.
+    """
     first = []
     for answer in answers:
         first.append(answer)
         if "error" not in answer:
             break
+        if len(first) == _MOST_EMPTY:
+            raise DataError(
+                f"a .csv file has the columns of its first answer: the first {_MOST_EMPTY:,} texts are empty. Name "
+                f"another --text-column, or give --output FILE.jsonl."
+            )
     return first
 
 
@@ -230,7 +243,7 @@ def answers_by_id(path: str | pathlib.Path) -> dict[str, str]:
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             answer = json.loads(line)
-            if "id" not in answer:
+            if not answer.get("id"):
                 raise DataError(f"SQuAD's predictions are by id: the question of {path}, line {number}, has none.")
             found[answer["id"]] = answer.get("answer", "")
     return found

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from flax_encoder.published.load import (
     Pretrained,
     is_published,
     load_pretrained,
-    read_json,
+    named_heads,
     read_published_config,
 )
 from flax_encoder.published.sentence_transformers import (
@@ -30,12 +31,12 @@ from flax_encoder.published.sentence_transformers import (
     read_sentence_settings,
 )
 from flax_encoder.published.tasks import Task
-from flax_encoder.runs.best import best_checkpoint
+from flax_encoder.runs.best import best_checkpoint, best_evaluation, read_evaluations
 from flax_encoder.runs.elsewhere import local_folder
 from flax_encoder.runs.loaded import LoadedRun, model_factory
 from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.tasks import TASKS, find_task, is_setting_read
-from flax_encoder.training.checkpoint import read_params
+from flax_encoder.training.checkpoint import checkpoint_steps, read_params
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +55,17 @@ def load(
     query it, export it, embed with it or train from it. The folder may be at a URL, such as gs://BUCKET/RUN.
 
     Args:
-      objective: the task to open a published folder for; None is what its config.json says. A run has its own.
+      objective: the task to open a published folder for; None is what its config.json says. A run has its own, and is
+        opened for no other.
       head: the head to load from a published folder if there is no objective; "none" loads only the encoder.
       allow_unused: leave out tensors of a published folder that no part of the model reads, rather than refuse them.
       dtype: dtype of the operands of matrix products; None is the model's own. Parameters stay float32.
 
     Raises:
       CheckpointError: there is no checkpoint, or it cannot be read.
-      ConfigError, WeightsError: as `load_pretrained`; or the objective is unknown.
-      DataError: a published folder has no tokenizer, or lacks the head of `objective`.
+      ConfigError, WeightsError: as `load_pretrained`; or the objective is unknown, or needs another head than the
+        folder's.
+      DataError: a published folder has no tokenizer.
 
     Example:
       >>> run = load("runs/movie")
@@ -71,10 +74,15 @@ def load(
     """
     path = local_folder(path)
     given, path = path, encoder_folder(path)
-    if not is_published(path):
-        return load_run(path).with_dtype(dtype)
     head = head if objective is None else find_task(objective).head
+    if not is_published(path):
+        run = load_run(path)
+        if objective not in (None, run.config.objective):
+            raise _another(str(given), f"is a run of {run.config.objective}", objective)
+        return run.with_dtype(dtype)
     loaded = load_pretrained(path, task=head, allow_unused=allow_unused, seed=None)
+    if objective is not None:
+        _check_head(loaded, read_published_config(path), str(given), objective)
     return from_pretrained(loaded, objective or objective_of(loaded, path), str(given)).with_dtype(dtype)
 
 
@@ -94,7 +102,13 @@ def load_run(path: str | pathlib.Path) -> LoadedRun:
     config = record.config.after(record.step)
     graphdef, _ = abstract_model(model_factory(config, record.label_names))
     model = assembled(graphdef, read_params(path))
-    return LoadedRun(model, config, record.tokenizer, record.label_names, record.step)
+    run_dir = path if checkpoint_steps(path) else path.absolute().parent.parent
+    evaluations = read_evaluations(run_dir)  # none of a checkpoint that lies by itself
+    best = best_evaluation(evaluations, config.keep_best)
+    return LoadedRun(
+        model, config, record.tokenizer, record.label_names, record.step, scores=evaluations.get(record.step, {}),
+        is_best=best is not None and best.step == record.step,
+    )  # fmt: skip
 
 
 def objective_of(loaded: Pretrained, path: pathlib.Path) -> str | None:
@@ -103,10 +117,7 @@ def objective_of(loaded: Pretrained, path: pathlib.Path) -> str | None:
     tasks = {name: task for name, task in TASKS.items() if task.head is not None and task.head == loaded.task}
     if not tasks:
         return None
-    published = read_json(path / "config.json")
-    kind = published.get("problem_type")
-    if kind is None:
-        kind = "regression" if loaded.num_outputs == 1 else "single_label_classification"
+    kind = _problem_types(loaded)[0]
     if len(kinds := {task.problem_type for task in tasks.values()} - {None}) == 0:
         return next(iter(tasks))
     found = next((name for name, task in tasks.items() if task.problem_type == kind), None)
@@ -115,6 +126,37 @@ def objective_of(loaded: Pretrained, path: pathlib.Path) -> str | None:
             f"{path} has a {loaded.task} head of problem_type {kind!r}: known are {', '.join(sorted(kinds))}."
         )
     return found
+
+
+def _problem_types(loaded: Pretrained) -> tuple[str, ...]:
+    """What a classification head can be of, as transformers has it, the likeliest first: where config.json says
+    nothing, the number of labels leaves two open."""
+    if loaded.problem_type is not None:
+        return (loaded.problem_type,)
+    return ("regression" if loaded.num_outputs == 1 else "single_label_classification", "multi_label_classification")
+
+
+def _check_head(loaded: Pretrained, published: Mapping[str, Any], folder: str, objective: str) -> None:
+    """
+    Raises:
+      ConfigError: a folder says that its head is another than the objective's.
+    """
+    task, heads = find_task(objective), named_heads(loaded.family, published)
+    if task.head is None or not heads:
+        return
+    has = f"has a {heads[0]} head (config.json: {published['architectures'][0]})"
+    if task.head not in heads:
+        raise _another(folder, has, objective)
+    if task.problem_type not in (None, *(kinds := _problem_types(loaded))):
+        raise _another(folder, f"{has}, of {' or '.join(kinds)}", objective)
+
+
+def _another(folder: str, has: str, objective: str) -> ConfigError:
+    return ConfigError(
+        f"a model is asked by the head that it was trained with: {folder} {has}, and the objective asked for is "
+        f"{objective}. Leave --objective out; or `train --objective {objective} --init-from {folder} --data.source "
+        f"FILE` teaches it that."
+    )
 
 
 def as_record(loaded: Pretrained, objective: str | None) -> tuple[RunRecord, dict[str, Any]]:

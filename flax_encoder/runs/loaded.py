@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from flax_encoder.data.store.store import Split
 from flax_encoder.data.store.tokenizing import token_dtype
 from flax_encoder.data.tokens.texts import check_texts
 from flax_encoder.data.tokens.tokenizer import TextTokenizer, UnknownCount
+from flax_encoder.nn.encoder import layers_said, num_parameters
 from flax_encoder.nn.generation import READ_PER_WRITTEN
 from flax_encoder.nn.lora import with_adapters
 from flax_encoder.nn.partition import abstract_model
@@ -65,10 +66,20 @@ class LoadedRun:
     step: int
     fresh: tuple[str, ...] = ()
     """Parameters of the head that the folder lacks. With any, the model gives vectors but no answers."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Results of the run's evaluation after this step, such as eval/accuracy; empty if its folder has none."""
+    is_best: bool = False
+    """Whether no evaluation of the run was better by its keep_best."""
 
     def __repr__(self) -> str:
-        labels = "" if self.label_names is None else f", {len(self.label_names)} labels"
-        return f"LoadedRun({self.config.objective}, {self.model.encoder!r}{labels}, step {self.step})"
+        """In a line; the score is keep_best's, or else the task's headline metric."""
+        labels = f" of {len(self.label_names)} labels" if len(self.label_names or ()) > 1 else ""
+        size = f"{layers_said(self.config.model)}, {num_parameters(self.model):,} parameters"
+        metrics = (self.config.keep_best, f"eval/{self.task.headline}", "eval/loss")
+        metric = next((name for name in metrics if name in self.scores), None)
+        score = "" if metric is None else f", held-out {metric.removeprefix('eval/')} {self.scores[metric]:.4f}"
+        what = f"{self.config.objective}{labels}, {size}, step {self.step}{score}"
+        return f"LoadedRun({what}{', the best' * self.is_best})"
 
     @property
     def task(self) -> Task:
@@ -89,7 +100,7 @@ class LoadedRun:
                 f"no part {name!r}: a run of {self.config.objective} has {', '.join(parts) or 'one model; name none'}."
             )
         config, model = parts[next(iter(parts)) if name is None else name](self)
-        return dataclasses.replace(self, config=config, model=model)
+        return dataclasses.replace(self, config=config, model=model, scores={}, is_best=False)
 
     @property
     def row_length(self) -> int:
@@ -166,7 +177,11 @@ class LoadedRun:
         make = self.task.make_model(config, self.label_names)
         return abstract_model(lambda: make(nnx.Rngs(0)))[0]
 
-    def _check_asked(self) -> None:
+    def check_asked(self) -> None:
+        """
+        Raises:
+          DataError: no weights were found for the head, so that nothing can be asked.
+        """
         if self.fresh:
             raise DataError(
                 f"a model is asked by the head that it was trained with: the folder has no {', '.join(self.fresh)}. It "
@@ -184,7 +199,7 @@ class LoadedRun:
           DataError: the task has no answers, `records` is no list of records, or a record has another number of texts
             than the task reads.
         """
-        self._check_asked()
+        self.check_asked()
         if self.task.answer is None:
             raise DataError(f"objective {self.config.objective} has no answers to give for a file of texts.")
         block: list[Record] = []
@@ -284,7 +299,7 @@ class LoadedRun:
         """
         if not self.task.fills_masks:
             raise DataError(f"fill-mask needs a masked_lm run: this one is {self.config.objective}.")
-        self._check_asked()
+        self.check_asked()
         mask_id = self.tokenizer.special("mask")
         batch = self.row(text)
         positions = np.flatnonzero(batch["tokens"][0] == mask_id).astype(np.int32)

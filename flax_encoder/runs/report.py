@@ -122,7 +122,7 @@ def show_report(
     for line in examples:
         console.print(line)
     console.print("\nnext:")
-    commands = run.task.commands(run) if run.task.commands else []
+    commands = run.task.commands(run, data) if run.task.commands else []
     commands = [*commands, f"python -m flax_encoder plot {shlex.quote(run.config.run_dir)} --out curve.png"]
     for command in commands:
         console.print(f"  {command}")

@@ -59,6 +59,7 @@ def score_source(
       DataError: no records, or records without values. LabelError: labels that the model does not have.
     """
     task = run.task
+    run.check_asked()
     if corpus is not None and task.vectors is None:
         raise ConfigError(f"a corpus is searched by vectors, which {run.config.objective} does not make: leave it out.")
     if task.answer is None or task.score is None:

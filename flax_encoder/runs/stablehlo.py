@@ -33,8 +33,10 @@ def as_function(run: LoadedRun) -> Callable[..., dict[str, Array]]:
             f"a program holds an encoder, and a head for texts or tokens: this model is {run.config.objective}. "
             f"`export` without --stablehlo writes it as a folder."
         )
-    # By definition of attention: kernels are for one platform, and tiles for one length.
-    graphdef, params = nnx.split(run.with_model_settings(attention_implementation="reference", remat="none").model)
+    settings = {"remat": "none"}
+    if run.config.model.layer == "attention":  # by its definition: kernels are for one platform, tiles for one length
+        settings["attention_implementation"] = "reference"
+    graphdef, params = nnx.split(run.with_model_settings(**settings).model)
     answers_for = None if run.fresh else run.task.answers_for
 
     def apply(input_ids, attention_mask, token_type_ids=None):

@@ -136,10 +136,7 @@ def schedule_start(before: RunConfig, config: RunConfig, start: int) -> int:
         return start
     began, optimizer = before.schedule_began, before.optimizer
     gone = [(start - began) / (steps - began) for steps in (before.steps, config.steps)]
-    is_at_peak = optimizer.schedule == "wsd" and all(
-        optimizer.warmup_rate <= share <= 1 - optimizer.decay_rate for share in gone
-    )
-    if not is_at_peak:
+    if optimizer.peak_end is None or not all(optimizer.warmup_rate <= share <= optimizer.peak_end for share in gone):
         raise ConfigError(
             f"a run is made longer while its learning rate is at its peak: that of {before.run_dir}, schedule "
             f"{optimizer.schedule}, has gone {gone[0]:.0%} of its way to step {before.steps}, and would jump with "

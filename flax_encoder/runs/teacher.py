@@ -263,7 +263,7 @@ def open_teacher(config: RunConfig) -> OpenTeacher | None:
     if settings.teacher is None or not is_setting_read(objective, "distillation.teacher"):
         return None
     needs_head = settings.soft_weight > 0
-    run = load(settings.teacher, objective=objective if needs_head else None)
+    run = load(settings.teacher)
     if not needs_head and run.task.parts:
         run = run.part()
     has = "no head of its own" if run.fresh else f"the head of {run.config.objective}"

@@ -27,7 +27,7 @@ from flax_encoder.nn.heads import MaskedLMHead
 from flax_encoder.nn.pooling import pool_segments
 from flax_encoder.nn.recurrent_decoder import RecurrentDecoder, check_recurrent_decoder
 from flax_encoder.ops.position import sinusoidal
-from flax_encoder.tasks.document_model import check_whole_documents
+from flax_encoder.tasks.document_model import check_whole_documents, export_commands
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.masked_lm import MaskedLM, check_head
 from flax_encoder.tasks.task import Labels, Task, VectorSettings
@@ -147,11 +147,11 @@ def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
     return {"most frequent token": scores["most_frequent"], "guess from the token before": scores["previous"]}
 
 
-def _commands(run: Any) -> list[str]:
+def _commands(run: Any, data: Any) -> list[str]:
     run_dir = shlex.quote(run.config.run_dir)
     return [
         f"python -m flax_encoder embed {run_dir} --input texts.txt --output vectors.npy",
-        f"python -m flax_encoder export {run_dir} {run_dir}/published",
+        *export_commands(run, f"{run_dir}/published"),
     ]
 
 

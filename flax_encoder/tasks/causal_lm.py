@@ -51,7 +51,7 @@ def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
     return {"most frequent token": scores["most_frequent"], "guess from the token before": scores["previous"]}
 
 
-def _commands(run: Any) -> list[str]:
+def _commands(run: Any, data: Any) -> list[str]:
     run_dir = run.config.run_dir
     source = " ".join(shlex.quote(name) for name in run.config.data.sources)
     return [

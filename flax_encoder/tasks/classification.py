@@ -25,6 +25,7 @@ from flax_encoder.tasks.document_model import (
     DocumentModel,
     ask_file_commands,
     check_whole_documents,
+    has_pairs,
     right_and_wrong,
 )
 from flax_encoder.tasks.loss import LossSum, target_loss
@@ -189,9 +190,10 @@ def _said(answer: Answer) -> str:
     return f"{answer['label']} {answer['probability']:.0%}"
 
 
-def _commands(run: Any) -> list[str]:
+def _commands(run: Any, data: Any) -> list[str]:
     text = "Send a message to the server and wait for its reply."
-    return [f'python -m flax_encoder classify {shlex.quote(run.config.run_dir)} "{text}"', *ask_file_commands(run)]
+    one = [f'python -m flax_encoder classify {shlex.quote(run.config.run_dir)} "{text}"']
+    return [*(() if has_pairs(data) else one), *ask_file_commands(run, data)]
 
 
 TASK = Task(

@@ -25,7 +25,7 @@ from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.partition import param, zeros
 from flax_encoder.nn.pooling import pool_segments
 from flax_encoder.tasks.contrastive_loss import cosent, cosines, info_nce, margin_mse
-from flax_encoder.tasks.document_model import check_whole_documents
+from flax_encoder.tasks.document_model import check_whole_documents, columns_said, export_commands
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.metrics import scipy_stats
 from flax_encoder.tasks.ranking import collection_of, neighbour_scores, rank_scores, ranks, word_matrix
@@ -235,12 +235,12 @@ def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
     return rows
 
 
-def _commands(run: Any) -> list[str]:
+def _commands(run: Any, data: Any) -> list[str]:
     run_dir = shlex.quote(run.config.run_dir)
     return [
         f"python -m flax_encoder embed {run_dir} --input texts.txt --output vectors.npy",
-        f"python -m flax_encoder evaluate {run_dir} --data.source pairs.jsonl",
-        f"python -m flax_encoder export {run_dir} {run_dir}/published",
+        f"python -m flax_encoder evaluate {run_dir} --data.source pairs.jsonl{columns_said(run, data)}",
+        *export_commands(run, f"{run_dir}/published"),
     ]
 
 

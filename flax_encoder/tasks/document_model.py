@@ -70,13 +70,39 @@ def check_whole_documents(config: RunConfig) -> None:
     )
 
 
-def ask_file_commands(run: Any, asked: str = "texts.txt", scored: str = "test.csv") -> list[str]:
-    """The commands that use a trained run on a file."""
-    run_dir = shlex.quote(run.config.run_dir)
+def ask_file_commands(run: Any, data: Any, scored: str = "test.csv") -> list[str]:
+    """The commands that use a trained run on a file; of pairs of texts, which need columns, these are named."""
+    run_dir, texts = shlex.quote(run.config.run_dir), "texts.txt"
+    if has_pairs(data):
+        texts, scored = f"pairs.jsonl{columns_said(run, data, '--', has_label=False)}", "test.jsonl"
+    if run.task.reading.columns.writes:  # the second text
+        texts = "texts.txt"
     return [
-        f"python -m flax_encoder predict {run_dir} --input {asked} --output answers.jsonl",
-        f"python -m flax_encoder evaluate {run_dir} --data.source {scored}",
+        f"python -m flax_encoder predict {run_dir} --input {texts} --output answers.jsonl",
+        f"python -m flax_encoder evaluate {run_dir} --data.source {scored}{columns_said(run, data)}",
     ]
+
+
+def has_pairs(data: Any) -> bool:
+    """Whether a run learned from documents of several texts."""
+    return "text_lengths" in data.stores[0].train.values
+
+
+def columns_said(run: Any, data: Any, prefix: str = "--data.", has_label: bool = True) -> str:
+    """Options that name the columns of a file such as a run learned from: of two texts those that were read, of others
+    what its settings name."""
+    own = run.config.data
+    text, pair = data.stores[0].pair or (own.text_column, own.text_pair_column)
+    named = {"text-column": text, "text-pair-column": pair, "label-column": own.label_column if has_label else None}
+    columns = {name: (own,) if isinstance(own, str) else own for name, own in named.items() if own is not None}
+    return "".join(f" {prefix}{name} {shlex.join(own)}" for name, own in columns.items())
+
+
+def export_commands(run: Any, *outs: str) -> list[str]:
+    """The commands that write a trained run as folders; none of recurrent layers, which nobody else reads."""
+    if run.config.model.layer != "attention":
+        return []
+    return [f"python -m flax_encoder export {shlex.quote(run.config.run_dir)} {out}" for out in outs]
 
 
 def held_out_answers(run: Any, data: Any, most: int = 40) -> list[tuple[Record, Answer, Any]]:

@@ -134,7 +134,7 @@ def _examples(run: Any, data: Any) -> list[str]:
     return lines
 
 
-def _commands(run: Any) -> list[str]:
+def _commands(run: Any, data: Any) -> list[str]:
     mask = run.tokenizer.token(run.tokenizer.special("mask"))
     run_dir = shlex.quote(run.config.run_dir)
     commands = [f'python -m flax_encoder fill-mask {run_dir} "Return the {mask} of the list."']

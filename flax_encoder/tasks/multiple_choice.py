@@ -134,10 +134,6 @@ def _truth(choice: int | str) -> str:
     return f"choice {choice}"
 
 
-def _commands(run: Any) -> list[str]:
-    return ask_file_commands(run, "choices.jsonl", "test.jsonl")
-
-
 TASK = Task(
     reading=Reading(Columns("class", 3, 27), _targets, _layout),
     make_model=_make_model,
@@ -149,6 +145,6 @@ TASK = Task(
     score=score,
     baselines=_baselines,
     examples=functools.partial(right_and_wrong, _is_right, _said, _truth),
-    commands=_commands,
+    commands=ask_file_commands,
     head="multiple_choice",
 )

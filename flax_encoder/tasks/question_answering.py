@@ -300,10 +300,6 @@ def _examples(run: Any, data: Any) -> list[str]:
     return lines
 
 
-def _commands(run: Any) -> list[str]:
-    return ask_file_commands(run, "questions.jsonl", "test.json")
-
-
 TASK = Task(
     reading=Reading(Columns("answers", 2, 2), _targets, _layout),
     make_model=_make_model,
@@ -319,7 +315,7 @@ TASK = Task(
     score=score,
     baselines=_baselines,
     examples=_examples,
-    commands=_commands,
+    commands=ask_file_commands,
     head="question_answering",
     answers_for="tokens",
     needs_offsets=True,

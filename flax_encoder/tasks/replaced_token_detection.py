@@ -20,6 +20,7 @@ from flax_encoder.data.rows.targets import masked_lm as masked_text
 from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.heads import ClassificationHead
 from flax_encoder.tasks import masked_lm
+from flax_encoder.tasks.document_model import export_commands
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.masked_lm import MaskedLM
 from flax_encoder.tasks.task import Labels, Task
@@ -205,12 +206,11 @@ def _settled(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, generator=type(config.generator)())
 
 
-def _commands(run: Any) -> list[str]:
+def _commands(run: Any, data: Any) -> list[str]:
     run_dir = shlex.quote(run.config.run_dir)
     return [
         f"python -m flax_encoder train --config classify --init-from {run_dir} --data.source train.csv",
-        f"python -m flax_encoder export {run_dir} OUT",
-        f"python -m flax_encoder export {run_dir} OUT --part generator",
+        *export_commands(run, "OUT", "OUT --part generator"),
     ]
 
 

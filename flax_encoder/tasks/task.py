@@ -136,8 +136,8 @@ class Task:
     samples: Callable[[RunConfig, TextTokenizer, Split, tuple[int, int]], Samples | None] | None = None
     """For a task without answers: held-out rows that the model is asked about at every evaluation; the last argument
     must divide their number and their length. A task with answers shows some of its answers."""
-    commands: Callable[[Any], list[str]] | None = None
-    """The commands to type next, to use a loaded run."""
+    commands: Callable[[Any, Any], list[str]] | None = None
+    """The commands to type next, to use a loaded run, given the data that it learned from (`RunData`)."""
     parts: Mapping[str, Callable[[Any], tuple[RunConfig, Any]]] = field(default_factory=dict)
     """For a task whose model holds several models: their names, and a function of a loaded run to (config, module) of
     each, which is exported like a run of its own. The first one is the run's main model. Empty: there is one model."""

@@ -241,8 +241,8 @@ def _spelled(words: Sequence[str], tags: Sequence[str], labels: Labels) -> str:
     return ", ".join(f"{' '.join(words[i : j + 1])} ({label})" for label, i, j in entities_of_tags(tags)) or "nothing"
 
 
-def _commands(run: Any) -> list[str]:
-    return ask_file_commands(run, scored="test.jsonl")
+def _commands(run: Any, data: Any) -> list[str]:
+    return ask_file_commands(run, data, scored="test.jsonl")
 
 
 TASK = Task(

@@ -321,8 +321,12 @@ def _checkpoint_folder(path: pathlib.Path) -> pathlib.Path:
         return path.resolve()
     steps = _numbered(path / "checkpoints")
     if not steps:
+        damaged = sorted(p.name for p in (path / "checkpoints").glob("*.damaged*"))
         raise CheckpointError(
-            f"no checkpoint in {path}. Give a run folder (it has a folder `checkpoints`) or one checkpoint in it."
+            f"no whole checkpoint in {path}: {', '.join(damaged)} stand aside. Bring one back from a copy; `python -m "
+            f"flax_encoder verify {path / 'checkpoints' / damaged[-1]}` says what is wrong with it."
+            if damaged
+            else f"no checkpoint in {path}. Give a run folder (it has a folder `checkpoints`) or one checkpoint in it."
         )
     return steps[0].resolve()
 

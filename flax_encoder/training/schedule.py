@@ -46,7 +46,8 @@ def share_of_peak(config: OptimizerConfig, progress: Float[Array, "..."] | float
     It rises linearly from 0 over warmup_rate of the run, and then follows config.schedule to final_rate at 1. linear
     with warmup_rate 0.5 is a triangle; cosine is Loshchilov and Hutter's (arXiv 1608.03983); wsd is constant and decays
     at the end (Hu et al., arXiv 2404.06395), in the shape one_minus_sqrt as Hägele et al. (arXiv 2405.18392).
-    inverse_sqrt falls as the root of warmup_rate / progress (Vaswani et al., arXiv 1706.03762), and ends above 0.
+    inverse_sqrt falls as the root of warmup_rate / progress (Vaswani et al., arXiv 1706.03762), and ends above 0;
+    constant stays at the peak.
 
     Example:
       >>> config = OptimizerConfig(schedule="linear", warmup_rate=0.1, final_rate=0.0)
@@ -54,9 +55,9 @@ def share_of_peak(config: OptimizerConfig, progress: Float[Array, "..."] | float
       [0.5, 1.0, 0.5, 0.0]
     """
     progress = jnp.clip(jnp.asarray(progress, jnp.float32), 0.0, 1.0)
-    start = 1.0 - config.decay_rate if config.schedule == "wsd" else config.warmup_rate
+    start = config.warmup_rate if config.peak_end is None else config.peak_end
     fallen = jnp.clip((progress - start) / (1.0 - start), 0.0, 1.0) if start < 1 else jnp.zeros_like(progress)
-    shape = config.decay_shape if config.schedule == "wsd" else config.schedule
+    shape = config.schedule if config.peak_end is None else config.decay_shape
     if shape == "inverse_sqrt":
         left = jnp.sqrt(config.warmup_rate / jnp.maximum(progress, config.warmup_rate))
     elif shape == "cosine":

@@ -353,7 +353,7 @@ def gradient_point(opt_state: Any, params: Any) -> Any:
     """The point at which to take the next gradient: the parameters, except with schedule_free and with averages.
 
     Example:
-      >>> config = OptimizerConfig(name="schedule_free", schedule="wsd", decay_rate=0.0)
+      >>> config = OptimizerConfig(name="schedule_free", schedule="constant")
       >>> tx = make_optimizer(config, steps=10, axes={"kernel": ("embed", "mlp")})
       >>> params = {"kernel": jnp.ones((2, 3))}
       >>> gradient_point(tx.init(params), params)["kernel"].shape

@@ -174,6 +174,15 @@ def test_a_cell_that_spells_a_list_is_that_list(tmp_path, spell):
         read(path, tmp_path, Columns("classes"))
 
 
+@pytest.mark.parametrize(
+    "cell", ["{{}}", "{[1]: 2}", "[" * 100_000, "[" + "-" * 100_000 + "1]", "[1" + "+1" * 100_000 + "]", "[lambda: 1]"]
+)
+def test_a_cell_that_only_begins_like_a_list_is_a_text(tmp_path, cell):
+    """In no time: some of these are what parsers crash of."""
+    (tmp_path / "a.csv").write_text(f"text,labels\na,['\\d']\n{cell},[]\n", "utf-8")
+    assert values(read(tmp_path / "a.csv", tmp_path, Columns("classes"))) == [("a", ("\\d",)), (cell, ())]
+
+
 def test_bad_rows_are_skipped_and_counted_where_asked_for(tmp_path):
     (tmp_path / "a.csv").write_text('text,label\na,1\nb\n"c" d,2\ne,\nf,3\n')
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b"}\n[]\n{\n{"text": "f", "label": "3"}\n')

@@ -21,13 +21,18 @@ def assert_close(got, want, dtype=np.float32):
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "has_bfloat16"),
+    [("float32", True), ("bfloat16", True), ("bfloat16", False)],
+    ids=["float32", "bfloat16", "bfloat16 widened"],
+)
 @pytest.mark.parametrize("contract_last", [False, True])
 @pytest.mark.parametrize("features", [(11,), F], ids=["vector", "matrix"])
 @pytest.mark.parametrize("operands", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch", [BATCH, (5, 12)], ids=["few rows", "rows"])
-def test_linear_and_gradients_equal_numpy(dtype, contract_last, features, operands, batch):
+def test_linear_and_gradients_equal_numpy(monkeypatch, dtype, contract_last, features, operands, batch, has_bfloat16):
     """With many rows the wider operand of the kernel's gradient is not the one that is transposed."""
+    monkeypatch.setattr("flax_encoder.ops.linear.cpu_multiplies_bfloat16", lambda: has_bfloat16)
     generator = np.random.default_rng(0)
     shape = (*features, D) if contract_last else (D, *features)
     x, kernel = (generator.standard_normal(s).astype(jnp.dtype(operands)) for s in ((*batch, D), shape))
@@ -75,6 +80,14 @@ def test_a_result_is_rounded_to_out_dtype_and_its_bias_gradient_is_not(platform,
     assert_close(d_x, low_d_y @ low_kernel.T, operands)
     assert_close(d_kernel, low_x.T @ low_d_y, operands)
     assert_close(d_bias, low_d_y.sum(0))
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_without_instructions_for_bfloat16_products_are_of_float32(monkeypatch, has_bfloat16):
+    monkeypatch.setattr("flax_encoder.ops.linear.cpu_multiplies_bfloat16", lambda: has_bfloat16)
+    loss = lambda x, kernel: linear(x, kernel, dtype="bfloat16").sum()  # noqa: E731
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(jnp.ones((65, D)), jnp.ones((D, 11))))
+    assert ("bf16" in jaxpr) == has_bfloat16 != ("reduce_precision" in jaxpr)
 
 
 def test_accumulation_is_float32():

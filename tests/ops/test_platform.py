@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flax_encoder.ops.platform import platform, platform_for_tracing, precision
+from flax_encoder.ops.platform import cpu_multiplies_bfloat16, platform, platform_for_tracing, precision
 
 
 def test_a_platform_for_tracing_holds_within_its_context():
@@ -38,3 +38,15 @@ def test_float32_is_float32_unless_jax_is_told_otherwise(name):
         assert precision(low, low) is None
         with jax.default_matmul_precision("tensorfloat32"):
             assert precision(x, x) is None
+
+
+@pytest.mark.parametrize(
+    ("listed", "answer"),
+    [("flags : avx2 avx512f", False), ("flags : fpu avx512_bf16", True), ("Features : asimd bf16", True), (None, True)],
+)
+def test_instructions_for_bfloat16_are_read_where_linux_lists_them(monkeypatch, tmp_path, listed, answer):
+    path = tmp_path / "cpuinfo"
+    if listed is not None:
+        path.write_text(listed)
+    monkeypatch.setattr("flax_encoder.ops.platform.pathlib.Path", lambda _: path)
+    assert cpu_multiplies_bfloat16.__wrapped__() == answer

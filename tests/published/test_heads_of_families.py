@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from flax_encoder.commands import main
 from flax_encoder.config import ConfigError, DataConfig, HeadConfig, RunConfig
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.published.weights import read_weights, write_weights
@@ -66,6 +67,41 @@ def test_a_masked_lm_head_in_the_old_spelling_is_left_out_by_other_tasks(importe
     (folder / "model.safetensors").unlink()
     write_weights(folder, tensors, "float32")
     assert read_origin(folder, "classification")[0].config.objective == "classification"
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("bert-classification", {"classification"}),
+        ("xlm-roberta-token_classification", {"token_classification"}),
+    ],
+)
+def test_a_folder_is_asked_by_its_own_head_alone(tmp_path, name, own):
+    """Heads of a family give their tensors one name: BERT's classes and tags are both `classifier`."""
+    folder = pathlib.Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+    (folder / "tokenizer.json").write_text(train_wordpiece(["the list holds a value"] * 3, 43).json)
+    asked = set()
+    for objective in TASKS:
+        try:
+            run = load(folder, objective=objective)
+        except ConfigError as error:
+            refused = f"{folder} has a ", f" asked for is {objective}. Leave --objective out; or `train --objective"
+            assert all(part in str(error) for part in refused) or " has no " in str(error)
+            continue
+        asked |= set() if run.fresh else {objective}
+    assert asked - {"contrastive"} == own  # which has no head
+    record, params = read_origin(folder, "multiple_choice")
+    assert record.label_names is None and "out" not in params.get("head", {})
+
+
+def test_a_run_is_asked_what_it_learned(imported, corpus, capsys):
+    run, headless = imported / "bert-masked_lm", imported / "bert-headless"
+    with pytest.raises(ConfigError, match=r"is a run of masked_lm, and the objective asked for is classification. Lea"):
+        load(run, objective="classification")
+    export_run(imported / "bert-masked_lm-published", headless, encoder_only=True)
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(headless), "--data.source", str(corpus / "lines.txt")])
+    assert "asked by the head that it was trained with: the folder has no head." in capsys.readouterr().err
 
 
 def test_a_head_that_no_family_has_is_said_before_training(imported):

@@ -5,13 +5,18 @@ import shutil
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flax_encoder.commands import main
+from flax_encoder.config import ConfigError, EncoderConfig, RunConfig
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.published.load import read_json
+from flax_encoder.runs.as_published import published_config
 from flax_encoder.runs.load import load
+from flax_encoder.runs.loaded import LoadedRun, model_factory
+from flax_encoder.runs.stablehlo import as_function
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TEXTS = ["the list of a value", "a value in the list", "of each item"]
@@ -64,6 +69,19 @@ def test_a_program_gives_the_models_numbers_for_any_rows(tmp_path, name):
             np.testing.assert_allclose(np.sort(odds, -1)[:, ::-1], want, rtol=1e-4)
         else:
             assert got["logits"].shape[:2] == (count, length)
+
+
+def test_a_recurrent_run_is_a_program_and_no_folder():
+    model = EncoderConfig(vocab_size=64, layer="lstm", num_layers=1, embed_dim=30, position="none")
+    config = RunConfig(objective="classification", pooling="mean", model=model)
+    tokenizer, labels = train_wordpiece(TEXTS * 3, 60), ["first", "second"]
+    run = LoadedRun(model_factory(config, labels)(), config, tokenizer, labels, 0)
+    row, here = run.row(TEXTS[0]), run(TEXTS[0]).vectors
+    made = as_function(run)(jnp.asarray(row["tokens"]), jnp.asarray(row["segment_ids"]))
+    np.testing.assert_allclose(made["last_hidden_state"][0, : len(here)], here, rtol=1e-5, atol=1e-6)
+    assert made["logits"].shape == (1, 2)
+    with pytest.raises(ConfigError, match=r"no encoder of lstm layers.* `export runs/.* FILE --stablehlo` writes"):
+        published_config(config, None, "classification")
 
 
 def test_a_model_that_writes_is_refused(tmp_path, capsys):

@@ -18,6 +18,8 @@ from flax_encoder.data.pipeline import open_data
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.nn.partition import round_up_vocab
+from flax_encoder.runs import ask_file
+from flax_encoder.runs.ask_file import AnswerFile
 from flax_encoder.runs.load import load
 from flax_encoder.runs.loaded import model_factory
 from flax_encoder.training.checkpoint import Checkpoints
@@ -79,7 +81,7 @@ def test_ids_are_kept_by_every_task_and_needed_by_squad_alone(squad, tmp_path, c
     main(["predict", str(tmp_path / "run"), "--input", str(tmp_path / "texts.jsonl"), "--output",
           str(tmp_path / "out.jsonl")])  # fmt: skip
     first, second = lines(tmp_path / "out.jsonl")
-    assert first["id"] == "7" and "id" not in second and first.keys() - {"id"} == second.keys()
+    assert (first["id"], second["id"]) == ("7", "") and first.keys() == second.keys()
     refused = {"run": (tmp_path / "run", "--squad is of question answering"),
                "no ids": (squad / "run", "the question of .* line 1, has none")}  # fmt: skip
     (tmp_path / "asked.jsonl").write_text(json.dumps({"question": "what is blue", "context": PASSAGE}) + "\n")
@@ -126,6 +128,36 @@ def test_a_table_of_answers_has_room_for_texts_without_any(squad, tmp_path):
         rows = list(csv.DictReader(out.read_text().splitlines()))
         assert [row["error"] != "" for row in rows] == [line == "" for line in written.splitlines()]
         assert [row["label"] in ("no", "yes") for row in rows if row["error"] == ""] == [True] * ("river" in written)
+
+
+def test_a_table_of_answers_has_the_ids_that_only_later_rows_have(squad, tmp_path, monkeypatch):
+    """Also when it is interrupted, and however many texts are empty before the first answer, up to a bound."""
+    make_run(tmp_path / "run", "classification", ["no", "yes"])
+    out, asked, ids = tmp_path / "out.csv", tmp_path / "texts.jsonl", [None, ..., None, "c", 4]
+    rows = [{"text": "" if i < 2 else f"the river {i}", "id": own} for i, own in enumerate(ids)]
+    asked.write_text("".join(json.dumps({n: x for n, x in row.items() if x is not ...}) + "\n" for row in rows))
+    command = ["predict", str(tmp_path / "run"), "--input", str(asked), "--output", str(out)]
+    monkeypatch.setattr(ask_file, "_KEPT_EVERY", 3)
+    line, made = AnswerFile._line, []
+
+    def until_the_fourth(self, answer):
+        made.append(answer)
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return line(self, answer)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(AnswerFile, "_line", until_the_fourth)
+        main(command)
+    assert not out.exists()
+    main(command)
+    found = list(csv.DictReader(out.read_text().splitlines()))
+    assert [row["id"] for row in found] == ["", "", "", "c", "4"] and len(made) == 4
+    assert [row["error"] == "" for row in found] == [False, False, True, True, True]
+    monkeypatch.setattr(ask_file, "_MOST_EMPTY", 2)
+    out.unlink()
+    with pytest.raises(DataError, match=r"the first 2 texts are empty\. Name another --text-column, or"):
+        AnswerFile(out, "x").write(({"error": "the text has no token"} for _ in range(3)), 0, print)
 
 
 def test_what_a_message_says_is_understood_by_the_command_that_said_it(squad, tmp_path, capsys):

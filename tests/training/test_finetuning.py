@@ -159,6 +159,8 @@ def test_the_best_checkpoint_is_kept_and_is_what_the_run_ends_with(corpus, tmp_p
     assert "eval/f1 was best after step 4, of 4 evaluations" in capsys.readouterr().out
     best, last = load_run(tmp_path / "run"), load_run(tmp_path / "run/checkpoints/8")
     assert (best.step, last.step) == (4, 8)
+    assert repr(best).endswith("step 4, held-out f1 0.8000, the best)")
+    assert repr(last).endswith("step 8, held-out f1 0.1000)")
     assert not np.array_equal(params_of(best)["head.out.kernel"], params_of(last)["head.out.kernel"])
     # Started again it is finished, by its metrics alone: the last evaluation and the test are made again.
     before = (tmp_path / "run/metrics.jsonl").read_text()

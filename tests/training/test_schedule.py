@@ -17,6 +17,7 @@ SCHEDULES = [("linear", "linear"), ("cosine", "linear"), ("wsd", "linear"), ("ws
         ("linear", "linear", {0: 0.0, 0.05: 0.5, 0.1: 1.0, 0.55: 0.55, 1: 0.1}),
         ("cosine", "linear", {0: 0.0, 0.05: 0.5, 0.1: 1.0, 0.55: 0.55, 0.325: 0.1 + 0.9 * (1 + 0.5**0.5) / 2, 1: 0.1}),
         ("wsd", "linear", {0: 0.0, 0.05: 0.5, 0.1: 1.0, 0.55: 1.0, 0.8: 1.0, 0.9: 0.55, 1: 0.1}),
+        ("constant", "linear", {0: 0.0, 0.05: 0.5, 0.1: 1.0, 0.9: 1.0, 1: 1.0}),
         ("wsd", "one_minus_sqrt", {0.05: 0.5, 0.1: 1.0, 0.8: 1.0, 0.85: 0.55, 0.9: 1 - 0.9 * 0.5**0.5, 1: 0.1}),
     ],
 )
@@ -71,7 +72,7 @@ def test_before_and_after_the_run_the_rate_is_that_of_its_ends():
 
 
 @pytest.mark.parametrize("updates", [1, 2, 5, 16, 17, 40])
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "inverse_sqrt"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "inverse_sqrt", "constant"])
 def test_no_update_is_lost_to_a_warm_up_of_less_than_one(schedule, updates):
     """A warm-up of less than one update is none; a longer one begins at 0, and its rates are as they were."""
     config = OptimizerConfig(schedule=schedule, warmup_rate=0.06)

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from flax_encoder.config import DataConfig
@@ -86,6 +86,8 @@ class Layout:
     is_plain: bool = False
     """One text, and no value or a class in one column."""
     notes: tuple[str, ...] = ()
+    pair: tuple[str, str] | None = None
+    """The columns of two texts, as --data.text-column and --data.text-pair-column would name them."""
     makes_several: bool = False
     """A row may hold several documents, such as the answers of a conversation."""
 
@@ -163,7 +165,7 @@ def choose_columns(table: Table, config: DataConfig, wanted: Columns) -> Layout:
             f"a column that is read must have a name of its own: {table.where} has several named {min(doubled)!r}. "
             f"Rename them."
         )
-    return layout
+    return replace(layout, pair=chooser.read_pair)
 
 
 def _settings_of_turns(config: DataConfig) -> list[str]:
@@ -184,6 +186,7 @@ class _Chooser:
         self.label = label[0] if isinstance(label, tuple) and len(label) == 1 else label
         self._by_key = {_key(name): name for name in reversed(self.kinds)}
         self._guessed: dict[str, tuple[str, ...]] = {}
+        self.read_pair: tuple[str, str] | None = None
         self.history = config.history_column if own else None
         if not wanted.has_turns and (unread := _settings_of_turns(config)):
             raise DataError(f"a conversation is for a task that writes the answers: leave out {' and '.join(unread)}.")
@@ -280,6 +283,8 @@ def _texts_and_value(chooser: _Chooser) -> Layout:
     elif len(texts) > 1 or not _is_list(kinds[texts[0]]):
         read = functools.partial(values.texts, texts)
     names = list(chooser.config.label_names) if chooser.config.label_names else None
+    if len(texts) > 1:
+        chooser.read_pair = texts[0], texts[1]
     if label is None:
         make = functools.partial(values.plain, read)
         if wanted.keeps_words and read.func is values.joined_tokens:
@@ -407,6 +412,7 @@ def _answers(chooser: _Chooser) -> Layout:
     question = chooser.one("text", chooser.text, ("question", "query"))
     context = chooser.one("second text", chooser.pair, ("context", "passage", "paragraph"))
     answers = chooser.one("label", chooser.label, _LABELS["answers"])
+    chooser.read_pair = question, context
     name = next(iter(chooser.known(("id",))), None)
     columns = (question, context, answers, *(() if name is None else (name,)))
     make = functools.partial(values.answered, question, context, answers, name)
@@ -430,6 +436,7 @@ def _choices(chooser: _Chooser) -> Layout:
             chooser.one("second text", chooser.pair, ("choices", "endings", "options"), _is_list),
         )
         texts = functools.partial(values.choices, *columns)
+        chooser.read_pair = columns
     wanted = chooser.wanted
     if wanted.value == "none":
         return chooser.plain(columns, functools.partial(values.plain, texts))
@@ -462,6 +469,7 @@ def _written(chooser: _Chooser) -> Layout:
     else:
         raise chooser.unclear("source and target", f"{', or '.join(f'{a} with {b}' for a, b in pairs)} could be"
                               if len(pairs) > 1 else "")  # fmt: skip
+    chooser.read_pair = source, target
     make = functools.partial(values.written, source, target)
     return Layout((source, target), make, target, notes=chooser.notes)
 

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import itertools
 import json
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -169,11 +170,19 @@ def _kinds_of_strings(names: list[str], rows: list[Row]) -> dict[str, str]:
 def _value(cell: str) -> Any:
     """The list or object that a cell spells, or the cell."""
     if cell.lstrip()[:1] in ("[", "{"):
-        for parse in (json.loads, ast.literal_eval):
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        for parse in (json.loads, _python_literal):
+            # Both are bounded: they refuse what is nested some hundred deep (RecursionError, SyntaxError, MemoryError).
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
                 if isinstance(value := parse(cell.strip()), list | dict):
                     return value
     return cell
+
+
+def _python_literal(text: str) -> Any:
+    """Raises: whatever `ast.literal_eval` does, TypeError for a set or keys of lists among it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of "\d" as if the cell were somebody's program
+        return ast.literal_eval(text)
 
 
 def _spells_number(cell: str) -> bool:

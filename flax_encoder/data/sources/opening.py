@@ -42,6 +42,8 @@ class Source:
     """What it was opened by."""
     notes: tuple[str, ...] = ()
     """Sentences for the user: which columns were guessed, which splits are left out."""
+    pair: tuple[str, str] | None = None
+    """The columns of its two texts, if it has two columns of them."""
     has_test_apart: bool = False
     """Whether its test documents were named for reporting alone: others are then held out to choose by."""
 
@@ -76,7 +78,7 @@ def open_source(name: str, config: DataConfig, columns: Columns, cache_dir: path
             found = open_named(name.removeprefix(prefix), config, columns, cache_dir)
             layout = found.layout
             what = (*found.identity, layout.columns[0], layout.label, *_unusual(config, columns, layout))
-            return Source(found.parts, _hash(*what), layout.label_names, name, found.notes)
+            return Source(found.parts, _hash(*what), layout.label_names, name, found.notes, layout.pair)
     return _open_files(name, config, columns, cache_dir)
 
 
@@ -99,7 +101,8 @@ def _open_files(name: str, config: DataConfig, columns: Columns, cache_dir: path
     label = None if layout is None else layout.label
     fingerprint = _hash(stats, config.text_column, label, config.text_unit, *_unusual(config, columns, layout))
     names, notes = (None, ()) if layout is None else (layout.label_names, layout.notes)
-    return Source(parts, _of_contents(fingerprint, paths, cache_dir), names, name, notes)
+    pair = None if layout is None else layout.pair
+    return Source(parts, _of_contents(fingerprint, paths, cache_dir), names, name, notes, pair)
 
 
 def _matching(name: str) -> list[AnyFile]:

@@ -17,7 +17,7 @@ class Record(NamedTuple):
     where: str = ""
     """Names the record in errors, such as "reviews.jsonl, line 17"; empty where records have no value."""
     id: str | None = None
-    """Its name in the source, where answers are given by it."""
+    """Its name in the source, where answers are given by it; empty for a row without one in a source of names."""
     history: tuple[str, ...] | None = None
     """The turns of a conversation before the text, oldest first; None: the text is no turn of any."""
     group: str | None = None

@@ -78,7 +78,8 @@ def plain(read: Callable[[Row], tuple[str, ...]], row: Row) -> Record:
 
 
 def with_id(make: Callable[[Row], Record], name: str, row: Row) -> Record:
-    return make(row)._replace(id=None if row.get(name) is None else str(row[name]))
+    """A row without an id has an empty one, so that all answers of a file have the same entries."""
+    return make(row)._replace(id="" if row.get(name) is None else str(row[name]))
 
 
 def with_value(read: Callable[[Row], tuple[str, ...]], value: Callable[[Row], Any], row: Row) -> Record:

@@ -118,6 +118,7 @@ def merge_parts(
         "tokenizer": tokenizer.hash,
         "dtype": token_dtype(tokenizer).name,
         "value": columns.value,
+        "pair": source.pair,
         "prompts": list(columns.prompts),
         **({} if columns.turn_separator is None else {"turn_separator": columns.turn_separator}),
         "dropped": {"empty": sum(a["empty"] for a in about), "duplicate": int(len(keep) - keep.sum())}

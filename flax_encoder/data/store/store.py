@@ -129,6 +129,11 @@ class Store:
         """The kind of its documents' values, as `Columns` names them."""
         return self.manifest.get("value", "none" if self.label_names is None else "class")
 
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        """The columns of its two texts, where they were read from two, by a version that notes it."""
+        return None if (pair := self.manifest.get("pair")) is None else (pair[0], pair[1])
+
     @functools.cached_property
     def hash(self) -> str:
         """Of the contents: the same text by the same tokenizer has the same hash wherever it is prepared."""
