@@ -145,7 +145,7 @@ def test_no_state_of_standard_output_ends_the_work(tmp_path, how, encoding):
     assert done.returncode == 0 and (tmp_path / "end").read_text() == "done"
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     if "head" in how or "full" in how:
-        assert done.stderr.count("standard output cannot be written any more") == 1
+        assert done.stderr.count("standard output can no longer be written") == 1
 
 
 def test_a_letter_that_a_stream_lacks_is_escaped_and_a_paths_bytes_are_kept(monkeypatch):
@@ -381,5 +381,5 @@ def test_wsd_goes_on_until_it_has_begun_to_fall(corpus, tmp_path, one_device):
     with pytest.raises(ConfigError, match=r"with masking.last_rate.*--init-from"):
         fixed = with_fields(config, masking__last_rate=0.1)
         schedule_start(fixed, with_fields(fixed, steps=16), 4)
-    with pytest.raises(ConfigError, match="extend is of a run that has been trained"):
+    with pytest.raises(ConfigError, match="extend needs a run to make longer"):
         train(with_fields(config, extend=True))

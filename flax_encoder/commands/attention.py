@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     loaded = load(arguments.folder, **folder_options(arguments))
     config = loaded.config.model
     if config.layer != "attention":
-        raise ConfigError(f"attention is of models with layers of attention: {arguments.folder} has {config.layer}.")
+        raise ConfigError(f"attention needs a model with layers of attention: {arguments.folder} has {config.layer}.")
     for name, most in (("layer", config.num_layers), ("head", config.num_heads)):
         if (number := getattr(arguments, name) or 1) > most:
             raise ConfigError(f"--{name} is from 1 to {most}, as many as the model has: got {number}.")

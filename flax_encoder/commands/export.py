@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     from flax_encoder.runs.exchange import export_run
 
     if arguments.base is not None and not arguments.adapter:
-        raise ConfigError("--base is of adapters: give --adapter too.")
+        raise ConfigError("--base needs --adapter: give it too, or leave --base out.")
     if arguments.adapter:
         from flax_encoder.runs.adapter import export_adapter
 

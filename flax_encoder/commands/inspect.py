@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     store, tokenizer = open_store(folder), load_tokenizer(folder)
     kind = arguments.kind or ("written" if store.value == "text" else "token")
     if kind == "written" and store.value != "text":
-        raise ConfigError(f"written rows are of a store with targets, of --objective text_to_text: {folder} has "
+        raise ConfigError(f"--kind written needs a store with targets, of --objective text_to_text: {folder} has "
                           f"documents with a value of the kind {store.value}. Give another --kind.")  # fmt: skip
     with saying() as say:
         if arguments.verify:

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     set_up_runtime()
     records = _drawn(_records(arguments), arguments.limit)
     if not records:
-        raise DataError(f"a map is of at least 3 texts: {arguments.input} has none.")
+        raise DataError(f"a map needs at least 3 texts: {arguments.input} has none.")
     texts = [record.texts[0] for record in records]
     labels = None if records[0].value is None else [str(record.value) for record in records]
     embedder = load_embedder(arguments.folder, allow_unused=arguments.allow_unused)

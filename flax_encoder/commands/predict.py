@@ -86,8 +86,8 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
         raise ConfigError(f"--text-pair-column is for tasks that read pairs: {loaded.config.objective} reads one text.")
     if arguments.squad is not None and (columns.value != "answers" or not arguments.output.endswith(".jsonl")):
         raise ConfigError(
-            f"--squad is of question answering, with --output FILE.jsonl: this model is {loaded.config.objective}, "
-            f"--output {arguments.output}."
+            f"--squad needs a model of question_answering, and --output FILE.jsonl: this model is of "
+            f"{loaded.config.objective}, --output {arguments.output}."
         )
     config = DataConfig(
         source=arguments.input, text_unit="line", text_column=arguments.text_column,

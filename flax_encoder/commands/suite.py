@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         summary = run_suite(suite, train, settle, lambda message: print(message, file=sys.stderr, flush=True))
     if summary is None:
-        print(f"stopped; the same command goes on in {out}.", file=sys.stderr)
+        print(f"stopped; the same command continues in {out}.", file=sys.stderr)
     elif asked.json:
         print(json.dumps(summary))
     else:

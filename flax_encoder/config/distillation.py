@@ -65,7 +65,7 @@ class DistillationConfig(ShortRepr):
         others = [f.name for f in fields(self) if f.name != "teacher" and getattr(self, f.name) != f.default]
         require(
             self.teacher is not None or not others,
-            f"distillation.{others[0] if others else ''} is of runs that have a teacher: give --distillation.teacher "
+            f"distillation.{others[0] if others else ''} needs a teacher: give --distillation.teacher "
             f"FOLDER, or leave it out.",
         )
         require(
@@ -75,7 +75,7 @@ class DistillationConfig(ShortRepr):
         )
         require(
             self.hidden_weight > 0 or (self.layer_map, self.hidden_loss) == ((), "cosine"),
-            f"distillation.layer_map and hidden_loss are of hidden states, whose weight is 0: got {self.layer_map} and "
+            f"distillation.layer_map and hidden_loss need a hidden_weight above 0: got {self.layer_map} and "
             f"{self.hidden_loss}. Give --distillation.hidden-weight too.",
         )
         require(len(self.relations) > 0, "distillation.relations must name at least one, such as query key value.")
@@ -91,7 +91,7 @@ class DistillationConfig(ShortRepr):
         )
         require(
             self.initial_width is None or self.initial_layers is not None,
-            f"distillation.initial_width is of a student that starts from its teacher's layers: got "
+            f"distillation.initial_width needs a student that starts from its teacher's layers: got "
             f"{self.initial_width}. Give --distillation.initial-layers spread too.",
         )
         for name, least in (("relation_heads", 1), ("relation_layer", 0), ("initial_width", 1)):

@@ -237,22 +237,22 @@ class EncoderConfig(ShortRepr):
         )
         require(
             not self.position_scale or self.position == "sinusoidal",
-            f"position_scale is a factor of sinusoids: got position {self.position}.",
+            f"position_scale needs sinusoidal positions: got position {self.position}.",
         )
         require(
             self.position_offset == 0 or self.position == "learned",
-            f"position_offset is of learned positions: got {self.position_offset} with position {self.position}.",
+            f"position_offset needs learned positions: got {self.position_offset} with position {self.position}.",
         )
         require(
             self.local_rope_theta is None or (self.position == "rope" and self.window is not None),
-            f"local_rope_theta is of rope in layers with a window: got {self.local_rope_theta} with position "
+            f"local_rope_theta needs position rope and a window: got {self.local_rope_theta} with position "
             f"{self.position} and window {self.window}.",
         )
         require_finite(self)
 
     def _check_layer(self) -> None:
         if self.layer == "attention":
-            require(self.bidirectional, "attention sees both sides: bidirectional is for recurrent layers.")
+            require(self.bidirectional, "attention sees both sides: leave bidirectional True without recurrent layers.")
             return
         for f in dataclasses.fields(self):
             require(
@@ -261,13 +261,13 @@ class EncoderConfig(ShortRepr):
             )
         require(
             (self.activation in ("tanh", "relu")) if self.layer == "rnn" else self.activation == "gelu",
-            f"activation is of rnn layers, tanh or relu, and of no other recurrent layer: got {self.activation} for "
+            f"layer rnn needs activation tanh or relu, and lstm and gru the default gelu: got {self.activation} for "
             f"{self.layer}.",
         )
         require(self.position != "rope", "rope is for attention: position must be another for recurrent layers.")
         require(
             self.remat != "feed_forward",
-            f"remat feed_forward is of layers of attention: give none, dots or full for {self.layer}.",
+            f"remat feed_forward needs layers of attention: give none, dots or full for {self.layer}.",
         )
         require(
             self.embed_dim % self.num_directions == 0,

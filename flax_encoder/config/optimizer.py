@@ -108,7 +108,7 @@ class OptimizerConfig(ShortRepr):
         )
         require(
             self.schedule == "wsd" or self.decay_shape == "linear",
-            f"decay_shape is of schedule wsd: got {self.decay_shape} with {self.schedule}.",
+            f"decay_shape needs schedule wsd: got {self.decay_shape} with {self.schedule}.",
         )
         require(
             self.name != "schedule_free" or self.peak_end == 1,
@@ -140,6 +140,6 @@ class LoraConfig(ShortRepr):
         require(len(self.targets) > 0, "lora.targets must name at least one product.")
         require(
             self.rank > 0 or (self.alpha, self.targets) == (16.0, ("query", "value")),
-            f"lora.alpha and lora.targets are of adapters, which lora.rank makes: got {self.alpha} and {self.targets} "
+            f"lora.alpha and lora.targets need adapters, a lora.rank above 0: got {self.alpha} and {self.targets} "
             f"with rank 0.",
         )

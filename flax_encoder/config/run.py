@@ -183,7 +183,7 @@ class RunConfig(ShortRepr):
         )
         require(
             self.seeds == 1 or not self.compare_with_scratch,
-            f"compare_with_scratch is of one run: got seeds {self.seeds}. Leave it out with --no-compare-with-scratch.",
+            f"compare_with_scratch needs seeds 1: got seeds {self.seeds}. Leave it out by --no-compare-with-scratch.",
         )
         shapes = {name for phase in self.phases for name in phase.changes} & {"row_length", "batch_size"}
         require(
@@ -298,7 +298,7 @@ class RunConfig(ShortRepr):
         turned = [phase.rope_theta for phase in self.phases if phase.rope_theta is not None]
         require(
             not turned or self.model.position == "rope",
-            f"rope_theta is of rotary positions: got phases with {', '.join(map(str, turned))}, and model.position "
+            f"rope_theta needs rotary positions: got phases with {', '.join(map(str, turned))}, and model.position "
             f"{self.model.position}.",
         )
 

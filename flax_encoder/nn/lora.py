@@ -65,7 +65,7 @@ class Adapters(nnx.Module):
             setattr(node, last, Adapter(inputs, outputs, kernel.shape[0], config.rank, rngs=rngs))
         if unknown := [t for t in config.targets if t not in used]:
             raise ConfigError(
-                f"lora.targets names products of the encoder's layers: {unknown[0]!r} is none; there are "
+                f"lora.targets must name matrices of the encoder's layers: {unknown[0]!r} is not one; they are "
                 f"{', '.join(known) or 'none'}."
             )
 

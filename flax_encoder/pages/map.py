@@ -37,7 +37,7 @@ def project(vectors: np.ndarray, method: str) -> tuple[np.ndarray, tuple[str, st
       ConfigError: umap-learn is not installed, or too few texts.
     """
     if len(vectors) < 3:
-        raise ConfigError(f"a map is of at least 3 texts: got {len(vectors)}.")
+        raise ConfigError(f"a map needs at least 3 texts: got {len(vectors)}.")
     if method == "pca":
         points, shares = principal_components(vectors)
         first, second = (f"component {i + 1}, {share:.0%} of the variance" for i, share in enumerate(shares))

@@ -488,7 +488,7 @@ def _check_unused(
         listed = f"{', '.join(unknown[:8])}{' ...' if len(unknown) > 8 else ''}"
         if not allow_unused:
             raise ConfigError(
-                f"{folder} has tensors that nothing here reads: {listed}. allow_unused=True leaves them out; on the "
-                f"command line --allow-unused, of `import` for a run that --init-from then takes."
+                f"{folder} has tensors that no part of the model reads: {listed}. allow_unused=True leaves them out; "
+                f"on the command line --allow-unused does. To train from it, `import` it so and start from that."
             )
         logger.warning("%s: left out %s, which no part of the model reads", folder, listed)

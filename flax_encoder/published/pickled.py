@@ -92,7 +92,7 @@ class _Unpickler(pickle.Unpickler):
         if not is_storage or pid[1] not in _STORAGES or type(pid[2]) is not str or type(pid[4]) is not int:
             raise WeightsError(f"a persistent id must be a storage's: got {reprlib.repr(pid)}.")
         if len(pid) == 6 and pid[5] is not None:
-            raise WeightsError("views of storages, which PyTorch 0.x wrote, are not read: save the weights anew.")
+            raise WeightsError("views of storages (PyTorch 0.x) are not read: save the weights anew by PyTorch 1.")
         return _Storage(pid[1], pid[2], pid[4])
 
 

@@ -33,7 +33,7 @@ def is_less_better(metric: str) -> bool:
 def check_metric(metric: str, metrics: Mapping[str, float] | None) -> None:
     """Raise ConfigError for a keep_best that evaluations, such as that which gave `metrics`, do not have."""
     if metrics is not None and metric not in metrics:
-        raise ConfigError(f"keep_best names a metric of the evaluations: {metric!r} is none of {', '.join(metrics)}.")
+        raise ConfigError(f"keep_best must name a metric of evaluations: {metric!r} is none of {', '.join(metrics)}.")
 
 
 def read_evaluations(run_dir: pathlib.Path, last_step: int | None = None) -> dict[int, dict[str, float]]:

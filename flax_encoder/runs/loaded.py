@@ -151,7 +151,7 @@ class LoadedRun:
         if (given != GenerationConfig() or prefix is not None) and not is_setting_read(
             self.config.objective, "generation."
         ):
-            raise ConfigError(f"generation and prefix are of models that write: this one is {self.config.objective}.")
+            raise ConfigError(f"generation and prefix need a model that writes: this one is {self.config.objective}.")
         data = self.config.data if prefix is None else dataclasses.replace(self.config.data, prefix=prefix)
         config = dataclasses.replace(self.config, data=data, generation=given.over(self.config.generation))
         return self._as(config)

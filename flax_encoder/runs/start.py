@@ -82,7 +82,7 @@ def settle(
         config = dataclasses.replace(known, init_from=before.init_from)
         return config, record, record.tokenizer, record.label_names
     if config.extend or config.schedule_began:
-        raise ConfigError(f"extend is of a run that has been trained: {run_dir} has no checkpoint. Leave it out.")
+        raise ConfigError(f"extend needs a run to make longer: {run_dir} has no checkpoint. Leave extend out.")
     if config.init_from:
         record, params = read_origin(config.init_from, config.objective)
         settled = reaching(like_origin(config, record, has_head="head.out.kernel" in flatten(params)), config.model)
@@ -129,8 +129,9 @@ def schedule_start(before: RunConfig, config: RunConfig, start: int) -> int:
     }  # fmt: skip
     if fixed := [name for name, value in by_steps.items() if value is not None]:
         raise ConfigError(
-            f"a run is made longer if nothing but its learning rate goes by its length: {before.run_dir} was begun for "
-            f"{before.steps} steps with {', '.join(fixed)}. --init-from {before.run_dir} starts another from its model."
+            f"a run can be made longer only if no setting but its learning rate follows its length: {before.run_dir} "
+            f"was begun for {before.steps} steps with {', '.join(fixed)}. --init-from {before.run_dir} starts another "
+            f"run from its model."
         )
     if config.extend:
         return start

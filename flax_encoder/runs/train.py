@@ -244,7 +244,7 @@ def _do_or_say(act: Callable[[], None], log: RunLog) -> None:
     except CheckpointError as error:
         if jax.process_count() > 1:
             raise
-        log.say(f"{error}\ntraining goes on; the next checkpoint is tried when it is due")
+        log.say(f"{error}\ntraining goes on; the run tries again when the next checkpoint is due")
 
 
 def _marks(

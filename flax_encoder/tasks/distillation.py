@@ -242,7 +242,7 @@ def check_pair(config: RunConfig, teacher: EncoderConfig) -> None:
 def _check_relations(settings: DistillationConfig, model: EncoderConfig, whose: str) -> None:
     require(
         model.layer == "attention",
-        f"relations are of layers with attention: {whose} has layers of {model.layer}. Give "
+        f"relations need layers with attention: {whose} has layers of {model.layer}. Give "
         f"--distillation.relation-weight 0.",
     )
     parts = settings.relation_heads or 1

@@ -90,7 +90,7 @@ class _Lasting:
             os.dup2(nothing, self._stream.fileno())
             os.close(nothing)
         if self._name == "stdout":
-            print(f"standard output cannot be written any more ({error}); the work goes on.", file=sys.stderr)
+            print(f"standard output can no longer be written ({error}); the work continues.", file=sys.stderr)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -80,7 +80,7 @@ def _unknown(pattern: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(pattern, sorted(beginnings), n=1, cutoff=0.6)
     hint = f" Did you mean {close[0]}?" if close else ""
     known = sorted({re.sub(r"\.layers\.\d+\.", ".layers.*.", name) for name in names})
-    return f"optimizer.freeze names parameters: {pattern!r} is none.{hint} There are {', '.join(known)}."
+    return f"optimizer.freeze must name parameters: {pattern!r} fits none.{hint} There are {', '.join(known)}."
 
 
 def count_trained(mask: Any, params: Any) -> tuple[int, int]:

@@ -311,7 +311,7 @@ def test_the_validation_split_is_one_that_can_be_evaluated_on(hub_set, tmp_path)
         with pytest.raises(DataError, match=rf"got {asked}, and of hf:toy these are validation\."):
             hub_set({"train": [0], "validation": [1], "test": [-1]}, validation_split=asked)
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(DataError, match=r"is of tfds: and hf: sources.*--data\.validation\."):
+    with pytest.raises(DataError, match=r"needs a tfds: or hf: source.*--data\.validation\."):
         read(tmp_path / "a.txt", tmp_path, validation_split="validation")
     other = DataConfig(source="hf:toy", validation_split="validation", test=str(tmp_path / "a.txt"))
     assert texts(open_source(other.test, other, TEXT, tmp_path).records("train")) == ["a"]

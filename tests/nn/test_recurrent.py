@@ -176,11 +176,11 @@ def test_the_first_of_several_layers_reads_embeddings_of_another_width(scan_laye
     ({"num_heads": 5}, "num_heads is not for layers of lstm: leave it at 12; got 5"),
     ({"window": 3}, "window is not for layers of lstm"),
     ({"relative_position": "t5"}, "relative_position is not for layers of lstm"),
-    ({"activation": "relu"}, "activation is of rnn layers, tanh or relu.*: got relu for lstm"),
+    ({"activation": "relu"}, "layer rnn needs activation tanh or relu.*: got relu for lstm"),
     ({"layer": "rnn"}, "tanh or relu.*: got gelu for rnn"),
     ({"position": "rope"}, "rope is for attention"),
     ({"embed_dim": 7}, "so it must be even: got 7"),
-    ({"layer": "attention", "bidirectional": False, "num_heads": 2}, "bidirectional is for recurrent layers"),
+    ({"layer": "attention", "bidirectional": False, "num_heads": 2}, "leave bidirectional True"),
 ])  # fmt: skip
 def test_settings_that_recurrent_layers_do_not_read_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):

@@ -113,7 +113,7 @@ def test_what_is_no_adapter_is_refused_with_a_way_out(tmp_path, capsys):
         export_adapter(tmp_path / "run", tmp_path / "out", other)
     with pytest.raises(SystemExit):
         main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--base", str(base)])
-    assert "give --adapter too" in capsys.readouterr().err
+    assert "--base needs --adapter" in capsys.readouterr().err
     main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--adapter"])
     assert "linear maps, for PEFT" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="must be empty or new"):

@@ -82,7 +82,7 @@ def test_ids_are_kept_by_every_task_and_needed_by_squad_alone(squad, tmp_path, c
           str(tmp_path / "out.jsonl")])  # fmt: skip
     first, second = lines(tmp_path / "out.jsonl")
     assert (first["id"], second["id"]) == ("7", "") and first.keys() == second.keys()
-    refused = {"run": (tmp_path / "run", "--squad is of question answering"),
+    refused = {"run": (tmp_path / "run", "--squad needs a model of question_answering"),
                "no ids": (squad / "run", "the question of .* line 1, has none")}  # fmt: skip
     (tmp_path / "asked.jsonl").write_text(json.dumps({"question": "what is blue", "context": PASSAGE}) + "\n")
     for folder, message in refused.values():

@@ -209,10 +209,10 @@ def test_a_metric_that_is_none_is_refused_before_the_first_step(corpus, tmp_path
         ({"patience": 2, "eval_every": 2}, "--keep-best eval/loss"),
         ({"epochs": 2.0, "first_batch_size": 4}, "give steps and batch_size"),
         ({"epochs": 0.0}, "epochs must be above 0"),
-        ({"lora": {"alpha": 3.0}}, "which lora.rank makes"),
+        ({"lora": {"alpha": 3.0}}, "a lora.rank above 0"),
         ({"optimizer__average": 1.0}, "average is a decay between 0 and 1"),
         ({"optimizer__layer_decay": 0.0}, "layer_decay is above 0"),
-        ({"seeds": 3, "compare_with_scratch": True}, "compare_with_scratch is of one run"),
+        ({"seeds": 3, "compare_with_scratch": True}, "compare_with_scratch needs seeds 1"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_with_a_way_out(fields, message):
@@ -251,7 +251,7 @@ def test_adapters_leave_the_encoder_and_are_in_its_kernels_when_loaded(corpus, t
             assert np.abs(want - was).max() > 1e-3
         elif path.startswith("encoder."):
             np.testing.assert_array_equal(after[path], was, err_msg=path)
-    with pytest.raises(ConfigError, match=r"'queri' is none; there are key, out, query, value, "):
+    with pytest.raises(ConfigError, match=r"'queri' is not one; they are key, out, query, value, "):
         train(with_fields(tuned, run_dir=str(tmp_path / "other"), lora=LoraConfig(rank=2, targets=("queri",))))
 
 

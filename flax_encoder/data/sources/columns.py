@@ -518,7 +518,7 @@ def _dialogue(chooser: _Chooser) -> Layout | None:
         raise chooser.unclear("target", f"{', '.join(targets)} could be" if targets else "")
     if chooser.config.target_turns != "every":
         raise DataError(
-            f"--data.target-turns is of a column that holds a whole conversation: {chooser.table.where} has a history "
+            f"--data.target-turns needs a column that holds a whole conversation: {chooser.table.where} has a history "
             f"{history!r} beside its target {targets[0]!r}. Leave it out."
         )
     target = targets[0] if chooser.pair is not None else chooser.guessed("target", targets[0])

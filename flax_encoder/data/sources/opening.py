@@ -85,7 +85,7 @@ def open_source(name: str, config: DataConfig, columns: Columns, cache_dir: path
 def _open_files(name: str, config: DataConfig, columns: Columns, cache_dir: pathlib.Path) -> Source:
     if config.validation_split is not None and name in config.sources:
         raise DataError(
-            f"--data.validation-split is of tfds: and hf: sources: got it for {name}. Give the files to evaluate on "
+            f"--data.validation-split needs a tfds: or hf: source: got it for {name}. Give the files to evaluate on "
             f"with --data.validation."
         )
     paths = _matching(name)

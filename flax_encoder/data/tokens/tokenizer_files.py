@@ -257,7 +257,7 @@ def _built(text: str | None, beside: _Beside, num_rows: int | None) -> Tokenizer
     processor = None
     if own is None and beside.class_name not in AS_IT_IS:
         what = "its files are" if text is None else "the file is"
-        logger.warning("%s: nothing here knows the class %r: %s taken as it is", beside.folder, beside.class_name, what)
+        logger.warning("%s: the class %r is unknown: %s taken as it is", beside.folder, beside.class_name, what)
     if text is None:
         tokenizer, default, template = _of_files(beside)
         if template is not None:
@@ -267,7 +267,7 @@ def _built(text: str | None, beside: _Beside, num_rows: int | None) -> Tokenizer
         _check_stated(tokenizer, {t["id"]: t["content"] for t in json.loads(text)["added_tokens"]}, beside.file)
         if own is not None and not isinstance(tokenizer.model, own.model):
             logger.warning(
-                "%s: the class %r is of a %s, the file has a %s: it is taken as it is",
+                "%s: the class %r needs a %s, but the file has a %s: it is taken as it is",
                 beside.file, beside.class_name, own.model.__name__, type(tokenizer.model).__name__,
             )  # fmt: skip
             own = None
