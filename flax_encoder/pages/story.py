@@ -147,7 +147,7 @@ def _read(folder: pathlib.Path, seeds: dict[str, Any]) -> Story:
     try:
         config = from_dict(RunConfig, values) if values else None
     except ConfigError as error:
-        logger.warning("%s: settings of another version, of which phases are not shown: %s", folder, error)
+        logger.warning("%s: the settings are of another version, so phases are not shown: %s", folder, error)
     summary = _read_object(folder / SUMMARY)
     if summary.get("format") != FORMAT:
         summary = {}

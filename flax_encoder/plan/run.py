@@ -101,7 +101,7 @@ class Planner:
                 if repr(row) in tried:
                     continue
                 if rows and time.monotonic() > stop:
-                    say("the time is up: what was not tried is not in the table")
+                    say("the time is up: trials that did not begin are not in the table")
                     return _ranked(rows)
                 say(f"compiling {', '.join(f'{name} {value}' for name, value in row.items())}")
                 tried[repr(row)] = each

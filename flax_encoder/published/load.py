@@ -343,7 +343,7 @@ def load_pretrained(
         logger.warning("%s: config.json has fields that nothing reads: %s", folder, ", ".join(aside))
     tensors, wrapper = unwrapped(family, {n: w for n, w in read_weights(folder).items() if not BUFFERS.search(n)})
     if wrapper:
-        logger.warning("%s: left out %s, which all names of its tensors begin with", folder, wrapper)
+        logger.warning("%s: left out the prefix %s of all names of tensors", folder, wrapper)
     tensors = with_table(family, published, tensors)
     is_alone = task == NO_HEAD
     task = None if is_alone else task or _task(family, published, tensors)
@@ -380,7 +380,7 @@ def load_pretrained(
     elif fresh:
         made = flatten(nnx.to_pure_dict(nnx.split(make_model())[1]))
         imported.params.update({path: np.asarray(made[path]) for path in fresh})
-        logger.warning("%s has no %s: made anew from seed %d", folder, ", ".join(fresh), seed)
+        logger.warning("%s has no %s: newly initialized from seed %d", folder, ", ".join(fresh), seed)
     model = nnx.merge(graphdef, unflatten({path: jnp.asarray(value) for path, value in imported.params.items()}))
     tokenizer = None
     if any((folder / name).exists() for name in TOKENIZER_FILES):
@@ -425,7 +425,7 @@ def _label_names(folder: pathlib.Path, published: Mapping[str, Any], num_labels:
         names = {int(key): str(name) for key, name in given.items()}
     count = num_labels or _whole(published, "num_labels", 0) or len(names) or 2
     if names and len(names) != count:
-        logger.warning("%s: id2label names %d labels, of %d: they are called LABEL_0 ...", folder, len(names), count)
+        logger.warning("%s: id2label names %d of %d labels: they are called LABEL_0, ...", folder, len(names), count)
         names = {}
     return [names.get(i, f"LABEL_{i}") for i in range(count)]
 
@@ -483,7 +483,7 @@ def _check_unused(
 
     expected = [name for name in unused if is_expected(name)]
     if expected:
-        logger.warning("%s: left out %s, which what is loaded does not read", folder, ", ".join(expected))
+        logger.warning("%s: left out %s, which the loaded parts do not read", folder, ", ".join(expected))
     if unknown := sorted(set(unused) - set(expected)):
         listed = f"{', '.join(unknown[:8])}{' ...' if len(unknown) > 8 else ''}"
         if not allow_unused:
@@ -491,4 +491,4 @@ def _check_unused(
                 f"{folder} has tensors that nothing here reads: {listed}. allow_unused=True leaves them out; on the "
                 f"command line --allow-unused, of `import` for a run that --init-from then takes."
             )
-        logger.warning("%s: left out %s, which nothing here reads", folder, listed)
+        logger.warning("%s: left out %s, which no part of the model reads", folder, listed)

@@ -141,7 +141,7 @@ def _state(path: pathlib.Path, content: Any) -> dict[str, Any]:
             f"torch.save(torch.load(FILE)[{next(iter(states))!r}], 'pytorch_model.bin')."
         )
     for key, state in states.items():
-        logger.warning("%s: reads the tensors under the key %s, and nothing else of it", path, key)
+        logger.warning("%s: read only the tensors under the key %s", path, key)
         return state
     return content
 

@@ -71,6 +71,6 @@ def best_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
     evaluations = {step: found for step, found in read_evaluations(path).items() if step in steps}
     best = best_evaluation(evaluations, metric)
     if best is None:
-        logger.warning("%s: no checkpoint was evaluated by %s yet; the newest is taken", path, metric)
+        logger.warning("%s: no checkpoint has been evaluated by %s yet; the newest one is opened", path, metric)
         return path
     return path / "checkpoints" / str(best.step)

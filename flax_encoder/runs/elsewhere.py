@@ -111,7 +111,7 @@ def working_folder(config: RunConfig, say: Say) -> Iterator[RunConfig]:
         mirror.try_to_copy()
     if mirror.failure is not None:
         raise CheckpointError(f"{folder} is whole, and its copy at {url} is not: {mirror.failure}")
-    say(f"{url} has what {folder} has")
+    say(f"{url} is a complete copy of {folder}")
 
 
 def _files(url: str) -> dict[str, RemoteFile]:

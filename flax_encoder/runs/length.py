@@ -19,11 +19,11 @@ def settle_length(config: RunConfig, rows: int, texts: int, *, unit: int = 1, sa
         wanted = config.batch_texts * rows / texts
         batch_size = max(1, round(wanted / unit)) * unit
         config = dataclasses.replace(config, batch_size=batch_size)
-        say(f"batch_size is {batch_size}: {batch_size * texts / rows:.1f} texts an update, {texts / rows:.1f} a row")
+        say(f"batch_size is {batch_size}: {batch_size * texts / rows:.1f} texts per update, {texts / rows:.1f} per row")
     if config.epochs is not None:
         steps = max(1, math.ceil(config.epochs * rows / config.batch_size - 1e-6))
         config = dataclasses.replace(config, steps=steps)
-        say(f"steps are {steps:,}: {config.epochs:g} epochs of {rows:,} rows, {config.batch_size} a step")
+        say(f"steps are {steps:,}: {config.epochs:g} epochs of {rows:,} rows, {config.batch_size} per step")
     return config
 
 

@@ -205,7 +205,7 @@ def as_settings(settings: Settings, tokenizer: TextTokenizer) -> tuple[int, int 
     known = {field.name for field in dataclasses.fields(GenerationConfig)}
     meant = {name: value for name, value in settings.meant.items() if name in known and value is not None}
     if lost := sorted({*settings.meant, *settings.not_done} - known - {"start_id", "end_id", "pad_id"}):
-        logger.warning("%s: a run has no %s, which are left out", settings.path, ", ".join(lost))
+        logger.warning("%s: left out %s, which a run does not have", settings.path, ", ".join(lost))
     # `over` leaves out what is of sampled text or of beams where there are none.
     if settings.do_sample:
         meant.setdefault("top_k", DRAWN_TOP_K)
@@ -232,7 +232,7 @@ def from_pretrained(loaded: Pretrained, objective: str | None, folder: str | Non
     if fresh := [path for path in flatten(nnx.to_pure_dict(abstract)) if path not in own]:
         made = flatten(nnx.to_pure_dict(nnx.split(make_model())[1]))
         params = unflatten(own | {path: np.asarray(made[path]) for path in fresh})
-        logger.warning("a %s run needs %s: made anew", record.config.objective, ", ".join(fresh))
+        logger.warning("a %s run needs %s, which is newly initialized", record.config.objective, ", ".join(fresh))
     model = nnx.merge(graphdef, params)
     return LoadedRun(model, record.config, record.tokenizer, record.label_names, 0, tuple(fresh))
 
@@ -256,7 +256,7 @@ def with_vectors_of(config: RunConfig, folder: str | None, say: Say) -> RunConfi
             f"its own."
         )
     if left_out := [layer.kind for layer in theirs.layers if layer != NORMALIZE]:
-        say(f"{folder} has {', '.join(left_out)} after its pooling, which are left out: the encoder's vectors learn on")
+        say(f"left out {', '.join(left_out)} after the pooling of {folder}: the run trains the encoder's own vectors")
     prompts = {} if any(own.prompts) else {
         f"{name}_prompt": theirs.prompts[name] for name in ("query", "document") if theirs.prompts.get(name)
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a person sees at the end of a run: the numbers beside baselines, examples, and what to type next."""
+"""The lines that a run prints about its data and model, and its last report: scores, baselines, examples, commands."""
 
 import dataclasses
 import pathlib
@@ -38,11 +38,11 @@ def describe_data(data: RunData) -> str:
     length = data.config.data.target_length
     of_target, beside = (" or --data.target-length", f", beside {length} of the decoder") if length else ("", "")
     notes = [
-        (data.num_cut, f"documents are longer than a row and cut: --data.row-length{of_target} takes more of them"),
-        (data.num_left_out, "documents have a longer target than a decoder's row and are left out: --data.target-"
-         "length takes more"),
+        (data.num_cut, f"documents are longer than a row and cut: a larger --data.row-length{of_target} keeps more"),
+        (data.num_left_out, "documents have a longer target than a decoder's row and are left out: a larger "
+         "--data.target-length keeps more"),
         (contradictory, f"text{'s occur' if contradictory > 1 else ' occurs'} with more than one value"),
-        (sum(m.get("unread_words", 0) for m in manifests), "words have no token, and so no tag that is learnt"),
+        (sum(m.get("unread_words", 0) for m in manifests), "words have no token, so their tags are not learned"),
     ]
     return (
         f"data: {train['documents']:,} documents, {train['tokens']:,} tokens; held out {held_out['documents']:,} and "
@@ -54,13 +54,13 @@ def describe_data(data: RunData) -> str:
 
 
 def _about_pairs(data: RunData) -> str:
-    """A line where a model without token types reads texts one behind the other."""
+    """A line for a model without token types that reads the two texts of a pair one after the other."""
     layout = find_task(data.config.objective).reading.layout(data.config)
     is_read_together = layout.segments != "apart" and layout.written is None
     has_pairs = any("text_lengths" in store.train.values for store in data.stores)
     if data.config.model.num_token_types > 1 or not is_read_together or not has_pairs:
         return ""
-    return "\ndata: the model has no token types; what stands between the texts of a pair is all that tells them apart"
+    return "\ndata: the model has no token types; only the tokens between the texts of a pair tell them apart"
 
 
 def describe_stages(config: RunConfig) -> str:
@@ -70,9 +70,9 @@ def describe_stages(config: RunConfig) -> str:
     }
     if config.phases:
         parts = [describe_phase(config.phases, config.timeline, number) for number in range(len(config.phases))]
-        return "\n".join([*parts, f"the step is compiled for {len(shapes)} shapes, each when it comes"])
+        return "\n".join([*parts, f"the step is compiled for {len(shapes)} shapes, each when a batch first has it"])
     parts = [f"{s.batch_size} rows of {s.row_length} up to step {s.end_step}" for s in config.stages]
-    return f"batches: {', '.join(parts)}; the step is compiled for {len(shapes)} shapes, each when it comes"
+    return f"batches: {', '.join(parts)}; the step is compiled for {len(shapes)} shapes, each when a batch first has it"
 
 
 def describe_mesh(mesh) -> str:
@@ -127,7 +127,7 @@ def show_report(
     for command in commands:
         console.print(f"  {command}")
     page = write_summary(run, data, held_out=rows, examples=examples, commands=commands, text=describe_data(data))
-    console.print(f"\nthe whole run as a page: {page}")
+    console.print(f"\nreport of the whole run: {page}")
 
 
 def _plain(metrics: dict[str, float]) -> dict[str, float]:

@@ -67,8 +67,8 @@ class Skipping:
         loss = float(np.asarray(metrics.loss.sum)) / max(count, 1.0)
         if not self.is_spent:
             self._say(
-                f"no update at step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; {len(self.steps)} of at most "
-                f"{self._most} left out"
+                f"step {step} makes no update: loss {loss:.4g}, gradient norm {norm:.4g}; {len(self.steps)} of at most "
+                f"{self._most} updates are skipped"
             )
 
     def in_record(self, record: RunRecord, step: int) -> RunRecord:

@@ -90,7 +90,8 @@ def settle(
         for name, (was, now) in differences(dataclasses.replace(config, model=model), settled).items():
             log.say(f"{name} is {now}, from {config.init_from} (the config has {was})")
         if settled.model.rope_theta != (theirs := record.config.model.rope_theta):
-            log.say(f"model.rope_theta is {settled.model.rope_theta:g}, as asked; {config.init_from} has {theirs:g}")
+            theta = settled.model.rope_theta
+            log.say(f"model.rope_theta is {theta:g}, from the config; {config.init_from} has {theirs:g}")
         if note := export_note(settled):
             log.say(note)
         if config.data.tokenizer is not None:
@@ -219,6 +220,6 @@ def with_word_vectors(path: str, tokenizer: TextTokenizer, params: Any, say: Say
         )
     place = jax.jit(lambda token, rows: token.at[rows[0]].set(rows[1]), out_shardings=token.sharding)
     token = place(token, (rows.ids, rows.vectors))
-    say(f"token embedding: {len(rows.ids):,} rows from {path}, {rows.num_missing:,} tokens are not there")
+    say(f"token embedding: {len(rows.ids):,} rows from {path}, {rows.num_missing:,} tokens are not in it")
     embedding = params["encoder"]["embedding"] | {"token": token}
     return params | {"encoder": params["encoder"] | {"embedding": embedding}}

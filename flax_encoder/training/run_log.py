@@ -135,7 +135,7 @@ class RunLog:
         self._unwritten += line.encode()
         error = self._write_rest()
         if error is not None and had_all:
-            logger.warning("%s cannot be written (%s): its lines are kept until it can be.", path, error.strerror)
+            logger.warning("%s cannot be written (%s): its lines are kept and written later.", path, error.strerror)
         self._trackers.call("log", step, values)
 
     def _write_rest(self) -> OSError | None:

@@ -42,7 +42,7 @@ def set_up_runtime() -> None:
         try:
             folder = default_cache_dir() / "xla"
         except DataError as error:
-            logging.getLogger(__name__).warning("compiled programs are not kept: %s", error)
+            logging.getLogger(__name__).warning("compiled programs are not cached: %s", error)
             return
         # JAX's keys hold its version, the flags, the program and the kind of device, but of CPUs nothing that tells one
         # from another, and code made for one may be illegal on the next.

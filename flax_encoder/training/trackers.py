@@ -111,7 +111,7 @@ class Tracked:
                 getattr(tracker, method)(*arguments)
             except Exception as error:  # whatever a service does, the run goes on
                 self._trackers.remove(tracker)
-                logger.warning("%s is left out: %s: %s", type(tracker).__name__, type(error).__name__, error)
+                logger.warning("%s failed, gets no more: %s: %s", type(tracker).__name__, type(error).__name__, error)
 
 
 def _forgive_full_disk(events: Any) -> None:

@@ -73,7 +73,7 @@ def test_the_task_is_what_the_architecture_says_or_the_weights_hold(folder):
 def test_a_missing_head_is_made_anew_and_named_and_another_one_left_out(folder, caplog):
     with caplog.at_level(logging.WARNING):
         loaded = load_pretrained(folder, task="classification", num_labels=7)
-    assert "has no head.dense.bias, head.dense.kernel, head.out.bias, head.out.kernel: made anew" in caplog.text
+    assert "has no head.dense.bias, head.dense.kernel, head.out.bias, head.out.kernel: newly initialized" in caplog.text
     assert "left out cls.predictions.bias" in caplog.text
     assert loaded.fresh == ("head.dense.bias", "head.dense.kernel", "head.out.bias", "head.out.kernel")
     assert loaded(np.array([[5, 6, 7]])).logits.shape == (1, 7)
@@ -122,7 +122,7 @@ def test_what_a_whole_files_names_begin_with_is_left_out(folder, wrapper, caplog
     tensors = read_weights(folder)
     save_file({wrapper + name: value for name, value in tensors.items()}, folder / "model.safetensors")
     loaded = load_pretrained(folder)
-    assert f"left out {wrapper}, which all names of its tensors begin with" in caplog.text
+    assert f"left out the prefix {wrapper} of all names of tensors" in caplog.text
     assert (loaded.task, loaded.fresh) == ("masked_lm", ())
     # Where some names lack it, nobody knows what they are: the message says what would do.
     save_file({wrapper + n if "bert" in n else n: v for n, v in tensors.items()}, folder / "model.safetensors")
@@ -138,7 +138,7 @@ def test_num_labels_counts_before_id2label_and_names_are_those_of_as_many(tmp_pa
     folder = pathlib.Path(shutil.copytree(GOLDEN / "bert-classification", tmp_path / "bert"))
     edit(folder, num_labels=4, id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1})
     assert load_pretrained(folder).label_names == ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]
-    assert "id2label names 2 labels, of 4" in caplog.text
+    assert "id2label names 2 of 4 labels" in caplog.text
     edit(folder, num_labels=..., id2label={str(i): f"class {i}" for i in (3, 1, 0, 2)})
     assert load_pretrained(folder).label_names == [f"class {i}" for i in range(4)]
     edit(folder, num_labels=2)

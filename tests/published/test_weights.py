@@ -427,7 +427,7 @@ def test_a_state_that_lies_under_a_key_is_read(tmp_path, is_legacy, caplog):
 
     write({"model": state})
     assert_same(read_weights(tmp_path), two)
-    assert "reads the tensors under the key model" in caplog.text
+    assert "read only the tensors under the key model" in caplog.text
     write({"model": state, "ema": state})
     with pytest.raises(WeightsError, match=r"under each of model, ema. Choose one in PyTorch: torch.save\(.*'model'\]"):
         read_weights(tmp_path)

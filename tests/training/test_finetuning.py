@@ -299,4 +299,4 @@ def test_seeds_are_runs_of_their_own_and_one_table(corpus, tmp_path, one_device,
     jax.tree.map(np.testing.assert_array_equal, second, alone)
     other = {path for path in first if not np.array_equal(first[path], second[path])}
     assert other == {"head.dense.kernel", "head.out.kernel"}  # biases begin at zero, and nothing is learned
-    assert "new parameters: head.dense.bias, head.dense.kernel, head.out" in said and "made anew" not in caplog.text
+    assert "new parameters: head.dense.bias, head.dense.kernel, head.out" in said and "initialized" not in caplog.text

@@ -406,7 +406,7 @@ def test_another_runs_context_is_extended_by_the_settings_of_a_command(whole, tm
     assert (settled.model.rope_theta, settled.model.max_length) == (1e5, 2048)
     settled, *_ = settle(with_fields(config, model__rope_theta=5e5), tmp_path, 0, log)
     assert settled.model.rope_theta == 5e5
-    assert any(line.startswith("model.rope_theta is 500000, as asked; ") for line in log.said)
+    assert any(line.startswith("model.rope_theta is 500000, from the config; ") for line in log.said)
     longer = (Phase(share=0.5), Phase(share=0.5, row_length=4096, batch_size=8, rope_theta=7e5))
     settled, *_ = settle(dataclasses.replace(config, phases=longer), tmp_path, 0, log)
     assert settled.model.max_length == 4096 and settled.after(5).model.rope_theta == 7e5

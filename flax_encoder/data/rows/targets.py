@@ -190,8 +190,9 @@ def _mode_ids(tokenizer: TextTokenizer, mode: str) -> tuple[int, ...]:
         )
     if len(ids) > 1:
         logger.warning(
-            "the mode %r is %d tokens of this tokenizer, for which short texts in full rows have no room: they are "
-            "left whole and counted as masking_overflow. A tokenizer that is made here has it as one.", mode, len(ids),
+            "the mode %r is %d tokens of this tokenizer, which do not fit beside short texts in full rows: those texts "
+            "are left whole and counted as masking_overflow. A tokenizer that a run trains has the mode as one token.",
+            mode, len(ids),
         )  # fmt: skip
     return ids
 

@@ -76,7 +76,7 @@ def prepare(
                 return _open_same(folder, identity)
             _settle(work, identity, len(source.parts))
             if damaged := remove_damaged_parts(work, len(source.parts), progress):
-                say(f"{damaged} parts of {work} are damaged, and are made anew")
+                say(f"{damaged} parts of {work} are damaged and are made again")
             tokenize_parts(source, tokenizer, work, columns, held_out, progress, workers, shard)
             if left := [i for i in range(len(source.parts)) if not (work / f"{i:06}").exists()]:
                 say(f"{len(left)} of {len(source.parts)} parts are left to the other shards")
