@@ -13,7 +13,7 @@ import time
 import numpy as np
 import torch
 import transformers
-from sides import resident_peak_bytes, serve_steps
+from sides import decay_groups, resident_peak_bytes, serve_steps
 
 folder = pathlib.Path(sys.argv[1])
 spec = json.loads((folder / "spec.json").read_text())
@@ -57,10 +57,7 @@ torch.manual_seed(0)
 torch.set_num_threads(spec["cores"])
 model, loss_of = {"contrastive": contrastive, "text_to_text": text_to_text}[spec["objective"]]()
 model.train()
-groups = [
-    {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": spec["weight_decay"]},
-    {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-]
+groups = decay_groups(model, spec["weight_decay"])
 tx = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=spec["betas"], eps=spec["epsilon"], fused=True)
 
 

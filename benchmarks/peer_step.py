@@ -12,20 +12,11 @@ import time
 
 import numpy as np
 import transformers
-from sides import resident_peak_bytes, serve_steps
+from sides import VOCABULARY_HEADS, decay_groups, resident_peak_bytes, serve_steps
 
 folder = pathlib.Path(sys.argv[1])
 spec = json.loads((folder / "spec.json").read_text())
 batches = [dict(np.load(path)) for path in sorted(folder.glob("peer-*.npz"))]
-
-
-# Of a masked-language model, what stands between its hidden states and the logits of the vocabulary.
-VOCABULARY_HEADS = {
-    "bert": lambda model, x: model.cls(x),
-    "electra": lambda model, x: model.generator_lm_head(model.generator_predictions(x)),
-    "roberta": lambda model, x: model.lm_head(x),
-    "modernbert": lambda model, x: model.decoder(model.head(x)),
-}
 
 
 def block_mask(segment_ids, dtype):
@@ -71,11 +62,7 @@ def torch_step():
     if spec["num_classes"] is not None:
         config.num_labels, kind = spec["num_classes"], transformers.AutoModelForSequenceClassification
     model = kind.from_config(config).to(device).train()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    groups = [
-        {"params": decayed, "weight_decay": spec["weight_decay"]},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = decay_groups(model, spec["weight_decay"])
     tx = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=spec["betas"], eps=spec["epsilon"], fused=True)
     tensors = [{k: torch.from_numpy(v).to(device) for k, v in batch.items()} for batch in batches]
     whole, mode = ("input_ids", "attention_mask", "labels"), spec["peer_mode"]

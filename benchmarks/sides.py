@@ -10,6 +10,22 @@ import sys
 import tempfile
 import time
 
+# Of transformers' masked-language models, what stands between hidden states and the logits of the vocabulary.
+VOCABULARY_HEADS = {
+    "bert": lambda model, x: model.cls(x),
+    "electra": lambda model, x: model.generator_lm_head(model.generator_predictions(x)),
+    "roberta": lambda model, x: model.lm_head(x),
+    "modernbert": lambda model, x: model.decoder(model.head(x)),
+}
+
+
+def decay_groups(model, weight_decay: float) -> list[dict]:
+    """A torch model's parameters for its optimizer: vectors do not decay."""
+    by_kind = {True: [], False: []}
+    for parameter in model.parameters():
+        by_kind[parameter.ndim > 1].append(parameter)
+    return [{"params": by_kind[True], "weight_decay": weight_decay}, {"params": by_kind[False], "weight_decay": 0.0}]
+
 
 class Side:
     """A process of its own; `ready` is what it said when it could begin."""
