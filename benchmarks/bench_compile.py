@@ -34,9 +34,9 @@ os.environ |= WITHOUT_ACCELERATOR
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_step import ADAMW, add_model_arguments, configs, masked_rows, peer_config
+from bench_step import add_model_arguments, configs, masked_rows, peer_config
 from flax import nnx
-from harness import header, parser, say, show
+from harness import ADAMW, PEER_ADAMW, header, parser, say, show
 from jax.sharding import NamedSharding
 
 from flax_encoder.config import ConfigError, EncoderConfig, MeshConfig
@@ -86,10 +86,7 @@ def compile_peer(asked, config: EncoderConfig) -> dict[str, Any]:
         "dtype": asked.dtype,
         "topology": topology_arguments(asked.topology),
         "options": compiler_options(asked.platform, asked.products),
-        "learning_rate": ADAMW.learning_rate,
-        "betas": [ADAMW.b1, ADAMW.b2],
-        "epsilon": ADAMW.epsilon,
-        "weight_decay": ADAMW.weight_decay,
+        **PEER_ADAMW,
     }
     run = subprocess.run(
         [asked.peer_python, str(HERE / "peer_compile.py"), json.dumps(spec)], capture_output=True, text=True,

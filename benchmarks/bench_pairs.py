@@ -16,17 +16,15 @@ import pathlib
 import statistics
 import sys
 import tempfile
-import time
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
-from harness import header, matmul_peak, parser, say, show
-from sides import Side, resident_peak_bytes, serve_steps
+from harness import PEER_ADAMW, header, parser, say, serve_training, show
+from sides import CLOCKS, ratios, take_turns
 
 from flax_encoder.commands.recipe import load_recipe
-from flax_encoder.config import ConfigError, OptimizerConfig, RunConfig, from_dict, to_dict
+from flax_encoder.config import ConfigError, RunConfig, from_dict, to_dict
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.tokenizing import num_cores
@@ -37,45 +35,19 @@ from flax_encoder.runs.length import settle_length
 from flax_encoder.runs.load import read_origin
 from flax_encoder.runs.start import like_origin
 from flax_encoder.tasks import find_task
-from flax_encoder.training.optimizer import make_optimizer
-from flax_encoder.training.runtime import free_temporaries, set_up_runtime
-from flax_encoder.training.sharding import logical_axes
-from flax_encoder.training.step import init_train_state, make_train_step
 
 HERE = pathlib.Path(__file__).parent
 RECIPES = {"contrastive": "contrastive", "text_to_text": "translate_en_fr"}
-ADAMW = OptimizerConfig(name="adamw", learning_rate=1e-4, warmup_rate=0.0, clip_norm=None)
-CLOCKS = {"wall": "milliseconds", "processor": "processor_milliseconds"}
 LONGEST = {"contrastive": 128, "text_to_text": 64}  # the recipes' rows; hardly a text is longer
 BATCHES = {"ours": 16, "peer": 50}
 
 
 def ours(folder: pathlib.Path) -> None:
     """The worker of our side."""
-    set_up_runtime()
-    jax.config.update("jax_enable_compilation_cache", False)  # what it takes to compile is a result
     spec = json.loads((folder / "spec.json").read_text())
     config = from_dict(RunConfig, spec["config"])
     make_model = find_task(config.objective).make_model(config, None)
-    build = lambda: make_model(nnx.Rngs(0))  # noqa: E731
-    tx = make_optimizer(ADAMW, 10_000, logical_axes(build))
-    graphdef, state, _ = init_train_state(build, tx)
-    batches = [jax.device_put(dict(np.load(path))) for path in sorted(folder.glob("ours-*.npz"))]
-    began = time.perf_counter()
-    compiled = make_train_step(graphdef, tx).lower(state, batches[0]).compile()
-    seconds = time.perf_counter() - began
-
-    def step(i: int) -> None:
-        nonlocal state
-        state, metrics = compiled(state, batches[i])
-        jax.block_until_ready(metrics)
-        free_temporaries(metrics)  # as train.py does
-        if not np.isfinite(float(metrics.loss.sum)):
-            raise FloatingPointError("the loss is not finite")
-
-    step(0)
-    ready = {"compile_seconds": seconds, "matmul_peak": matmul_peak(config.model.dtype)}
-    serve_steps(step, spec["ours_tokens"], spec["ours_texts"], ready, resident_peak_bytes)
+    serve_training(lambda: make_model(nnx.Rngs(0)), folder, spec, config.model.dtype)
 
 
 def settings(asked) -> tuple[RunConfig, Any]:
@@ -173,15 +145,13 @@ def main() -> None:
         "scale": 1 / config.contrastive.temperature,
         "peer_tokens": [sum(int(x.sum()) for name, x in batch.items() if name.startswith("mask")) for batch in singles],
         "peer_texts": [len(batch["ids_0"]) for batch in singles],
-        "learning_rate": ADAMW.learning_rate, "betas": [ADAMW.b1, ADAMW.b2], "epsilon": ADAMW.epsilon,
-        "weight_decay": ADAMW.weight_decay, "cores": num_cores(),
+        "cores": num_cores(), **PEER_ADAMW,
     }  # fmt: skip
     if asked.objective == "text_to_text":
         own = dataclasses.replace(config.model, vocab_size=vocab, attention_scale=1.0)  # as T5 can say it
         ids = {"decoder_start_token_id": config.decoder.start_id, "eos_token_id": config.decoder.end_id}
         ids["pad_token_id"] = data.tokenizer.special("pad")
         spec["peer_config"] = write_config(T5, own, "text_to_text", decoder=config.decoder) | ids
-    turns: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         for name, batches in {"ours": rows, "peer": singles}.items():
@@ -192,23 +162,7 @@ def main() -> None:
             "ours": [sys.executable, __file__, "ours", temporary],
             "peer": [asked.peer_python, str(HERE / "peer_pairs.py"), temporary],
         }
-        workers: dict[str, Side] = {}
-        try:
-            for name, command in commands.items():
-                say(f"starting {name}")
-                workers[name] = Side(name, command)
-                workers[name].ask("run 0")  # warms up
-            for turn in range(1, asked.rounds + 1):
-                for name, worker in workers.items():
-                    answer = worker.ask(f"run {asked.seconds}")
-                    answer["milliseconds"] = answer[CLOCKS[asked.clock]]
-                    rate = 1000 * answer["tokens"] / sum(answer["milliseconds"])
-                    say(f"turn {turn}/{asked.rounds}  {name}: {rate:,.0f} tokens/s")
-                    turns[name].append(answer | {"rate": rate})
-            ready = {name: worker.ready for name, worker in workers.items()}
-        finally:
-            for worker in workers.values():
-                worker.close()
+        ready, turns = take_turns(commands, asked.rounds, asked.seconds, say, asked.clock)
     peak = ready["ours"]["matmul_peak"]
     about = {k: v for k, v in vars(asked).items() if k not in ("json", "peer_python")}
     fill = statistics.mean(np.count_nonzero(batch["segment_ids"]) / batch["segment_ids"].size for batch in rows)
@@ -224,15 +178,14 @@ def main() -> None:
             "step ms": statistics.median(steps), "spread": f"{min(steps):,.0f} to {max(steps):,.0f}",
             "start s": ready[name]["compile_seconds"], "peak memory GB": max(t["memory"] for t in own) / 1e9,
         })  # fmt: skip
-    # By turns, so that a machine that slows down for a while slows both sides of a ratio.
-    ratios = [a["rate"] / b["rate"] for a, b in zip(turns["ours"], turns["peer"], strict=True)]
+    by_turn = ratios(turns)
     result = {
-        "header": header(**about, **ready["peer"]["versions"]), "sides": shown, "ratios": ratios,
-        "ratio": statistics.median(ratios), "matmul_peak_flops": peak,
+        "header": header(**about, **ready["peer"]["versions"]), "sides": shown, "ratios": by_turn,
+        "ratio": statistics.median(by_turn), "matmul_peak_flops": peak,
     }  # fmt: skip
     show(result, shown, asked.json)
     if not asked.json:
-        print(f"ratio {result['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}); peak {peak / 1e9:,.0f} GFLOP/s")
+        print(f"ratio {result['ratio']:.2f} ({min(by_turn):.2f} to {max(by_turn):.2f}); peak {peak / 1e9:,.0f} GFLOP/s")
 
 
 if __name__ == "__main__":

@@ -24,16 +24,14 @@ import pathlib
 import statistics
 import sys
 import tempfile
-import time
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
-from harness import header, matmul_peak, parser, say, show
-from sides import Side, resident_peak_bytes, serve_steps
+from harness import PEER_ADAMW, header, parser, say, serve_training, show
+from sides import ratios, take_turns
 
-from flax_encoder.config import DataConfig, EncoderConfig, MaskingConfig, OptimizerConfig, RunConfig
+from flax_encoder.config import DataConfig, EncoderConfig, MaskingConfig, RunConfig
 from flax_encoder.data.pipeline import open_data
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.tokenizing import num_cores
@@ -43,19 +41,12 @@ from flax_encoder.nn.partition import round_up_vocab
 from flax_encoder.plan.flops import step_flops
 from flax_encoder.runs.length import settle_length
 from flax_encoder.tasks import Classifier, MaskedLM, find_task
-from flax_encoder.training.optimizer import make_optimizer
-from flax_encoder.training.runtime import free_temporaries, set_up_runtime
-from flax_encoder.training.sharding import logical_axes
-from flax_encoder.training.step import init_train_state, make_train_step
 
 HERE = pathlib.Path(__file__).parent
-ADAMW = OptimizerConfig(name="adamw", learning_rate=1e-4, warmup_rate=0.0, clip_norm=None)
 
 
 def ours(folder: pathlib.Path) -> None:
-    """The worker of our side: compiles the step ahead of time and says what it is."""
-    set_up_runtime()
-    jax.config.update("jax_enable_compilation_cache", False)  # what it takes to compile is a result
+    """The worker of our side."""
     spec = json.loads((folder / "spec.json").read_text())
     config, num_classes = EncoderConfig(**spec["config"]), spec["num_classes"]
 
@@ -63,28 +54,7 @@ def ours(folder: pathlib.Path) -> None:
         rngs = nnx.Rngs(0)
         return MaskedLM(config, rngs=rngs) if num_classes is None else Classifier(config, num_classes, rngs=rngs)
 
-    tx = make_optimizer(ADAMW, 10_000, logical_axes(make_model))
-    graphdef, state, _ = init_train_state(make_model, tx)
-    batches = [jax.device_put(dict(np.load(path))) for path in sorted(folder.glob("ours-*.npz"))]
-    began = time.perf_counter()
-    compiled = make_train_step(graphdef, tx, num_microbatches=spec["microbatches"]).lower(state, batches[0]).compile()
-    seconds = time.perf_counter() - began
-
-    def step(i: int) -> None:
-        nonlocal state
-        state, metrics = compiled(state, batches[i])
-        jax.block_until_ready(metrics)
-        free_temporaries(metrics)  # as train.py does
-        if not np.isfinite(float(metrics.loss.sum)):
-            raise FloatingPointError("the loss is not finite")
-
-    def memory() -> int:
-        statistics = jax.devices()[0].memory_stats() or {}
-        return statistics.get("peak_bytes_in_use") or resident_peak_bytes()
-
-    step(0)
-    ready = {"compile_seconds": seconds, "matmul_peak": matmul_peak(spec["dtype"])}
-    serve_steps(step, spec["ours_tokens"], spec["ours_texts"], ready, memory)
+    serve_training(make_model, folder, spec, spec["dtype"])
 
 
 def masked_rows(config: EncoderConfig, rows: int, length: int, rate: float, seed: int) -> dict[str, np.ndarray]:
@@ -291,42 +261,14 @@ def main() -> None:
                 "peer_config": peer_config(asked.model, own, asked.objective),
                 "peer_tokens": peer_tokens,
                 "peer_texts": peer_texts,
-                "learning_rate": ADAMW.learning_rate,
-                "betas": [ADAMW.b1, ADAMW.b2],
-                "epsilon": ADAMW.epsilon,
-                "weight_decay": ADAMW.weight_decay,
+                **PEER_ADAMW,
                 "cores": num_cores(),
             }
         (folder / "spec.json").write_text(json.dumps(spec))
-        sides = {"ours": [sys.executable, __file__, "ours"]}
+        sides = {"ours": [sys.executable, __file__, "ours", temporary]}
         if asked.peer != "none":
-            sides["peer"] = [asked.peer_python, str(HERE / "peer_step.py")]
-        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-        ready: dict[str, dict[str, Any]] = {}
-        workers: dict[str, Side] = {}
-
-        def worker(name: str) -> Side:
-            if name not in workers:
-                say(f"starting {name}: {asked.model}, {asked.batch} x {asked.length}, {asked.dtype}")
-                workers[name] = Side(name, [*sides[name], str(folder)])
-                ready.setdefault(name, workers[name].ready)
-                workers[name].ask("run 0")  # warms up
-            return workers[name]
-
-        try:
-            for name in () if asked.apart else sides:
-                worker(name)
-            for turn in range(1, asked.rounds + 1):
-                for name in sides:
-                    answer = worker(name).ask(f"run {asked.seconds}")
-                    rate = 1000 * answer["tokens"] / sum(answer["milliseconds"])
-                    say(f"turn {turn}/{asked.rounds}  {name}: {rate:,.0f} tokens/s")
-                    turns[name].append(answer | {"rate": rate})
-                    if asked.apart:
-                        workers.pop(name).close()
-        finally:
-            for one in workers.values():
-                one.close()
+            sides["peer"] = [asked.peer_python, str(HERE / "peer_step.py"), temporary]
+        ready, turns = take_turns(sides, asked.rounds, asked.seconds, say, apart=asked.apart)
 
     peak = ready["ours"]["matmul_peak"]
     result: dict[str, Any] = {"header": header(**{k: v for k, v in vars(asked).items() if k != "json"})}
@@ -350,10 +292,8 @@ def main() -> None:
     result["matmul_peak_flops"] = peak
     result["model_flops"] = flops
     if "peer" in sides:
-        # By turns, so that a machine that slows down for a while slows both sides of a ratio.
         result["peer"]["versions"] = ready["peer"]["versions"]
-        pairs = zip(turns["ours"], turns["peer"], strict=True)
-        result["ratio"] = statistics.median(a["rate"] / b["rate"] for a, b in pairs)
+        result["ratio"] = statistics.median(ratios(turns))
     rows_shown = [
         {
             "": name,

@@ -13,9 +13,23 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from sides import resident_peak_bytes, serve_steps
 
+from flax_encoder.config import OptimizerConfig
 from flax_encoder.data.store.tokenizing import num_cores
 from flax_encoder.ops.linear import linear
+from flax_encoder.training.optimizer import make_optimizer
+from flax_encoder.training.runtime import free_temporaries, set_up_runtime
+from flax_encoder.training.sharding import logical_axes
+from flax_encoder.training.step import init_train_state, make_train_step
+
+ADAMW = OptimizerConfig(name="adamw", learning_rate=1e-4, warmup_rate=0.0, clip_norm=None)
+# What a peer on torch or Flax reads of it.
+PEER_ADAMW = {
+    "learning_rate": ADAMW.learning_rate, "betas": [ADAMW.b1, ADAMW.b2], "epsilon": ADAMW.epsilon,
+    "weight_decay": ADAMW.weight_decay,
+}  # fmt: skip
 
 
 class Timing(NamedTuple):
@@ -66,6 +80,41 @@ def matmul_peak(dtype: str, repeats: int = 9) -> float:
         timing = measure(lambda: product(x, kernel), repeats)  # noqa: B023
         best = max(best, 2 * rows * inner * columns / timing.least)
     return best
+
+
+def serve_training(make_model: Callable[[], Any], folder: pathlib.Path, spec: dict[str, Any], dtype: str) -> None:
+    """Our side of a comparison of training steps: compiles the step ahead of time, says what it is, and makes it on the
+    batches `ours-*.npz` in `folder` as it is asked to.
+
+    Args:
+      spec: ours_tokens and ours_texts of each batch; microbatches, if there are several.
+    """
+    set_up_runtime()
+    jax.config.update("jax_enable_compilation_cache", False)  # what it takes to compile is a result
+    tx = make_optimizer(ADAMW, 10_000, logical_axes(make_model))
+    graphdef, state, _ = init_train_state(make_model, tx)
+    batches = [jax.device_put(dict(np.load(path))) for path in sorted(folder.glob("ours-*.npz"))]
+    began = time.perf_counter()
+    step_fn = make_train_step(graphdef, tx, num_microbatches=spec.get("microbatches", 1))
+    compiled = step_fn.lower(state, batches[0]).compile()
+    seconds = time.perf_counter() - began
+
+    def step(i: int) -> None:
+        nonlocal state
+        state, metrics = compiled(state, batches[i])
+        jax.block_until_ready(metrics)
+        free_temporaries(metrics)  # as train.py does
+        if not np.isfinite(float(metrics.loss.sum)):
+            raise FloatingPointError("the loss is not finite")
+
+    step(0)
+    ready = {"compile_seconds": seconds, "matmul_peak": matmul_peak(dtype)}
+    serve_steps(step, spec["ours_tokens"], spec["ours_texts"], ready, peak_memory_bytes)
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has held on its first device, or on a CPU at all."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or resident_peak_bytes()
 
 
 def header(**settings: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import time
 import numpy as np
 import torch
 import transformers
+from sides import decay_groups
 
 
 def read(path):
@@ -50,11 +51,8 @@ def train(asked, tokenizer, rows, names, encode, seed):
     kind = "TokenClassification" if encode is encode_tags else "SequenceClassification"
     opened = getattr(transformers, f"AutoModelFor{kind}")
     model = opened.from_pretrained(asked.folder, num_labels=len(names)).train()
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
-        lr=asked.learning_rate, betas=(0.9, asked.b2), eps=1e-6,
+        decay_groups(model, 0.01), lr=asked.learning_rate, betas=(0.9, asked.b2), eps=1e-6,
     )  # fmt: skip
     steps = math.ceil(asked.epochs * len(rows) / asked.texts)
     warm = asked.warmup_rate * steps

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import torch
 import transformers
-from sides import resident_peak_bytes, serve_steps
+from sides import resident_peak_bytes, serve_steps, torch_step
 
 folder = pathlib.Path(sys.argv[1])
 spec = json.loads((folder / "spec.json").read_text())
@@ -57,25 +57,7 @@ torch.manual_seed(0)
 torch.set_num_threads(spec["cores"])
 model, loss_of = {"contrastive": contrastive, "text_to_text": text_to_text}[spec["objective"]]()
 model.train()
-groups = [
-    {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": spec["weight_decay"]},
-    {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-]
-tx = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=spec["betas"], eps=spec["epsilon"], fused=True)
-
-
-def step(i):
-    with torch.autocast("cpu", torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
-        loss = loss_of(batches[i])
-    loss.backward()
-    tx.step()
-    tx.zero_grad(set_to_none=True)
-    assert torch.isfinite(loss).item()
-
-
 began = time.perf_counter()
-by_size = sorted(range(len(batches)), key=lambda i: batches[i]["ids_0"].numel())
-for i in (by_size[0], by_size[-1], by_size[len(by_size) // 2]):  # a shape that is new may be compiled again
-    step(i)
+step = torch_step(model, loss_of, batches, spec, "ids_0")
 ready = {"compile_seconds": time.perf_counter() - began, "versions": versions}
 serve_steps(step, spec["peer_tokens"], spec["peer_texts"], ready, resident_peak_bytes)

@@ -12,20 +12,11 @@ import time
 
 import numpy as np
 import transformers
-from sides import resident_peak_bytes, serve_steps
+from sides import VOCABULARY_HEADS, resident_peak_bytes, serve_steps, torch_step
 
 folder = pathlib.Path(sys.argv[1])
 spec = json.loads((folder / "spec.json").read_text())
 batches = [dict(np.load(path)) for path in sorted(folder.glob("peer-*.npz"))]
-
-
-# Of a masked-language model, what stands between its hidden states and the logits of the vocabulary.
-VOCABULARY_HEADS = {
-    "bert": lambda model, x: model.cls(x),
-    "electra": lambda model, x: model.generator_lm_head(model.generator_predictions(x)),
-    "roberta": lambda model, x: model.lm_head(x),
-    "modernbert": lambda model, x: model.decoder(model.head(x)),
-}
 
 
 def block_mask(segment_ids, dtype):
@@ -61,7 +52,7 @@ def torch_loss(model, kind):
     return loss_of
 
 
-def torch_step():
+def torch_side():
     import torch
 
     torch.manual_seed(0)
@@ -71,12 +62,6 @@ def torch_step():
     if spec["num_classes"] is not None:
         config.num_labels, kind = spec["num_classes"], transformers.AutoModelForSequenceClassification
     model = kind.from_config(config).to(device).train()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    groups = [
-        {"params": decayed, "weight_decay": spec["weight_decay"]},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    tx = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=spec["betas"], eps=spec["epsilon"], fused=True)
     tensors = [{k: torch.from_numpy(v).to(device) for k, v in batch.items()} for batch in batches]
     whole, mode = ("input_ids", "attention_mask", "labels"), spec["peer_mode"]
     gathers = mode == "unpadded" or (mode == "compiled" and spec["objective"] == "masked_lm")
@@ -87,25 +72,15 @@ def torch_step():
     if mode != "eager":
         loss_of = torch.compile(loss_of, dynamic=len(shapes) > 1)
 
-    def step(i):
-        with torch.autocast(device, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
-            loss = loss_of(tensors[i])
-        loss.backward()
-        tx.step()
-        tx.zero_grad(set_to_none=True)
-        assert torch.isfinite(loss).item()
-
     began = time.perf_counter()
-    by_size = sorted(range(len(tensors)), key=lambda i: tensors[i]["input_ids"].numel())
-    for i in (by_size[0], by_size[-1], by_size[len(by_size) // 2]):  # a shape that is new may be compiled again
-        step(i)
+    step = torch_step(model, loss_of, tensors, spec, "input_ids")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     memory = torch.cuda.max_memory_allocated if device == "cuda" else resident_peak_bytes
     about = {"versions": versions, "attention": config._attn_implementation, "mode": mode}
     return step, memory, about | {"compile_seconds": time.perf_counter() - began}
 
 
-def flax_step():
+def flax_side():
     import jax
     import jax.numpy as jnp
     import optax
@@ -154,7 +129,7 @@ def flax_step():
     return step, memory, {"versions": {"jax": jax.__version__, "transformers": transformers.__version__}}
 
 
-step, memory, about = {"torch": torch_step, "flax": flax_step}[spec["peer"]]()
+step, memory, about = {"torch": torch_side, "flax": flax_side}[spec["peer"]]()
 began = time.perf_counter()
 step(0)
 ready = {"compile_seconds": time.perf_counter() - began, **about}

@@ -21,6 +21,7 @@ import sacrebleu
 import tokenizers
 import torch
 import transformers
+from sides import decay_groups
 
 PAD, END = 0, 1
 SHARED = {"vocab_size": 0, "pad_token_id": PAD, "eos_token_id": END, "decoder_start_token_id": PAD}
@@ -95,11 +96,8 @@ def forward(model, batch, dtype):
 
 
 def train(model, pairs, asked):
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
-        lr=asked.learning_rate, betas=(0.9, 0.98), eps=1e-9, fused=True,
+        decay_groups(model, 0.01), lr=asked.learning_rate, betas=(0.9, 0.98), eps=1e-9, fused=True,
     )  # fmt: skip
     rng, queue, steps, texts, spent = random.Random(asked.seed), [], 0, 0, 0.0
     began, budget = time.process_time(), 60 * asked.processor_minutes

@@ -10,6 +10,51 @@ import sys
 import tempfile
 import time
 
+# Of transformers' masked-language models, what stands between hidden states and the logits of the vocabulary.
+VOCABULARY_HEADS = {
+    "bert": lambda model, x: model.cls(x),
+    "electra": lambda model, x: model.generator_lm_head(model.generator_predictions(x)),
+    "roberta": lambda model, x: model.lm_head(x),
+    "modernbert": lambda model, x: model.decoder(model.head(x)),
+}
+
+
+def decay_groups(model, weight_decay: float) -> list[dict]:
+    """A torch model's parameters for its optimizer: vectors do not decay."""
+    by_kind = {True: [], False: []}
+    for parameter in model.parameters():
+        by_kind[parameter.ndim > 1].append(parameter)
+    return [{"params": by_kind[True], "weight_decay": weight_decay}, {"params": by_kind[False], "weight_decay": 0.0}]
+
+
+def torch_step(model, loss_of, batches: list, spec: dict, size: str):
+    """A training step of a torch model on batch i, to its end, by fused AdamW; it has been made for three of the shapes
+    that `batches` have at `size`, since a shape that is new may be compiled again.
+
+    Args:
+      loss_of: the loss of a batch, a dictionary of tensors.
+      spec: learning_rate, betas, epsilon, weight_decay and dtype; bfloat16 is by autocast.
+    """
+    import torch
+
+    tx = torch.optim.AdamW(
+        decay_groups(model, spec["weight_decay"]), lr=spec["learning_rate"], betas=spec["betas"], eps=spec["epsilon"],
+        fused=True,
+    )  # fmt: skip
+
+    def step(i: int) -> None:
+        with torch.autocast(batches[i][size].device.type, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
+            loss = loss_of(batches[i])
+        loss.backward()
+        tx.step()
+        tx.zero_grad(set_to_none=True)
+        assert torch.isfinite(loss).item()
+
+    by_size = sorted(range(len(batches)), key=lambda i: batches[i][size].numel())
+    for i in (by_size[0], by_size[-1], by_size[len(by_size) // 2]):
+        step(i)
+    return step
+
 
 class Side:
     """A process of its own; `ready` is what it said when it could begin."""
@@ -39,6 +84,49 @@ class Side:
         self._process.stdin.close()
         self._process.wait()
         self._errors.close()
+
+
+CLOCKS = {"wall": "milliseconds", "processor": "processor_milliseconds"}
+
+
+def take_turns(
+    commands: dict[str, list[str]], rounds: int, seconds: float, say, clock: str = "wall", apart: bool = False
+) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+    """What each side said when it could begin, and what it did in each of its turns, as `serve_steps` answers, with
+    `rate`, tokens a second by the clock. Sides that are apart start anew for each turn."""
+    ready: dict[str, dict] = {}
+    turns: dict[str, list[dict]] = {name: [] for name in commands}
+    workers: dict[str, Side] = {}
+
+    def worker(name: str) -> Side:
+        if name not in workers:
+            say(f"starting {name}")
+            workers[name] = Side(name, commands[name])
+            ready.setdefault(name, workers[name].ready)
+            workers[name].ask("run 0")  # warms up
+        return workers[name]
+
+    try:
+        for name in () if apart else commands:
+            worker(name)
+        for turn in range(1, rounds + 1):
+            for name in commands:
+                answer = worker(name).ask(f"run {seconds}")
+                answer["milliseconds"] = answer[CLOCKS[clock]]
+                answer["rate"] = 1000 * answer["tokens"] / sum(answer["milliseconds"])
+                say(f"turn {turn}/{rounds}  {name}: {answer['rate']:,.0f} tokens/s")
+                turns[name].append(answer)
+                if apart:
+                    workers.pop(name).close()
+    finally:
+        for one in workers.values():
+            one.close()
+    return ready, turns
+
+
+def ratios(turns: dict[str, list[dict]]) -> list[float]:
+    """Of our rate over the peer's, by turns, so that a machine that slows down for a while slows both sides."""
+    return [a["rate"] / b["rate"] for a, b in zip(turns["ours"], turns["peer"], strict=True)]
 
 
 def serve_steps(step, tokens: list[int], texts: list[int], ready: dict, peak_memory_bytes) -> None:

@@ -6,6 +6,7 @@ sees that vector alone, writes the whole text. Of recurrent layers it is the aut
 """
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ from flax_encoder.ops.position import sinusoidal
 from flax_encoder.tasks.document_model import check_whole_documents, export_commands
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.masked_lm import MaskedLM, check_head
+from flax_encoder.tasks.samples import written_sentences
 from flax_encoder.tasks.task import Labels, Task, VectorSettings
 from flax_encoder.tasks.text_to_text import settle_ids, with_ids
 
@@ -66,6 +68,20 @@ class Autoencoder(nnx.Module):
         weights, table = batch["target_weights"], self.encoder.embedding.token[...]
         total, correct = self.head.cross_entropy(self._target_rows(batch, key), table, batch["targets"], weights)
         return LossSum(total, weights.sum(), {"correct": correct})
+
+    def outputs(self, batch: dict[str, Array]) -> dict[str, Array]:
+        """What is written of each row's vector, the likeliest token each time: ids `text` [B, 1, S]. A row holds one
+        text. All tokens are decoded again for each one, so this is for few short rows."""
+        given = batch["decoder_tokens"]
+        places = jnp.broadcast_to(jnp.arange(given.shape[1], dtype=jnp.int32), given.shape)
+        rows = batch | {"decoder_segment_ids": jnp.ones_like(given), "decoder_positions": places}
+
+        def write(i: Array, given: Array) -> Array:
+            logits = self(rows | {"decoder_tokens": given[:, :-1]})[:, i]
+            return given.at[:, i + 1].set(logits.argmax(-1).astype(given.dtype))
+
+        given = jax.lax.fori_loop(0, given.shape[1], write, jnp.pad(given, [(0, 0), (0, 1)]))
+        return {"text": given[:, None, 1:]}
 
     def vectors(self, batch: dict[str, Array], *, key: Array | None = None) -> Float[Array, "B P D"]:
         """One vector for each document of the rows."""
@@ -155,14 +171,17 @@ def _commands(run: Any, data: Any) -> list[str]:
     ]
 
 
+_READING = Reading(Columns(), _targets, streams=lambda config: ("word_starts",))
+
 TASK = Task(
-    reading=Reading(Columns(), _targets, streams=lambda config: ("word_starts",)),
+    reading=_READING,
     make_model=_make_model,
     report=MaskedLM.report,
     reads=("autoencoder.", "decoder.num_layers", "decoder.start_id", "decoder.end_id", "head.tied"),
     check=_check,
     settle=_settle,
     baselines=_baselines,
+    samples=functools.partial(written_sentences, _READING),
     commands=_commands,
     vectors=_vectors,
 )

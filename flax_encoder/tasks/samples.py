@@ -1,7 +1,7 @@
 """A few held-out texts that a model is asked about at every evaluation, so that people can watch it learn.
 
 A task with answers has them already: `answered` makes a sample of each. A language model is asked to fill in words of
-a few sentences, a row each: `filled_sentences`.
+a few sentences, a row each: `filled_sentences`. One that writes what its targets are is asked to: `written_sentences`.
 """
 
 import functools
@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_encoder.config import RunConfig
-from flax_encoder.data.rows.documents import Frame
+from flax_encoder.data.reading import Reading
+from flax_encoder.data.rows.batches import Batches, OneByOne
+from flax_encoder.data.rows.documents import Documents, Frame
+from flax_encoder.data.rows.targets import TargetInputs
 from flax_encoder.data.store.store import Split
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 
@@ -50,6 +53,8 @@ class Gapped(NamedTuple):
     """Ids, every word in its place."""
     gaps: list[int]
     """Where the words to fill in stand: each is one token."""
+    word_starts: np.ndarray
+    """Whether each token begins a word."""
 
 
 def gapped_sentences(split: Split, tokenizer: TextTokenizer, count: int, most: int = _LONGEST) -> list[Gapped]:
@@ -78,7 +83,7 @@ def _gapped(split: Split, document: int, tokenizer: TextTokenizer, most: int) ->
     if not whole or sum(word.isalpha() for word in words) <= 0.7 * len(ids):
         return None
     parts = 3 if len(whole) > 5 else 2
-    return Gapped(np.array(ids), [whole[len(whole) * k // parts] for k in range(1, parts)])
+    return Gapped(np.array(ids), [whole[len(whole) * k // parts] for k in range(1, parts)], starts[: len(ids)])
 
 
 def _is_word(text: str) -> bool:
@@ -141,6 +146,61 @@ def _read_filled(
     return samples
 
 
+def written_sentences(
+    reading: Reading, config: RunConfig, tokenizer: TextTokenizer, held_out: Split, unit: tuple[int, int] = (1, 1)
+) -> Samples | None:
+    """Held-out sentences from which the task's targets take something away, for a model that writes it; None where the
+    held-out text has none.
+
+    The model's `outputs` are `text`, int32 [rows, 1, S]: what it writes for each row.
+
+    Args:
+      reading: of the task; `decoder_tokens`, `targets` and `target_weights` [rows, S] are what its targets give.
+      unit: what divides the batch's rows and their length, as the mesh needs it.
+    """
+    frame = Frame.of(tokenizer, config.model.position_offset)
+    T = -(-min(_ROW_LENGTH, config.data.row_length) // unit[1]) * unit[1]
+    sentences = gapped_sentences(held_out, tokenizer, NUM_SAMPLES, min(_LONGEST, T - sum(frame.specials)))
+    if not sentences:
+        return None
+    words = np.packbits(np.concatenate([sentence.word_starts for sentence in sentences]), bitorder="little")
+    tokens = [sentence.tokens for sentence in sentences]
+    split = Split([np.concatenate(tokens)], [words], np.cumsum([0, *map(len, tokens)], dtype=np.int64))
+    documents = Documents(split, reading.layout(config), frame, T)
+    plan = documents.plan(T, "one-per-row")
+    inputs = TargetInputs(config, tokenizer, documents, T, plan.max_pieces_per_row, is_training=False)
+    batches = Batches(
+        [documents], OneByOne([plan]), reading.targets(inputs), row_length=T, num_batches=1, seed=config.seed,
+        batch_size=-(-len(tokens) // unit[0]) * unit[0], stop_row=len(tokens), streams=reading.streams(config),
+    )  # fmt: skip
+    batch = batches[0]
+    return Samples(batch, functools.partial(_read_written, batch, tokenizer, config.decoder.end_id))
+
+
+def _read_written(
+    batch: Mapping[str, np.ndarray], tokenizer: TextTokenizer, end: int | None, outputs: Mapping[str, np.ndarray]
+) -> list[Sample]:
+    """What is written into each hole; of texts without sentinels the whole text."""
+    samples = []
+    for row in np.flatnonzero((batch["target_weights"] > 0).any(1)):
+        said = outputs["text"][row, 0]
+        said = said[: next(iter(np.flatnonzero(said == end)), len(said))]
+        target = batch["targets"][row, batch["target_weights"][row] > 0]
+        read = batch["tokens"][row, batch["segment_ids"][row] > 0]
+        says, right, kept = (_by_sentinel(ids, tokenizer) for ids in (said, target, read))
+        holes = [which for which in right if which is not None] or [None]
+        text = f" {GAP} ".join(kept.values()).strip()
+        samples.append(Sample(cut(text), *(tuple(cut(own.get(h, "")) for h in holes) for own in (says, right))))
+    return samples
+
+
+def _by_sentinel(ids: np.ndarray, tokenizer: TextTokenizer) -> dict[int | None, str]:
+    """What is written behind each sentinel, up to the next; None is what comes before the first."""
+    first, *others = np.split(ids, np.flatnonzero(np.isin(ids, tokenizer.sentinel_ids)))
+    parts = {None: first} | {int(part[0]): part[1:] for part in others}
+    return {which: tokenizer.written(part).strip() for which, part in parts.items()}
+
+
 def _word(ids: np.ndarray, tokenizer: TextTokenizer) -> str:
     """The first that is no special token, as people read it."""
     words = [i for i in ids.tolist() if i < tokenizer.vocab_size and i not in tokenizer.special_ids]
@@ -172,5 +232,8 @@ def shown(value: Any) -> str:
     if isinstance(value, (tuple, list)):  # of spans: a place and a text
         texts = [part[-1] if isinstance(part, (tuple, list)) else part for part in value]
         value = ", ".join(map(str, texts)) or "none"
-    text = str(value) or "none"
+    return cut(str(value) or "none")
+
+
+def cut(text: str) -> str:
     return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"

@@ -4,9 +4,12 @@
 text_to_text's, so one run starts from the other.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
+from jaxtyping import Array
 
 from flax_encoder.config import RunConfig
 from flax_encoder.config.rules import require
@@ -15,11 +18,22 @@ from flax_encoder.data.rows.documents import Layout
 from flax_encoder.data.rows.targets import TargetInputs, Targets, span_corruption_targets
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.tasks.masked_lm import MaskedLM
+from flax_encoder.tasks.samples import written_sentences
 from flax_encoder.tasks.task import Task
-from flax_encoder.tasks.text_to_text import check_model, make_model, settle_ids, with_ids
+from flax_encoder.tasks.text_to_text import TextToText, check_model, make_model, settle_ids, with_ids
 
 _COUNTED_BATCHES = 200  # of training, by which the baselines guess
 _ROOM = 1.3  # times what spans need on average: hardly a row has so many short texts that it needs more
+
+
+class SpanCorruption(TextToText):
+    """An encoder-decoder that writes what was in the holes of a text."""
+
+    def outputs(self, batch: dict[str, Array]) -> dict[str, Array]:
+        """What is written for each row, which holds one text: ids `text` [B, 1, S], as many as its target has room
+        for."""
+        most = batch["decoder_tokens"].shape[1]
+        return {"text": self.write(batch, dataclasses.replace(self.generation, max_new_tokens=most))}
 
 
 def _slots(inputs: TargetInputs) -> int:
@@ -75,13 +89,16 @@ def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
     return {"most frequent token": scores["most_frequent"], "guess from the token before": scores["previous"]}
 
 
+_READING = Reading(Columns(writes=True), _targets, _layout, special_tokens=_modes)
+
 TASK = Task(
-    reading=Reading(Columns(writes=True), _targets, _layout, special_tokens=_modes),
-    make_model=make_model,
+    reading=_READING,
+    make_model=functools.partial(make_model, kind=SpanCorruption),
     report=MaskedLM.report,
     reads=("decoder.", "spans.", "labels.smoothing", "data.target_length"),
     check=_check,
     settle=settle_ids,
     baselines=_baselines,
+    samples=functools.partial(written_sentences, _READING),
     head="text_to_text",
 )

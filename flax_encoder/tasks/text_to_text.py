@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from flax_encoder.config import DecoderConfig, EncoderConfig, HeadConfig, RunConfig
 from flax_encoder.config.rules import require
@@ -78,9 +78,12 @@ class TextToText(EncoderDecoder):
 
     def outputs(self, batch: dict[str, Array]) -> dict[str, Array]:
         """What is written for each row, which holds one source: ids [B, 1, max_new_tokens]."""
+        return {"text": self.write(batch, self.generation)}
+
+    def write(self, batch: dict[str, Array], generation: Generation) -> Int[Array, "B 1 S"]:
         tokens, segments = batch["tokens"], batch["segment_ids"]
         key = draws = None
-        if self.generation.is_drawn:  # by the source, so that it draws the same wherever it stands
+        if generation.is_drawn:  # by the source, so that it draws the same wherever it stands
             place = jnp.arange(tokens.shape[1], dtype=jnp.uint32) * 2 + 1
             draws = ((tokens.astype(jnp.uint32) + 1) * place**3 * (segments > 0)).sum(1, dtype=jnp.uint32)
             draws = jax.lax.bitcast_convert_type(draws, jnp.int32)
@@ -88,8 +91,8 @@ class TextToText(EncoderDecoder):
         # On a mesh all at once: devices have rows of their own, and none would make room for another's.
         slots = None if is_spread() else max(_LEAST_SLOTS, len(tokens) // READ_PER_WRITTEN)
         is_source = (segments > 0).astype(jnp.int32)
-        text = generate(self, tokens, is_source, self.generation, key=key, draws=draws, slots=slots)
-        return {"text": text[:, None, 1:]}
+        text = generate(self, tokens, is_source, generation, key=key, draws=draws, slots=slots)
+        return text[:, None, 1:]
 
 
 def generation_of(config: RunConfig) -> Generation:
@@ -116,9 +119,11 @@ def generation_of(config: RunConfig) -> Generation:
     return Generation(limit, start, end, is_drawn=bool(asked.sample), rules=rules, **options)
 
 
-def make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], TextToText]:
+def make_model(
+    config: RunConfig, labels: Labels, kind: type[TextToText] = TextToText
+) -> Callable[[nnx.Rngs], TextToText]:
     generation = generation_of(config)
-    return lambda rngs: TextToText(
+    return lambda rngs: kind(
         config.model, config.decoder, generation, smoothing=config.labels.smoothing, seed=config.generation.seed or 0,
         rngs=rngs,
     )  # fmt: skip

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from flax_encoder.config import EncoderConfig, RunConfig
+from flax_encoder.config import DecoderConfig, EncoderConfig, RunConfig
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.records import Record
 from flax_encoder.data.store.encoding import encode_records
@@ -16,6 +17,7 @@ from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.runs.loaded import memory_split
 from flax_encoder.tasks import TASKS
 from flax_encoder.tasks.samples import GAP, NUM_SAMPLES, answered, filled_sentences, gapped_sentences
+from flax_encoder.tasks.text_to_text import with_ids
 from flax_encoder.training.step import make_outputs_step
 from tests.runs import TINY, WORDS
 from tests.toy import split_model
@@ -110,3 +112,37 @@ def test_every_objective_that_predicts_words_can_be_asked(objective):
     read = samples.read({name: np.asarray(x) for name, x in outputs.items()})
     assert len(read) == NUM_SAMPLES and all(len(sample.says) == len(sample.right) for sample in read)
     assert np.all(np.diff(np.asarray(outputs["probabilities"])) <= 0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "unit"),
+    [("span_corruption", "byte pairs", (1, 1)), ("autoencoder", "WordPiece", (8, 3))],
+)
+def test_what_is_written_stands_beside_what_was_taken_away(objective, kind, unit):
+    tokenizer, task = TOKENIZERS[kind](), TASKS[objective]
+    position = {"position": "none", "relative_position": "t5"} if objective == "span_corruption" else {"max_length": 40}
+    model = EncoderConfig(vocab_size=448, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24, **position)
+    decoder = with_ids(DecoderConfig(), tokenizer)
+    config = RunConfig(objective=objective, model=model, decoder=decoder, data=TINY.data)
+    samples = task.samples(config, tokenizer, split_of(LINES, tokenizer), unit)
+    batch = samples.batch
+    assert batch["tokens"].shape[0] % unit[0] == 0 and batch["tokens"].shape[1] % unit[1] == 0
+    told = samples.read({"text": batch["targets"][:, None]})  # by a model that is right
+    assert len(told) == NUM_SAMPLES
+    for text, says, right in told:
+        assert says == right and all(right)
+        kept = text.split(GAP) if objective == "span_corruption" else []
+        whole = "".join(x for pair in zip(kept, (*right, ""), strict=True) for x in pair) if kept else right[0]
+        # Spans may begin within a word.
+        assert any(line.replace(" ", "").startswith(whole.replace(" ", "")) for line in LINES)
+        assert len(text.replace(GAP, "")) <= len(whole) and (len(kept) > 1) == (GAP in text)
+    graphdef, params = split_model(lambda: task.make_model(config, None)(nnx.Rngs(0)))
+    text = np.asarray(make_outputs_step(graphdef)(params, batch)["text"])
+    assert len(samples.read({"text": text})) == NUM_SAMPLES
+    # Each token is the likeliest after those before it.
+    given = np.concatenate([batch["decoder_tokens"][:, :1], text[:, 0, :-1]], 1)
+    rows = batch | {"decoder_tokens": given, "decoder_segment_ids": np.ones_like(given), "decoder_positions":
+                    np.broadcast_to(np.arange(given.shape[1], dtype=np.int32), given.shape)}  # fmt: skip
+    logits = jax.jit(lambda params, rows: nnx.merge(graphdef, params)(rows))(params, rows)
+    is_text = np.cumsum(text[:, 0] == decoder.end_id, 1) == 0
+    np.testing.assert_array_equal(np.asarray(logits.argmax(-1))[is_text], text[:, 0][is_text])
