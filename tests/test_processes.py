@@ -230,7 +230,7 @@ def test_two_processes_answer_embed_and_score_as_one(asked, tmp_path, capsys, mo
     scores = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     theirs, errors = zip(*(process.communicate(timeout=200) for process in processes), strict=True)
     assert [process.returncode for process in processes] == [0, 0], errors
-    assert "going on after 80 answers" in errors[0]
+    assert "continuing after 80 answers" in errors[0]
     assert "wrote" not in theirs[1] and "{" not in theirs[1]  # the first writes and tells
     their_scores = [line for line in theirs[0].splitlines() if line.startswith("{")]
     assert len(scores) == len(their_scores) == 2

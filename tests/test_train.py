@@ -346,7 +346,7 @@ def test_the_quickstart_path_small(tmp_path):
         "most frequent token",
         "guess from two neighbours",
         "this model",
-        "it says",
+        "the model says",
         "fill-mask",
         "--init-from",
     ):

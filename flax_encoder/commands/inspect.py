@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         store.train, tokenizer, kind=kind, rate=rate, rows=arguments.rows, row_length=arguments.row_length,
         seed=arguments.seed,
     )  # fmt: skip
-    console.print(f"\nrows of {arguments.row_length}: a colour a document; ⟨what is right⟩ where a token is predicted")
+    console.print(f"\nrows of {arguments.row_length}: each document has a colour; ⟨right token⟩ of a prediction")
     for row in range(arguments.rows):
         console.print()
         console.print(inspect.draw_row(batch, row, tokenizer), soft_wrap=False)

@@ -113,7 +113,7 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
         out = AnswerFile(path, identity_of(what))
         done = as_first_has_it(0 if arguments.input == "-" else out.num_done())
         if done:
-            print(f"going on after {done:,} answers", file=sys.stderr)
+            print(f"continuing after {done:,} answers", file=sys.stderr)
         began, empty = time.monotonic(), 0
 
         def answers():

@@ -35,7 +35,7 @@ def attention_page(tokens: Sequence[str], weights: np.ndarray, segments: Sequenc
         f'<header><h1>{escape(title)}</h1><p class="lead">{escape(about)}</p></header>'
         + section(
             "Layers and heads", '<div id="overview" role="group" aria-label="layers and heads"></div>',
-            note="A row a layer, a column a head. Press one, or move with the arrow keys.",
+            note="Rows are layers, columns are heads. Press one, or move with the arrow keys.",
         )
         + '<section><h2 id="which"></h2><div class="pair"><figure class="card"><figcaption><h3>Matrix</h3>'
         '<span class="unit">a row attends, a column is attended to; rows add up to 1</span></figcaption>'

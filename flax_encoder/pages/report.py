@@ -30,14 +30,14 @@ class _Chart(NamedTuple):
 _CHARTS = {
     "loss": _Chart("Loss", "nats a target", True, smooth=True),
     "accuracy": _Chart("Accuracy", "share of targets", True, smooth=True),
-    "perplexity": _Chart("Perplexity", "e to the loss, log scale", True, log=True, smooth=True),
+    "perplexity": _Chart("Perplexity", "exp of the loss, log scale", True, log=True, smooth=True),
     "tokens_per_second": _Chart("Throughput", "tokens a second", zero=True),
     "data_wait_fraction": _Chart("Waiting for data", "share of the time", zero=True, percent=True),
     "device_memory_gb": _Chart("Device memory", "GB, the most so far", zero=True),
     "process_memory_gb": _Chart("Memory of the process", "GB", zero=True),
     "learning_rate": _Chart("Learning rate", "peak rate times schedule", zero=True),
     "grad_norm": _Chart("Gradient norm", "before clipping, log scale", log=True, smooth=True),
-    "skipped_updates": _Chart("Updates left out", "so far", zero=True),
+    "skipped_updates": _Chart("Skipped updates", "so far", zero=True),
     "masking_overflow": _Chart("Masked tokens without a slot", "tokens between lines", zero=True),
 }
 _NO_CHARTS = {"step", "epoch", "spent_seconds"}  # axes, not curves
@@ -268,19 +268,19 @@ def _watched(story: Story) -> str:
             rows += f'<tr><th scope="row">{step:,}</th>{cells}</tr>'
         cards.append(
             f'<figure class="card watched"><figcaption>{escape(text)}</figcaption><div class="scroll" tabindex="0" '
-            f'role="region" aria-label="what it says over the run"><table><thead><tr><th scope="col">step</th>{heads}'
+            f'role="region" aria-label="answers over the run"><table><thead><tr><th scope="col">step</th>{heads}'
             f"</tr></thead><tbody>{rows}</tbody></table></div></figure>"
         )
     if not cards:
         return ""
     return (
-        '<h3>The same held-out texts over the run</h3><p class="note">What it said at each evaluation. Over a column '
-        f'stands what is right.</p><div class="grid narrow">{"".join(cards)}</div>'
+        '<h3>The same held-out texts over the run</h3><p class="note">The model\'s answers at each evaluation. A '
+        f'column\'s head has the right answer.</p><div class="grid narrow">{"".join(cards)}</div>'
     )
 
 
 def _predictions(story: Story, several: bool) -> str:
-    """Examples, what it said over the run, answers right and wrong, the confusion matrix, the reliability curve."""
+    """Examples, answers over the run, right and wrong answers, the confusion matrix, the reliability curve."""
     summary, parts = story.summary, []
     if examples := summary.get("examples"):
         parts.append("".join(
@@ -291,17 +291,17 @@ def _predictions(story: Story, several: bool) -> str:
         rows = [
             ["✓" if a["is_right"] else "✗", a["text"], a["says"], a["right"], a.get("probability")] for a in answers
         ]
-        columns = ["right", "text", "it says", "the data has", "probability"]
+        columns = ["right", "text", "the model says", "the data has", "probability"]
         shown = table(columns, rows, "answers to held-out documents")
-        parts.append("<h3>Held-out documents that it is wrong about, the surest first, and some that it has right</h3>")
+        parts.append("<h3>Wrong answers to held-out documents, the surest first, and some right ones</h3>")
         parts.append(_styled(shown, "tall", "answers"))
     pictures = []
     if confusion := summary.get("confusion"):
         pictures.append(_confusion(confusion["labels"], confusion["counts"]))
     if reliability := summary.get("reliability"):
         pictures.append(
-            '<figure class="card"><figcaption><h3>Reliability</h3><span class="unit">share that is right, by how sure '
-            f"it is</span></figcaption>{figures.reliability(reliability)}</figure>"
+            '<figure class="card"><figcaption><h3>Reliability</h3><span class="unit">share of right answers, by their '
+            f"probability</span></figcaption>{figures.reliability(reliability)}</figure>"
         )
     if pairs := summary.get("scatter"):
         pictures.append(
@@ -310,17 +310,17 @@ def _predictions(story: Story, several: bool) -> str:
         )
     if pictures:
         parts.append(f'<div class="grid pictures">{"".join(pictures)}</div>')
-    return section(f"What it says, {story.name}" if several else "What it says", *parts)
+    return section(f"Answers, {story.name}" if several else "Answers", *parts)
 
 
 def _confusion(labels: list[str], counts: list[list[int]]) -> str:
     """The matrix of a few labels; of many the pairs that are taken for one another most."""
-    head = '<figcaption><h3>Confusion</h3><span class="unit">rows are the data\'s labels, columns what it says</span>'
+    head = '<figcaption><h3>Confusion</h3><span class="unit">rows: labels in the data; columns: answers</span>'
     if len(labels) > _LABELS:
         pairs = [(n, a, p) for a, row in zip(labels, counts, strict=True) for p, n in zip(labels, row, strict=True)
                  if n and a != p]  # fmt: skip
         rows = [[a, p, n] for n, a, p in sorted(pairs, reverse=True)[:_LABELS]]
-        shown = table(["the data has", "it says", "documents"], rows, "labels taken for one another")
+        shown = table(["the data has", "the model says", "documents"], rows, "labels taken for one another")
         return f'<figure class="card">{head}</figcaption>{shown}</figure>'
     top = "".join(f'<th scope="col"><span>{escape(label)}</span></th>' for label in labels)
     body = ""

@@ -47,5 +47,5 @@ def train_seeds(config: RunConfig, train: Callable[[RunConfig], dict[str, float]
     console.print()
     console.print(table)
     write_atomically(run_dir / "report.html", report_page(read_stories([run_dir])))
-    console.print(f"\n{run_dir / 'seeds.json'} has every run's values, {run_dir / 'report.html'} their curves.")
+    console.print(f"\n{run_dir / 'seeds.json'} has the values of every run, {run_dir / 'report.html'} the curves.")
     return summary

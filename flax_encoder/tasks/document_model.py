@@ -137,5 +137,5 @@ def right_and_wrong(
     for record, answer, gold in held_out_answers(run, data):
         own = is_right(answer, gold)
         ending = ", which is right" if own else f"; the data has {truth(gold)}"
-        lines[own].append(f"\n{spelled(record)}\n  it says {said(answer)}{ending}")
+        lines[own].append(f"\n{spelled(record)}\n  the model says {said(answer)}{ending}")
     return [*lines[True][:2], *lines[False][:2]]

@@ -130,7 +130,7 @@ def _examples(run: Any, data: Any) -> list[str]:
         truth, ids[at] = run.tokenizer.decode(ids[[at]]).strip(), run.tokenizer.special("mask")
         text = run.tokenizer.decode(ids)
         guesses = "  ".join(f"{g['token']} {g['probability']:.0%}" for g in run.fill_mask(text, 4)[0])
-        lines.append(f"\n{text}\n  it says {guesses}; the text has {truth!r}")
+        lines.append(f"\n{text}\n  the model says {guesses}; the text has {truth!r}")
     return lines
 
 

@@ -86,7 +86,7 @@ def _examples(run: Any, data: Any) -> list[str]:
     """A few held-out documents whose number it has nearly, and a few that it is farthest from."""
     found = sorted(held_out_answers(run, data), key=lambda own: abs(own[1]["score"] - own[2]))
     return [
-        f"\n{spelled(record)}\n  it says {answer['score']:.3g}; the data has {gold:.3g}"
+        f"\n{spelled(record)}\n  the model says {answer['score']:.3g}; the data has {gold:.3g}"
         for record, answer, gold in [*found[:2], *found[2:][-2:]]
     ]
 

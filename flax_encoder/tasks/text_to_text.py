@@ -258,7 +258,7 @@ def _examples(run: Any, data: Any) -> list[str]:
     answers = dataclasses.replace(run, config=asked).predict(records)
     return [
         "\n" + "".join(f"{_shown(text)}\n" for text in (*(record.history or ()), *record.texts))
-        + f"  it writes {_shown(answer['text'])!r}; the data has {_shown(tokenizer.decode(own.target))!r}"
+        + f"  the model writes {_shown(answer['text'])!r}; the data has {_shown(tokenizer.decode(own.target))!r}"
         for own, record, answer in zip(parts, records, answers, strict=True)
     ]  # fmt: skip
 

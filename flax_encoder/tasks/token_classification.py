@@ -231,7 +231,7 @@ def _examples(run: Any, data: Any) -> list[str]:
     for answer, gold in zip(run.predict(records), golds, strict=True):
         said, truth = (_spelled(answer["words"], tags, run.label_names) for tags in (answer["tags"], gold))
         ending = ", which is right" if said == truth else f"; right is {truth}"
-        lines[said == truth].append(f"\n{' '.join(answer['words'])}\n  it says {said}{ending}")
+        lines[said == truth].append(f"\n{' '.join(answer['words'])}\n  the model says {said}{ending}")
     return [*lines[True][:_EXAMPLES], *lines[False][:_EXAMPLES]]
 
 

@@ -128,7 +128,7 @@ def test_every_number_of_the_log_is_in_a_chart_and_the_last_scores_in_a_table(tm
              {"step": 1, "eval/loss": 1.25, "eval/exact_match": 0.125}]  # fmt: skip
     made = report_page(read_stories([write_run(tmp_path / "run", lines=lines)]))
     data = json.loads(made.split('id="data">')[1].split("</script>")[0])
-    assert [c["title"] for c in data["charts"]] == ["Loss", "Exact match", "Updates left out", "A new figure"]
+    assert [c["title"] for c in data["charts"]] == ["Loss", "Exact match", "Skipped updates", "A new figure"]
     loss = data["charts"][0]["series"]
     assert [(s["held_out"], s["values"]) for s in loss] == [(False, [2.0]), (True, [1.25])]
     assert ">1.2500<" in made and ">0.1250<" in made

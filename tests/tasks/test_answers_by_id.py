@@ -195,4 +195,4 @@ def test_a_run_ends_with_what_it_says_of_held_out_texts(tmp_path, objective, val
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
     opened = open_data(run.config, run.task.reading, tokenizer=run.tokenizer, label_names=labels)
     [line] = run.task.examples(run, opened)
-    assert "the river" in line and "it says" in line and (words in line or "which is right" in line)
+    assert "the river" in line and "the model says" in line and (words in line or "which is right" in line)
