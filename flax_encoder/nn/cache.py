@@ -1,4 +1,4 @@
-"""What a decoder keeps while it writes.
+"""The keys and values that a decoder keeps while it writes.
 
 Axes: R sources that were read, B of them at hand, W texts that are written of each, S places for tokens, M length of
 the memory, which is the encoder's output.

@@ -1,4 +1,4 @@
-"""Tokens, their types and positions to vectors."""
+"""Embeds tokens, their types and their positions."""
 
 from typing import Any
 

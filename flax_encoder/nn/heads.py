@@ -1,4 +1,4 @@
-"""What stands on the encoder: heads that read it at target positions."""
+"""Heads, which read the encoder's output at target positions."""
 
 import jax.numpy as jnp
 from flax import nnx

@@ -1,4 +1,4 @@
-"""What a text may go on with: rules of generation that change the scores of the next token, whatever the model.
+"""Rules of generation that change the scores of the next token, for any model.
 
 Axes: B texts under way, T the longest text with the token that starts it, V vocabulary, M source.
 """

@@ -1,4 +1,4 @@
-"""One vector for each document of packed rows, of the vectors of its tokens."""
+"""Pooling: one vector for each document of packed rows, from the vectors of its tokens."""
 
 from collections.abc import Sequence
 

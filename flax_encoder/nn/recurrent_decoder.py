@@ -1,4 +1,4 @@
-"""A recurrent decoder behind an encoder: at every token it weighs the encoder's states by an additive score.
+"""A recurrent decoder, which attends to the encoder's states by an additive score at every token.
 
 (Bahdanau, Cho and Bengio, arXiv 1409.0473.) Axes beside the usual: M length of the memory, which is the encoder's
 output; A width of the score; L layers of C = D cells; G gates.

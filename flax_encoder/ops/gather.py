@@ -1,4 +1,4 @@
-"""Vectors by number: of tokens out of a table, and of a few tokens out of rows.
+"""Gathers: the vectors of tokens from a table, and of a few tokens from rows.
 
 A compiler splits a gather over a mesh by guesses, some of which move whole batches. Here each device reads its own.
 """

@@ -1,4 +1,4 @@
-"""What ops know of the mesh that `jax.set_mesh` sets: which of its axes split rows, tokens and heads."""
+"""The mesh of `jax.set_mesh` as ops see it: the axes that split rows, tokens and heads."""
 
 import math
 

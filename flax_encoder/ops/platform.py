@@ -1,4 +1,4 @@
-"""For which platform code is being traced: the default backend's, unless it is compiled for hardware elsewhere."""
+"""The platform that code is traced for: that of the default backend, unless `plan` compiles for other hardware."""
 
 import functools
 import pathlib

@@ -1,4 +1,4 @@
-"""What attention adds to its logits for the distance of two tokens: ALiBi, T5's buckets, DeBERTa's products.
+"""The terms that attention adds to its logits for the distance of two tokens: ALiBi, T5's buckets, DeBERTa's products.
 
 A document's tokens lie side by side in a row, so their distance in the row is their distance in the document, packed
 or not: one table a row length serves every document of every row. What lies across documents is masked by attention.

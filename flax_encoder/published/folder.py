@@ -1,4 +1,4 @@
-"""What a folder is, before anything of it is read: a published model, one of our runs, or neither."""
+"""Tells what a folder is before it is read: a published model, one of our runs, or neither."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Whatever `load_pretrained` gives as a folder again: config.json, weights and what belongs to them."""
+"""Writes what `load_pretrained` gives as a folder again: config.json, weights and what belongs to them."""
 
 import json
 import pathlib

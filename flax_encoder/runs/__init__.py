@@ -1,1 +1,1 @@
-"""Run folders of this library: what they start from, loading them, asking them, handing them on."""
+"""Run folders of this library: starting, training, loading, querying and exporting them."""

@@ -1,4 +1,4 @@
-"""What a run's model is among the published families: its config there, and the head that they would put on it."""
+"""A run's model as one of the published families: its config and its head there."""
 
 import dataclasses
 from typing import Any, NamedTuple

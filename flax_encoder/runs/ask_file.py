@@ -1,4 +1,4 @@
-"""A whole file of texts, asked: records in, answers out in their order, kept as they come, so a kill loses little."""
+"""Answers for a whole file of texts, in order; they are written as they come, so a kill loses little."""
 
 import contextlib
 import csv

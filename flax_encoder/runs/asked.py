@@ -1,4 +1,4 @@
-"""A model that is asked: what is compiled of it, for many tokens at once and for few."""
+"""The compiled programs of a model that is queried, one for many tokens at once and one for few."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What a run's model scored before it was trained: a baseline of tasks that an untrained head does not stand in."""
+"""The scores of a run's model before training: a baseline for tasks without an untrained head."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Runs of published folders, and published folders of runs."""
+"""Turns published folders into runs, and runs into published folders."""
 
 import dataclasses
 import json

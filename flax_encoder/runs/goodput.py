@@ -1,4 +1,4 @@
-"""Where a run's wall time goes: the share that made steps, and what the rest was."""
+"""Where a run's wall time goes: the share of steps, and of everything else."""
 
 import time
 from collections.abc import Iterator

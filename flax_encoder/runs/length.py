@@ -1,4 +1,4 @@
-"""How long a run is where that follows from its text: steps of epochs, rows of texts, evaluations of epochs."""
+"""The length of a run: epochs and texts as steps and rows, when it is over, and when evaluations are due."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What a model is trained for: a task a file, each a record of functions, in one table."""
+"""The training objectives: one file per task, each a record of functions, in one table."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""One label a document, with documents packed into rows like any others."""
+"""One label for each document, with documents packed into rows like any others."""
 
 import functools
 import shlex

@@ -1,4 +1,4 @@
-"""What tasks share whose documents have one value each: an encoder, pooled, and a head on it."""
+"""The model of tasks whose documents have one value each: an encoder, a pooling and a head."""
 
 import shlex
 from collections.abc import Callable

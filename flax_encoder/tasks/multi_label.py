@@ -1,4 +1,4 @@
-"""Any of several labels a document: a probability of each by itself."""
+"""Any of several labels for each document; each label has a probability of its own."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -1,5 +1,5 @@
-"""Which of several choices goes with a context: each pair is read by itself, and their logits are one softmax (Radford
-et al. 2018; Zellers et al., arXiv 1808.05326)."""
+"""Which of several choices fits a context: the model reads each pair of context and choice alone, and one softmax takes
+all their logits (Radford et al. 2018; Zellers et al., arXiv 1808.05326)."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""How well texts are found by their likeness to a query: scores of ranked lists, for any likeness."""
+"""Scores of ranked lists: how well texts are found by their similarity to a query, for any similarity."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""A number a document, or a pair of texts."""
+"""One number for each document or pair of texts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""A tag a word: names, parts of speech, parts of addresses. Tags that mark entities are also answered as these."""
+"""One tag per word: names, parts of speech, parts of addresses. Answers also give the entities that tags mark."""
 
 import re
 from collections import Counter, defaultdict

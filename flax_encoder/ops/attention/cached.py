@@ -1,4 +1,4 @@
-"""Attention of the tokens that are being written: one query a text, to keys and values that are kept.
+"""Attention in generation: one query per text, and cached keys and values.
 
 Axes: B sources, W texts that are written of each, N query heads, K key/value heads, S keys, H head dim.
 """

@@ -1,4 +1,4 @@
-"""What an attention backend is given, and how it refuses."""
+"""The arguments of an attention backend, and how a backend refuses them."""
 
 from typing import NamedTuple
 
