@@ -1,12 +1,14 @@
 """The optimizer's update: clipping, every optimizer by name, its schedule, on the parameters of named models.
 
     python benchmarks/bench_optimizer.py [--model NAME ...] [--optimizer NAME ...] [--repeats 7] [--json]
+    python benchmarks/bench_optimizer.py --optimizer muon --muon-dtype float32 bfloat16
 
 Parameters and state are donated, as in the training step. The bound is what memory allows: the parameters, gradients
 and state read once, the parameters and state written once, and the gradients read once more for their norm, at the
 bandwidth of a donated copy of the parameters (read and written), measured in the same run. `of bound` is that time over
 the median. Optimizers that multiply matrices (muon, soap) are bound by those. soap's first update, which decomposes its
-Gram matrices, does not count; its later decompositions, every 10th update, are the upper end of the range.
+Gram matrices, does not count; its later decompositions, every 10th update, are the upper end of the range. Muon's
+products are of --muon-dtype; the header says whether this CPU has instructions for those of bfloat16.
 """
 
 import time
@@ -19,6 +21,7 @@ from harness import Timing, header, measure, parser, say, show
 
 from flax_encoder.config import EncoderConfig, OptimizerConfig
 from flax_encoder.nn.partition import abstract_model
+from flax_encoder.ops.platform import cpu_multiplies_bfloat16
 from flax_encoder.tasks import MaskedLM
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.runtime import set_up_runtime
@@ -32,7 +35,9 @@ MODELS = {
 NAMES = ("adamw", "stable_adamw", "lamb", "lion", "muon", "soap", "adafactor", "schedule_free")
 
 
-def config_of(name: str) -> OptimizerConfig:
+def config_of(name: str, muon_dtype: str) -> OptimizerConfig:
+    if name == "muon":
+        return OptimizerConfig(name, muon_dtype=muon_dtype)  # type: ignore[arg-type]
     if name == "schedule_free":
         return OptimizerConfig(name, schedule="wsd", decay_rate=0.0)
     return OptimizerConfig(name)  # type: ignore[arg-type]
@@ -62,7 +67,7 @@ def copy_bandwidth(params, repeats: int) -> float:
     return 2 * num_bytes(params) / measure(work, repeats).least
 
 
-def bench(model: str, name: str, repeats: int) -> dict:
+def bench(model: str, name: str, muon_dtype: str, repeats: int) -> dict:
     def make_model():
         return MaskedLM(MODELS[model], rngs=nnx.Rngs(0))
 
@@ -71,7 +76,7 @@ def bench(model: str, name: str, repeats: int) -> dict:
     keys = iter(jax.random.split(jax.random.key(0), 2 * len(jax.tree.leaves(shapes))))
     params, grads = (jax.tree.map(lambda x: 0.02 * jax.random.normal(next(keys), x.shape), shapes) for _ in range(2))
     bandwidth = copy_bandwidth(params, repeats)
-    tx = make_optimizer(config_of(name), 1000, logical_axes(make_model))
+    tx = make_optimizer(config_of(name, muon_dtype), 1000, logical_axes(make_model))
     state = jax.jit(tx.init)(params)
     state_bytes, param_bytes = num_bytes(state), num_bytes(params)
     update = make_update(tx)
@@ -89,7 +94,7 @@ def bench(model: str, name: str, repeats: int) -> dict:
     bound = (4 * param_bytes + 2 * state_bytes) / bandwidth
     return {
         "model": model,
-        "optimizer": name,
+        "optimizer": f"muon, {muon_dtype}" if name == "muon" else name,
         "parameters": param_bytes // 4,
         "state_bytes": state_bytes,
         "milliseconds": 1e3 * timing.median,
@@ -107,6 +112,10 @@ def main() -> None:
     asking = parser(__doc__)
     asking.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
     asking.add_argument("--optimizer", nargs="+", choices=NAMES, default=list(NAMES))
+    asking.add_argument(
+        "--muon-dtype", nargs="+", choices=("float32", "bfloat16"), default=[OptimizerConfig.muon_dtype],
+        help="of Muon's products (default: the setting's)",
+    )  # fmt: skip
     asking.add_argument("--repeats", type=int, default=7)
     asked = asking.parse_args()
     set_up_runtime()
@@ -114,9 +123,11 @@ def main() -> None:
     rows = []
     for model in asked.model:
         for name in asked.optimizer:
-            say(f"{model} {name}")
-            rows.append(bench(model, name, asked.repeats))
-    result = {"header": header(dtype="float32", repeats=asked.repeats), "results": rows}
+            for muon_dtype in asked.muon_dtype if name == "muon" else asked.muon_dtype[:1]:
+                say(f"{model} {name}")
+                rows.append(bench(model, name, muon_dtype, asked.repeats))
+    about = {"dtype": "float32", "repeats": asked.repeats, "CPU_has_bfloat16": cpu_multiplies_bfloat16()}
+    result = {"header": header(**about), "results": rows}
     show(result, [_cells(row) for row in rows], asked.json)
 
 

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -52,6 +53,12 @@ def test_every_part_has_a_place_in_the_order():
 def test_data_and_config_import_no_jax(module):
     libraries = {name.split(".")[0] for name in imports(FILES[module])}
     assert not libraries & {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "torch"}
+
+
+def test_data_is_opened_without_jax_and_what_imports_it():
+    code = "import sys, flax_encoder.data.pipeline; print(*{'grain', 'jax', 'orbax', 'pyarrow'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
 
 
 @pytest.mark.parametrize("module", sorted(m for m in FILES if m.split(".")[0] == "config"))

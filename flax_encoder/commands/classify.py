@@ -18,7 +18,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from flax_encoder.runs.load import load
+    from flax_encoder.training.runtime import set_up_runtime
 
+    set_up_runtime()
     labels = load(arguments.run_dir, **folder_options(arguments)).classify(arguments.text)[: arguments.top]
     if arguments.json:
         print(json.dumps(labels))

@@ -18,7 +18,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from flax_encoder.runs.load import load
+    from flax_encoder.training.runtime import set_up_runtime
 
+    set_up_runtime()
     masks = load(arguments.run_dir, **folder_options(arguments)).fill_mask(arguments.text, arguments.top)
     if arguments.json:
         # One mask, the usual case, is a plain list; several are a list of lists.

@@ -10,7 +10,6 @@ import tyro
 
 from flax_encoder.commands.screen import saying
 from flax_encoder.config import ConfigError, DataConfig, RunConfig, differences
-from flax_encoder.tasks import find_task
 
 HELP = "tokenize text once, into a store that runs read"
 
@@ -52,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     from flax_encoder.data.pipeline import cache_folder, prepare_stores
     from flax_encoder.data.sources.remote import is_remote
     from flax_encoder.data.store.copied import upload_store
+    from flax_encoder.tasks import find_task
 
     asked = tyro.cli(PrepareArguments, args=arguments.rest, prog="python -m flax_encoder prepare")
     if other := [n for n in differences(asked.data, DataConfig()) if n not in _PREPARED]:

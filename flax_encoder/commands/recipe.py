@@ -9,7 +9,6 @@ import sys
 import tyro
 
 from flax_encoder.config import ConfigError, EncoderConfig, RunConfig, differences, from_dict, to_dict
-from flax_encoder.tasks import TASKS, is_setting_read
 
 _CHECKOUT, _PACKAGE = (pathlib.Path(__file__).parents[n] for n in (2, 1))
 # Where configs/ stands: beside train.py in a checkout, in the package where that is installed from a wheel.
@@ -80,6 +79,8 @@ def parse_run_config(argv: list[str], default: str, *, model: EncoderConfig | No
 def without_unread(asked: RunConfig, recipe: RunConfig) -> RunConfig:
     """`asked`, without the recipe's settings that only the recipe's own task reads (such as masking) if another
     objective was asked for; these are at their defaults then."""
+    from flax_encoder.tasks import TASKS, is_setting_read  # which import JAX: --help does without
+
     if asked.objective == recipe.objective or asked.objective not in TASKS:
         return asked
     values, of_recipe = to_dict(asked), differences(asked, recipe)

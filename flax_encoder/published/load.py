@@ -381,7 +381,8 @@ def load_pretrained(
         made = flatten(nnx.to_pure_dict(nnx.split(make_model())[1]))
         imported.params.update({path: np.asarray(made[path]) for path in fresh})
         logger.warning("%s has no %s: newly initialized from seed %d", folder, ", ".join(fresh), seed)
-    model = nnx.merge(graphdef, unflatten({path: jnp.asarray(value) for path, value in imported.params.items()}))
+    # jnp.asarray would compile a program for each shape.
+    model = nnx.merge(graphdef, unflatten(jax.device_put(imported.params)))
     tokenizer = None
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         tokenizer = read_tokenizer(folder, num_rows=config.vocab_size)

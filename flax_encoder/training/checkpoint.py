@@ -28,7 +28,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 
 from flax_encoder.training.checksums import MANIFEST, Verification, sync_folder, write_manifest
 from flax_encoder.training.plain_path import PathError, plain_path
@@ -39,6 +38,13 @@ _OF_RUN = ("run", _METADATA)
 _OF_PARAMS = ("params", _METADATA)
 _IS_FULL = re.compile(r"no space|quota|too large|resource_exhausted", re.IGNORECASE)
 _NO_STEP, _NO_WHOLE_STEP = -1, -2
+
+
+def _orbax() -> Any:
+    """Orbax, imported when a checkpoint is: a published folder opens without it, in 0.4 s less."""
+    from orbax.checkpoint import v1
+
+    return v1
 
 
 class CheckpointError(RuntimeError):
@@ -67,7 +73,8 @@ class Checkpoints:
 
     def __init__(self, run_dir: pathlib.Path, keep: int, keep_every: int | None = None):
         self._folder, self._keep, self._keep_every = (run_dir / "checkpoints").resolve(), keep, keep_every
-        # Orbax reports saves and errors at length through this logger; ours says what a person needs.
+        ocp = _orbax()
+        # It reports saves and errors at length through this logger; ours says what a person needs.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         # Made in the background, a folder that cannot be made leaves threads that wait for it for minutes.
         self._context = ocp.Context(
@@ -160,7 +167,7 @@ class Checkpoints:
         with self._saving_explained():
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._context:
-                saved = ocp.save_checkpointables_async(
+                saved = _orbax().save_checkpointables_async(
                     self._plain / name, items, overwrite=True, custom_metadata={"manifest": MANIFEST}
                 )
 
@@ -203,7 +210,7 @@ class Checkpoints:
         if jax.process_count() > 1:  # Orbax reads with all processes or not at all
             return
         with plain_path(folder) as plain:
-            ocp.checkpointables_metadata(plain)
+            _orbax().checkpointables_metadata(plain)
         if (found := read_run(folder)["step"]) != step:
             raise ValueError(f"step {found} was read back from {folder}")
 
@@ -366,7 +373,7 @@ def _read(folder: pathlib.Path, items: dict[str, Any], verification: Verificatio
             warnings.simplefilter("ignore")
             try:
                 with plain_path(folder) as plain:
-                    found = ocp.load_checkpointables(plain, items)
+                    found = _orbax().load_checkpointables(plain, items)
             except Exception as error:  # whatever Orbax, TensorStore or the disk raises, the way out is the same
                 failure = _one_line(error)
             if failure is not None:
@@ -418,7 +425,7 @@ def read_params(path: pathlib.Path, like: Any | None = None) -> Any:
     if like is None:
         try:
             with plain_path(folder) as plain:
-                metadata = ocp.checkpointables_metadata(plain).metadata["params"]
+                metadata = _orbax().checkpointables_metadata(plain).metadata["params"]
         except Exception as error:
             if verification is not None:
                 verification.finish()

@@ -48,6 +48,8 @@ def set_up_runtime() -> None:
         # from another, and code made for one may be illegal on the next.
         folder = folder / host_cpu() if jax.default_backend() == "cpu" else folder
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):  # JAX's second is a third of a short command
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def join_processes(num_processes: int) -> None:

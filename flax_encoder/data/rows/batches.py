@@ -5,10 +5,9 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 
 from flax_encoder.data.rows.documents import Batch, Documents, assemble, assemble_targets
 from flax_encoder.data.rows.packing import Pieces, RowPlan
@@ -232,7 +231,11 @@ class Batches:
             finally:
                 batches.close()
 
-    def _iterator(self, start: int, workers: int) -> grain.DatasetIterator:
+    def _iterator(self, start: int, workers: int) -> Any:
+        """Grain's iterator."""
+        import grain  # it imports JAX and Orbax where they are, and opening or preparing data needs neither
+        from absl import flags
+
         batches = grain.MapDataset.source(self)[start:]
         if not workers:
             ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
