@@ -98,7 +98,7 @@ ROWS = (
     ),
     Row(
         "replaced_token_detection", "tests/tasks/test_replaced_token_detection.py::test_the_loss_is_the_papers",
-        "electra_small", NOT_RUN, NOT_RUN, NOT_RUN, NOT_RUN,
+        "replaced_tokens", NOT_RUN, NOT_RUN, NOT_RUN, NOT_RUN,
     ),
     Row(
         "autoencoder",
