@@ -56,9 +56,8 @@ class Phase(ShortRepr):
         unknown = [name for name in names if name not in known]
         require(
             not unknown,
-            f"a phase changes what leaves the parameters' shapes as they are: "
-            f"{', '.join(known[3:])}; got {', '.join(unknown)}. Give it to the whole run, or start another from this "
-            f"one's model with --init-from.",
+            f"a phase has one of share, steps or tokens, and changes of a run only {', '.join(known[3:])}: got "
+            f"{', '.join(unknown)}. Give it to the whole run, or start another from this one's model with --init-from.",
         )
 
     def __post_init__(self):
