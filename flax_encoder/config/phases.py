@@ -60,7 +60,7 @@ class Phase(ShortRepr):
         unknown = [name for name in names if name not in known]
         require(
             not unknown,
-            f"a phase changes only settings that keep the parameters' shapes: {', '.join(known[3:])}; got "
+            f"a phase has one of share, steps or tokens, and changes only {', '.join(known[3:])}: got "
             f"{', '.join(unknown)}. Set it for the whole run, or start another run from this one's model with "
             f"--init-from.",
         )
