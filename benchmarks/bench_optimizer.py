@@ -124,7 +124,7 @@ def main() -> None:
     for model in asked.model:
         for name in asked.optimizer:
             for muon_dtype in asked.muon_dtype if name == "muon" else asked.muon_dtype[:1]:
-                say(f"{model} {name}")
+                say(f"{model} {name}" + f", {muon_dtype}" * (name == "muon"))
                 rows.append(bench(model, name, muon_dtype, asked.repeats))
     about = {"dtype": "float32", "repeats": asked.repeats, "CPU_has_bfloat16": cpu_multiplies_bfloat16()}
     result = {"header": header(**about), "results": rows}
