@@ -98,7 +98,8 @@ ROWS = (
     ),
     Row(
         "replaced_token_detection", "tests/tasks/test_replaced_token_detection.py::test_the_loss_is_the_papers",
-        "replaced_tokens", NOT_RUN, NOT_RUN, NOT_RUN, NOT_RUN,
+        "replaced_tokens", "9,033 Wikipedia leads; 1,000 with topics", "20",
+        "topics 0.362, 0.327, 0.382 of three seeds: worse", "as many minutes of masked words 0.550, 0.541, 0.550",
     ),
     Row(
         "autoencoder",
