@@ -172,7 +172,7 @@ def spans_of(denoiser, n):
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(LENGTHS, st.integers(0, 2**31), st.integers(0, 9))
-def test_of_every_denoiser_the_mode_the_input_and_the_targets_are_the_text(lengths, seed, free):
+def test_for_every_denoiser_the_mode_input_and_targets_together_are_the_text(lengths, seed, free):
     T = max([sum(n) + len(n) for n in lengths] + [1]) + free
     tokens, segments = rows_of(lengths, T, seed)
     batch = corrupt(tokens, segments, denoisers=MIXTURE, seed=seed)

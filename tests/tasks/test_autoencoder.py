@@ -48,7 +48,7 @@ def draw_batch():
 
 
 @pytest.mark.parametrize("kind", ["learned", "rope", "t5", "gru"])
-def test_the_decoder_sees_its_own_documents_vector_and_the_text_before(kind):
+def test_the_decoder_sees_only_its_documents_vector_and_the_text_before(kind):
     """What is written changes with its own document's vector, and with nothing else of the encoder's row."""
     fields = {"learned": {}, "rope": {"position": "rope", "norm_placement": "pre", "window": 2},
               "t5": {"position": "none", "relative_position": "t5"}, "gru": None}[kind]  # fmt: skip

@@ -54,7 +54,7 @@ def make(config, seed=0):
     return ReplacedTokenDetection(config, rngs=nnx.Rngs(seed))
 
 
-def test_the_loss_is_the_papers():
+def test_the_loss_equals_the_formula_of_the_papers():
     batch, originals = draw_batch()
     model = make(CONFIG)
     total = jax.jit(lambda batch: model.loss(batch))(batch)

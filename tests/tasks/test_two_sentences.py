@@ -165,7 +165,7 @@ def make():
     return SentencePairLM(SMALL, weight=0.7, rngs=nnx.Rngs(0))
 
 
-def test_the_loss_is_masked_lms_and_the_pairs():
+def test_the_loss_is_that_of_masked_words_plus_that_of_the_pairs():
     graphdef, params = split_model(make)
     model, batch = nnx.merge(graphdef, params), draw_batch()
     total = jax.jit(model.loss)(batch)
