@@ -124,8 +124,8 @@ def _sizes(params):
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (("encoder.embeding",), "'encoder.embeding' is none. Did you mean encoder.embedding?"),
-        (("head", "encoder.layers.3"), "'encoder.layers.3' is none."),
+        (("encoder.embeding",), "'encoder.embeding' fits none. Did you mean encoder.embedding?"),
+        (("head", "encoder.layers.3"), "'encoder.layers.3' fits none."),
         (("bias",), "There are encoder.embedding.norm.bias"),
         (("*",), "something must be trained"),
     ],
