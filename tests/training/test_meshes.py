@@ -24,10 +24,11 @@ from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.sharding import logical_axes, make_mesh, put_batch
 from flax_encoder.training.step import init_train_state, make_train_step
 
-# Sizes that eight devices divide, and of which no two are alike: what is sent can be told by its size.
-V, T, S, M, D, F, ROWS, STEPS = 320, 64, 48, 13, 32, 72, 8, 20
+# Sizes that eight devices divide, and of which no leading two are alike, whole or divided: what is sent can be told by
+# its size.
+V, T, S, M, D, F, ROWS, STEPS = 352, 64, 40, 13, 48, 72, 8, 20
 PLAIN = EncoderConfig(
-    vocab_size=V, num_layers=6, embed_dim=D, num_heads=8, mlp_dim=F, max_length=T + 1, dropout_rate=0.1
+    vocab_size=V, num_layers=5, embed_dim=D, num_heads=8, mlp_dim=F, max_length=T + 1, dropout_rate=0.1
 )
 SHAPES = {
     "bert": PLAIN,
@@ -36,8 +37,8 @@ SHAPES = {
         global_every=2, first_attention_norm=False, embedding_norm=True,
     ),
     "t5": dataclasses.replace(
-        PLAIN, num_layers=3, position="none", relative_position="t5", relative_buckets=12, relative_max_distance=16,
-        norm="rms_norm", norm_placement="pre", use_bias=False, activation="relu",
+        PLAIN, num_layers=3, num_heads=24, position="none", relative_position="t5", relative_buckets=12,
+        relative_max_distance=16, norm="rms_norm", norm_placement="pre", use_bias=False, activation="relu",
     ),
     "lstm": EncoderConfig(vocab_size=V, layer="lstm", num_layers=3, embed_dim=D, position="none"),
 }  # fmt: skip
@@ -160,7 +161,8 @@ def test_devices_send_what_the_layout_asks_for(shape, sizes):
 def assert_sends_what_the_layout_asks_for(shape, sizes):
     data, fsdp, tensor, context = sizes
     rows, stack = ROWS // (data * fsdp), 0 if shape == "modernbert" else SHAPES[shape].num_layers
-    largest = max(V * D // tensor, rows * max(T, S) * D)  # the vocabulary's table; a layer's keys
+    # The vocabulary's table; a layer's keys; a recurrent layer's kernel.
+    largest = max(V * D // tensor, rows * max(T, S) * D, 4 * D * D * (shape == "lstm"))
     together = [(rows, length // context, D) for length in (T, S)]
     apart = [(rows, length // (context * tensor), D) for length in (T, S)]
     gathers = scatters = 0
