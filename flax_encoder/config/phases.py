@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from flax_encoder.config.rules import ConfigError, ShortRepr, require, require_finite
 
 Shape = Literal["linear", "cosine", "one_minus_sqrt", "inverse_sqrt"]
+EXTENTS = ("share", "steps", "tokens", "minutes")  # a phase's first fields
 
 
 @dataclass(frozen=True, repr=False)
@@ -19,12 +20,16 @@ class Phase(ShortRepr):
     goes from the first, where the phase begins, to the second, where it ends."""
 
     share: float | None = None
-    """The phase's share of the run's steps. A phase has one of share, steps and tokens; the shares of all phases add up
-    to 1."""
+    """The phase's share of the run's steps; the shares of all phases add up to 1. A phase has a share, steps, tokens or
+    minutes."""
     steps: int | None = None
     """The phase's steps."""
     tokens: float | None = None
     """The tokens of the rows that the phase reads, padding included; it has the steps that come nearest."""
+    minutes: float | None = None
+    """The phase's minutes of training, compiling and evaluations not counted. The run's clock ends the phase, and its
+    checkpoints then keep the steps that it had, beside the minutes. The run's budget_minutes are those of all phases.
+    """
     row_length: int | None = None
     """data.row_length from here on; a batch keeps its number of tokens, unless batch_size changes too."""
     batch_size: int | tuple[int, int] | None = None
@@ -60,17 +65,23 @@ class Phase(ShortRepr):
         unknown = [name for name in names if name not in known]
         require(
             not unknown,
-            f"a phase has one of share, steps or tokens, and changes only {', '.join(known[3:])}: got "
+            f"a phase has one of {', '.join(EXTENTS)}, and changes only {', '.join(known[len(EXTENTS) :])}: got "
             f"{', '.join(unknown)}. Set it for the whole run, or start another run from this one's model with "
             f"--init-from.",
         )
 
     def __post_init__(self):
-        extents = {name: getattr(self, name) for name in ("share", "steps", "tokens")}
+        extents = {name: getattr(self, name) for name in EXTENTS}
         given = {name: value for name, value in extents.items() if value is not None}
         require(
-            len(given) == 1 and min(given.values()) >= 0,
-            f"a phase has one of share, steps or tokens, at least 0: got {given or 'none'}.",
+            (len(given) == 1 or given.keys() == {"steps", "minutes"}) and min(given.values()) >= 0,
+            f"a phase has one of {', '.join(EXTENTS)}, at least 0: got {given or 'none'}.",
+        )
+        ramps = [name for name in ("batch_size", "masking_rate") if isinstance(getattr(self, name), tuple)]
+        require(
+            self.minutes is None or (self.minutes > 0 and not ramps),
+            f"a phase in minutes is above 0 and has one value of each setting, since its steps are not known before it "
+            f"ends: got minutes {self.minutes}{', and two of ' + ' and '.join(ramps) if ramps else ''}.",
         )
         require(
             self.row_length is None or self.row_length >= 3,
@@ -111,8 +122,13 @@ class Phase(ShortRepr):
     @property
     def changes(self) -> tuple[str, ...]:
         """The names of the settings that it changes."""
-        names = [f.name for f in dataclasses.fields(self)][3:-1]
+        names = [f.name for f in dataclasses.fields(self)][len(EXTENTS) : -1]
         return tuple(name for name in names if getattr(self, name) is not None)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the run's clock is still to end it."""
+        return self.minutes is not None and self.steps is None
 
 
 # The setting of a run that each of a phase's stands for, by which a task says that it reads it.
@@ -167,7 +183,8 @@ class Timeline(NamedTuple):
 
 
 def make_timeline(phases: Sequence[Phase], steps: int, own: Stage) -> Timeline:
-    """The stages of phases, and the learning rates that they set.
+    """The stages of phases, and the learning rates that they set. A phase in minutes that is under way has all steps
+    that are left, and those after it have none until it has ended.
 
     Args:
       steps: of the run, which shares are of.
@@ -187,8 +204,10 @@ def make_timeline(phases: Sequence[Phase], steps: int, own: Stage) -> Timeline:
             end = round(steps * share / whole) if whole else start
         elif phase.steps is not None:
             end = start + phase.steps
-        else:
-            end = start + round(phase.tokens / (_mean(first, full) * now.row_length))  # type: ignore[operator]
+        elif phase.tokens is not None:
+            end = start + round(phase.tokens / (_mean(first, full) * now.row_length))
+        else:  # the clock will end it, so that no step is known to be after it
+            end = max(start, steps)
         if phase.masking_rate is not None:
             now = now._replace(masking_rate=Ramp(start, end, *_pair(phase.masking_rate)))  # type: ignore[misc]
         if phase.learning_rate is not None:
@@ -217,7 +236,36 @@ def describe_phase(phases: Sequence[Phase], timeline: Timeline, number: int) -> 
             shown = " ".join(words) if name == "weights" else " to ".join(dict.fromkeys(words))
             said.append(f"{name.replace('_', ' ')} {shown}")
     steps = f"steps {start + 1:,} to {end:,}" if start < end else "no step of so few"
-    return f"phase {number + 1} of {len(phases)}, {steps}: {', '.join(said)}"
+    extent = f"{phases[number].minutes:g} minutes" if phases[number].is_open else steps
+    return f"phase {number + 1} of {len(phases)}, {extent}: {', '.join(said)}"
+
+
+def turn_of(phases: Sequence[Phase]) -> float | None:
+    """The share of the run's budget at which the phase under way ends and another begins; None if its steps say so."""
+    minutes = [phase.minutes or 0.0 for phase in phases]
+    under_way = _under_way(phases)
+    return None if under_way in (None, len(phases) - 1) else sum(minutes[: under_way + 1]) / sum(minutes)  # type: ignore[operator]
+
+
+def with_ended(phases: Sequence[Phase], step: int) -> tuple[Phase, ...]:
+    """`phases` in minutes, of which the one under way ended with update `step` of the run."""
+    number = _under_way(phases)
+    assert number is not None
+    ended = dataclasses.replace(phases[number], steps=step - sum(phase.steps or 0 for phase in phases[:number]))
+    return (*phases[:number], ended, *phases[number + 1 :])
+
+
+def in_shares(phases: Sequence[Phase]) -> tuple[Phase, ...]:
+    """`phases`, with minutes as shares of the run: what is known of them before it runs."""
+    minutes = sum(phase.minutes or 0.0 for phase in phases)
+    return tuple(
+        phase if phase.minutes is None
+        else dataclasses.replace(phase, minutes=None, steps=None, share=phase.minutes / minutes) for phase in phases
+    )  # fmt: skip
+
+
+def _under_way(phases: Sequence[Phase]) -> int | None:
+    return next((number for number, phase in enumerate(phases) if phase.is_open), None)
 
 
 def grown(first: int, full: int, steps: float) -> list[tuple[int, int]]:
@@ -280,17 +328,26 @@ def phases_of_ramps(
     return tuple(phases)
 
 
-def check_phases(phases: tuple[Phase, ...], num_sources: int, old_ramps: dict[str, Any]) -> None:
+def check_phases(
+    phases: tuple[Phase, ...], num_sources: int, old_ramps: dict[str, Any], budget_minutes: float | None
+) -> None:
     """Raise ConfigError for phases that do not add up to the run, or beside settings that say the same.
 
     Args:
       old_ramps: the run's settings that change by themselves, and their values.
     """
-    shares = [phase.share for phase in phases]
+    shares, minutes = [phase.share for phase in phases], [phase.minutes for phase in phases]
+    for name, values in (("share", shares), ("minutes", minutes)):
+        require(
+            all(value is None for value in values) or None not in values,
+            f"all phases have {name}, or none has: got {name} {values}. Give every phase {name}, or every phase steps "
+            f"or tokens.",
+        )
+    spent = sum(value or 0.0 for value in minutes)
     require(
-        all(share is None for share in shares) or None not in shares,
-        f"phases are all shares of the run, or none is: got shares {shares}. Give every phase a share, or every phase "
-        f"steps or tokens.",
+        None in minutes or (budget_minutes is not None and math.isclose(spent, budget_minutes, rel_tol=1e-6)),
+        f"phases in minutes add up to the run's budget_minutes: got {' + '.join(map(str, minutes))} = {spent:g} for "
+        f"budget_minutes {budget_minutes}. Give --budget-minutes {spent:g}.",
     )
     whole = sum(share or 0.0 for share in shares)
     require(

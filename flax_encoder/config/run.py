@@ -250,17 +250,17 @@ class RunConfig(ShortRepr):
         old = {"first_batch_size": self.first_batch_size, "data.last_row_length": self.data.last_row_length}
         if "masking_rate" in names:
             old["masking.last_rate"] = self.masking.last_rate
-        check_phases(self.phases, len(self.data.sources), old)
+        check_phases(self.phases, len(self.data.sources), old, self.budget_minutes)
         in_shares = self.phases[0].share is not None
         require(
             self.epochs is None or in_shares,
-            f"the steps follow from epochs, so phases are shares of them: got epochs {self.epochs} and phases in steps "
-            f"or tokens. Give every phase a share, or leave epochs out.",
+            f"the steps follow from epochs, so phases are shares of them: got epochs {self.epochs} and phases in "
+            f"steps, tokens or minutes. Give every phase a share, or leave epochs out.",
         )
         check_objective(self.timeline, self.objective)
-        if not in_shares:
+        if not in_shares and self.phases[0].minutes is None:
             check_steps(self.timeline, self.steps)
-        for stage in self.stages:
+        for stage in self.timeline.stages:
             at = f"phases.{stage.phase}"
             require(
                 stage.batch_size % stage.num_microbatches == 0,

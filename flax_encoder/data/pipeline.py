@@ -161,7 +161,10 @@ def open_data(
                 f"--data.held-out-rate (now {data.held_out_rate}), or cut text finer with --data.text-unit line; a "
                 f"store that prepare wrote must be prepared again."
             )
-    T, batch_size = config.row_lengths[-1], config.stages[-1].batch_size
+    last = config.timeline.stages[-1]  # perhaps one whose steps are not known yet
+    T, batch_size = last.row_length, last.batch_size
+    if last.weights != of_sources:
+        weights = _members(local, last.weights)[1]
 
     def held_out(splits: list[Split]) -> Batches:
         written = layout.written and layout.written._replace(leave_out_long=False)

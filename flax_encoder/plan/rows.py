@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from flax_encoder.config import ConfigError, RunConfig
+from flax_encoder.config.phases import in_shares
 from flax_encoder.data.pipeline import open_data, settle_tokenizer
 from flax_encoder.data.rows.documents import Batch
 from flax_encoder.data.sources.columns import Columns
@@ -91,6 +92,7 @@ def sample_data(
         data = dataclasses.replace(data, vocab_size=_VOCABULARY)
         tokenizer = settle_tokenizer(data, columns, [], [source], lambda message: None)
         prepare(source, tokenizer, store, columns, held_out=HeldOut(0.0), workers=1)
+        config = dataclasses.replace(config, phases=in_shares(config.phases))
         phases = tuple(dataclasses.replace(phase, weights=None) for phase in config.phases)
         # What is made up has words alone; where a text is cut changes no shape.
         sentences = dataclasses.replace(config.sentences, unit="word")

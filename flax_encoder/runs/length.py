@@ -29,7 +29,12 @@ def settle_length(config: RunConfig, rows: int, texts: int, *, unit: int = 1, sa
 
 def with_lengths_of(config: RunConfig, before: RunConfig) -> tuple[RunConfig, RunConfig]:
     """(config, before) where the steps and the batch size that follow from the text are those that the run settled
-    when it began. Of other epochs than before they are in proportion, to a step: the run is to be made longer."""
+    when it began, and phases in minutes that have ended have their steps. Of other epochs than before the steps are in
+    proportion, to a step: the run is to be made longer."""
+    if [phase.minutes for phase in config.phases] == [phase.minutes for phase in before.phases]:
+        pairs = zip(config.phases, before.phases, strict=True)
+        phases = (mine if mine.minutes is None else dataclasses.replace(mine, steps=was.steps) for mine, was in pairs)
+        config = dataclasses.replace(config, phases=tuple(phases))
     if config.epochs is not None and before.epochs is not None:
         steps = math.ceil(before.steps * (config.epochs / before.epochs) - 1e-6)
         config = dataclasses.replace(config, steps=steps)
@@ -54,12 +59,12 @@ def epochs_after(config: RunConfig, rows: int, step: int) -> float:
     """How often all text has been read after so many steps.
 
     Args:
-      rows: of an epoch, of the run's last length.
+      rows: of an epoch, of the last stage's length.
     """
     tokens = 0
     for stage in config.stages:
         tokens += max(0, min(step, stage.end_step) - stage.start_step) * stage.batch_size * stage.row_length
-    return tokens / (rows * config.row_lengths[-1])
+    return tokens / (rows * config.stages[-1].row_length)
 
 
 def is_evaluation_due(config: RunConfig, rows: int, step: int) -> bool:

@@ -84,7 +84,7 @@ def open_run(
     config = task.settle(with_vocab_size(data.config, data.tokenizer.vocab_size), data)
     check_batches(config, mesh)
     log.say(describe_data(data))
-    if len(config.stages) > 1:
+    if len(config.timeline.stages) > 1:
         log.say(describe_stages(config))
     if resumed is not None and resumed.data_hash not in (None, data.hash):
         raise ConfigError(
@@ -137,5 +137,5 @@ def check_batches(config: RunConfig, mesh: Mesh) -> None:
     """Raise ConfigError for a batch or rows that the mesh or the microbatches cannot split."""
     data = config.data
     check_context(mesh.shape["context"], config.model, (*config.row_lengths, *data.buckets), data.target_length)
-    for stage in config.stages:
+    for stage in config.timeline.stages:
         check_batch(stage.batch_size, stage.num_microbatches, mesh)

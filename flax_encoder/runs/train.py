@@ -6,6 +6,7 @@ state, and its metrics are fetched one log interval late (`StepLog`). The same c
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import math
 import pathlib
@@ -18,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_encoder.config import ConfigError, RunConfig, to_dict
-from flax_encoder.config.phases import describe_phase
+from flax_encoder.config.phases import describe_phase, turn_of, with_ended
 from flax_encoder.data.sources.remote import is_remote
 from flax_encoder.runs.best import best_evaluation, check_metric
 from flax_encoder.runs.evaluate import Evaluations
@@ -91,16 +92,32 @@ def _train_from(
             f"--init-from {run_dir} starts from that model."
         )
     start, is_main = latest or 0, jax.process_index() == 0
-    told = {"trackers": trackers, "config": to_dict(config)}
+    told, goodput = {"trackers": trackers, "config": to_dict(config)}, Goodput()
     with RunLog(run_dir, steps=config.steps, resume_step=start, is_main=is_main, **told) as log, jax.set_mesh(mesh):
-        return _steps(config, start, run_dir, checkpoints, log, mesh)
+        while True:
+            try:
+                return _steps(config, start, run_dir, checkpoints, log, mesh, goodput)
+            except PhaseEnded as ended:
+                start = ended.step
+
+
+class PhaseEnded(Exception):
+    """The clock ended a phase with update `step`, whose checkpoint says where the next phase begins."""
+
+    def __init__(self, step: int):
+        self.step = step
 
 
 def _steps(
-    config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh: Mesh
-) -> dict[str, float] | None:
-    """The steps after `start`, with the folder, the log and the mesh open."""
-    goodput, made_before = Goodput(), max((line["step"] for line in read_metrics(run_dir)), default=0)
+    config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh: Mesh,
+    goodput: Goodput,
+) -> dict[str, float] | None:  # fmt: skip
+    """The steps after `start`, with the folder, the log and the mesh open.
+
+    Raises:
+      PhaseEnded: the clock ended a phase, and the run goes on with the next.
+    """
+    made_before = max((line["step"] for line in read_metrics(run_dir)), default=0)
     run = open_run(config, start, run_dir, checkpoints, log, mesh, goodput)
     config, task, data, state = run.config, run.task, run.data, run.state
     rows_per_epoch = data.rows_per_epoch
@@ -118,7 +135,7 @@ def _steps(
     logged = StepLog(task, config, rows_per_epoch, log, clock, checkpoints, start, skipping, data.train)
     in_flight: collections.deque[tuple[int, StepMetrics]] = collections.deque()
     compiled: dict[Any, Any] = {}
-    timeline, step = config.timeline, start
+    timeline, step, turn = config.timeline, start, turn_of(config.phases) or math.inf
     begins = {at + 1: number for number, at in enumerate((0, *timeline.phase_ends[:-1])) if config.phases}
 
     def say_stopped(step: int) -> None:
@@ -167,18 +184,20 @@ def _steps(
             goodput.made(step)
             clock.steps += 1
             in_flight.append((step, step_metrics))
-            is_spent, is_asked = False, jax.process_count() == 1 and stop.requested is not None
+            is_spent = is_turn = False
+            is_asked = jax.process_count() == 1 and stop.requested is not None
             if len(in_flight) > STEPS_IN_FLIGHT:
                 done_step, done = jax.block_until_ready(in_flight.popleft())
                 skipping.ended(done_step, done)
                 logged.check_skipped()
-                is_spent = done.progress is not None and float(done.progress) >= 1
+                spent = 0.0 if done.progress is None else float(done.progress)
+                is_spent, is_turn = spent >= 1, spent >= turn
                 is_asked |= done.stop is not None and float(done.stop) > 0
 
             is_end = is_spent or step == config.steps
             if step % config.log_every == 0 or is_end:
                 logged.add(step, step_metrics)
-            is_last = is_asked or is_end
+            is_last = is_asked or is_end or is_turn
             is_saved = is_last or step % config.checkpoint_every == 0
             if is_saved or step % config.log_every == 0:
                 count_skipped()
@@ -200,6 +219,9 @@ def _steps(
                 spent_seconds = max(clock.spent_seconds, budget if is_spent else 0.0)
                 record, now_best = run.record.replace(step=step, spent_seconds=spent_seconds), best()
                 record = skipping.in_record(record, step)
+                if is_turn:
+                    phases = with_ended(config.phases, step)
+                    record = record.replace(config=dataclasses.replace(config, phases=phases))
                 with goodput.during("save"):
                     save = functools.partial(
                         checkpoints.save, state, step, record.to_json(), best=now_best and now_best.step
@@ -211,6 +233,8 @@ def _steps(
             if is_last:
                 with goodput.during("save"):
                     checkpoints.wait()
+                if is_turn and not is_asked:
+                    raise PhaseEnded(step)
                 return say_stopped(step)
     with goodput.during("save"):
         checkpoints.wait()

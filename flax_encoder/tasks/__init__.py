@@ -71,7 +71,7 @@ def check_task(config: RunConfig) -> Task:
     """
     task = find_task(config.objective)
     check_settings(task, config.objective, config, _settings_of_some())
-    for stage in config.stages:
+    for stage in config.timeline.stages:
         if stage.objective != config.objective:
             other = find_task(stage.objective)
             mine, theirs = ((t.reading.columns, t.reading.layout(config)) for t in (task, other))

@@ -104,7 +104,8 @@ def check_head(config: RunConfig) -> None:
 
 def _check(config: RunConfig) -> None:
     check_head(config)
-    rates = [(max(stage.masking_rate.first, stage.masking_rate.last), stage.row_length) for stage in config.stages]
+    stages = config.timeline.stages
+    rates = [(max(stage.masking_rate.first, stage.masking_rate.last), stage.row_length) for stage in stages]
     for rate, row_length in (*rates, (config.masking.eval_rate, config.row_lengths[-1])):
         needed = math.ceil(rate * row_length)
         require(

@@ -1,5 +1,6 @@
 """Phases: what changes during a run, from the settings to the last bit of a resumed one."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -36,7 +37,7 @@ from flax_encoder.runs.record import read_record
 from flax_encoder.runs.start import settle
 from flax_encoder.tasks import TASKS, check_task
 from flax_encoder.training.checkpoint import checkpoint_steps
-from flax_encoder.training.run_log import RunLog, read_metrics
+from flax_encoder.training.run_log import Clock, RunLog, read_metrics
 from tests.runs import ROOT, losses, tiny, with_fields
 from tests.test_train import Stops
 from train import train
@@ -138,7 +139,7 @@ def test_a_run_too_short_for_a_phase_leaves_it_out():
     ("values", "message"),
     [
         ({"phases": (Phase(share=0.5), Phase(share=0.4))}, r"add up to 1: got 0\.5 \+ 0\.4 = 0\.9\. Give .* 0\.5"),
-        ({"phases": (Phase(share=0.5), Phase(steps=500))}, r"all shares of the run, or none is: got shares \[0\.5, N"),
+        ({"phases": (Phase(share=0.5), Phase(steps=500))}, r"all phases have share, or none has: got share \[0\.5, N"),
         ({"phases": (Phase(steps=10), Phase(steps=500))}, "got 10 \\+ 500 = 510 steps for steps 1,000. .*--steps 510"),
         ({"phases": (Phase(share=1.0),), "first_batch_size": 4}, "got first_batch_size 4 beside them"),
         ({"phases": (Phase(share=1.0),), "data": DataConfig(last_row_length=64)}, "got data.last_row_length 64 beside"),
@@ -149,6 +150,8 @@ def test_a_run_too_short_for_a_phase_leaves_it_out():
         ({"phases": (Phase(share=1.0, weights=(1.0, 2.0)),)}, r"phases.0.weights \(1.0, 2.0\) for 1 of data.source"),
         ({"phases": (Phase(share=1.0, batch_size=9, num_microbatches=2),)}, "got 2 for 9 rows in phases.0"),
         ({"phases": (Phase(steps=1000),), "epochs": 2.0}, "got epochs 2.0 and phases in steps"),
+        ({"phases": (Phase(minutes=1.0), Phase(steps=9))}, r"have minutes, or none has: got minutes \[1\.0, None"),
+        ({"phases": (Phase(minutes=1.0), Phase(minutes=2.0))}, "= 3 for budget_minutes None. Give --budget-minutes 3"),
         ({"phases": (Phase(share=1.0, row_length=64),), "epochs": 2.0}, "phases of another shape"),
         ({"phases": (Phase(share=1.0, learning_rate=1e-4),), "budget_minutes": 1.0}, "got budget_minutes 1.0"),
         ({"phases": (Phase(share=1.0, learning_rate=1e-4),), "optimizer": OptimizerConfig(learning_rate=0.0)}, "above"),
@@ -162,10 +165,11 @@ def test_phases_that_cannot_be_are_refused_with_their_values(values, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "one of share, steps or tokens, at least 0: got none"),
+        ({}, "one of share, steps, tokens, minutes, at least 0: got none"),
         ({"share": 0.5, "steps": 3}, r"got \{'share': 0.5, 'steps': 3\}"),
         ({"share": -0.5}, "at least 0: got .*-0.5"),
         ({"share": 1.0, "row_length": 2}, "got row_length 2"),
+        ({"minutes": 1.0, "batch_size": (4, 8)}, "minutes .* one value of each setting.* and two of batch_size"),
         ({"share": 1.0, "batch_size": (8, 4)}, r"grow within a phase: got batch_size \(8, 4\)"),
         ({"share": 1.0, "batch_size": 0}, "batch_size is above 0: got 0"),
         ({"share": 1.0, "masking_rate": 1.5}, "at most 1: got 1.5"),
@@ -321,6 +325,50 @@ def test_a_run_of_phases_resumes_to_the_bit_at_and_inside_every_phase(
         train(dataclasses.replace(cut, phases=other))
     with pytest.raises(ConfigError, match="was begun for 20 steps with phases"):
         train(dataclasses.replace(cut, steps=30))
+
+
+class SecondAStep(Clock):
+    """As if each step took a second."""
+
+    def __init__(self, spent_seconds=0.0):
+        super().__init__(spent_seconds)
+        self.before, self.steps_made = spent_seconds, 0
+
+    @property
+    def spent_seconds(self):
+        return self.before + self.steps_made
+
+    @contextlib.contextmanager
+    def waiting(self):  # once a step
+        self.steps_made += 1
+        yield
+
+
+def test_phases_in_minutes_are_ended_by_the_clock_and_are_then_phases_of_so_many_steps(
+    corpus, both, tmp_path, one_device, monkeypatch
+):
+    """To the bit, also where a run is stopped in its second phase, which another row length and mixture begin."""
+    monkeypatch.setattr("flax_encoder.runs.train.Clock", SecondAStep)
+    minutes = (
+        Phase(minutes=0.1), Phase(minutes=0.1, row_length=64, weights=(1.0, 3.0)), Phase(minutes=0.05, masking_rate=0.1)
+    )  # fmt: skip
+    config = dataclasses.replace(phased(corpus, tmp_path / "run", both), phases=minutes, budget_minutes=0.25, steps=900)
+    metrics = train(config)
+    phases = read_record(tmp_path / "run").config.phases
+    steps = [phase.steps for phase in phases]
+    assert steps == [9, 6, None] and max(checkpoint_steps(tmp_path / "run")) == 18
+    lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert [line["phase"] for line in lines] == [1] * 9 + [2] * 6 + [3] * 3
+    assert load_run(tmp_path / "run").row_length == 64
+
+    cut = dataclasses.replace(config, run_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:  # asked at the end of each step, and when one phase gives way to another
+        patch.setattr("flax_encoder.runs.train.StopSignals", lambda: Stops(22))
+        assert train(cut) is None and max(checkpoint_steps(tmp_path / "cut")) not in (9, 15, 18)
+    assert train(cut) == metrics and losses(tmp_path / "cut") == losses(tmp_path / "run")
+
+    known = dataclasses.replace(config, run_dir=str(tmp_path / "known"), phases=phases)
+    assert train(known) == metrics and losses(tmp_path / "known") == losses(tmp_path / "run")
 
 
 def test_a_page_of_a_run_has_a_band_a_phase(whole):
