@@ -1,6 +1,7 @@
 """Answers for a whole file."""
 
 import argparse
+import functools
 import itertools
 import json
 import pathlib
@@ -39,6 +40,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="leave out rows that cannot be read, and count them")  # fmt: skip
     parser.add_argument("--top", type=positive_count, help="also give this many of the likeliest labels")
     parser.add_argument("--probabilities", action="store_true", help="give the probability of every label")
+    parser.add_argument("--texts", action="store_true", help="give each text beside its answer, so that a model can "
+                        "learn from the file")  # fmt: skip
     parser.add_argument("--squad", metavar="FILE", help="question answering: also write the answers to FILE by the ids "
                         "of their questions, as SQuAD's evaluation reads them")  # fmt: skip
     parser.add_argument("--prefix", help="text to text: text that is put before every source (default: the run's "
@@ -97,17 +100,18 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
     tell = make_news_console(stderr=True, is_shown=is_first).print
     records = open_input(arguments.input, config, columns, tell)
     options = (arguments.top, arguments.probabilities)
+    ask = functools.partial(predict_together, loaded, with_texts=arguments.texts)
     if arguments.output == "-":
-        for answer in predict_together(loaded, records):
+        for answer in ask(records):
             if is_first:
                 print(json.dumps(shown(answer, *options), ensure_ascii=False))
         return
     if not is_first:
         done = as_first_has_it(0)
-        for _ in predict_together(loaded, itertools.islice(records, done, None)):
+        for _ in ask(itertools.islice(records, done, None)):
             pass  # the first process writes it
         return
-    told = (loaded.config.generation, loaded.config.data.prefix, loaded.config.model.dtype)
+    told = (loaded.config.generation, loaded.config.data.prefix, loaded.config.model.dtype, arguments.texts)
     what = (str(folder.resolve()), loaded.step, files_identity(arguments.input), columns, config, options, told)
     with output_file(arguments.output) as path:
         out = AnswerFile(path, identity_of(what))
@@ -118,7 +122,7 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
 
         def answers():
             nonlocal empty
-            for answer in predict_together(loaded, itertools.islice(records, done, None)):
+            for answer in ask(itertools.islice(records, done, None)):
                 empty += "error" in answer
                 yield shown(answer, *options)
 

@@ -16,12 +16,12 @@ from flax_encoder.tasks.task import Answer
 _RECORDS, _TEXTS = 2048, 8192
 
 
-def predict_together(run: LoadedRun, records: Iterable[Record]) -> Iterator[Answer]:
+def predict_together(run: LoadedRun, records: Iterable[Record], *, with_texts: bool = False) -> Iterator[Answer]:
     """`run.predict` by all processes; each gets all answers, in order."""
     if jax.process_count() == 1:
-        yield from run.predict(records)
+        yield from run.predict(records, with_texts=with_texts)
         return
-    for _, answers in blocks_of_all(records, lambda some: list(run.predict(some)), _RECORDS):
+    for _, answers in blocks_of_all(records, lambda some: list(run.predict(some, with_texts=with_texts)), _RECORDS):
         yield from answers
 
 

@@ -33,6 +33,7 @@ from flax_encoder.tasks.task import Answer, Question
 
 logger = logging.getLogger(__name__)
 
+_TEXTS = ("text", "text_pair")  # of a record, by the names that are guessed where they are read
 _BLOCK = 2048  # records that are packed together: what is held in memory at a time
 _TOKENS = 4096  # of a batch of rows
 _LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # of rows, so that few shapes are compiled
@@ -188,12 +189,17 @@ class LoadedRun:
                 f"gives vectors (embed), and --init-from starts from it."
             )
 
-    def predict(self, records: Iterable[Record | str | tuple[str, ...]] | Any) -> Iterator[Answer]:
+    def predict(
+        self, records: Iterable[Record | str | tuple[str, ...]] | Any, *, with_texts: bool = False
+    ) -> Iterator[Answer]:
         """One answer per record, in order: what the task's `answer` makes of the model's outputs.
 
         A record may be a `Record`, a text, or a tuple of texts. Some thousands are packed into rows at a time, and no
         more are in memory. The right value of a record is ignored, but its words are kept. If a record has a name, its
         answer has it as `id`. The answer to a record without a token is {"error": ...}.
+
+        Args:
+          with_texts: answers begin with what was asked, under `text`, and of pairs `text_pair`.
 
         Raises:
           DataError: the task has no answers, `records` is no list of records, or a record has another number of texts
@@ -203,16 +209,17 @@ class LoadedRun:
         if self.task.answer is None:
             raise DataError(f"objective {self.config.objective} has no answers to give for a file of texts.")
         block: list[Record] = []
+        named = functools.partial(_named, with_texts)
         unknown = UnknownCount(self.tokenizer)
         if isinstance(records, (str, bytes, Mapping)) or not isinstance(records, Iterable):
             check_texts(records)  # which says what is wrong
         for number, record in enumerate(records):
             block.append(_as_record(record, number))
             if len(block) == _BLOCK:
-                yield from map(_named, block, self._answers(block, unknown))
+                yield from map(named, block, self._answers(block, unknown))
                 block = []
         if block:
-            yield from map(_named, block, self._answers(block, unknown))
+            yield from map(named, block, self._answers(block, unknown))
         _warn_of(unknown)
 
     def _answers(self, records: list[Record], unknown: UnknownCount) -> Iterator[Answer]:
@@ -400,8 +407,9 @@ def _warn_of(unknown: UnknownCount) -> None:
         logger.warning("%s", unknown.warning)
 
 
-def _named(record: Record, answer: Answer) -> Answer:
-    return answer if record.id is None else {"id": record.id} | answer
+def _named(with_texts: bool, record: Record, answer: Answer) -> Answer:
+    name = {} if record.id is None else {"id": record.id}
+    return name | (dict(zip(_TEXTS, record.texts, strict=False)) if with_texts else {}) | answer
 
 
 def _as_record(record: Any, number: int) -> Record:

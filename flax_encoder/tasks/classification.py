@@ -57,9 +57,12 @@ class Classifier(DocumentModel):
         return self.loss_of(self(batch, key=key), batch)
 
     def loss_of(self, logits: Float[Array, "B M C"], batch: dict[str, Array]) -> LossSum:
-        """Cross-entropy, and counts [actual, predicted] of the classes."""
-        total = target_loss(logits, batch["targets"], batch["target_weights"], self.smoothing)
-        actual = jax.nn.one_hot(batch["targets"], logits.shape[-1]) * batch["target_weights"][..., None]
+        """Cross-entropy with the targets, which are classes or shares of them, and counts [actual, predicted] of the
+        classes."""
+        targets = batch["targets"]
+        total = target_loss(logits, targets, batch["target_weights"], self.smoothing)
+        classes = targets.argmax(-1) if targets.ndim == 3 else targets
+        actual = jax.nn.one_hot(classes, logits.shape[-1]) * batch["target_weights"][..., None]
         predicted = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1])
         confusion = jnp.einsum("BMA,BMP->AP", actual, predicted)
         return total._replace(metrics=total.metrics | {"confusion": confusion})
@@ -92,7 +95,7 @@ def _make_model(config: RunConfig, labels: Labels) -> Callable[[nnx.Rngs], Class
 
 
 def _targets(inputs: TargetInputs) -> Targets:
-    made = document_targets(inputs, "labels")
+    made = document_targets(inputs, "shares" if "shares" in inputs.documents.split.values else "labels")
     wanted = inputs.config.labels.class_weights
     if wanted is None or not inputs.is_training:
         return made
@@ -111,7 +114,9 @@ def _targets(inputs: TargetInputs) -> Targets:
 
 def _weighted(targets: Targets, class_weights: np.ndarray, rows: Rows) -> Batch:
     batch = targets(rows)
-    return batch | {"target_weights": batch["target_weights"] * class_weights[batch["targets"]]}
+    own = batch["targets"]
+    weights = own @ class_weights if own.ndim == 3 else class_weights[own]
+    return batch | {"target_weights": batch["target_weights"] * weights}
 
 
 def _check(config: RunConfig) -> None:

@@ -36,15 +36,26 @@ def accuracy_report(total: LossSum) -> dict[str, float]:
 
 
 def target_loss(
-    logits: Float[Array, "B M V"], targets: Int[Array, "B M"], weights: Float[Array, "B M"], smoothing: float = 0.0
-) -> LossSum:
+    logits: Float[Array, "B M V"], targets: Int[Array, "B M"] | Float[Array, "B M V"], weights: Float[Array, "B M"],
+    smoothing: float = 0.0,
+) -> LossSum:  # fmt: skip
     """Cross-entropy in float32, and how many targets no other class beats, both summed by weight.
 
     Args:
+      targets: classes, or the share of each class in a target.
       smoothing: share of each target that is spread evenly over all classes (Szegedy et al., arXiv 1512.00567).
     """
+    if targets.ndim == 3:
+        return _shares_loss(logits, targets, weights, smoothing)
     total, correct = cross_entropy(logits, targets, weights)
     if smoothing:
         spread = -jax.nn.log_softmax(logits.astype("float32")).mean(-1)
         total = (1 - smoothing) * total + smoothing * (weights * spread).sum()
     return LossSum(total, weights.sum(), {"correct": correct})
+
+
+def _shares_loss(logits: Array, shares: Array, weights: Array, smoothing: float) -> LossSum:
+    logs = jax.nn.log_softmax(logits.astype("float32"))
+    shares = (1 - smoothing) * shares + smoothing / shares.shape[-1]
+    correct = logs.argmax(-1) == shares.argmax(-1)
+    return LossSum(-((shares * logs).sum(-1) * weights).sum(), weights.sum(), {"correct": (correct * weights).sum()})

@@ -1,10 +1,11 @@
-"""multi_label and regression: their losses by the formula, of packed documents and those that are none."""
+"""multi_label, regression and shares of labels: losses by the formula, of documents and of slots without one."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flax_encoder.tasks.classification import Classifier
 from flax_encoder.tasks.multi_label import MultiLabelClassifier
 from flax_encoder.tasks.regression import Regressor
 from tests.toy import SMALL, random_tokens, split_model
@@ -50,3 +51,19 @@ def test_the_loss_of_numbers_is_the_squared_error():
     np.testing.assert_allclose(total.sum, (error**2).sum(), rtol=1e-5)
     np.testing.assert_allclose(total.metrics["absolute"], np.abs(error).sum(), rtol=1e-5)
     assert float(total.count) == 5
+
+
+def test_the_loss_of_shares_is_the_cross_entropy_with_them_and_of_whole_ones_that_of_labels():
+    make = lambda: Classifier(SMALL, 4, smoothing=0.1, rngs=nnx.Rngs(0))  # noqa: E731
+    shares = np.random.default_rng(0).dirichlet(np.ones(4), (2, 3)).astype(np.float32)
+    total, logits = made(make, shares)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = -((0.9 * shares + 0.025) * logs).sum(-1)[WEIGHTS > 0]
+    np.testing.assert_allclose(total.sum, want.sum(), rtol=1e-5)
+    right = (logs.argmax(-1) == shares.argmax(-1))[WEIGHTS > 0]
+    assert float(total.metrics["correct"]) == right.sum() == np.trace(total.metrics["confusion"])
+
+    labels = shares.argmax(-1).astype(np.int32)
+    (whole, _), (hard, _) = made(make, np.eye(4, dtype=np.float32)[labels]), made(make, labels)
+    np.testing.assert_allclose(whole.sum, hard.sum, rtol=1e-6)
+    np.testing.assert_array_equal(whole.metrics["confusion"], hard.metrics["confusion"])

@@ -313,7 +313,7 @@ def _label(chooser: _Chooser) -> str | tuple[str, ...]:
         return tuple(chooser.named(name, "label") for name in asked)
     if asked is None and value == "class" and "label" in chooser.kinds:
         return chooser.guessed("label", "label")
-    fits = {"class": _SCALARS.__contains__, "number": _is_number, "classes": _is_list}[value]
+    fits = {"class": {*_SCALARS, "dict"}.__contains__, "number": _is_number, "classes": _is_list}[value]
     return chooser.one("label", asked, (*(("label",) if value == "class" else ()), *_LABELS[value]), fits)
 
 

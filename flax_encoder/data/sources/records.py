@@ -24,6 +24,32 @@ class Record(NamedTuple):
     """Records of one group are held out together; None: by their texts."""
 
 
+class SoftLabel(str):
+    """A label that stands for shares of several: it is the name of the one with the largest.
+
+    Args:
+      shares: of each label that has any, by name; they add up to 1.
+    """
+
+    shares: dict[str, float]
+
+    def __new__(cls, shares: dict[str, float]) -> "SoftLabel":
+        label = super().__new__(cls, max(shares, key=lambda name: shares[name]))
+        label.shares = shares
+        return label
+
+    def __reduce__(self):
+        return SoftLabel, (self.shares,)
+
+    def __repr__(self) -> str:
+        return repr(self.shares)
+
+
+def shares_of(label: str) -> dict[str, float]:
+    """Those of a label, which a plain one has all of."""
+    return label.shares if isinstance(label, SoftLabel) else {label: 1.0}
+
+
 class DataError(ValueError):
     """The data cannot be used as asked. The message gives the rule, what was found and a way out."""
 

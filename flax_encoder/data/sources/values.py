@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from flax_encoder.data.sources.records import BadRow, Record
+from flax_encoder.data.sources.records import BadRow, Record, SoftLabel
 from flax_encoder.data.sources.words import word_pattern
 
 Row = dict[str, Any]
@@ -193,7 +193,20 @@ def is_no_label(value: Any, names: list[str] | None) -> bool:
 
 
 def class_name(column: str, names: list[str] | None, row: Row) -> str:
-    return _class(cell(row, column), column, names)
+    """The label; of an object {label: share}, as `predict --probabilities` writes, a `SoftLabel`."""
+    value = cell(row, column)
+    if not isinstance(value, dict):
+        return _class(value, column, names)
+    numbers = [x if _is_share(x) else math.nan for x in value.values() if x is not None]
+    if not math.isclose(total := sum(numbers), 1.0, abs_tol=1e-2):
+        raise BadRow(
+            "shares of labels are at least 0 and add up to 1", f"holds {_short(value)}, of {total:g} in all", column
+        )
+    return SoftLabel({_class(name, column, names): x / total for name, x in value.items() if x is not None})
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _class(value: Any, column: str, names: list[str] | None) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from flax_encoder.data.rows.packing import length_histogram
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source
-from flax_encoder.data.sources.records import DataError, LabelError, Say
+from flax_encoder.data.sources.records import DataError, LabelError, Say, SoftLabel, shares_of
 from flax_encoder.data.store.encoding import join_text_lengths, other_number_of_texts
 from flax_encoder.data.store.store import FORMAT, MANIFEST
 from flax_encoder.data.store.tokenizing import MOST_HELD_OUT, SPLITS, HeldOut, token_dtype
@@ -33,7 +33,7 @@ def merge_parts(
     shutil.rmtree(store, ignore_errors=True)
     about = [json.loads((part / "about.json").read_text()) for part in parts]
     counts = [len(np.load(part / "lengths.npy", mmap_mode="r")) for part in parts]
-    values = [value for a in about for value in a["values"]]
+    values = [SoftLabel(value) if isinstance(value, dict) else value for a in about for value in a["values"]]
     codes = _joined(parts, "splits.npy", np.zeros(0, np.uint8))
     if held_out.by_class:
         codes = _held_out_by_class(codes, _joined(parts, "text_hashes.npy"), values, held_out.rate)
@@ -287,14 +287,15 @@ def _names(columns: Columns, source: Source, values: list, tags: list[list[str]]
         return None
     if source.label_names is not None:
         return source.label_names
-    found = set(values) if columns.value == "class" else {name for names in values for name in names}
-    found -= {None}
+    listed = (shares_of(value) if columns.value == "class" else value for value in values if value is not None)
+    found = {name for some in listed for name in some}
     is_number = all(name.lstrip("-").isdecimal() for name in found)
     return sorted(found, key=(lambda name: int(name)) if is_number else None) or None
 
 
 def _values(source: Source, columns: Columns, values: list, names: list[str] | None) -> dict[str, np.ndarray]:
-    """The documents' values as a column: `labels` int32 [N], `classes` uint8 [N, C] or `number` float32 [N].
+    """The documents' values as a column: `labels` int32 [N], with `shares` float32 [N, C] where any label is soft,
+    `classes` uint8 [N, C] or `number` float32 [N].
 
     Raises:
       DataError: a document without a value. LabelError: a label that is not among the names; both name the record.
@@ -318,11 +319,16 @@ def _values(source: Source, columns: Columns, values: list, names: list[str] | N
     if columns.is_choice:
         names = [str(i) for i in range(columns.max_texts - 1)]
     ids = {name: i for i, name in enumerate(names or [])}
-    listed = [[value] for value in values] if columns.value == "class" else values
+    listed = [shares_of(value) for value in values] if columns.value == "class" else values
     if unknown := next((name for some in listed for name in some if name not in ids), None):
         raise LabelError(f"unknown label {unknown!r} in {first_with(unknown)}; known are {', '.join(ids)}.")
     if columns.value == "class":
-        return {"labels": np.array([ids[value] for value in values], np.int32)}
+        made = {"labels": np.array([ids[value] for value in values], np.int32)}
+        if any(isinstance(value, SoftLabel) for value in values):
+            made["shares"] = np.zeros((len(values), len(ids)), np.float32)
+            for row, shares in zip(made["shares"], listed, strict=True):
+                row[[ids[name] for name in shares]] = list(shares.values())
+        return made
     classes = np.zeros((len(values), len(ids)), np.uint8)
     for row, some in zip(classes, values, strict=True):
         row[[ids[name] for name in some]] = 1

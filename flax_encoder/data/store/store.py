@@ -10,6 +10,7 @@ STORE/SPLIT/text_lengths.npy      int32 [documents, texts], where a document is 
                                   or a text and the one that is written for it
 STORE/SPLIT/text_keys.npy         uint64 [documents, texts]                  a hash of each, where texts are compared
 STORE/SPLIT/labels.npy            int32 [documents]                          values that are one class of several,
+STORE/SPLIT/shares.npy            float32 [documents, labels]                shares of labels, where any is soft,
 STORE/SPLIT/classes.npy           uint8 [documents, labels]                  any of several,
 STORE/SPLIT/number.npy            float32 [documents]                        a number,
 STORE/SPLIT/tags-N.bin            int16, an entry a token                    a tag a word,
@@ -38,7 +39,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 _SMALL_BYTES = 2**20
 _CHECKED_AT_ONCE = 2**24  # offsets
-VALUES = ("labels", "classes", "number", "answers", "text_lengths", "text_keys")
+VALUES = ("labels", "shares", "classes", "number", "answers", "text_lengths", "text_keys")
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Split:
     """Bits, packed from the low end of each byte."""
     offsets: np.ndarray
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """`labels`, `classes`, `number` (NaN where there is none) or `answers`, [N, ...], and `text_lengths` and
-    `text_keys` [N, texts]."""
+    """`labels` (and `shares`, if any label is soft), `classes`, `number` (NaN where there is none) or `answers`,
+    [N, ...], and `text_lengths` and `text_keys` [N, texts]."""
     histogram: np.ndarray | None = None
     """Of the documents' lengths, as `packing.length_histogram` counts them."""
     tags: Sequence[np.ndarray] | None = None

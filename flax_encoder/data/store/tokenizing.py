@@ -28,7 +28,7 @@ import numpy as np
 
 from flax_encoder.data.sources.columns import Columns
 from flax_encoder.data.sources.opening import Source
-from flax_encoder.data.sources.records import DataError, Part, Record, Say
+from flax_encoder.data.sources.records import DataError, Part, Record, Say, SoftLabel
 from flax_encoder.data.store.encoding import (
     Encoded,
     encode_records,
@@ -196,7 +196,8 @@ def _tokenize_part(
                         text_hashes += digest
                         digest = text_digest(f"{text}\x1f{record.value!r}")
                         if is_listed:
-                            values.append(record.value)
+                            soft = isinstance(record.value, SoftLabel)
+                            values.append(record.value.shares if soft else record.value)  # as JSON has it
                     hashes += digest
                 yield len(lengths), num_tokens
         np.save(work / "lengths.npy", np.frombuffer(lengths, np.uint32))
