@@ -12,6 +12,7 @@ import shutil
 import numpy as np
 import pytest
 
+from flax_encoder.config import OptimizerConfig, RunConfig
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.runs.load import load
 from flax_encoder.runs.record import RunRecord, read_record
@@ -55,6 +56,15 @@ def test_an_old_run_resumes_on_the_same_batches(tmp_path, one_device, name):
     now = [line for line in read_metrics(tmp_path / name) if "eval/loss" in line][-1]
     for metric in held_out.keys() - {"step"}:
         np.testing.assert_allclose(now[metric], held_out[metric], rtol=2e-5, err_msg=metric)
+
+
+@pytest.mark.parametrize("unread", [
+    {"schedule": "cosine", "decay_rate": 0.1}, {"schedule": "constant", "final_rate": 0.1},
+])  # fmt: skip
+def test_an_old_run_may_have_settings_that_its_schedule_does_not_read(unread):
+    record = RunRecord(RunConfig(), TextTokenizer((GOLDEN / "masked_lm/tokenizer.json").read_text())).to_json()
+    record["config"]["optimizer"] |= unread
+    assert RunRecord.from_json(record).config.optimizer == OptimizerConfig(schedule=unread["schedule"])
 
 
 def test_a_record_survives_the_way_through_json():

@@ -107,8 +107,13 @@ class OptimizerConfig(ShortRepr):
             f"and final_rate 0; got {self.warmup_rate} and {self.final_rate}.",
         )
         require(
-            self.schedule == "wsd" or self.decay_shape == "linear",
-            f"decay_shape needs schedule wsd: got {self.decay_shape} with {self.schedule}.",
+            self.schedule == "wsd" or (self.decay_shape, self.decay_rate) == ("linear", 0.2),
+            f"decay_rate and decay_shape need schedule wsd: leave them at 0.2 and linear with {self.schedule}; got "
+            f"{self.decay_rate} and {self.decay_shape}.",
+        )
+        require(
+            self.schedule != "constant" or self.final_rate == 0,
+            f"constant never falls: leave final_rate at 0, or give another schedule; got {self.final_rate}.",
         )
         require(
             self.name != "schedule_free" or self.peak_end == 1,

@@ -99,11 +99,12 @@ def masked_lm_rows(transform: str, norm_name: str, out: str, *biases: str) -> tu
     return (*linear(transform, "head.dense"), *norm(norm_name, "head.norm"), *decoder(out, *biases))
 
 
-def pretraining(name: str, masked_lm: Head, dense: str, out: str) -> dict[str, Head]:
+def pretraining(name: str, masked_lm: Head, dense: str, out: str, objective: str) -> dict[str, Head]:
     """The head of masked_lm, and beside it two logits of a text's two segments."""
     rows = (*masked_lm.rows, *linear(dense, "pair_head.dense"), *linear(out, "pair_head.out"))
     return {"pretraining": dataclasses.replace(
-        masked_lm, architectures=(f"{name}ForPreTraining",), rows=rows, num_outputs=2)}  # fmt: skip
+        masked_lm, architectures=(f"{name}ForPreTraining",), rows=rows, num_outputs=2, objective=objective
+    )}  # fmt: skip
 
 
 PREDICTIONS = "cls.predictions"
@@ -132,7 +133,7 @@ BERT = Family(
         "next_sentence": Head(
             ("BertForNextSentencePrediction",), classes("cls.seq_relationship", "bert.pooler.dense"), num_outputs=2
         ),
-        **pretraining("Bert", BERT_MASKED_LM, "bert.pooler.dense", "cls.seq_relationship"),
+        **pretraining("Bert", BERT_MASKED_LM, "bert.pooler.dense", "cls.seq_relationship", "next_sentence"),
     },
     prefix="bert.",
     base="BertModel",
@@ -329,7 +330,7 @@ ALBERT = Family(
         "classification": Head(("AlbertForSequenceClassification",), classes("classifier", "albert.pooler")),
         **plain_heads("Albert"),
         **multiple_choice("Albert", "albert.pooler"),
-        **pretraining("Albert", ALBERT_MASKED_LM, "albert.pooler", "sop_classifier.classifier"),
+        **pretraining("Albert", ALBERT_MASKED_LM, "albert.pooler", "sop_classifier.classifier", "sentence_order"),
     },
     prefix="albert.",
     base="AlbertModel",

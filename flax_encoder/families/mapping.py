@@ -167,6 +167,8 @@ class Head:
     """Name of the tensor that is the token embedding over again where the head is tied."""
     prefix: str | None = None
     """Before the encoder's names in this head's folders; None is the family's."""
+    objective: str | None = None
+    """What its outputs answer, where several objectives train heads of this shape; None is any of them."""
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,12 @@ def published_config(config: RunConfig, model_type: str | None, task: str | None
                 own = model.head_dim**-0.5 if model.attention_scale is None else model.attention_scale
                 model, factor = dataclasses.replace(model, attention_scale=fixed), own / fixed
             said = write_config(family, model, task, config.head, config.pooling, decoder)
+            answers = family.heads[task].objective if task else None
+            if answers not in (None, config.objective):
+                raise ConfigError(
+                    f"the {task} head of {family.model_type} is of another objective: {config.objective} (there "
+                    f"{answers}). --pooling mean writes the encoder alone."
+                )
             return AsPublished(family, said, factor)
         except ConfigError as error:
             reasons.append(str(error))

@@ -117,6 +117,8 @@ def objective_of(loaded: Pretrained, path: pathlib.Path) -> str | None:
     tasks = {name: task for name, task in TASKS.items() if task.head is not None and task.head == loaded.task}
     if not tasks:
         return None
+    if (answers := loaded.family.heads[loaded.task].objective) is not None:
+        return answers
     kind = _problem_types(loaded)[0]
     if len(kinds := {task.problem_type for task in tasks.values()} - {None}) == 0:
         return next(iter(tasks))
@@ -142,6 +144,9 @@ def _check_head(loaded: Pretrained, published: Mapping[str, Any], folder: str, o
       ConfigError: a folder says that its head is another than the objective's.
     """
     task, heads = find_task(objective), named_heads(loaded.family, published)
+    if loaded.task is not None and loaded.family.heads[loaded.task].objective not in (None, objective):
+        answers = loaded.family.heads[loaded.task].objective
+        raise _another(folder, f"is of {loaded.family.model_type}, whose {loaded.task} head is of {answers}", objective)
     if task.head is None or not heads:
         return
     has = f"has a {heads[0]} head (config.json: {published['architectures'][0]})"

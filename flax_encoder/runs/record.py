@@ -11,6 +11,8 @@ from flax_encoder.training.checkpoint import read_run
 
 # Settings that came later, at the value that runs from before had: their data stays the same.
 _BEFORE = {"held_out_by_class": False}
+# Settings of the learning rate that a schedule does not read, by schedule: runs from before it was refused have them.
+_UNREAD = {"wsd": (), "constant": ("decay_rate", "final_rate")}
 _WITH_TRANSFORM = ("masked_lm", "classification")  # objectives whose head has a transform where none is said
 
 
@@ -58,6 +60,9 @@ class RunRecord:
         if "label_names" not in data and data.get("label_column") == "label":
             del data["label_column"]  # the default of before there was a guess, which finds the same column
         config["data"] = data
+        if (schedule := config.get("optimizer", {}).get("schedule")) is not None:
+            unread = _UNREAD.get(schedule, ("decay_rate",))
+            config["optimizer"] = {name: value for name, value in config["optimizer"].items() if name not in unread}
         if config.get("objective") in _WITH_TRANSFORM and config.get("head", {}).get("transform"):
             config["head"] = config["head"] | {"transform": None}  # the same, and the default since heads differ in it
         return cls(

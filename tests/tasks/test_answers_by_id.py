@@ -15,11 +15,12 @@ from flax import nnx
 from flax_encoder.commands import main
 from flax_encoder.config import ConfigError, DataConfig, EncoderConfig, RunConfig, to_dict
 from flax_encoder.data.pipeline import open_data
+from flax_encoder.data.sources.columns import SAMPLED_ROWS, Columns
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.nn.partition import round_up_vocab
 from flax_encoder.runs import ask_file
-from flax_encoder.runs.ask_file import AnswerFile
+from flax_encoder.runs.ask_file import AnswerFile, open_input
 from flax_encoder.runs.load import load
 from flax_encoder.runs.loaded import model_factory
 from flax_encoder.training.checkpoint import Checkpoints
@@ -82,6 +83,12 @@ def test_ids_are_kept_by_every_task_and_needed_by_squad_alone(squad, tmp_path, c
           str(tmp_path / "out.jsonl")])  # fmt: skip
     first, second = lines(tmp_path / "out.jsonl")
     assert (first["id"], second["id"]) == ("7", "") and first.keys() == second.keys()
+    late = [{"text": "the river"}] * SAMPLED_ROWS + [{"text": "the stone", "id": "late"}]
+    (tmp_path / "late.jsonl").write_text("".join(json.dumps(row) + "\n" for row in late))
+    (tmp_path / "late.json").write_text(json.dumps(late))
+    for name in ("late.jsonl", "late.json"):
+        records = list(open_input(str(tmp_path / name), DataConfig(), Columns()))
+        assert [record.id for record in records] == [None] * SAMPLED_ROWS + ["late"]
     refused = {"run": (tmp_path / "run", "--squad needs a model of question_answering"),
                "no ids": (squad / "run", "the question of .* line 1, has none")}  # fmt: skip
     (tmp_path / "asked.jsonl").write_text(json.dumps({"question": "what is blue", "context": PASSAGE}) + "\n")

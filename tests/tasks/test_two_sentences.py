@@ -18,6 +18,7 @@ from flax_encoder.data.pipeline import open_data
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.published.load import load_pretrained
+from flax_encoder.runs.as_published import published_config
 from flax_encoder.runs.exchange import export_run
 from flax_encoder.runs.load import load, read_origin
 from flax_encoder.tasks import check_task, find_task
@@ -239,6 +240,16 @@ def test_a_run_resumes_to_the_bit_and_its_heads_go_out_and_in(run):
     record, params = read_origin(folder, whole.objective)
     assert record.config.objective == whole.objective and {"encoder", "head", "pair_head"} == set(params)
     assert load(whole.run_dir).fill_mask("the [MASK] returns a value.", 2)[0][0]["probability"] > 0
+
+
+def test_a_head_answers_only_the_question_that_it_learned(run):
+    whole, folder = run
+    other = next(name for name in MODELS if name != whole.objective)
+    with pytest.raises(ConfigError, match=f"pretraining head is of {whole.objective}, .*asked for is {other}"):
+        load(folder, objective=other)
+    assert load(folder, head="pretraining").config.objective == whole.objective
+    with pytest.raises(ConfigError, match=rf"{other} \(there {whole.objective}\)"):
+        published_config(dataclasses.replace(whole, objective=other), None, "pretraining")
 
 
 SCRIPT = """

@@ -16,7 +16,7 @@ def lines_table(path: AnyFile, config: DataConfig, wanted: Columns) -> Table | N
     """The columns of the first rows, which decide for the file, wherever in it a part begins."""
     found = lines_rows(path, Span(), None, (), config, BadRows(config.skip_bad_rows))
     rows = [row for _, row in itertools.islice(found, SAMPLED_ROWS)]
-    return Table(kinds_of_rows(rows), str(path)) if rows else None
+    return Table(kinds_of_rows(rows), str(path), is_sampled=True) if rows else None
 
 
 def lines_rows(
@@ -92,7 +92,7 @@ def list_table(path: AnyFile, config: DataConfig, wanted: Columns) -> Table | No
     is_read_for_text = wanted.value == "none" and wanted.max_texts == 1
     items = list(itertools.islice(_json_list(path, is_read_for_text), SAMPLED_ROWS))
     rows = [row for row in items if isinstance(row, dict)]
-    return Table(kinds_of_rows(rows), str(path), dialect=is_read_for_text) if items else None
+    return Table(kinds_of_rows(rows), str(path), is_sampled=True, dialect=is_read_for_text) if items else None
 
 
 def item_where(path: AnyFile, number: int) -> str:
