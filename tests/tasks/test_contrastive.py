@@ -578,8 +578,11 @@ def main_raising(arguments):
 def test_what_cannot_be_learned_is_said_before_training(trained_run, tmp_path, one_device):
     _, config, _ = trained_run
     one_row = {"num_microbatches": 1, "batch_size": 1, "data__packing": "one-per-row", "run_dir": str(tmp_path / "x")}
-    with pytest.raises(ConfigError, match=r"at least two documents: .* batches of 1 rows hold 1\.0\. Give more rows"):
-        train(with_fields(config, **one_row))
+    one_text = {"num_microbatches": 1, "batch_texts": 1, "run_dir": str(tmp_path / "x")}
+    for alone, option in ((one_row, "size"), (one_text, "texts")):
+        says = rf"two documents: .* batches of \d rows hold 1\.0\. Give more of them a batch \(--batch-{option} 32"
+        with pytest.raises(ConfigError, match=says):
+            train(with_fields(config, **alone))
     wide = ContrastiveConfig(widths=(64,))
     with pytest.raises(ConfigError, match=r"contrastive\.widths are at most .*: got \(64,\) for model\.embed_dim 32"):
         train(with_fields(config, run_dir=str(tmp_path / "x"), contrastive=wide))
