@@ -133,7 +133,8 @@ ROWS = (
     ),
     Row(
         "span_corruption", "tests/data/test_span_corruption.py::test_input_and_targets_together_are_the_text",
-        "span_corruption", NOT_RUN, NOT_RUN, NOT_RUN, NOT_RUN,
+        "span_corruption", "CPython's help and docstrings", "3 min 50 s of processor time", "tokens right 0.356",
+        "the token before 0.216, most frequent token 0.077",
     ),
     Row(
         "span_corruption by UL2's denoisers",

@@ -143,12 +143,13 @@ def _settle(config: RunConfig, data: Any) -> RunConfig:
             "Give --model.dropout-rate 0.1, or a second text that belongs to the first (--data.text-column and "
             "--data.text-pair-column)."
         )
-    per_batch = len(split) / plan.rows_per_epoch * config.stages[0].batch_size
+    rows = config.stages[0].batch_size
+    per_batch = min(len(split) / plan.rows_per_epoch * rows, config.batch_texts or np.inf)
     if num_texts < 3 and (len(split) < 2 or per_batch < 2):
         raise ConfigError(
             f"texts are told from the others of their batch, which must have at least two documents: there are "
-            f"{len(split):,} to train on, and batches of {config.stages[0].batch_size} rows hold {per_batch:.1f}. Give "
-            f"more rows a batch (--batch-size), or more text."
+            f"{len(split):,} to train on, and batches of {rows} rows hold {per_batch:.1f}. Give more of them a batch "
+            f"({'--batch-size' if config.batch_texts is None else '--batch-texts'} 32), or more text."
         )
     return config
 

@@ -529,8 +529,8 @@ def test_the_model_before_training_is_a_baseline_beside_shared_words(trained_run
 
 
 def test_one_text_is_learned_from_two_dropouts(tmp_path, one_device):
-    singles = contrastive_run(tmp_path, "one", write(tmp_path / "one.jsonl", [
-        {"text": p["anchor"]} for p in make_pairs(200)]), model__dropout_rate=0.1)  # fmt: skip
+    (tmp_path / "one.txt").write_text("\n\n".join(pair["anchor"] for pair in make_pairs(200)))
+    singles = contrastive_run(tmp_path, "one", str(tmp_path / "one.txt"), model__dropout_rate=0.1)
     with pytest.raises(ConfigError, match=r"dropout_rate is 0\. Give --model\.dropout-rate 0\.1, or a second text"):
         train(with_fields(singles, run_dir=str(tmp_path / "x"), model__dropout_rate=0.0))
     metrics = train(singles)
@@ -538,9 +538,9 @@ def test_one_text_is_learned_from_two_dropouts(tmp_path, one_device):
     seen = losses(pathlib.Path(singles.run_dir))
     assert seen[12][0] < seen[1][0]
     with pytest.raises(DataError, match="`embed` the texts"):
-        main_raising(["predict", singles.run_dir, "--input", str(tmp_path / "one.jsonl"), "--output", "-"])
+        main_raising(["predict", singles.run_dir, "--input", singles.data.source, "--output", "-"])
     with pytest.raises(DataError, match="a score needs pairs of texts"):
-        score_source(load(singles.run_dir), DataConfig(source=str(tmp_path / "one.jsonl")), print)
+        score_source(load(singles.run_dir), singles.data, print)
 
 
 @pytest.mark.parametrize(("texts", "loss"), [(2, FAST_COSENT), (3, FAST_MARGIN)])
@@ -578,8 +578,11 @@ def main_raising(arguments):
 def test_what_cannot_be_learned_is_said_before_training(trained_run, tmp_path, one_device):
     _, config, _ = trained_run
     one_row = {"num_microbatches": 1, "batch_size": 1, "data__packing": "one-per-row", "run_dir": str(tmp_path / "x")}
-    with pytest.raises(ConfigError, match=r"at least two documents: .* batches of 1 rows hold 1\.0\. Give more rows"):
-        train(with_fields(config, **one_row))
+    one_text = {"num_microbatches": 1, "batch_texts": 1, "run_dir": str(tmp_path / "x")}
+    for alone, option in ((one_row, "size"), (one_text, "texts")):
+        says = rf"two documents: .* batches of \d rows hold 1\.0\. Give more of them a batch \(--batch-{option} 32"
+        with pytest.raises(ConfigError, match=says):
+            train(with_fields(config, **alone))
     wide = ContrastiveConfig(widths=(64,))
     with pytest.raises(ConfigError, match=r"contrastive\.widths are at most .*: got \(64,\) for model\.embed_dim 32"):
         train(with_fields(config, run_dir=str(tmp_path / "x"), contrastive=wide))

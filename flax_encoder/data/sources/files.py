@@ -113,7 +113,7 @@ def _txt_spans(path: AnyFile, config: DataConfig, wanted: Columns) -> list[tuple
 
 
 def _txt_table(path: AnyFile, config: DataConfig, wanted: Columns) -> Table:
-    if wanted.value != "none" or wanted.min_texts > 1:
+    if (wanted.value != "none" and not wanted.is_optional) or wanted.min_texts > 1:
         way = "If it has a word and its tag a line, call it .conll; else u" if wanted.value == "tags" else "U"
         raise DataError(
             f"a .txt file has no labels and no pairs: {path}. {way}se .csv, .tsv, .jsonl or .parquet, which have "
