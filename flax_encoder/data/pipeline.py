@@ -157,9 +157,9 @@ def open_data(
     for store in stores:
         if not len(store.validation):
             raise DataError(
-                f"evaluation needs held-out documents, and of {len(store.train)} none fell to it: raise "
-                f"--data.held-out-rate (now {data.held_out_rate}), or cut text finer with --data.text-unit line; a "
-                f"store that prepare wrote must be prepared again."
+                f"evaluation needs held-out documents, and of {len(store.train)} none fell to it: give "
+                f"--data.validation FILE, raise --data.held-out-rate (now {data.held_out_rate}), or cut a .txt finer "
+                f"with --data.text-unit line; a store that prepare wrote must be prepared again."
             )
     last = config.timeline.stages[-1]  # perhaps one whose steps are not known yet
     T, batch_size = last.row_length, last.batch_size

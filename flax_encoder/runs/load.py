@@ -232,7 +232,8 @@ def from_pretrained(loaded: Pretrained, objective: str | None, folder: str | Non
         if path in own and own[path].shape != leaf.shape:
             raise DataError(
                 f"a {record.config.objective} model has {path} of shape {list(leaf.shape)}: the folder's is "
-                f"{list(own[path].shape)}."
+                f"{list(own[path].shape)}. Mend problem_type in its config.json if that is wrong; `train --init-from "
+                f"{folder or 'FOLDER'} --data.source FILE` teaches the encoder anew."
             )
     if fresh := [path for path in flatten(nnx.to_pure_dict(abstract)) if path not in own]:
         made = flatten(nnx.to_pure_dict(nnx.split(make_model())[1]))

@@ -102,9 +102,10 @@ def test_entities_that_cannot_be_are_errors_that_name_their_row(tmp_path, entiti
     assert len(read(path, tmp_path, TAGS, label_column="entities", skip_bad_rows=True)) == 1
 
 
-@pytest.mark.parametrize("entity", [[0, 1, "A"], [1, 3, "A"], [3, 4, "A"]])
-def test_an_entity_that_cuts_a_letter_from_its_mark_names_its_row(tmp_path, entity):
-    rows = ({"text": "e\u0301 \u0928\u093f", "entities": [own]} for own in ([0, 2, "A"], entity))
+@pytest.mark.parametrize("entity", [[0, 1, "A"], [1, 3, "A"], [3, 4, "A"], [6, 7, "A"], [8, 9, "A"]])
+def test_an_entity_that_cuts_a_character_of_several_codes_names_its_row(tmp_path, entity):
+    text = "e\u0301 \u0928\u093f \U0001f469\u200d\U0001f467"  # two letters with marks, and a family of two joined
+    rows = ({"text": text, "entities": [own]} for own in ([0, 2, "A"], entity))
     with pytest.raises(DataError, match=r"between characters.* of .*line 2 has 'A' from"):
         read(jsonl(tmp_path / "a.jsonl", *rows), tmp_path, TAGS)
 

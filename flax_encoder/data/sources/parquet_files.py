@@ -27,7 +27,7 @@ def _open(path: AnyFile) -> Iterator[Any]:
     except DataError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:  # a damaged page; a column's name that is not UTF-8
-        raise DataError(f"{what}: {path}: {error}.") from None
+        raise DataError(f"{what}: {path}: {str(error).rstrip('.')}.") from None
 
 
 def _seekable(path: RemoteFile, stack: contextlib.ExitStack) -> Any:

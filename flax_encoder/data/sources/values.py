@@ -307,6 +307,15 @@ def _joined(tokens: list[str], tags: Sequence[str | None]) -> Record:
     return Record((" ".join(tokens),), tuple(places))
 
 
+def _is_amid_character(whole: str, at: int) -> bool:
+    """Whether a mark or a joiner stands there, which belongs to what is before it, or a picture that is joined on, as
+    in an emoji of several (Unicode's annex 29, rules GB9 and GB11)."""
+    if not 0 < at < len(whole):
+        return False
+    kind, joiner = unicodedata.category(whole[at]), "\u200d"
+    return kind[0] == "M" or whole[at] == joiner or (kind == "So" and whole[at - 1] == joiner)
+
+
 def tagged_spans(column: str, entities: str, row: Row) -> Record:
     """A text's words, cut where an entity begins or ends, with B- and I- and the entity's label, or O."""
     whole = text(row, column)
@@ -318,9 +327,9 @@ def tagged_spans(column: str, entities: str, row: Row) -> Record:
                 f"entities lie within the text of {len(whole)} characters and cover some of it",
                 f"has {label!r} from {begin} to {end}", entities,
             )  # fmt: skip
-        if any(0 < at < len(whole) and unicodedata.category(whole[at])[0] == "M" for at in (begin, end)):
+        if any(_is_amid_character(whole, at) for at in (begin, end)):
             raise BadRow(
-                "entities begin and end between characters, not between a letter and a mark that belongs to it",
+                "entities begin and end between characters, not between parts of one, such as a letter and its mark",
                 f"has {label!r} from {begin} to {end}, {whole[max(begin - 1, 0) : end + 1]!r}", entities,
             )  # fmt: skip
         if begin < end_before:
