@@ -56,8 +56,8 @@ def strict_dtypes_in_ops(request):
 def quick_compilation(request):
     """Compile whole models without LLVM's optimisations, which takes a third of the time.
 
-    Their laws hold of the program, however well it is vectorised, and so do those of interpreted kernels. The other ops,
-    and the runs of test_train.py, are compiled as they are for users.
+    Their laws hold of the program, however well it is vectorised, and so do those of interpreted kernels. The other
+    ops, and the runs of test_train.py, are compiled as they are for users.
     """
     places = {"nn", "families", "tasks", "published", "training", "test_attention_kernels.py"}
     is_quick = not places.isdisjoint((request.path.parent.name, request.path.name))

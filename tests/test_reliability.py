@@ -24,6 +24,7 @@ from flax_encoder.data.store.store import is_store
 from flax_encoder.runs.start import schedule_start
 from flax_encoder.training.checkpoint import CheckpointError, Checkpoints, checkpoint_steps
 from flax_encoder.training.console import lasting_streams, make_console
+from flax_encoder.training.host import run_folder
 from flax_encoder.training.run_log import NotFinite, RunLog, read_metrics
 from flax_encoder.training.runtime import StopSignals
 from tests.runs import ROOT, environment, losses, tiny, with_fields
@@ -63,6 +64,15 @@ def test_a_new_run_that_is_refused_leaves_no_folder(corpus, tmp_path, one_device
     with pytest.raises(DataError):
         train(with_fields(config, run_dir=str(tmp_path / "kept/run"), data__source=str(tmp_path / "nothing.txt")))
     assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_or_written_to_is_refused_with_a_way_out(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/run cannot be made: Not a directory\. Give another --run-dir"):
+        run_folder(tmp_path / "file/run").__enter__()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere but to a read-only disk
+    with pytest.raises(ConfigError, match=r"run is read-only\. Give another --run-dir"):
+        run_folder(tmp_path / "run").__enter__()
 
 
 BAD_LINES = [b"[1]", b"7", b"null", b'{"loss": 1.0}', b'{"step": "3"}', b'{"step": 1.5}', b'{"step": 3, "loss": NaN}',

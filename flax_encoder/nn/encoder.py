@@ -19,9 +19,12 @@ from flax_encoder.nn.partition import constrain
 from flax_encoder.nn.recurrent import RecurrentLayer
 from flax_encoder.ops.attention import Window
 from flax_encoder.ops.position import rope_tables
+from flax_encoder.ops.tensor_parallel import PRODUCT
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

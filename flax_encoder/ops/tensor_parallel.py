@@ -13,12 +13,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from flax_encoder.ops.linear import linear, linear_gradients, made_once
 from flax_encoder.ops.mesh import BATCH_AXES, HEAD_AXES, LENGTH_AXES, TOKEN_AXES, is_spread, splitting
 
+PRODUCT = "product of tokens"
+"""The name of each result here, by which a checkpoint policy can keep it. Policies that keep products do not see those
+within a `shard_map`."""
 _KERNEL_AXES = ("fsdp",)
 """Those of the mesh that split a kernel's other side, that of the residual stream."""
 
@@ -61,7 +65,7 @@ def products_of_tokens(
     Args:
       dtype, out_dtype: as `linear` takes them.
     """
-    return _gathered(x, tuple(kernels), dtype, out_dtype)
+    return checkpoint_name(_gathered(x, tuple(kernels), dtype, out_dtype), PRODUCT)
 
 
 def product_to_tokens(
@@ -72,7 +76,7 @@ def product_to_tokens(
     Args:
       dtype, out_dtype: as `linear` takes them.
     """
-    return _scattered(x, kernel, dtype, out_dtype)
+    return checkpoint_name(_scattered(x, kernel, dtype, out_dtype), PRODUCT)
 
 
 def _layout() -> _Layout:

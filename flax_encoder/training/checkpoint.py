@@ -20,6 +20,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -87,6 +88,7 @@ class Checkpoints:
         self._has_read_back = False
         self._verification: tuple[int, Verification] | None = None
         self._open = contextlib.ExitStack()
+        self._open.enter_context(_without_calls_too_late())
         try:
             self._plain = self._open.enter_context(plain_path(self._folder, jax.process_count()))
         except PathError as error:
@@ -276,6 +278,23 @@ class Checkpoints:
         finally:
             self._forget_verification()
             self._open.close()
+
+
+@contextlib.contextmanager
+def _without_calls_too_late() -> Iterator[None]:
+    """Once a save has failed, TensorStore reports the end of its other files to an event loop that Orbax has closed,
+    and Python would print a traceback for each."""
+    show = sys.unraisablehook
+
+    def show_others(error: Any) -> None:
+        if error.object is not None or f"{error.exc_value}" != "Event loop is closed":
+            show(error)
+
+    sys.unraisablehook = show_others
+    try:
+        yield
+    finally:
+        sys.unraisablehook = show
 
 
 def _is_numbered(folder: pathlib.Path) -> bool:

@@ -1,5 +1,6 @@
 """What a run asks of the machine it is on: a folder, in which nobody else trains."""
 
+import os
 import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,9 +13,20 @@ from flax_encoder.config import ConfigError
 
 @contextmanager
 def run_folder(run_dir: pathlib.Path) -> Iterator[None]:
-    """Make the run's folder; a new run that is refused, or ends otherwise before its log's first line, leaves none."""
+    """Make the run's folder; a new run that is refused, or ends otherwise before its log's first line, leaves none.
+
+    Raises:
+      ConfigError: it cannot be made, or not be written to.
+    """
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"a run has a folder: {run_dir} cannot be made: {error.strerror}. Give another --run-dir."
+        ) from error
+    if not os.access(run_dir, os.W_OK):
+        raise ConfigError(f"a run writes to its folder: {run_dir} is read-only. Give another --run-dir.")
     try:
         yield
     except BaseException:

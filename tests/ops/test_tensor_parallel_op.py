@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from flax_encoder.config import MeshConfig
+from flax_encoder.nn.encoder import REMAT_POLICIES
 from flax_encoder.ops.linear import linear
 from flax_encoder.ops.tensor_parallel import product_to_tokens, products_of_tokens, splits_tokens
 from flax_encoder.training.sharding import make_mesh
@@ -46,6 +47,24 @@ def test_products_of_split_tokens_and_their_gradients_are_those_of_one_device(si
     for g, w in zip((*got, *got_gradients), (*want, *want_gradients), strict=True):
         assert g.dtype == w.dtype
         np.testing.assert_allclose(g, w, rtol=0, atol=epsilon * float(jnp.abs(w).max()) * 4)
+
+
+def test_what_keeps_products_keeps_these_which_are_not_made_again():
+    """Of two products, each sends tokens once forward; backward the one sends them twice, the other once. Where they
+    are made again, each sends them once more."""
+
+    def blocks(x, up, down):
+        (inner,) = products_of_tokens(x, [up], dtype="float32", out_dtype="float32")
+        return product_to_tokens(jnp.sin(inner), down, dtype="float32", out_dtype="float32").sum()
+
+    operands = [jnp.ones(shape) for shape in (X, WIDE, NARROW)]
+    with jax.set_mesh(make_mesh(MeshConfig(2, 1, 4, 1))):
+        counts = {}
+        for name, policy in REMAT_POLICIES.items():
+            gradients = jax.grad(jax.checkpoint(lambda *xs: jnp.cos(blocks(*xs)), policy=policy), argnums=(0, 1, 2))
+            text = str(jax.make_jaxpr(gradients)(*operands))
+            counts[name] = text.count("all_gather[") + text.count("reduce_scatter[")
+    assert counts == {"dots": 5, "full": 7}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +182,18 @@ def test_a_full_disk_is_a_checkpoint_error_and_the_older_checkpoint_stays(tmp_pa
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert read_run(tmp_path)["step"] == 3
     assert_same(restore(tmp_path, 3, make_state(0)), as_numpy(make_state(3)))
+
+
+def test_what_a_failed_save_reports_too_late_is_not_printed(tmp_path, monkeypatch):
+    """A wholly full disk gives a traceback a file, by this hook, which nothing here can fill at will."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    late, other = (types.SimpleNamespace(object=None, exc_value=RuntimeError(text))
+                   for text in ("Event loop is closed", "another"))  # fmt: skip
+    with Checkpoints(tmp_path, 1):
+        sys.unraisablehook(late)
+        sys.unraisablehook(other)
+    assert shown == [other] and sys.unraisablehook == shown.append
 
 
 def test_what_a_run_says_of_itself_is_json(tmp_path):

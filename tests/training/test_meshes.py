@@ -39,6 +39,7 @@ SHAPES = {
     "t5": dataclasses.replace(
         PLAIN, num_layers=3, num_heads=24, position="none", relative_position="t5", relative_buckets=12,
         relative_max_distance=16, norm="rms_norm", norm_placement="pre", use_bias=False, activation="relu",
+        remat="dots",
     ),
     "lstm": EncoderConfig(vocab_size=V, layer="lstm", num_layers=3, embed_dim=D, position="none"),
 }  # fmt: skip
