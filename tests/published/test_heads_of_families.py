@@ -46,7 +46,8 @@ def test_every_head_that_a_family_has_is_exported_from_its_masked_lm_run(importe
         try:
             family, published, _ = published_config(config, model_type, head)
         except ConfigError as error:
-            assert f"{model_type} has no {head} head" in str(error)
+            reasons = f"{model_type} has no {head} head", f"the {head} head of {model_type} is of another objective"
+            assert any(reason in str(error) for reason in reasons)
             continue
         assert family.model_type == model_type and published["architectures"] == [family.heads[head].architectures[0]]
         assert export_note(config) is None

@@ -88,7 +88,7 @@ def test_ids_are_kept_by_every_task_and_needed_by_squad_alone(squad, tmp_path, c
     (tmp_path / "late.json").write_text(json.dumps(late))
     for name in ("late.jsonl", "late.json"):
         records = list(open_input(str(tmp_path / name), DataConfig(), Columns()))
-        assert [record.id for record in records] == [None] * SAMPLED_ROWS + ["late"]
+        assert [record.id for record in records] == [""] * SAMPLED_ROWS + ["late"]
     refused = {"run": (tmp_path / "run", "--squad needs a model of question_answering"),
                "no ids": (squad / "run", "the question of .* line 1, has none")}  # fmt: skip
     (tmp_path / "asked.jsonl").write_text(json.dumps({"question": "what is blue", "context": PASSAGE}) + "\n")

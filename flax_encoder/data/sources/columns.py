@@ -65,8 +65,6 @@ class Table:
     """What the integers of a column stand for, where the source says so."""
     doubled: frozenset[str] = frozenset()
     """Names that more than one column has."""
-    is_sampled: bool = False
-    """Only the first rows told the columns: later ones may have more."""
     is_fixed: bool = False
     """The columns are ours, made from a format without named columns, so settings of columns do not mean them."""
     dialect: Any = None
@@ -235,10 +233,8 @@ class _Chooser:
 
     def plain(self, columns: tuple[str, ...], make: Callable[[Row], Record]) -> Layout:
         """The layout of documents without a value."""
-        found = self.known(("id",)) or ["id"] * self.table.is_sampled
-        if self.wanted.keeps_id and found and found[0] not in columns:
-            absent = "" if found[0] in self.kinds else None
-            columns, make = (*columns, found[0]), functools.partial(values.with_id, make, found[0], absent)
+        if self.wanted.keeps_id and (name := next(iter(self.known(("id",))), None)) not in (None, *columns):
+            columns, make = (*columns, name), functools.partial(values.with_id, make, name)
         return Layout(columns, make, is_plain=len(columns) == 1 and self.wanted.value == "none", notes=self.notes)
 
     @property

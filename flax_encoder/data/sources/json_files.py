@@ -1,5 +1,7 @@
 """JSON: an object a line (.jsonl, .ndjson, often .json too), or one list of objects (.json), as SQuAD's."""
 
+import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Iterator
@@ -8,7 +10,7 @@ from typing import Any
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources.columns import SAMPLED_ROWS, Columns, Row, Table, kinds_of_rows
 from flax_encoder.data.sources.records import BadRow, BadRows, DataError
-from flax_encoder.data.sources.remote import AnyFile
+from flax_encoder.data.sources.remote import AnyFile, size_of
 from flax_encoder.data.sources.streams import Line, Span, line_where, lines, raw_lines, read_text
 
 
@@ -16,7 +18,21 @@ def lines_table(path: AnyFile, config: DataConfig, wanted: Columns) -> Table | N
     """The columns of the first rows, which decide for the file, wherever in it a part begins."""
     found = lines_rows(path, Span(), None, (), config, BadRows(config.skip_bad_rows))
     rows = [row for _, row in itertools.islice(found, SAMPLED_ROWS)]
-    return Table(kinds_of_rows(rows), str(path), is_sampled=True) if rows else None
+    kinds = kinds_of_rows(rows)
+    if rows and wanted.keeps_id and _has_ids(path, size_of(path)):
+        kinds.setdefault("id", "null")
+    return Table(kinds, str(path)) if rows else None
+
+
+@functools.lru_cache(maxsize=64)  # each part of a file asks
+def _has_ids(path: AnyFile, size: int) -> bool:
+    """Whether any row has an id: all answers then have one. What reads the file for answers takes far longer."""
+    for _, raw in raw_lines(path):
+        if b'"id"' in raw:
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(row := json.loads(raw), dict) and "id" in row:
+                    return True
+    return False
 
 
 def lines_rows(
@@ -90,9 +106,12 @@ def _squad_rows(path: AnyFile, articles: list, is_read_for_text: bool) -> Iterat
 
 def list_table(path: AnyFile, config: DataConfig, wanted: Columns) -> Table | None:
     is_read_for_text = wanted.value == "none" and wanted.max_texts == 1
-    items = list(itertools.islice(_json_list(path, is_read_for_text), SAMPLED_ROWS))
+    items = list(itertools.islice(_json_list(path, is_read_for_text), None if wanted.keeps_id else SAMPLED_ROWS))
     rows = [row for row in items if isinstance(row, dict)]
-    return Table(kinds_of_rows(rows), str(path), is_sampled=True, dialect=is_read_for_text) if items else None
+    kinds = kinds_of_rows(rows[:SAMPLED_ROWS])
+    if wanted.keeps_id and any("id" in row for row in rows):
+        kinds.setdefault("id", "null")
+    return Table(kinds, str(path), dialect=is_read_for_text) if items else None
 
 
 def item_where(path: AnyFile, number: int) -> str:

@@ -77,10 +77,9 @@ def plain(read: Callable[[Row], tuple[str, ...]], row: Row) -> Record:
     return Record(read(row))
 
 
-def with_id(make: Callable[[Row], Record], name: str, absent: str | None, row: Row) -> Record:
-    """A row without an id has `absent`: an empty one in a file of ids, so that all its answers have the same entries;
-    None where rows only may have one."""
-    return make(row)._replace(id=absent if row.get(name) is None else str(row[name]))
+def with_id(make: Callable[[Row], Record], name: str, row: Row) -> Record:
+    """A row without an id has an empty one, so that all answers of a file have the same entries."""
+    return make(row)._replace(id="" if row.get(name) is None else str(row[name]))
 
 
 def with_value(read: Callable[[Row], tuple[str, ...]], value: Callable[[Row], Any], row: Row) -> Record:
