@@ -151,7 +151,8 @@ ROWS = (
     Row(
         "span_corruption by UL2's denoisers",
         "tests/data/test_span_corruption.py::test_for_every_denoiser_the_mode_input_and_targets_together_are_the_text",
-        "ul2", "CPython's help and docstrings", "4 min 21 s", "tokens right 0.194", NOT_KEPT,
+        "ul2", "CPython's help and docstrings", "4 min 21 s", "tokens right 0.194",
+        "the token before 0.110, most frequent token 0.042",
     ),
 )
 
