@@ -8,8 +8,9 @@ modes that it lacks. `--config configs/translate_en_fr.py --init-from runs/ul2` 
 decoder.
 
 Measured with --budget-minutes 3, 2 CPU cores that other work kept busy, 127 of the 400 steps, most of an epoch, 4 min
-21 s in all, 2.6M parameters: on 663 held-out documents 0.194 of the cut tokens are right, at a loss of 5.29. This only
-checks that the mixture trains; what it is good for was not measured.
+21 s in all, 2.6M parameters: on 663 held-out documents 0.194 of the cut tokens are right, at a loss of 5.29. A guess
+from the target's token before has 0.110, the most frequent token 0.042 and a loss of 6.79. This only checks that the
+mixture trains; what it is good for was not measured.
 """
 
 from flax_encoder.config import UL2, DataConfig, EncoderConfig, OptimizerConfig, RunConfig, SpansConfig

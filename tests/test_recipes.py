@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -174,6 +175,12 @@ def test_a_step_of_a_shrunken_recipe_is_made(name, one_device):
         assert np.isfinite(float(metrics.loss.sum)) and float(metrics.loss.count) > 0
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True)
     assert np.mean([not np.array_equal(was, now) for was, now in pairs]) > 0.5
+
+
+def test_a_recipe_elsewhere_may_build_on_those_of_configs(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "quickstart", raising=False)
+    (tmp_path / "mine.py").write_text("from quickstart import config\n")
+    assert load_recipe(tmp_path / "mine.py") == load_recipe(CONFIGS / "quickstart.py")
 
 
 def test_every_recipe_is_one_that_its_task_takes():

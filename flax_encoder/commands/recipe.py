@@ -45,11 +45,11 @@ def load_recipe(path: str | pathlib.Path) -> RunConfig:
     file = find_recipe(str(path))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    sys.path.insert(0, str(file.resolve().parent))  # a recipe may build on its neighbours
+    sys.path[:0] = str(file.resolve().parent), str(HOME / "configs")  # it may build on its neighbours, and on ours
     try:
         spec.loader.exec_module(module)  # type: ignore[union-attr]
     finally:
-        sys.path.pop(0)
+        del sys.path[:2]
     config = getattr(module, "config", None)
     if not isinstance(config, RunConfig):
         raise ConfigError(f"a recipe must define `config`, a RunConfig: {path} has {config!r}.")
