@@ -144,14 +144,15 @@ def _check_head(loaded: Pretrained, published: Mapping[str, Any], folder: str, o
       ConfigError: a folder says that its head is another than the objective's.
     """
     task, heads = find_task(objective), named_heads(loaded.family, published)
-    if loaded.task is not None and loaded.family.heads[loaded.task].objective not in (None, objective):
-        answers = loaded.family.heads[loaded.task].objective
-        raise _another(folder, f"is of {loaded.family.model_type}, whose {loaded.task} head is of {answers}", objective)
-    if task.head is None or not heads:
+    if task.head is None:
         return
-    has = f"has a {heads[0]} head (config.json: {published['architectures'][0]})"
-    if task.head not in heads:
+    has = f"has a {heads[0]} head (config.json: {published['architectures'][0]})" if heads else ""
+    if heads and task.head not in heads:
         raise _another(folder, has, objective)
+    if (answers := loaded.family.heads[task.head].objective) not in (None, objective):
+        raise _another(folder, f"is of {loaded.family.model_type}, whose {task.head} head is of {answers}", objective)
+    if not heads:
+        return
     if task.problem_type not in (None, *(kinds := _problem_types(loaded))):
         raise _another(folder, f"{has}, of {' or '.join(kinds)}", objective)
 
