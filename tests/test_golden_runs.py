@@ -40,6 +40,12 @@ def test_an_old_classifier_gives_the_answers_of_its_day():
     np.testing.assert_allclose([a["probability"] for a in answers], [w["probability"] for w in want], rtol=1e-5)
 
 
+def test_it_is_said_how_many_texts_are_cut_to_be_asked(caplog):
+    run = load(GOLDEN / "classification")
+    assert len(list(run.predict(["short", "word " * 3 * run.row_length]))) == 2
+    assert f"1 of 2 texts were longer than the model's rows of {run.row_length} tokens, and cut" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["masked_lm", "classification"])
 def test_an_old_run_resumes_on_the_same_batches(tmp_path, one_device, name):
     shutil.copytree(GOLDEN / name, tmp_path / name)

@@ -73,7 +73,18 @@ def parse_run_config(argv: list[str], default: str, *, model: EncoderConfig | No
         description=f"Train a text encoder. Defaults are those of the recipe {known.config}; --config takes the path "
         "of another recipe, or its name in configs/. The same command again resumes a run. --quiet hides progress.",
     )
-    return without_unread(asked, config)
+    return without_unread(without_overruled(asked, config), config)
+
+
+_OVERRULED_BY = {"steps": "epochs", "batch_size": "batch_texts"}
+
+
+def without_overruled(asked: RunConfig, recipe: RunConfig) -> RunConfig:
+    """`asked`, whose steps and batch size hold where they were asked for: the recipe's epochs and batch_texts, which
+    they would follow, are None then."""
+    changed = differences(recipe, asked)
+    overruling = {by: None for name, by in _OVERRULED_BY.items() if name in changed and by not in changed}
+    return dataclasses.replace(asked, **overruling)
 
 
 def without_unread(asked: RunConfig, recipe: RunConfig) -> RunConfig:

@@ -210,19 +210,24 @@ class LoadedRun:
             raise DataError(f"objective {self.config.objective} has no answers to give for a file of texts.")
         block: list[Record] = []
         named = functools.partial(_named, with_texts)
-        unknown = UnknownCount(self.tokenizer)
+        seen = _Seen(UnknownCount(self.tokenizer))
         if isinstance(records, (str, bytes, Mapping)) or not isinstance(records, Iterable):
             check_texts(records)  # which says what is wrong
         for number, record in enumerate(records):
             block.append(_as_record(record, number))
             if len(block) == _BLOCK:
-                yield from map(named, block, self._answers(block, unknown))
+                yield from map(named, block, self._answers(block, seen))
                 block = []
         if block:
-            yield from map(named, block, self._answers(block, unknown))
-        _warn_of(unknown)
+            yield from map(named, block, self._answers(block, seen))
+        _warn_of(seen.unknown)
+        if seen.num_cut:
+            logger.warning(
+                f"{seen.num_cut:,} of {seen.num_texts:,} texts were longer than the model's rows of {self.row_length} "
+                f"tokens, and cut"
+            )
 
-    def _answers(self, records: list[Record], unknown: UnknownCount) -> Iterator[Answer]:
+    def _answers(self, records: list[Record], seen: "_Seen") -> Iterator[Answer]:
         task = self.task
         columns = task.reading.columns_of(self.config)
         wanted = range(columns.min_texts, columns.max_texts + 1)
@@ -240,13 +245,14 @@ class LoadedRun:
             is_empty = is_empty | [not "".join(record.texts).strip() for record in records]
         if is_empty.any():
             filled = [record for record, empty in zip(records, is_empty, strict=True) if not empty]
-            kept = iter(self._answers(filled, unknown) if filled else ())
+            kept = iter(self._answers(filled, seen) if filled else ())
             for empty in is_empty:
                 yield {"error": "the text has no token"} if empty else next(kept)
             return
-        unknown.add([encoded.tokens])
+        seen.unknown.add([encoded.tokens])
         split = memory_split(encoded)
         documents, batches = self._rows_of(split)
+        seen.num_texts, seen.num_cut = seen.num_texts + len(records), seen.num_cut + documents.num_cut
         found: list[list[Piece]] = [[] for _ in records]
         for i in range(len(batches)):
             batch = batches[i]
@@ -400,6 +406,15 @@ class LoadedRun:
         if "error" in answer:
             raise DataError(f"a text must have at least one token: got {text!r}.")
         return [{"label": label, "probability": p} for label, p in answer["probabilities"].items()]
+
+
+@dataclass
+class _Seen:
+    """What is to be said of the texts that were asked about, at their end."""
+
+    unknown: UnknownCount
+    num_texts: int = 0
+    num_cut: int = 0
 
 
 def _warn_of(unknown: UnknownCount) -> None:

@@ -167,3 +167,11 @@ def test_another_objective_than_the_recipes_leaves_its_own_settings_out():
     with pytest.raises(ConfigError, match=r"masking\.rate is not read by the objective classification"):
         check_task(asked)
     assert parse_run_config([], default=recipe).masking.rate == 0.4
+
+
+def test_steps_that_are_asked_for_are_not_overruled_by_the_recipes_epochs():
+    recipe = str(pathlib.Path(__file__).parents[2] / "configs/regression.py")
+    config = parse_run_config([], default=recipe)
+    assert config.epochs and parse_run_config(["--epochs", "2"], default=recipe).epochs == 2
+    short = parse_run_config(["--steps", "5", "--batch-size", "4"], default=recipe)
+    assert (short.steps, short.epochs, short.batch_size, short.batch_texts) == (5, None, 4, None)
