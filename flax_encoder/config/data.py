@@ -87,9 +87,9 @@ class DataConfig(ShortRepr):
     """Another row length for the run's last steps; a batch keeps its number of tokens."""
     last_rate: float = 0.1
     """With last_row_length: the share of steps that have that length."""
-    packing: Literal["best-fit", "one-per-row", "concatenate"] = "best-fit"
-    """best-fit fills rows with whole documents; concatenate joins all documents and cuts every row_length tokens;
-    one-per-row does not pack."""
+    packing: Literal["best-fit", "mixed", "one-per-row", "concatenate"] = "best-fit"
+    """best-fit fills rows with whole documents; mixed does so with documents of all lengths in every row, which are a
+    little less full; concatenate joins all documents and cuts every row_length tokens; one-per-row does not pack."""
     window_overlap: int | None = None
     """Tokens that two neighbouring windows share, for a passage longer than a row. None is 128, or a third of a row if
     that is less."""

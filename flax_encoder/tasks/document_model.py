@@ -62,7 +62,8 @@ def check_whole_documents(config: RunConfig) -> None:
     """
     require(
         config.data.packing != "concatenate",
-        "a document with a value stays whole: data.packing must be best-fit or one-per-row, got concatenate.",
+        "a document with a value stays whole: data.packing must be best-fit, mixed or one-per-row, got "
+        "concatenate.",
     )
     require(
         len(config.data.sources) == 1,

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_encoder.data.rows.packing import PackingPlan, length_histogram, pack_histogram
+from flax_encoder.data.rows.packing import PackingPlan, length_histogram, pack_histogram, pack_mixed
 
 OVERHEAD = 2
-KINDS = ("best-fit", "one-per-row", "concatenate")
+KINDS = ("best-fit", "mixed", "one-per-row", "concatenate")
 LENGTHS = st.one_of(
     st.lists(st.integers(1, 9), min_size=1, max_size=40),
     st.lists(st.integers(1, 90), min_size=1, max_size=40),
@@ -190,6 +190,34 @@ def test_histogram_packing_is_best_fit_decreasing(counts, capacity):
                 rooms.remove(min(fitting))
             rooms.append((min(fitting) if fitting else capacity) - size)
     assert sorted(rooms) == sorted(capacity - sum(sizes) for times, sizes in recipes for _ in range(times))
+
+
+@few
+@given(st.lists(st.integers(0, 23), min_size=2, max_size=14), st.integers(13, 29))
+def test_mixed_packing_has_each_piece_once_and_leaves_no_two_rows_that_fit_one(counts, capacity):
+    counts = np.array([0, *counts[1:]])
+    used, lengths = np.zeros_like(counts), []
+    for times, sizes in pack_mixed(counts, capacity):
+        assert times > 0 and sizes == sorted(sizes, reverse=True)
+        np.add.at(used, sizes, times)
+        lengths += [sum(sizes)] * times
+    np.testing.assert_array_equal(used, counts)
+    assert max(lengths, default=0) <= capacity
+    # A row is begun for a piece that no open row had room for.
+    assert sum(sorted(lengths)[:2]) > capacity or len(lengths) < 2
+
+
+def test_mixed_rows_are_samples_of_all_lengths():
+    """Names of three tokens and addresses of twelve: a row of best-fit has one kind, mixed ones have both."""
+    lengths = np.random.default_rng(0).permutation([3] * 600 + [12] * 600)
+    spread = {}
+    for packing in ("best-fit", "mixed"):
+        plan = plan_of(lengths, 128, packing=packing)
+        pieces = plan.rows(np.arange(plan.rows_per_epoch), seed=0)
+        short = np.bincount(pieces.row, pieces.length == 3) / np.bincount(pieces.row)
+        spread[packing] = short.std()
+        assert plan.fill_rate > 0.97
+    assert spread["mixed"] < 0.2 < 0.4 < spread["best-fit"], spread
 
 
 def test_long_documents_are_cut_into_full_rows_and_a_remainder():

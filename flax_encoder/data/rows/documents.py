@@ -224,8 +224,17 @@ class Documents:
         self.window_start = start
 
     def plan(self, row_length: int, packing: Packing = "best-fit") -> RowPlan:
-        """The packing of these documents into rows."""
+        """The packing of these documents into rows.
+
+        Raises:
+          DataError: `mixed`, of sources and targets.
+        """
         if self.target is not None:
+            if packing == "mixed":
+                raise DataError(
+                    "a source and its target are packed together, best-fit or one-per-row: got data.packing mixed. "
+                    "Leave it out."
+                )
             return PairPlan(self._sizes, (row_length, self.target.row_length), self.frame.specials, packing=packing)
         if self.source is None:
             return PackingPlan(

@@ -19,7 +19,7 @@ import numpy as np
 
 from flax_encoder.data.rows.randomness import permute, random_bits
 
-Packing = Literal["best-fit", "one-per-row", "concatenate"]
+Packing = Literal["best-fit", "mixed", "one-per-row", "concatenate"]
 Recipe = tuple[int, list[int]]
 """How often a row is used, and the kinds of its pieces: their lengths, or of pairs, numbers."""
 
@@ -214,8 +214,9 @@ class PackingPlan(RowPlan):
         memory if it is a memory map.
       row_length: T, room of a row.
       specials: whether a special token begins and ends each piece, as (0 or 1, 0 or 1).
-      packing: `best-fit` fills rows with pieces; `one-per-row` gives each piece a row of its own; `concatenate` cuts
-        the endless text of all documents, in random order, every T tokens.
+      packing: `best-fit` fills rows with pieces, largest first; `mixed` does so in random order; `one-per-row` gives
+        each piece a row of its own; `concatenate` cuts the endless text of all documents, in random order, every T
+        tokens.
       split_long: cut a document that no row holds into pieces, full rows and a remainder, with no token lost; or else
         keep its first tokens only, or its last where `truncation_side` is "left".
       window: documents packed together, at most.
@@ -300,11 +301,39 @@ class PackingPlan(RowPlan):
         return Window(documents, full, rest, begin, self._recipes[key[0]], self._room)
 
 
+def pack_mixed(counts: np.ndarray, capacity: int) -> list[Recipe]:
+    """Best fit in random order on a histogram, as `pack_histogram` but for the order: a row has pieces of all sizes.
+
+    A row that `pack_histogram` starts with a small piece has pieces of that size alone. Where sizes go with kinds of
+    documents, so do rows then, and a batch of few rows is no sample of the documents.
+    """
+    sizes = np.repeat(np.arange(len(counts)), counts)
+    sizes = sizes[permute(np.arange(len(sizes)), len(sizes), 0)]
+    open_rows: dict[int, list[list[int]]] = {}  # room left -> rows like that
+    rooms: list[int] = []  # its keys, in order
+    for size in sizes.tolist():
+        at = bisect.bisect_left(rooms, size)
+        room, row = capacity, []
+        if at < len(rooms):
+            room = rooms[at]
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                del open_rows[room], rooms[at]
+        row.append(size)
+        if room - size not in open_rows:
+            bisect.insort(rooms, room - size)
+            open_rows[room - size] = []
+        open_rows[room - size].append(row)
+    rows = (tuple(sorted(row, reverse=True)) for alike in open_rows.values() for row in alike)
+    return [(times, list(row)) for row, times in sorted(collections.Counter(rows).items())]
+
+
 def _length_recipes(counts: np.ndarray, row_length: int, overhead: int, packing: Packing) -> list[Recipe]:
     """Of counts[n] pieces of n tokens and `overhead` special ones."""
     if packing == "one-per-row":
         return [(int(n), [size]) for size, n in enumerate(counts) if n]
-    packed = pack_histogram(np.concatenate([np.zeros(overhead, int), counts]), row_length)
+    pack = pack_mixed if packing == "mixed" else pack_histogram
+    packed = pack(np.concatenate([np.zeros(overhead, int), counts]), row_length)
     return [(times, [s - overhead for s in sizes]) for times, sizes in packed]
 
 
