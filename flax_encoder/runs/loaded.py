@@ -199,7 +199,8 @@ class LoadedRun:
         answer has it as `id`. The answer to a record without a token is {"error": ...}.
 
         Args:
-          with_texts: answers begin with what was asked, under `text`, and of pairs `text_pair`.
+          with_texts: answers begin with what was asked: under `text`, of pairs `text_pair` too, of more texts `texts`,
+            and `source` where the model writes `text`.
 
         Raises:
           DataError: the task has no answers, `records` is no list of records, or a record has another number of texts
@@ -424,7 +425,14 @@ def _warn_of(unknown: UnknownCount) -> None:
 
 def _named(with_texts: bool, record: Record, answer: Answer) -> Answer:
     name = {} if record.id is None else {"id": record.id}
-    return name | (dict(zip(_TEXTS, record.texts, strict=False)) if with_texts else {}) | answer
+    return name | (_texts_beside(answer, record.texts) if with_texts else {}) | answer
+
+
+def _texts_beside(answer: Answer, texts: tuple[str, ...]) -> dict[str, Any]:
+    if len(texts) > len(_TEXTS):
+        return {"texts": list(texts)}
+    names = ("source",) if "text" in answer else _TEXTS  # what is written for a text is the answer's `text`
+    return dict(zip(names, texts, strict=False))
 
 
 def _as_record(record: Any, number: int) -> Record:

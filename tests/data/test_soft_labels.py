@@ -9,7 +9,8 @@ import pytest
 from flax_encoder.__main__ import main
 from flax_encoder.config import DataConfig, RunConfig
 from flax_encoder.data.pipeline import open_data
-from flax_encoder.data.sources.records import DataError
+from flax_encoder.data.sources.records import DataError, Record
+from flax_encoder.runs.loaded import _named
 from flax_encoder.tasks import find_task
 from tests.runs import ROOT
 
@@ -74,3 +75,17 @@ def test_shares_that_are_none_are_refused_by_their_row(tmp_path, shares):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"at least 0 and add up to 1: .*'probabilities' of .*line 4"):
         opened(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("texts", "answer", "beside"),
+    [
+        (("a",), {"label": "x"}, {"text": "a"}),
+        (("a", "b"), {"label": "x"}, {"text": "a", "text_pair": "b"}),
+        (("a", "b", "c"), {"choice": 1}, {"texts": ["a", "b", "c"]}),
+        (("a",), {"text": "written"}, {"source": "a"}),
+    ],
+)
+def test_no_text_is_lost_beside_its_answer(texts, answer, beside):
+    assert _named(True, Record(texts, id="7"), answer) == {"id": "7"} | beside | answer
+    assert _named(False, Record(texts), answer) == answer
