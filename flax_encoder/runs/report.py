@@ -64,9 +64,10 @@ def _about_pairs(data: RunData) -> str:
 
 
 def describe_stages(config: RunConfig) -> str:
+    ahead = [s for s in config.timeline.stages if config.phases and config.phases[s.phase].is_open]
     shapes = {
         (s.batch_size, T, s.row_length, s.num_microbatches, s.rope_theta, s.objective)
-        for s in config.stages for T in (*config.data.buckets, s.row_length)
+        for s in (*config.stages, *ahead) for T in (*config.data.buckets, s.row_length)
     }
     if config.phases:
         parts = [describe_phase(config.phases, config.timeline, number) for number in range(len(config.phases))]
