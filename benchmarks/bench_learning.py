@@ -1,6 +1,6 @@
 """Quality for minutes: a recipe's masked LM beside transformers on torch, on the same text in the same time.
 
-    python benchmarks/bench_learning.py --source en.jsonl --minutes 4 --peer mlm modernbert-muon \\
+    python benchmarks/bench_learning.py --source en.jsonl --minutes 4 --peer mlm modernbert-muon --peer-minutes 10 \\
         --peer-rates 5e-4 1e-3 2e-3 --peer-python PYTHON_WITH_TORCH --plot learning.png --json > learning.json
 
 Ours is train.py with --recipe, as a person types it; options that are not named below go to it. A peer has the same
@@ -63,7 +63,7 @@ def peer_spec(config: RunConfig, data: RunData) -> dict[str, Any]:
     names = ("num_layers", "embed_dim", "num_heads", "mlp_dim", "gated", "dtype")
     return {name: getattr(config.model, name) for name in names} | {
         "special": {role: data.tokenizer.special(role) for role in SPECIAL}, "vocab_size": data.tokenizer.vocab_size,
-        "row_length": config.data.row_length, "batch_size": config.batch_size, "minutes": config.budget_minutes,
+        "row_length": config.data.row_length, "batch_size": config.batch_size,
     }  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def main() -> None:
     arguments.add_argument("--recipe", default="quickstart", help="of masked LM (default quickstart)")
     arguments.add_argument("--source", help="what train.py reads (default: the recipe's text)")
     arguments.add_argument("--vocab-size", help="of the tokenizer that both sides have (default: the recipe's)")
-    arguments.add_argument("--minutes", type=float, default=4.0, help="of training, of each run (default 4)")
+    arguments.add_argument("--minutes", type=float, default=4.0, help="of training, of each run of ours (default 4)")
     arguments.add_argument("--seeds", type=int, default=1, help="how many, from 0 on")
     arguments.add_argument(
         "--dtype", choices=("bfloat16", "float32"),
@@ -147,6 +147,7 @@ def main() -> None:
     arguments.add_argument("--eval-every", type=int, default=50, help="updates of ours (default 50)")
     arguments.add_argument("--peer", nargs="*", choices=KINDS, default=[])
     arguments.add_argument("--peer-rates", nargs="+", type=float, default=[1e-3], help="learning rates that it tries")
+    arguments.add_argument("--peer-minutes", type=float, help="of each of its runs (default: those of ours)")
     arguments.add_argument("--peer-masked-rate", type=float, default=0.15, help="of its training text (default 0.15)")
     arguments.add_argument("--peer-evaluations", type=int, default=10, help="in its time (default 10)")
     arguments.add_argument("--peer-eager", action="store_true", help="without torch.compile, which needs g++")
@@ -182,6 +183,7 @@ def main() -> None:
             spec = peer_spec(data.config, data) | {
                 "seed": seed, "masked_rate": asked.peer_masked_rate, "evaluations": asked.peer_evaluations,
                 "compiled": not asked.peer_eager, "cores": len(shares[0] or cores),
+                "minutes": asked.peer_minutes or asked.minutes,
             }  # fmt: skip
             for kind, rate in itertools.product(asked.peer, asked.peer_rates):
                 told_peer = [str(folder / f"{seed}.npz"), json.dumps(spec | {"kind": kind, "learning_rate": rate})]
