@@ -1,6 +1,7 @@
 """Where arrays live: every parameter axis has a logical name, and one table maps names to mesh axes."""
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array
 
 from flax_encoder.ops.mesh import parts, splitting
 
+_ONLY_SHAPES: ContextVar[bool] = ContextVar("only_shapes", default=False)
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": "context",
@@ -84,15 +86,22 @@ def ones(key: Array, shape: tuple[int, ...]) -> Array:
 
 def param(rngs: nnx.Rngs, init: Callable[..., Array], **axes: int) -> nnx.Param:
     """A float32 parameter with one keyword an axis: its logical name and its size."""
+    shape = tuple(axes.values())
+    # To trace how numbers are drawn takes most of the time that a model of shapes takes.
+    value = jnp.zeros(shape, jnp.float32) if _ONLY_SHAPES.get() else init(rngs.params(), shape)
     # Eager sharding would need a mesh at birth; parameters are born sharded by `jit` instead (training/sharding.py).
-    return nnx.Param(init(rngs.params(), tuple(axes.values())), out_sharding=tuple(axes), eager_sharding=False)
+    return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
 
 
 def abstract_model(make_model: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
     """(graphdef, parameters as shapes), with nothing computed."""
-    # Under a mesh Flax would take logical names for the mesh's own.
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return nnx.split(nnx.eval_shape(make_model), nnx.Param)
+    token = _ONLY_SHAPES.set(True)
+    try:
+        # Under a mesh Flax would take logical names for the mesh's own.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return nnx.split(nnx.eval_shape(make_model), nnx.Param)
+    finally:
+        _ONLY_SHAPES.reset(token)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
