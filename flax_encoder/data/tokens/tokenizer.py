@@ -33,7 +33,7 @@ _ALPHABET = 1000  # characters kept, the most frequent; the rest are unknown
 _LONGEST_WORD = 100  # characters; a longer word is one unknown token
 _MOST_UNKNOWN = 0.1  # of a text's tokens, before it is worth a warning
 _MOST_DIGITS = 7  # of an id
-_LARGE_NUMBER = re.compile(rf"(?<![\d.])\d{{{_MOST_DIGITS + 1},}}")
+_MANY_DIGITS = re.compile(rf"\d{{{_MOST_DIGITS + 1},}}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class TextTokenizer:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        if _LARGE_NUMBER.search(self.json):  # or else none is too large, and a large file need not be parsed here
+        # Without a large number no id is too large, and a large file need not be parsed here.
+        if any(self.json[found.start() - 1] != "." for found in _MANY_DIGITS.finditer(self.json)):
             content = json.loads(self.json)
             with suppress(KeyError, TypeError, AttributeError):  # which the library explains
                 vocab, added = content["model"].get("vocab"), content.get("added_tokens") or ()
@@ -63,6 +64,11 @@ class TextTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What tokenizer.json holds as the library writes it, with all members; without truncation and padding."""
+        return json.loads(self._tokenizer.to_str())
 
     @cached_property
     def settings(self) -> dict[str, Any]:

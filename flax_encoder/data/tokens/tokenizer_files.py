@@ -89,15 +89,15 @@ def read_tokenizer(path: str | pathlib.Path, num_rows: int | None = None) -> Tex
     path = pathlib.Path(path)
     if not path.is_dir():
         if path.name != "tokenizer.json" or not path.exists():
-            return _settled(load_tokenizer(path).json, None, _Beside(path.parent, "", "", {}, {}, is_published=False))
+            return _settled(load_tokenizer(path), None, _Beside(path.parent, "", "", {}, {}, is_published=False))
         path = path.parent
     try:
         beside = _Beside.of(path)
         _check_served(beside)
-        text = load_tokenizer(path).json if beside.file.is_file() else None
-        if text is not None and not beside.is_published:
-            return _settled(text, None, beside)
-        return _settled(text, _built(text, beside, num_rows), beside)
+        file = load_tokenizer(path) if beside.file.is_file() else None
+        if file is not None and not beside.is_published:
+            return _settled(file, None, beside)
+        return _settled(file, _built(None if file is None else file.json, beside, num_rows), beside)
     except DataError:
         raise
     except Exception as error:  # the library raises bare Exception for anything malformed
@@ -263,8 +263,8 @@ def _built(text: str | None, beside: _Beside, num_rows: int | None) -> Tokenizer
         if template is not None:
             put_around(tokenizer, beside.names(default), template)
     else:
-        tokenizer = Tokenizer.from_str(text)
-        _check_stated(tokenizer, {t["id"]: t["content"] for t in json.loads(text)["added_tokens"]}, beside.file)
+        tokenizer, content = Tokenizer.from_str(text), json.loads(text)
+        _check_stated(tokenizer, {t["id"]: t["content"] for t in content["added_tokens"]}, beside.file)
         if own is not None and not isinstance(tokenizer.model, own.model):
             logger.warning(
                 "%s: the class %r needs a %s, but the file has a %s: it is taken as it is",
@@ -274,7 +274,7 @@ def _built(text: str | None, beside: _Beside, num_rows: int | None) -> Tokenizer
         default, template = ({}, None) if own is None else (own.names, own.template)
         if own is not None:
             processor = tokenizer.post_processor
-            tokenizer = own.build(parts_of(json.loads(text)), beside.config, beside.names(default))
+            tokenizer = own.build(parts_of(content), beside.config, beside.names(default))
             if own.keeps_template and processor is not None:
                 template = None
     # A name that only the class has and the vocabulary lacks would get an id that no model knows.
@@ -353,9 +353,10 @@ def _add_tokens(
 
 def _check_stated(tokenizer: Tokenizer, stated: Mapping[int, str], where: pathlib.Path) -> None:
     """Each added token must have the id that the folder says, and each token an id of its own."""
-    vocab, before = tokenizer.get_vocab(with_added_tokens=True), tokenizer.get_vocab(with_added_tokens=False)
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
     for token_id, text in sorted(stated.items()):
         if (got := vocab.get(text)) != token_id:
+            before = tokenizer.get_vocab(with_added_tokens=False)
             raise DataError(
                 f"{where}: the added token {text!r} must have the id {token_id}: "
                 f"{'the vocabulary has it at' if text in before else 'the next free id is'} {got}, which every tool "
@@ -368,20 +369,20 @@ def _check_stated(tokenizer: Tokenizer, stated: Mapping[int, str], where: pathli
         raise DataError(f"{where}: each token must have an id of its own: {both}.")
 
 
-def _settled(text: str | None, tokenizer: Tokenizer | None, beside: _Beside) -> TextTokenizer:
-    """The text as it is where nothing beside it changes anything; else what reads alike, with settings.
+def _settled(file: TextTokenizer | None, tokenizer: Tokenizer | None, beside: _Beside) -> TextTokenizer:
+    """The file as it is where nothing beside it changes anything; else what reads alike, with settings.
 
     Args:
-      text: of tokenizer.json; None is no such file.
-      tokenizer: as the folder's class makes it; None is the text's own.
+      file: tokenizer.json; None is no such file.
+      tokenizer: as the folder's class makes it; None is the file's own.
     """
-    if tokenizer is None and TextTokenizer(text).settings:
-        return TextTokenizer(text)  # of a run or a store
-    raw = None if text is None else TextTokenizer(text).plain_json
-    own = None if raw is None else json.loads(Tokenizer.from_str(raw).to_str())
+    if tokenizer is None and file.settings:
+        return file  # of a run or a store
+    raw = None if file is None else file.plain_json
+    own = None if file is None else file.parts
     made = own if tokenizer is None else json.loads(tokenizer.to_str())
     is_same = own is not None and all(own[member] == made[member] for member in _OF_IDS)
-    content = json.loads(raw) if is_same else made | {"truncation": None, "padding": None}
+    is_whole, content = is_same, json.loads(raw) if is_same else made | {"truncation": None, "padding": None}
     frame = frame_of(made["post_processor"])
     if tokenizer is not None and frame is None:
         frame = [], []  # a published tokenizer without a template adds nothing
@@ -390,13 +391,17 @@ def _settled(text: str | None, tokenizer: Tokenizer | None, beside: _Beside) -> 
         tokenizer.post_processor = nothing if moves_offsets is None else processors.Sequence([moves_offsets, nothing])
         made["post_processor"] = json.loads(tokenizer.to_str())["post_processor"]
     if own is not None and frame_of(own["post_processor"]) != frame:
+        is_whole = is_whole and content.get("post_processor", "none") == made["post_processor"]
         content["post_processor"] = made["post_processor"]
     if frame is not None and max(map(len, frame)) > 1:
         raise DataError(
             f"{beside.folder}: at most one special token stands on each side of a text here: the template has "
             f"{len(frame[0])} before and {len(frame[1])} after it."
         )
-    plain = TextTokenizer(raw if is_same and content == json.loads(raw) else json.dumps(content, ensure_ascii=False))
+    if is_whole:
+        plain = TextTokenizer(raw) if file.settings else file
+    else:
+        plain = TextTokenizer(json.dumps(content, ensure_ascii=False))
     settings = _settings(plain, frame, _THEIR_ROLES if tokenizer is not None else {}, beside, (own or {}))
     if not settings:
         return plain
