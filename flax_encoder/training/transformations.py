@@ -177,30 +177,55 @@ def scale_by_muon(beta: float, eps: float, dtype: str, axes: Any) -> optax.Gradi
     return optax.GradientTransformation(optax.tree.zeros_like, update)
 
 
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5, which is done five times
+_WIDE = 3  # columns a row, from where on products of Gram matrices are fewer
+
+
 def orthogonalized(x: Float[Array, "S m n"], eps: float, dtype: str = "float32") -> Float[Array, "S m n"]:
     """Each matrix with its singular values brought near 1 (0.7 to 1.2) by five Newton-Schulz steps (Jordan et al.).
 
     Operands of the products are rounded to `dtype`; sums and result are float32. The authors' are bfloat16.
     """
-
-    def dot(a, b):
-        return linear(a, b, dtype=dtype)
+    if x.shape[1] > x.shape[2]:
+        return orthogonalized(x.mT, eps, dtype).mT
+    is_wide = dtype == "float32" and x.shape[2] >= _WIDE * x.shape[1]
 
     def one(x):
         x = x / (jnp.linalg.norm(x) + eps)
-        for _ in range(5):
-            squared = linear(x, x, contract_last=True, dtype=dtype)
-            x = 3.4445 * x + dot(-4.7750 * squared + 2.0315 * dot(squared, squared), x)
-        return x
+        return _steps_on_gram(x) if is_wide else _steps(x, dtype)
 
-    if x.shape[1] > x.shape[2]:
-        return orthogonalized(x.mT, eps, dtype).mT
     if platform() != "cpu" or is_spread():
         return jax.vmap(one)(x)
     # XLA:CPU takes its quick path for bfloat16 only with plain matrices (ops/linear.py), and what was transposed is
     # otherwise transposed again for each product.
     x = with_layout_constraint(x, Layout((0, 1, 2)))
     return jax.lax.scan(lambda _, matrix: (None, one(matrix)), None, x, unroll=min(len(x), 4))[1]
+
+
+def _steps(x: Float[Array, "m n"], dtype: str) -> Float[Array, "m n"]:
+    a, b, c = _NEWTON_SCHULZ
+    for _ in range(5):
+        gram = linear(x, x, contract_last=True, dtype=dtype)
+        x = a * x + linear(b * gram + c * linear(gram, gram, dtype=dtype), x, dtype=dtype)
+    return x
+
+
+def _steps_on_gram(x: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    """`_steps` in float32, with two products of m x n matrices instead of ten.
+
+    A step multiplies x from the left by p(G), a polynomial of G = x x^T, and so makes p(G) G p(G) of G: all of these
+    are m x m and commute. In bfloat16 G would not hold the small singular values, which are squared there.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    gram = linear(x, x, contract_last=True)
+    factor = jnp.eye(len(x))
+    for step in range(5):
+        p = b * gram + c * linear(gram, gram)  # without its a I
+        factor = a * factor + (linear(p, factor) if step else p)
+        if step < 4:
+            half = a * gram + linear(p, gram)
+            gram = a * half + linear(half, p)
+    return linear(factor, x)
 
 
 class SoapState(NamedTuple):

@@ -253,7 +253,7 @@ def test_each_rate_drives_its_own_parameters(name):
         assert [not np.array_equal(a, b) for a, b in zip(was, now, strict=True)] == moved
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 11), (2, 11, 5), (1, 7, 7)])
+@pytest.mark.parametrize("shape", [(3, 5, 11), (2, 11, 5), (1, 7, 7), (2, 4, 13), (2, 13, 4)])
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_orthogonalized_brings_singular_values_near_one_and_keeps_the_vectors(shape, platform, monkeypatch):
     monkeypatch.setattr("flax_encoder.training.transformations.platform", lambda: platform)
@@ -265,6 +265,22 @@ def test_orthogonalized_brings_singular_values_near_one_and_keeps_the_vectors(sh
         np.testing.assert_allclose(turned, np.diag(values), rtol=0, atol=100 * np.finfo(np.float32).eps)
         kept = values[s > s.max() / 50]
         assert (kept > 0.6).all() and (kept < 1.3).all()
+
+
+@pytest.mark.parametrize("columns", [40, 64, 160])
+@pytest.mark.parametrize("smallest", [0.1, 1e-3, 1e-6])
+def test_orthogonalized_is_five_steps_of_the_polynomial_on_each_singular_value(columns, smallest):
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((n, 32)))[0] for n in (32, columns))
+    s = np.geomspace(1.0, smallest, 32)
+    want = s / np.linalg.norm(s)
+    for _ in range(5):
+        want = 3.4445 * want - 4.7750 * want**3 + 2.0315 * want**5
+    got = np.asarray(orthogonalized(jnp.asarray(u * s @ v.T, jnp.float32)[None], 0.0)[0], np.float64)
+    # What a rounding adds to a singular value near 0 grows as that value does, at most 3.4445 times a step; to its
+    # square, which wide matrices are multiplied by, 3.4445^2 times in each of four.
+    growth = 3.4445 ** (8 if columns == 160 else 5)
+    np.testing.assert_allclose(got, u * want @ v.T, rtol=0, atol=growth * np.finfo(np.float32).eps)
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 128), (2, 96, 32)])
