@@ -34,8 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from flax_encoder.published.sentence_transformers import encoder_folder
-    from flax_encoder.runs.embed import own_settings, write_sentence_files
     from flax_encoder.runs.exchange import export_run
+    from flax_encoder.runs.vector_settings import own_settings, write_sentence_files
 
     if arguments.base is not None and not arguments.adapter:
         raise ConfigError("--base needs --adapter: give it too, or leave --base out.")

@@ -15,8 +15,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from flax_encoder.published.sentence_transformers import encoder_folder, is_sentence_folder
-    from flax_encoder.runs.embed import write_sentence_files
     from flax_encoder.runs.exchange import import_folder
+    from flax_encoder.runs.vector_settings import write_sentence_files
 
     import_folder(encoder_folder(arguments.folder), arguments.out, **folder_options(arguments))
     if is_sentence_folder(arguments.folder):

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flax_encoder.config import ConfigError, EncoderConfig, RunConfig
+from flax_encoder.config import EncoderConfig
 from flax_encoder.config.model import PoolingMode
 from flax_encoder.data.rows.ahead import read_ahead
 from flax_encoder.data.rows.documents import Frame
@@ -28,29 +28,23 @@ from flax_encoder.data.rows.texts import EncodedText, PackedTexts, RowShape, pac
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.texts import check_texts
 from flax_encoder.data.tokens.tokenizer import SETTINGS, TextTokenizer, UnknownCount
-from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
-from flax_encoder.families import find_family
-from flax_encoder.families.mapping import read_config
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.feed_forward import ACTIVATIONS
 from flax_encoder.nn.partition import abstract_model
 from flax_encoder.nn.pooling import pool_segments
 from flax_encoder.ops.platform import platform, precision
-from flax_encoder.published.load import is_published, load_pretrained, read_json
+from flax_encoder.published.load import is_published, load_pretrained
 from flax_encoder.published.sentence_transformers import (
     NORMALIZE,
-    POOLING_MODES,
     Layer,
     SentenceSettings,
     is_sentence_folder,
     read_sentence_settings,
-    write_sentence_settings,
 )
 from flax_encoder.runs.asked import FEW_TOKENS, AskedModel
 from flax_encoder.runs.elsewhere import local_folder
 from flax_encoder.runs.load import load_run
-from flax_encoder.runs.record import read_record
-from flax_encoder.tasks import find_task
+from flax_encoder.runs.vector_settings import check_layers, most_positions, settings_of_run, with_given
 
 logger = logging.getLogger(__name__)
 
@@ -349,21 +343,21 @@ def load_embedder(
         encoder, tokenizer = loaded.model.encoder, loaded.tokenizer
         if tokenizer is None:
             raise DataError(f"{inner} has no tokenizer, without which there are no tokens to embed.")
-        limits = [tokenizer.max_tokens, _most_positions(inner)]
+        limits = [tokenizer.max_tokens, most_positions(inner)]
     else:
         run = load_run(folder)
         settings = settings_of_run(run.config) or settings
         encoder, tokenizer, limits = run.model.encoder, run.tokenizer, [run.tokenizer.max_tokens or run.row_length]
     if dtype is not None and dtype != encoder.config.dtype:
         encoder = nnx.merge(_graphdef(dataclasses.replace(encoder.config, dtype=dtype)), nnx.split(encoder)[1])
-    _check_layers(folder, settings, encoder.config.embed_dim)
+    check_layers(folder, settings, encoder.config.embed_dim)
     most = encoder.config.max_length if encoder.config.position == "learned" else None
     if max_tokens is not None and not (_is_count(max_tokens) and 3 <= max_tokens <= (most or max_tokens)):
         bounds = f"at least 3{f' and at most {most}' if most else ''}"
         raise DataError(f"max_tokens must be {bounds}, a whole number: got {max_tokens!r}.")
     wanted = max_tokens or settings.max_tokens
     limit = min([n for n in ([wanted] if wanted else limits) + [most] if n is not None], default=None)
-    settings = _with_given(dataclasses.replace(settings, max_tokens=limit), pooling, normalize)
+    settings = with_given(dataclasses.replace(settings, max_tokens=limit), pooling, normalize)
     embedder = Embedder(encoder, tokenizer, settings, bool(normalize and settings.truncate_dim))
     if dimensions is None:
         return embedder
@@ -375,84 +369,3 @@ def load_embedder(
 
 def _graphdef(config: EncoderConfig) -> Any:
     return abstract_model(lambda: Encoder(config, rngs=nnx.Rngs(0)))[0]
-
-
-def settings_of_run(config: RunConfig) -> SentenceSettings | None:
-    """What a run that was trained to make vectors says of them; None of any other."""
-    make = find_task(config.objective).vectors
-    if make is None:
-        return None
-    made = make(config)
-    return SentenceSettings((made.pooling,), layers=(NORMALIZE,), prompts=made.prompts, similarity_fn_name="cosine")
-
-
-def _with_given(settings: SentenceSettings, pooling: Any, normalize: bool | None) -> SentenceSettings:
-    """The settings with what is given instead of what they say, as far as anything is."""
-    if pooling is not None:
-        is_one = isinstance(pooling, str) or not isinstance(pooling, Iterable)
-        modes = tuple(map(str, (pooling,) if is_one else pooling))
-        if not modes or not {*modes} <= {*POOLING_MODES}:
-            raise ConfigError(f"pooling must be of {', '.join(POOLING_MODES)}: got {', '.join(modes) or 'none'}.")
-        settings = dataclasses.replace(settings, pooling=modes)
-    if normalize is not None:
-        layers = list(settings.layers)
-        while layers and layers[-1] == NORMALIZE:
-            layers.pop()
-        settings = dataclasses.replace(settings, layers=(*layers, NORMALIZE) if normalize else tuple(layers))
-    return settings
-
-
-def _check_layers(folder: pathlib.Path, settings: SentenceSettings, embed_dim: int) -> None:
-    width = embed_dim * len(settings.pooling)
-    for layer in settings.layers:
-        axes = {name: array.shape[0] for name, array in layer.arrays.items() if name != "bias" or layer.kind != "Dense"}
-        if {*axes.values()} - {width}:
-            raise ConfigError(f"{folder}: {layer.kind} must take vectors of {width}, which come before it: got {axes}.")
-        width = layer.arrays["kernel"].shape[1] if layer.kind == "Dense" else width
-
-
-def _most_positions(folder: pathlib.Path) -> int | None:
-    """How long a published folder's config says that texts may be, of any kind of positions."""
-    count = read_json(folder / "config.json").get("max_position_embeddings")
-    return count if type(count) is int and count > 0 else None
-
-
-def own_settings(folder: str | pathlib.Path) -> SentenceSettings | None:
-    """What a sentence-transformers folder says of its vectors, or a run that learned to make them; None of others."""
-    folder = pathlib.Path(folder)
-    if is_sentence_folder(folder):
-        return read_sentence_settings(folder)
-    return None if is_published(folder) else settings_of_run(read_record(folder).config)
-
-
-def write_sentence_files(
-    source: str | pathlib.Path,
-    out: str | pathlib.Path,
-    pooling: PoolingMode | Sequence[PoolingMode] | None = None,
-    normalize: bool | None = None,
-    max_tokens: int | None = None,
-) -> None:
-    """Make `out`, which has the encoder of `source`, a sentence-transformers folder: with what is given, or else what
-    `source` says (`own_settings`), or its length.
-
-    Raises:
-      ConfigError: no pooling is given and `source` says nothing of vectors.
-    """
-    source = pathlib.Path(source)
-    settings = own_settings(source)
-    if settings is None and pooling is None:
-        raise ConfigError(f"{source} does not say how to pool: give cls or mean.")
-    settings = settings or SentenceSettings()
-    if is_published(inner := source / settings.encoder_path):
-        published = read_json(inner / "config.json")
-        config = read_config(find_family(published), published)
-        embed_dim, limits = config.embed_dim, [read_tokenizer(inner).max_tokens, _most_positions(inner)]
-        limits += [config.max_length] if config.position == "learned" else []
-    else:
-        record = read_record(source)
-        embed_dim = record.config.model.embed_dim
-        limits = [record.tokenizer.max_tokens or record.config.row_lengths[-1]]
-    limit = max_tokens or settings.max_tokens or min([n for n in limits if n is not None], default=None)
-    settings = _with_given(dataclasses.replace(settings, max_tokens=limit), pooling, normalize)
-    _check_layers(source, settings, embed_dim)
-    write_sentence_settings(out, settings, embed_dim)

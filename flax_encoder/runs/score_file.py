@@ -21,9 +21,10 @@ from flax_encoder.data.sources.records import DataError, Record, Say
 from flax_encoder.data.store.encoding import text_key
 from flax_encoder.runs.ask_file import check_golds, open_input, open_records
 from flax_encoder.runs.ask_together import embed_together, predict_together
-from flax_encoder.runs.embed import Embedder, settings_of_run
+from flax_encoder.runs.embed import Embedder
 from flax_encoder.runs.loaded import LoadedRun
 from flax_encoder.runs.processes import blocks_of_all
+from flax_encoder.runs.vector_settings import settings_of_run
 from flax_encoder.tasks.loss import LossSum
 from flax_encoder.tasks.task import Answer
 

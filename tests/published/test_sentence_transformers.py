@@ -26,7 +26,8 @@ from flax_encoder.published.sentence_transformers import (
     write_sentence_settings,
 )
 from flax_encoder.published.weights import read_weights, write_weights
-from flax_encoder.runs.embed import apply_layer, load_embedder, write_sentence_files
+from flax_encoder.runs.embed import apply_layer, load_embedder
+from flax_encoder.runs.vector_settings import write_sentence_files
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden/bert-masked_lm"
 TEXTS = ["a b c", "", "d", "a a a a a a a a a a a a", "b", "e f g h"]
