@@ -28,7 +28,7 @@ from flax_encoder.config import ConfigError, RunConfig, from_dict, to_dict
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.tokenizing import num_cores
-from flax_encoder.families.mapping import write_config
+from flax_encoder.families.configs import write_config
 from flax_encoder.families.t5 import T5
 from flax_encoder.nn.partition import round_up_vocab
 from flax_encoder.runs.length import settle_length

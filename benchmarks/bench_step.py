@@ -36,7 +36,7 @@ from flax_encoder.data.pipeline import open_data
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.tokenizing import num_cores
 from flax_encoder.families import FAMILIES, PRESETS, preset
-from flax_encoder.families.mapping import write_config
+from flax_encoder.families.configs import write_config
 from flax_encoder.nn.partition import round_up_vocab
 from flax_encoder.plan.flops import step_flops
 from flax_encoder.runs.length import settle_length

@@ -28,7 +28,7 @@ from flax_encoder.data.tokens.tokenizer import TextTokenizer, train_wordpiece
 from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
 from flax_encoder.data.tokens.word_vectors import read_word_vectors
 from flax_encoder.families import find_family
-from flax_encoder.families.mapping import read_config
+from flax_encoder.families.configs import read_config
 from flax_encoder.published.folder import read_published_config
 from flax_encoder.published.generation_settings import read_settings
 from flax_encoder.published.load import load_pretrained

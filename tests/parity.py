@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_encoder.families.mapping import POOLED, export_tensors
+from flax_encoder.families.family import POOLED
+from flax_encoder.families.tensors import export_tensors
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.load import Pretrained, load_pretrained
 from flax_encoder.published.write import write_pretrained

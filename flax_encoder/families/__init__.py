@@ -8,7 +8,7 @@ from typing import Any
 
 from flax_encoder.config import ConfigError, EncoderConfig
 from flax_encoder.families import bert, classic, deberta, modern, t5
-from flax_encoder.families.mapping import Family
+from flax_encoder.families.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     bert.BERT,

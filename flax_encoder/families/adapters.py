@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_encoder.config import ConfigError, LoraConfig
-from flax_encoder.families.mapping import LAYOUTS, Family, Shapes, _join, _tensors
+from flax_encoder.families.family import Family
+from flax_encoder.families.tensors import LAYOUTS, Shapes, _join, _tensors
 
 PREFIX = "base_model.model."  # before all names in PEFT's files
 

@@ -5,7 +5,7 @@
 import dataclasses
 
 from flax_encoder.config import ConfigError, EncoderConfig
-from flax_encoder.families.mapping import (
+from flax_encoder.families.family import (
     Family,
     Field,
     Head,

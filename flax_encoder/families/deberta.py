@@ -15,7 +15,7 @@ from flax_encoder.families.bert import (
     multiple_choice,
     plain_heads,
 )
-from flax_encoder.families.mapping import Family, Field, Head, Row, activation, linear, norm, table
+from flax_encoder.families.family import Family, Field, Head, Row, activation, linear, norm, table
 
 NAMES = {"c2p": "c2p", "p2c": "p2c", "c2p+p2c": "p2c|c2p"}
 

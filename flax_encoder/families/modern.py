@@ -7,7 +7,7 @@ from typing import Any
 
 from flax_encoder.config import ConfigError, EncoderConfig
 from flax_encoder.families.bert import SIZE, TIED, classes, decoder
-from flax_encoder.families.mapping import Family, Field, Head, activation, fused, linear, norm, table
+from flax_encoder.families.family import Family, Field, Head, activation, fused, linear, norm, table
 
 LAYER = "layers.{i}"
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig, from_dict
 from flax_encoder.families.bert import classes
-from flax_encoder.families.mapping import (
+from flax_encoder.families.family import (
     Family,
     Field,
     Head,

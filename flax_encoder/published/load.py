@@ -23,20 +23,9 @@ from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
 from flax_encoder.families import find_family
-from flax_encoder.families.mapping import (
-    OF_VOCABULARY,
-    POOLED,
-    Family,
-    Head,
-    fields_left_unread,
-    import_tensors,
-    plain_name,
-    read_config,
-    read_head,
-    understood,
-    unwrapped,
-    with_table,
-)
+from flax_encoder.families.configs import fields_left_unread, read_config, read_head
+from flax_encoder.families.family import OF_VOCABULARY, POOLED, Family, Head, understood
+from flax_encoder.families.tensors import import_tensors, plain_name, unwrapped, with_table
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder, short_repr
 from flax_encoder.nn.generation import Generation, generate

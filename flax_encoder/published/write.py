@@ -9,7 +9,9 @@ import numpy as np
 from flax import nnx
 
 from flax_encoder.config import ConfigError, DecoderConfig
-from flax_encoder.families.mapping import Head, export_tensors, write_config
+from flax_encoder.families.configs import write_config
+from flax_encoder.families.family import Head
+from flax_encoder.families.tensors import export_tensors
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.generation_settings import FILE as GENERATION_FILE
 from flax_encoder.published.load import Pretrained

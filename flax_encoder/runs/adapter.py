@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from flax_encoder.config import ConfigError
 from flax_encoder.families import find_family
 from flax_encoder.families.adapters import export_adapters
-from flax_encoder.families.mapping import write_config
+from flax_encoder.families.configs import write_config
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.load import is_published, load_pretrained, read_json
 from flax_encoder.runs.best import best_checkpoint

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from flax_encoder.config import ConfigError, GenerationConfig, HeadConfig, RunConfig
 from flax_encoder.families import FAMILIES
-from flax_encoder.families.mapping import Family, read_head, write_config
+from flax_encoder.families.configs import read_head, write_config
+from flax_encoder.families.family import Family
 from flax_encoder.tasks import find_task
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from flax_encoder.config import ConfigError, RunConfig, to_dict
 from flax_encoder.data.tokens.tokenizer import TextTokenizer
 from flax_encoder.data.tokens.tokenizer_files import published_files
-from flax_encoder.families.mapping import export_tensors
+from flax_encoder.families.tensors import export_tensors
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.generation_settings import FILE as GENERATION_FILE
 from flax_encoder.published.generation_settings import written_settings

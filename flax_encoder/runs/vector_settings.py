@@ -9,7 +9,7 @@ from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.config.model import PoolingMode
 from flax_encoder.data.tokens.tokenizer_files import read_tokenizer
 from flax_encoder.families import find_family
-from flax_encoder.families.mapping import read_config
+from flax_encoder.families.configs import read_config
 from flax_encoder.published.load import is_published, read_json
 from flax_encoder.published.sentence_transformers import (
     NORMALIZE,

@@ -10,19 +10,17 @@ from flax import nnx
 
 from flax_encoder.config import ConfigError, DecoderConfig, EncoderConfig, HeadConfig
 from flax_encoder.families import FAMILIES, PRESETS, find_family, preset
-from flax_encoder.families.fields import is_aside
-from flax_encoder.families.mapping import (
-    LAYOUTS,
+from flax_encoder.families.configs import (
     _read_names,
     _unnamed_fields,
-    export_tensors,
     fields_left_unread,
-    import_tensors,
     read_config,
     read_head,
     settled,
     write_config,
 )
+from flax_encoder.families.fields import is_aside
+from flax_encoder.families.tensors import LAYOUTS, export_tensors, import_tensors
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.partition import abstract_model, flatten

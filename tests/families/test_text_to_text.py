@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from flax_encoder.config import ConfigError
 from flax_encoder.data.sources.records import DataError
-from flax_encoder.families.mapping import export_tensors
+from flax_encoder.families.tensors import export_tensors
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.load import load_pretrained
 from flax_encoder.published.weights import read_weights

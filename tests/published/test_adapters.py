@@ -17,7 +17,7 @@ from flax_encoder.commands import main
 from flax_encoder.config import ConfigError, DataConfig, LoraConfig, RunConfig
 from flax_encoder.data.tokens.tokenizer import train_wordpiece
 from flax_encoder.families import find_family
-from flax_encoder.families.mapping import read_head
+from flax_encoder.families.configs import read_head
 from flax_encoder.nn.partition import abstract_model, flatten, unflatten
 from flax_encoder.published.load import load_pretrained, read_json
 from flax_encoder.published.weights import read_weights

@@ -13,7 +13,7 @@ from flax import nnx
 from flax_encoder.commands import main
 from flax_encoder.config import ConfigError, DecoderConfig, HeadConfig
 from flax_encoder.families import FAMILIES
-from flax_encoder.families.mapping import read_head
+from flax_encoder.families.configs import read_head
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.generation_settings import read_settings
