@@ -20,7 +20,8 @@ from flax import nnx
 from flax_encoder.families.family import POOLED
 from flax_encoder.families.tensors import export_tensors
 from flax_encoder.nn.partition import flatten
-from flax_encoder.published.load import Pretrained, load_pretrained
+from flax_encoder.published.load import load_pretrained
+from flax_encoder.published.model import Pretrained
 from flax_encoder.published.write import write_pretrained
 from tests import tokenizer_parity
 

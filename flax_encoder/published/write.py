@@ -14,7 +14,7 @@ from flax_encoder.families.family import Head
 from flax_encoder.families.tensors import export_tensors
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.generation_settings import FILE as GENERATION_FILE
-from flax_encoder.published.load import Pretrained
+from flax_encoder.published.model import Pretrained
 from flax_encoder.published.weights import write_weights
 
 

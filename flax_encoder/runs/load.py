@@ -18,12 +18,12 @@ from flax_encoder.nn.partition import abstract_model, flatten, unflatten
 from flax_encoder.published.generation_settings import DRAWN_TOP_K, Settings
 from flax_encoder.published.load import (
     TOKENIZER_FILES,
-    Pretrained,
     is_published,
     load_pretrained,
     named_heads,
     read_published_config,
 )
+from flax_encoder.published.model import Pretrained
 from flax_encoder.published.sentence_transformers import (
     NORMALIZE,
     encoder_folder,

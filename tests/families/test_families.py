@@ -25,7 +25,7 @@ from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.encoder import Encoder
 from flax_encoder.nn.partition import abstract_model, flatten
 from flax_encoder.ops.position import apply_rope, rope_tables
-from flax_encoder.published.load import PretrainedModel
+from flax_encoder.published.model import PretrainedModel
 
 # Parameters of the encoder, without pooler and heads. The exact counts are those of transformers' modules (AutoModel
 # with add_pooling_layer=False; T5EncoderModel) built from the published config.json; beside them what papers and model

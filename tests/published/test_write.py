@@ -17,7 +17,8 @@ from flax_encoder.families.configs import read_head
 from flax_encoder.nn.decoder import EncoderDecoder
 from flax_encoder.nn.partition import flatten
 from flax_encoder.published.generation_settings import read_settings
-from flax_encoder.published.load import Pretrained, PretrainedModel, load_pretrained
+from flax_encoder.published.load import load_pretrained
+from flax_encoder.published.model import Pretrained, PretrainedModel
 from flax_encoder.published.write import write_pretrained
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
