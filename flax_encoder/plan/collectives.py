@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_encoder.plan.estimate import Instruction, Line, num_bytes
+from flax_encoder.plan.compiled_text import Instruction, num_bytes
+from flax_encoder.plan.estimate import Line
 from flax_encoder.plan.targets import GPUS_PER_HOST, NETWORK_BYTES_PER_SECOND, Chip
 
 # Bytes that a device sends for each byte of the result, of n devices, where they pass it on around a ring.

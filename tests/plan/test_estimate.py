@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from flax_encoder.config import ConfigError, EncoderConfig
-from flax_encoder.plan.estimate import costliest, estimate, kernel_flops, kernel_times, memory_of, num_bytes, report
+from flax_encoder.plan.compiled_text import num_bytes
+from flax_encoder.plan.estimate import costliest, estimate, kernel_flops, kernel_times, memory_of, report
 from flax_encoder.plan.flops import step_flops, visible_pairs
 from flax_encoder.plan.schedules import bundle_cycles, stretch_shares
 from flax_encoder.plan.targets import CHIPS, devices, is_installed
