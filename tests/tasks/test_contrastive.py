@@ -20,7 +20,8 @@ from flax_encoder.config import ConfigError, ContrastiveConfig, DataConfig, Opti
 from flax_encoder.data.pipeline import open_data
 from flax_encoder.data.rows.documents import Documents, Frame, Layout, assemble, longest_first
 from flax_encoder.data.rows.targets import Rows, TargetInputs, group_targets
-from flax_encoder.data.sources.columns import Table, choose_columns
+from flax_encoder.data.sources.choosing import choose_columns
+from flax_encoder.data.sources.columns import Table
 from flax_encoder.data.sources.records import DataError
 from flax_encoder.data.store.store import Split
 from flax_encoder.runs.before import scores_before_training

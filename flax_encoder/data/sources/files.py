@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from flax_encoder.config import DataConfig
 from flax_encoder.data.sources import conll, csv_files, json_files, parquet_files
-from flax_encoder.data.sources.columns import Columns, Layout, Row, Table, choose_columns
+from flax_encoder.data.sources.choosing import choose_columns
+from flax_encoder.data.sources.columns import Columns, Layout, Row, Table
 from flax_encoder.data.sources.records import BadRow, BadRows, DataError, Part, Record
 from flax_encoder.data.sources.remote import AnyFile, RemoteFile, size_of
 from flax_encoder.data.sources.streams import Span, line_where, lines, name_without_packing, read_text, spans

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from flax_encoder.config import DataConfig
-from flax_encoder.data.sources.columns import Columns, Layout, Row, Table, choose_columns
+from flax_encoder.data.sources.choosing import choose_columns
+from flax_encoder.data.sources.columns import Columns, Layout, Row, Table
 from flax_encoder.data.sources.files import PART_BYTES
 from flax_encoder.data.sources.records import BadRow, BadRows, DataError, Part, Record
 from flax_encoder.data.sources.values import is_no_label
