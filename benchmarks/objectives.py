@@ -117,7 +117,7 @@ ROWS = (
         "Spearman 0.401: worse; written tokens 0.202", "the encoder before 0.620; the token before 0.249",
     ),
     Row(
-        "contrastive", "tests/tasks/test_contrastive.py::test_the_loss_is_the_slow_ones_whatever_texts_are_equal",
+        "contrastive", "tests/tasks/test_contrastive_loss.py::test_the_loss_is_the_slow_ones_whatever_texts_are_equal",
         "contrastive", "7,606 descriptions and Wikipedia leads", "8", "nDCG@10 0.797, 0.803, 0.805 of three seeds",
         "TF-IDF 0.732, before training 0.415",
     ),
