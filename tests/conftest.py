@@ -54,13 +54,15 @@ def strict_dtypes_in_ops(request):
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
-    """Compile whole models without LLVM's optimisations, which takes a third of the time.
+    """Compile without LLVM's optimisations, which takes a third of the time.
 
-    Their laws hold of the program, however well it is vectorised, and so do those of interpreted kernels. The other
-    ops, and the runs of test_train.py, are compiled as they are for users.
+    The laws hold of the program, however well it is vectorised, and so do those of interpreted kernels. The ops, what
+    `plan` reads of a program, the runs of test_train.py and what is compared with golden runs are compiled as they are
+    for users.
     """
-    places = {"nn", "families", "tasks", "published", "training", "test_attention_kernels.py"}
-    is_quick = not places.isdisjoint((request.path.parent.name, request.path.name))
+    as_for_users = {"ops", "plan", "benchmarks", "test_train.py", "test_golden_runs.py"}
+    place, file = request.path.parent.name, request.path.name
+    is_quick = file == "test_attention_kernels.py" or as_for_users.isdisjoint((place, file))
     jax.config.update("jax_disable_most_optimizations", is_quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
