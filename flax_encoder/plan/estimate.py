@@ -25,6 +25,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from flax_encoder.ops.attention.flash_kernel import BIAS_SAID
 from flax_encoder.plan.compiled_text import (
     Computation,
     Instruction,
@@ -50,6 +51,7 @@ COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
 )  # fmt: skip
 FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast")
+_FLOATS = ("bf16", "f16", "f32")
 NEGLIGIBLE_BYTES = 64 * 1024  # scalars and small vectors, which the compiler does not estimate
 
 
@@ -187,10 +189,10 @@ def kernel_flops(line: Line, segment_ids: Any = None) -> int:
         )
     layouts = re.search(r"operand_layout_constraints=\{(.*?\})\}", x.rest)[1]
     operands = arrays(layouts)
-    # The widest, as RoPE's tables are narrower than all heads side by side.
-    floats = (sizes for dtype, sizes, _ in operands if dtype in ("bf16", "f32") and len(sizes) >= 3)
-    sizes = max(floats, key=math.prod)
     name = f"{x.name} {x.op_name}"
+    floats = [sizes for dtype, sizes, _ in operands if dtype in _FLOATS and len(sizes) >= 3]
+    # The widest, as RoPE's tables are narrower than all heads side by side; a bias comes first.
+    sizes = max(floats[BIAS_SAID in name :], key=math.prod)
     if len(sizes) == 4 and (of_tiles := tile_pairs(name, segment_ids, sizes[1])) is not None:
         B, _, N, H = sizes
         return KERNEL_PRODUCTS[names[0]] * 2 * B * of_tiles * N * H
@@ -220,8 +222,11 @@ def kernel_times(
     name = line.instruction.name
     alike = [n for other, n in cycles.items() if re.sub(r"\.\d+$", "", other) == re.sub(r"\.\d+$", "", name)]
     own = cycles.get(name, max(alike, default=None))
+    layouts = re.search(r"operand_layout_constraints=\{(.*?\})\}", line.instruction.rest)
+    kinds = {dtype for dtype, *_ in arrays(layouts[1])} if layouts else set()
+    share = 1.0 if kinds & {"bf16", "f16"} else chip.float32_share
     return KernelTimes(
-        kernel_flops(line, segment_ids) / (fraction * chip.peak_flops),
+        kernel_flops(line, segment_ids) / (fraction * share * chip.peak_flops),
         line.hbm_bytes / chip.bytes_per_second,
         None if own is None else own / chip.clock_hertz,
     )

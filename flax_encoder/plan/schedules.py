@@ -10,12 +10,14 @@ from flax_encoder.ops.attention.flash_kernel import tiles_met
 from flax_encoder.ops.attention.rows_kernel import reach
 
 # A Pallas kernel's name, and how many products of queries by keys by head dim it makes: the backward pass of `rows`
-# makes the logits again (5), those of `splash` and `flash` make them in each of their two kernels (3 and 4).
+# makes the logits again (5), those of `splash` and `flash` make them in each of their two kernels (3 and 4), and that
+# of a learned bias once more.
 KERNEL_PRODUCTS = {
     "forward_kernel": 2,
     "backward_kernel": 5,
     "query_gradient_kernel": 3,
     "key_gradient_kernel": 4,
+    "bias_gradient_kernel": 2,
     "splash_mha_fwd": 2,
     "splash_mha_dq": 3,
     "splash_mha_dkv": 4,

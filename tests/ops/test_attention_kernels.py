@@ -50,22 +50,28 @@ CASES = {
         "narrow heads": {"heads": (2, 2, 16)},
         "wide heads": {"heads": (2, 1, 128), "dropout_rate": 0.1},
         "rope": {"rope": True},
+        "float32": {"dtype": jnp.float32, "dropout_rate": 0.3},
+        "float32, wide heads": {"dtype": jnp.float32, "heads": (2, 2, 128), "window": (70, 3)},
+        "bias of heads": {"bias": (1, N), "window": (70, 3)},
+        "bias of rows and grouped heads": {"bias": (B, 4), "heads": (4, 2, 64), "dtype": jnp.float32},
+        "bias of all, and dropout": {"bias": (1, 1), "dropout_rate": 0.3, "segment_ids": None},
     },
 }
 PLATFORMS = {"rows": "tpu", "splash": "tpu", "flash": "gpu"}
 EVERY = [(name, case) for name, cases in CASES.items() for case in cases]
 
 
-def out_and_gradients(implementation, arrays, **options):
-    """Kernels run as plain XLA; arrays have the dtype that an implementation takes."""
-    if implementation == "flash":
-        arrays = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+def out_and_gradients(implementation, arrays, bias=None, **options):
+    """Kernels run as plain XLA."""
 
     @jax.jit
     def function(query, key, value, d_out):
-        call = lambda *qkv: attention(*qkv, implementation=implementation, **options)  # noqa: E731
-        out, vjp = jax.vjp(call, query, key, value)
-        return out, *vjp(d_out)
+        def call(bias, *qkv):
+            return attention(*qkv, bias=bias, implementation=implementation, **options)
+
+        out, vjp = jax.vjp(call, bias, query, key, value)
+        d_bias, *gradients = vjp(d_out)
+        return out, *gradients, *jax.tree.leaves(d_bias)
 
     if implementation not in CASES:
         return function(*arrays)
@@ -79,18 +85,19 @@ def problem_of(case):
     if options.pop("rope", False):
         positions = np.random.default_rng(7).integers(0, 1000, (B, T))
         options["rope"] = rope_tables(jnp.asarray(positions, jnp.int32), h)
+    if "bias" in options:
+        options["bias"] = jnp.asarray(draw((*options["bias"], T, T), seed=5)[0])
     return draw((B, T, n, h), (B, T, k, h), (B, T, k, h), (B, T, n, h), dtype=dtype), dtype, options
 
 
 @pytest.mark.parametrize(("implementation", "case"), EVERY)
 def test_kernels_and_gradients_equal_the_reference(implementation, case):
-    arrays, dtype, options = problem_of(CASES[implementation][case])
-    if implementation == "flash":
-        dtype = jnp.bfloat16
+    given = {"dtype": jnp.bfloat16} if implementation == "flash" else {}
+    arrays, dtype, options = problem_of(given | CASES[implementation][case])
     got = out_and_gradients(implementation, arrays, **options)
     want = out_and_gradients("reference", [x.astype(np.float32) for x in arrays], **options)
-    for name, g, w in zip(("out", "d_query", "d_key", "d_value"), got, want, strict=True):
-        assert g.dtype == dtype, name
+    for name, g, w in zip(("out", "d_query", "d_key", "d_value", "d_bias")[: len(want)], got, want, strict=True):
+        assert g.dtype == (jnp.float32 if name == "d_bias" else dtype), name
         # Probabilities and their gradients are rounded to the operands' dtype before the second products.
         assert_close(g, w, dtype, terms=T if dtype == jnp.float32 else 4)
 
@@ -98,7 +105,7 @@ def test_kernels_and_gradients_equal_the_reference(implementation, case):
 def test_flash_takes_keys_of_their_own():
     """A decoder's, of another length, some of them of documents that no query is of, and queries that see none."""
     S = T // 2
-    arrays = draw((B, T, 4, 32), (B, S, 2, 32), (B, S, 2, 32), (B, T, 4, 32))
+    arrays = draw((B, T, 4, 32), (B, S, 2, 32), (B, S, 2, 32), (B, T, 4, 32), dtype=jnp.bfloat16)
     keys = np.repeat([[1, 5, 2, 0], [3, 4, 4, 4]], S // 4, axis=1).astype(np.int32)
     options = {"segment_ids": jnp.asarray(SEGMENTS), "key_segment_ids": jnp.asarray(keys)}
     got, want = (out_and_gradients(name, arrays, **options) for name in ("flash", "reference"))
@@ -325,8 +332,6 @@ REFUSALS = [
     ("splash", "tpu", {"query_segments": ONES, "key_segments": ONES + 0}, "the queries' own tokens"),
     ("splash", "gpu", {}, "for TPUs: got gpu"),
     ("flash", "tpu", {}, "for GPUs: got tpu"),
-    ("flash", "gpu", {"dtype": jnp.float32}, "bfloat16 or float16: got float32"),
-    ("flash", "gpu", {"bias": BIAS}, "adds no bias"),
     ("flash", "gpu", {"T": 200}, "a multiple of 16: got 200 and 200"),
     ("flash", "gpu", {"heads": (2, 2, 48)}, "a power of two from 16 to 128: got 48"),
     ("cudnn", "tpu", {}, "for NVIDIA GPUs: got tpu"),
@@ -367,10 +372,11 @@ def test_a_refusal_names_the_implementation():
         ("gpu", {}, "flash"),
         ("gpu", {"query_segments": ONES, "key_segments": ONES, "window": TRACED}, "flash"),
         ("gpu", {"dropout_words": WORDS, "dropout_rate": 0.1}, "flash"),
-        ("gpu", {"bias": BIAS.astype(jnp.bfloat16)}, "cudnn"),
+        ("gpu", {"bias": BIAS}, "flash"),
+        ("gpu", {"T": 2048, "dtype": jnp.float32}, "flash"),
         ("gpu", {"heads": (2, 2, 48)}, "cudnn"),
         ("gpu", {"T": 200, "dropout_words": WORDS, "dropout_rate": 0.1}, "reference"),
-        ("gpu", {"T": 2048, "dtype": jnp.float32}, "chunked"),
+        ("gpu", {"T": 2056, "dtype": jnp.float32}, "chunked"),
     ],
 )
 def test_the_choice_is_the_first_that_can_serve(platform, options, name):

@@ -331,14 +331,18 @@ def test_cudnn_attention_counts_its_products_and_its_bytes():
     assert kernel_flops(estimate(backward, H100).kernels[0]) == products * 5 // 2
 
 
-@pytest.mark.parametrize(("window", "is_packed"), [(None, False), (None, True), ((64, 32), True)])
-def test_flash_attention_counts_the_tiles_that_meet(window, is_packed):
+@pytest.mark.parametrize(
+    ("window", "is_packed", "bias"),
+    [(None, False, ""), (None, True, "f32[1,12,512,512]{3,2,1,0}, "), ((64, 32), True, "")],
+)
+def test_flash_attention_counts_the_tiles_that_meet(window, is_packed, bias):
     T, own, met = 512, 128, 64
     segments = np.repeat([[1, 1, 1, 2], [1, 2, 3, 0]], T // 4, axis=1).astype(np.int32)
     within = "" if window is None else "_within_{}_{}".format(*window)
     called = GPU_PROGRAM.replace("__cudnn$fmhaSoftmax", "__gpu$xla.gpu.triton").replace(
-        "operand_layout_constraints={", "operand_layout_constraints={s32[4,4,2]{2,1,0}, "
+        "operand_layout_constraints={", "operand_layout_constraints={s32[4,4,2]{2,1,0}, " + bias
     )
+    within += "_with_bias" * bool(bias)
     named = f', metadata={{op_name="jit(step)/query_gradient_kernel_of_{own}_by_{met}_tiles{within}/pallas_call"}}'
     called = called.replace('"tuple_shapes": []}}}', '"tuple_shapes": []}}}' + named)
     sees = np.ones((2, T, T), bool)

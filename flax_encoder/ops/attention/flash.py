@@ -1,4 +1,4 @@
-"""FlashAttention for GPUs, a Pallas-Triton kernel with our segments, windows and dropout; see `flash_kernel`."""
+"""FlashAttention for GPUs, Pallas-Triton kernels with our segments, windows, dropout and biases; see `flash_kernel`."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -15,10 +15,6 @@ def refusal(problem: Problem) -> Refusal | None:
     (_, T, _, H), S = problem.query.shape, problem.key.shape[1]
     if platform() != "gpu":
         return Refusal("it is a kernel for GPUs", platform(), "leave implementation None")
-    if problem.query.dtype not in (jnp.bfloat16, jnp.float16):
-        return Refusal("its operands are bfloat16 or float16", problem.query.dtype, "'chunked' takes float32")
-    if problem.bias is not None:
-        return Refusal("it adds no bias", f"one of shape {problem.bias.shape}", "'chunked' does")
     if T % SMALLEST_TILE or S % SMALLEST_TILE:
         rule = f"queries and keys must be a multiple of {SMALLEST_TILE}"
         return Refusal(rule, f"{T} and {S}", "'chunked' takes any")
@@ -40,4 +36,4 @@ def attend(problem: Problem) -> Float[Array, "B T N H"]:
         None if problem.dropout_words is None else dropout_starts(problem),
     )
     plan = Plan(problem.scale, problem.dropout_rate, problem.static_window, kernels_are_interpreted())
-    return attend_flash(problem.query, problem.key, problem.value, known, plan)
+    return attend_flash(problem.query, problem.key, problem.value, problem.bias, known, plan)

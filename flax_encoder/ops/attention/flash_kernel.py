@@ -1,9 +1,11 @@
-"""The kernels of `flash`: FlashAttention (Dao, arXiv 2307.08691) in Triton, with our segments, windows and dropout.
+"""The kernels of `flash`: FlashAttention (Dao, arXiv 2307.08691) in Triton, with our segments, windows, dropout and
+biases.
 
 A program has a tile of a row's queries, of one head, and takes the tiles of keys that they may meet one after the
 other, with a softmax that is corrected as it goes. The backward pass is two kernels, one by tiles of queries and one by
 tiles of keys, each of which makes the logits again: seven products instead of five, but every sum is made in one place,
-in the same order each time. Which tiles meet is found beforehand, from the segments and the window.
+in the same order each time. A bias that is learned has a third, which makes the logits once more. Which tiles meet is
+found beforehand, from the segments and the window.
 """
 
 import functools
@@ -14,12 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from flax_encoder.ops.attention.problem import MASKED, Window, visible
 from flax_encoder.ops.dropout import keep_in_row
+from flax_encoder.ops.platform import precision
 
 _LOG2_E = math.log2(math.e)  # the hardware's exponential is of base 2
+BIAS_SAID = "_with_bias"  # at the end of a kernel's name
 
 
 class Known(NamedTuple):
@@ -30,6 +34,8 @@ class Known(NamedTuple):
     window: Int[Array, "2"] | None
     starts: UInt32[Array, "B N T"] | None
     """Of dropout, `dropout_starts`."""
+    bias: Float[Array, "#B #N T S"] | None = None
+    """Added to the scaled logits."""
 
 
 class Plan(NamedTuple):
@@ -51,17 +57,18 @@ class Tiles(NamedTuple):
 
 # Measured on an H100 (LOG.md), for heads of 64; of wider ones fewer fit the registers.
 FORWARD, BY_QUERIES, BY_KEYS = Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)
-_OWN_NUMBERS, _MET_NUMBERS = 128 * 64, 64 * 64
+_OWN_BYTES, _MET_BYTES = 2 * 128 * 64, 2 * 64 * 64
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attend_flash(query, key, value, known, plan):
-    """Of queries [B T N H], keys and values [B S K H]."""
-    return _forward(query, key, value, known, plan)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def attend_flash(query, key, value, bias, known, plan):
+    """Of queries [B T N H], keys and values [B S K H], and a bias [#B #N T S] or None."""
+    return _forward(query, key, value, bias, known, plan)[0]
 
 
-def _forward(query, key, value, known, plan):
+def _forward(query, key, value, bias, known, plan):
     B, T, N, _ = query.shape
+    known = known._replace(bias=bias)
     call = _Call(FORWARD, plan, query, key, known)
     log_total = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
     out, log_total = call(_forward_kernel, (query, key, value), "qkk", (query, log_total), "qs")
@@ -76,7 +83,8 @@ def _backward(plan, residuals, d_out):
     call = _Call(BY_KEYS, plan, query, key, known, is_by_keys=True)
     arrays = query, key, value, d_out, log_total, delta
     d_key, d_value = call(_key_gradient_kernel, arrays, "qkkqss", (key, value), "kk")
-    return d_query, d_key, d_value, None
+    d_bias = None if known.bias is None else _bias_gradient(plan, arrays, known)
+    return d_query, d_key, d_value, d_bias, None
 
 
 attend_flash.defvjp(_forward, _backward)
@@ -111,13 +119,10 @@ class _Call:
         (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
         G = N // K
         own_length, other_length = (S, T) if is_by_keys else (T, S)
-        own = math.gcd(min(tiles.own, _OWN_NUMBERS // H), own_length)
-        met = math.gcd(min(tiles.met, _MET_NUMBERS // H), other_length)
+        own, met = _tile_sizes(tiles, query, own_length, other_length)
         self.tiles, self.plan = tiles._replace(own=own, met=met), plan
         self.grid = own_length // own, B, K if is_by_keys else N
-        # Which plan/schedules.py reads.
-        within = "".join(f"_{n}" for n in (plan.static_window or ())[:: -1 if is_by_keys else 1])
-        self.cut = f"_of_{own}_by_{met}_tiles" + f"_within{within}" * bool(within)
+        self.cut = _cut_said(plan, own, met, known, is_by_keys)
         segments, window = known[:2], None if known.window is None else tuple(known.window)
         if is_by_keys:
             segments, window = segments[::-1], window and window[::-1]
@@ -125,6 +130,7 @@ class _Call:
 
         of_own, of_others = (None, own), (None, other_length)
         at_own, at_others = lambda i, b, n: (b, i), lambda i, b, n: (b, 0)
+        rows, heads = (1, 1) if known.bias is None else known.bias.shape[:2]
         if is_by_keys:  # which meet all query heads that share a key's
             self.specs = {
                 "q": pl.BlockSpec((None, T, G, H), lambda i, b, n: (b, 0, n, 0)),
@@ -132,6 +138,9 @@ class _Call:
                 "s": pl.BlockSpec((None, G, T), lambda i, b, n: (b, n, 0)),
             }
             of_segments = pl.BlockSpec(of_others, at_others), pl.BlockSpec(of_own, at_own)
+            of_bias = pl.BlockSpec(
+                (None, min(heads, G), T, own), lambda i, b, n: (b if rows > 1 else 0, n if heads > 1 else 0, 0, i)
+            )
         else:
             self.specs = {
                 "q": pl.BlockSpec((None, own, None, H), lambda i, b, n: (b, i, n, 0)),
@@ -139,7 +148,10 @@ class _Call:
                 "s": pl.BlockSpec((None, None, own), lambda i, b, n: (b, n, i)),
             }
             of_segments = pl.BlockSpec(of_own, at_own), pl.BlockSpec(of_others, at_others)
-        known_specs = Known(*of_segments, pl.BlockSpec((2,), lambda i, b, n: (0,)), self.specs["s"])
+            of_bias = pl.BlockSpec(
+                (None, None, own, S), lambda i, b, n: (b if rows > 1 else 0, n if heads > 1 else 0, i, 0)
+            )
+        known_specs = Known(*of_segments, pl.BlockSpec((2,), lambda i, b, n: (0,)), self.specs["s"], of_bias)
         known_specs = Known(*(None if x is None else spec for x, spec in zip(known, known_specs, strict=True)))
         self.known_specs = pl.BlockSpec((None, None, 2), lambda i, b, n: (b, i, 0)), known_specs
 
@@ -157,27 +169,94 @@ class _Call:
         )(*self.known, *arrays)
 
 
-class _Program:
-    """A tile and what it may meet."""
+def _tile_sizes(tiles: Tiles, query, own_length: int, other_length: int) -> tuple[int, int]:
+    """As large as `tiles` says for narrow heads of two bytes a number, in parts of as many bytes for others."""
+    wide = query.shape[3] * query.dtype.itemsize
+    sizes = min(tiles.own, _OWN_BYTES // wide), min(tiles.met, _MET_BYTES // wide)
+    return math.gcd(sizes[0], own_length), math.gcd(sizes[1], other_length)
 
-    def __init__(self, plan: Plan, tiles: Tiles, met_ref, known: Known, is_by_keys: bool = False):
+
+def _cut_said(plan: Plan, own: int, met: int, known: Known, is_by_keys: bool = False) -> str:
+    """Part of a kernel's name, which plan/schedules.py reads."""
+    within = "".join(f"_{n}" for n in (plan.static_window or ())[:: -1 if is_by_keys else 1])
+    return f"_of_{own}_by_{met}_tiles" + f"_within{within}" * bool(within) + BIAS_SAID * (known.bias is not None)
+
+
+def _bias_gradient(plan: Plan, arrays, known: Known):
+    """Of `arrays`, those of the keys' gradient: like the bias, the sum over rows and heads that share it."""
+    query, key = arrays[:2]
+    (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
+    bias, G = known.bias, N // K
+    own, met = _tile_sizes(BY_QUERIES, query, T, S)
+    tiles = BY_QUERIES._replace(own=own, met=met)
+    # A program has all the rows that share a bias: their sum is made in one place.
+    rows = B if len(bias) == 1 else 1
+    window = None if known.window is None else tuple(known.window)
+    tiles_of = tiles_met(known.query_segments, known.key_segments, window, own, met, (B, T, S))
+    of_queries = pl.BlockSpec((rows, own, None, H), lambda i, b, n: (b, i, n, 0))
+    of_keys = pl.BlockSpec((rows, S, None, H), lambda i, b, n: (b, 0, n // G, 0))
+    of_each = pl.BlockSpec((rows, None, own), lambda i, b, n: (b, n, i))
+    at_head = (lambda n: n) if bias.shape[1] > 1 else (lambda n: 0)
+    known_specs = Known(
+        pl.BlockSpec((rows, own), lambda i, b, n: (b, i)), pl.BlockSpec((rows, S), lambda i, b, n: (b, 0)),
+        pl.BlockSpec((2,), lambda i, b, n: (0,)), of_each,
+        pl.BlockSpec((None, None, own, S), lambda i, b, n: (b, at_head(n), i, 0)),
+    )  # fmt: skip
+    known_specs = Known(*(None if x is None else spec for x, spec in zip(known, known_specs, strict=True)))
+    d_bias = pl.pallas_call(
+        functools.partial(_bias_gradient_kernel, plan, tiles),
+        grid=(T // own, B // rows, N),
+        in_specs=[
+            pl.BlockSpec((rows, None, 2), lambda i, b, n: (b, i, 0)), known_specs,
+            of_queries, of_keys, of_keys, of_queries, of_each, of_each,
+        ],
+        out_specs=pl.BlockSpec((None, None, own, S), lambda i, b, n: (b, n, i, 0)),
+        out_shape=jax.ShapeDtypeStruct((B // rows, N, T, S), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=plan.is_interpreted,
+        name="bias_gradient_kernel" + _cut_said(plan, own, met, known),
+    )(tiles_of, known, *arrays)  # fmt: skip
+    d_bias = d_bias if bias.shape[1] == N else d_bias.sum(1, keepdims=True)
+    return d_bias.astype(bias.dtype)
+
+
+class _Program:
+    """A tile and what it may meet.
+
+    Args:
+      row: where a program has several rows, which of them, and else ().
+      start: the tile's first token, where it was found already: it is not known within a loop, if interpreted.
+    """
+
+    def __init__(self, plan: Plan, tiles: Tiles, met_ref, known: Known, is_by_keys: bool = False, row=(), start=None):
         self.plan, self.tiles, self.met_ref, self.known, self.is_by_keys = plan, tiles, met_ref, known, is_by_keys
-        self.start = pl.program_id(0) * tiles.own  # not known within a loop, if interpreted
+        self.row, self.start = row, pl.program_id(0) * tiles.own if start is None else start
 
     def each(self, do, carry):
         """carry after do(places, carry) for each tile of the others that may be met, in order."""
         size = self.tiles.met
         return jax.lax.fori_loop(self.met_ref[0], self.met_ref[1], lambda i, c: do(pl.ds(i * size, size), c), carry)
 
-    def logits(self, own, others, places):
-        """In base 2, [own others]; what is not seen is MASKED."""
+    def logits(self, own, others, places, head=0):
+        """In base 2, [own others]; what is not seen is MASKED.
+
+        Args:
+          head: by keys, which of the query heads that share them.
+        """
         logits = (self.plan.scale * _LOG2_E) * _dot(own, others, (1, 1))
-        known, segments = self.known, (None, None)
+        known, segments, own_places = self.known, (None, None), (*self.row, slice(None))
+        if known.bias is not None:
+            if self.is_by_keys:
+                bias = known.bias[head if known.bias.shape[0] > 1 else 0, places, :].T
+            else:
+                bias = known.bias[:, places]
+            logits = logits + _LOG2_E * bias.astype(jnp.float32)
         if known.query_segments is not None:
             if self.is_by_keys:
                 segments = known.query_segments[places][None, :], known.key_segments[...][:, None]
             else:
-                segments = known.query_segments[...][:, None], known.key_segments[places][None, :]
+                own_segments, others = known.query_segments[own_places], known.key_segments[(*self.row, places)]
+                segments = own_segments[:, None], others[None, :]
         window = None if known.window is None else (known.window[0], known.window[1])
         query, key = self._indices(places)
         mask = visible(*segments, window, query, key)
@@ -254,7 +333,7 @@ def _key_gradient_kernel(plan, tiles, met_ref, known, *refs):
             query, d_out = query_ref[places, g, :], d_out_ref[places, g, :]
             log_total, delta = log_total_ref[g, places][None, :], delta_ref[g, places][None, :]
             dropped = program.dropped(places, None if known.starts is None else known.starts[g, places][None, :])
-            weights = jnp.exp2(program.logits(key, query, places) - log_total)
+            weights = jnp.exp2(program.logits(key, query, places, g) - log_total)
             d_value += _dot(dropped(weights).astype(d_out.dtype), d_out, (1, 0))
             d_weights = dropped(_dot(value, d_out, (1, 1))) / (1.0 - plan.dropout_rate)
             d_logits = weights * (d_weights - delta)
@@ -269,6 +348,31 @@ def _key_gradient_kernel(plan, tiles, met_ref, known, *refs):
     d_value_ref[...] = (d_value / (1.0 - plan.dropout_rate)).astype(d_value_ref.dtype)
 
 
+def _bias_gradient_kernel(plan, tiles, met_ref, known, *refs):
+    query_ref, key_ref, value_ref, d_out_ref, log_total_ref, delta_ref, d_bias_ref = refs
+    rows, size, start = query_ref.shape[0], tiles.met, pl.program_id(0) * tiles.own
+
+    def meet(j, _):
+        places = pl.ds(j * size, size)
+
+        def add(r, total):
+            program = _Program(plan, tiles, met_ref, known, row=(r,), start=start)
+            starts = None if known.starts is None else known.starts[r, :][:, None]
+            own, key, value = (r, slice(None), slice(None)), key_ref[r, places, :], value_ref[r, places, :]
+            weights = jnp.exp2(program.logits(query_ref[own], key, places) - log_total_ref[r, :][:, None])
+            d_weights = program.dropped(places, starts)(_dot(d_out_ref[own], value, (1, 1))) / (1.0 - plan.dropout_rate)
+            return total + weights * (d_weights - delta_ref[r, :][:, None])
+
+        def add_if_met(r, total):
+            is_met = (met_ref[r, 0] <= j) & (j < met_ref[r, 1])
+            return jax.lax.cond(is_met, add, lambda r, total: total, r, total)
+
+        d_bias_ref[:, places] = jax.lax.fori_loop(0, rows, add_if_met, jnp.zeros((tiles.own, size), jnp.float32))
+        return _
+
+    jax.lax.fori_loop(0, key_ref.shape[1] // size, meet, 0)
+
+
 def _dot(a, b, contract: tuple[int, int]):
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dims, precision=precision(a, b), preferred_element_type=jnp.float32)
