@@ -31,7 +31,8 @@ _OF_RECURRENT = (
 )  # fmt: skip
 # Settings of an EncoderConfig that its parameters do not depend on.
 FREE_OF_PARAMETERS = (
-    "dropout_rate", "attention_dropout_rate", "dtype", "attention_implementation", "scan_layers", "remat"
+    "dropout_rate", "attention_dropout_rate", "dtype", "product_dtype", "attention_implementation", "scan_layers",
+    "remat",
 )  # fmt: skip
 
 
@@ -143,6 +144,10 @@ class EncoderConfig(ShortRepr):
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Dtype of the operands of matrix products. Parameters, accumulation, norms, softmax and loss are always float32.
     """
+    product_dtype: Literal["float8"] | None = None
+    """Dtype of the operands of the layers' linear maps, where it is not `dtype`, which must be bfloat16 then: float8
+    rounds inputs and kernels to 3 bits of mantissa and gradients to 2, with a scale for each tensor. GPUs from Hopper
+    on multiply it twice as fast; other devices compute the same numbers, but no sooner."""
     attention_implementation: Literal["reference", "chunked", "rows", "splash", "flash", "cudnn"] | None = None
     """Backend of attention; None picks the fastest that can serve."""
     scan_layers: bool = True
@@ -153,6 +158,12 @@ class EncoderConfig(ShortRepr):
 
     def __post_init__(self):
         require(self.dtype in ("bfloat16", "float32"), f"dtype must be bfloat16 or float32: got {self.dtype!r}.")
+        require(
+            self.product_dtype is None
+            or (self.product_dtype, self.dtype, self.layer) == ("float8", "bfloat16", "attention"),
+            f"product_dtype must be None, or float8 beside dtype bfloat16 in layers of attention: got "
+            f"{self.product_dtype!r}, dtype {self.dtype} and layer {self.layer}.",
+        )
         require_positive(
             self,
             "num_layers",
@@ -286,6 +297,11 @@ class EncoderConfig(ShortRepr):
     @property
     def head_dim(self) -> int:
         return self.attention_head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def operands(self) -> str:
+        """Dtype of the operands of the layers' linear maps."""
+        return self.product_dtype or self.dtype
 
     @property
     def biases(self) -> "Biases":

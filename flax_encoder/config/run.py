@@ -292,6 +292,11 @@ class RunConfig(ShortRepr):
             f"{self.model.max_length}. Give rows of at most {self.model.max_length}"
             + (", or start from a model without a table of positions, such as ModernBERT." if self.init_from else "."),
         )
+        require(
+            self.model.product_dtype is None or self.mesh.tensor == 1,
+            f"a scale of float8 is of a whole tensor, which mesh.tensor splits: got {self.mesh.tensor} with "
+            f"model.product_dtype {self.model.product_dtype}. Give --mesh.tensor 1, and split by --mesh.fsdp.",
+        )
         if self.mesh.context > 1:
             lengths = *self.row_lengths, *self.data.buckets
             check_context(self.mesh.context, self.model, lengths, self.data.target_length)

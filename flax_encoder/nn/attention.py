@@ -75,7 +75,7 @@ class SelfAttention(nnx.Module):
         embed = {"embed": config.embed_dim}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads or config.num_heads, "head_dim": config.head_dim}
-        options = {"std": config.init_std, "use_bias": config.biases.attention, "dtype": config.dtype, "rngs": rngs}
+        options = {"std": config.init_std, "use_bias": config.biases.attention, "dtype": config.operands, "rngs": rngs}
         self.query = Linear(embed, heads, out_dtype=config.dtype, **options)
         self.key = Linear(embed, kv_heads, out_dtype=config.dtype, **options)
         self.value = Linear(embed, kv_heads, out_dtype=config.dtype, **options)

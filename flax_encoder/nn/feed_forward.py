@@ -48,7 +48,7 @@ class FeedForward(nnx.Module):
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         embed, mlp = {"embed": config.embed_dim}, {"mlp": config.mlp_dim}
-        options = {"std": config.init_std, "dtype": config.dtype, "rngs": rngs}
+        options = {"std": config.init_std, "dtype": config.operands, "rngs": rngs}
         inner = options | {"use_bias": config.biases.mlp, "out_dtype": config.dtype}
         self.gate = Linear(embed, mlp, **inner) if config.gated else None
         self.up = Linear(embed, mlp, **inner)

@@ -104,7 +104,8 @@ def packed(x: Float[Array, "*B D"], *layers: Linear, with_bias: bool = True) -> 
     widths = [math.prod(shape) for shape in shapes]
     first = layers[0]
     # Rounded before they are copied side by side, which then moves half as much.
-    kernels = [layer.kernel[...].reshape(x.shape[-1], -1).astype(first.dtype) for layer in layers]
+    rounded = "bfloat16" if first.dtype == "float8" else first.dtype
+    kernels = [layer.kernel[...].reshape(x.shape[-1], -1).astype(rounded) for layer in layers]
     has_bias = with_bias and first.bias is not None
     bias = jnp.concatenate([layer.bias[...].reshape(-1) for layer in layers]) if has_bias else None
     y = linear(x, jnp.concatenate(kernels, axis=1), bias, dtype=first.dtype, out_dtype=first.out_dtype)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from flax_encoder.ops.float8 import FORWARD, GRADIENT, Float8, dequantised, quantised
 from flax_encoder.ops.mesh import TOKEN_AXES, is_spread, parts
 from flax_encoder.ops.platform import cpu_multiplies_bfloat16, platform, precision
 from flax_encoder.ops.sums import sum_over
@@ -30,7 +31,8 @@ def linear(
       x: batch axes, then D.
       kernel: [D, ...], or with `contract_last` [..., D], as a tied vocabulary head has it.
       dtype: dtype of the operands, also in the backward pass, where the bias's gradient is the sum of the rounded
-        operands. The gradients come back in the dtypes of x, kernel and bias.
+        operands. The gradients come back in the dtypes of x, kernel and bias. "float8" rounds x and kernel to 3 bits of
+        mantissa and the result's gradient to 2, with a scale for each of the three (ops/float8.py).
       out_dtype: dtype of the result, which is rounded once; on a GPU the product, the bias and their sum each are.
 
     Example:
@@ -41,7 +43,8 @@ def linear(
     matrix = kernel.reshape((-1, D) if contract_last else (D, math.prod(features)))
     # A GPU's product rounds as it writes: apart that would read float32 again, and in some versions of XLA it takes
     # the bias with it, if that is of the same dtype.
-    product_dtype = out_dtype if dtype == out_dtype == "bfloat16" and platform() == "gpu" else "float32"
+    is_narrow = dtype != "float32" and out_dtype == "bfloat16" and platform() == "gpu"
+    product_dtype = out_dtype if is_narrow else "float32"
     # Batch axes come back before the bias, features after: a reshape between the product and what reads it keeps a TPU
     # from fusing them, and heads of 64 fill half of its lanes (LOG.md).
     y = _product(x.reshape(*_batch_axes(x), D), matrix, contract_last, dtype, product_dtype)
@@ -87,6 +90,7 @@ _biased.defvjp(lambda y, bias: (_biased(y, bias), jnp.zeros((), bias.dtype)), _b
 
 def made_once(g, dtype: str):
     """On a GPU g rounded to dtype, one array for all that read it: XLA would make a concatenation for each product."""
+    dtype = "bfloat16" if dtype == "float8" else dtype
     return jax.lax.optimization_barrier(g.astype(dtype)).astype(g.dtype) if platform() == "gpu" else g
 
 
@@ -111,7 +115,12 @@ def linear_gradients(
 ) -> tuple[Float[Array, "*B D"], Float[Array, "..."]]:
     """The gradients of x, as `x_dtype`, and kernel for that of `linear`'s result: operands rounded to `dtype`, the rest
     float32."""
-    x, kernel, g = (_rounded(a, dtype) for a in (x, kernel, g))
+    return _gradients(x, kernel, g, contract_last, dtype, x_dtype)
+
+
+def _gradients(x, kernel, g, contract_last: bool, dtype: str, x_dtype: str):
+    """`linear_gradients`, also of what `_kept` has rounded already."""
+    x, kernel, g = _operand(x, dtype), _operand(kernel, dtype), _operand(g, dtype, GRADIENT)
     d_x = _rows_dot(g, kernel, 0 if contract_last else 1, x_dtype)
     return d_x, _rows_dot_over_rows(*((g, x) if contract_last else (x, g)))
 
@@ -136,13 +145,26 @@ def _rows_dot(a, b, contract_b: int, out_dtype: str = "float32"):
     return _row_major(_dot(_row_major(a), _row_major(b), contract)).astype(out_dtype)
 
 
-def _rounded(x, dtype: str):
-    """x rounded to `dtype`, of the dtype that products take: products of bfloat16 are exact in float32."""
+def _widens() -> bool:
+    """Whether products of bfloat16 are made of float32 operands that hold the same numbers."""
     # Without instructions for bfloat16 XLA:CPU widens inside its product's loops, at half of float32's speed (LOG.md);
     # and over several devices, where layouts are not constrained, it has no product of bfloat16 in any layout.
-    if dtype == "bfloat16" and platform() == "cpu" and (is_spread() or not cpu_multiplies_bfloat16()):
+    return platform() == "cpu" and (is_spread() or not cpu_multiplies_bfloat16())
+
+
+def _kept(x, dtype: str, float8=FORWARD):
+    """x rounded to `dtype`, as it is kept for the backward pass: of the dtype that products take, or `Float8`."""
+    if dtype == "float8":
+        return quantised(x, float8)
+    if dtype == "bfloat16" and _widens():
         return jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
     return x.astype(dtype)
+
+
+def _operand(x, dtype: str, float8=FORWARD):
+    """What a product takes of x, which is rounded already or not."""
+    x = x if isinstance(x, Float8) else _kept(x, dtype, float8)
+    return dequantised(x, "float32" if _widens() else "bfloat16") if isinstance(x, Float8) else x
 
 
 def _rows_dot_over_rows(a, b):
@@ -169,9 +191,10 @@ def _product(x, kernel, transposed, dtype, out_dtype):
 
 def _forward(x, kernel, transposed, dtype, out_dtype):
     # What is kept for the backward pass is already rounded: half the memory, and the cast is not made twice.
-    x_low, kernel_low = _rounded(x, dtype), _rounded(kernel, dtype)
+    x_low, kernel_low = _kept(x, dtype), _kept(kernel, dtype)
     dtypes = jnp.zeros((), x.dtype), jnp.zeros((), kernel.dtype)
-    return _few_rows_dot(x_low, kernel_low, transposed, out_dtype), (x_low, kernel_low, dtypes)
+    y = _few_rows_dot(_operand(x_low, dtype), _operand(kernel_low, dtype), transposed, out_dtype)
+    return y, (x_low, kernel_low, dtypes)
 
 
 def _few_rows_dot(x, kernel, transposed: bool, out_dtype: str):
@@ -184,8 +207,7 @@ def _few_rows_dot(x, kernel, transposed: bool, out_dtype: str):
 
 def _backward(transposed, dtype, out_dtype, residuals, g):
     x, kernel, (x_like, kernel_like) = residuals
-    options = {"contract_last": transposed, "dtype": dtype, "x_dtype": x_like.dtype.name}
-    d_x, d_kernel = linear_gradients(x, kernel, made_once(g, dtype), **options)
+    d_x, d_kernel = _gradients(x, kernel, made_once(g, dtype), transposed, dtype, x_like.dtype.name)
     if platform() == "tpu":
         # Otherwise a reshape that takes heads apart becomes part of the product, which then wants x transposed.
         d_kernel = jax.lax.optimization_barrier(d_kernel)

@@ -2,17 +2,23 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
+from flax_encoder.ops.float8 import FORWARD, GRADIENT, dequantised, quantised
 from flax_encoder.ops.linear import bias_gradient, linear
 from flax_encoder.ops.platform import platform_for_tracing
 
 BATCH, D, F = (2, 3), 7, (5, 11)
 
 
-def rounded(x, dtype):
-    return np.asarray(x).astype(dtype).astype(np.float64)
+def rounded(x, dtype, float8=ml_dtypes.float8_e4m3fn):
+    x = np.asarray(x)
+    if dtype != "float8":
+        return x.astype(dtype).astype(np.float64)
+    scale = 2.0 ** np.ceil(np.log2(np.abs(x).max().astype(float) / float(ml_dtypes.finfo(float8).max)))
+    return (x.astype(float) / scale).astype(float8).astype(np.float64) * scale
 
 
 def assert_close(got, want, dtype=np.float32):
@@ -23,8 +29,8 @@ def assert_close(got, want, dtype=np.float32):
 
 @pytest.mark.parametrize(
     ("dtype", "has_bfloat16"),
-    [("float32", True), ("bfloat16", True), ("bfloat16", False)],
-    ids=["float32", "bfloat16", "bfloat16 widened"],
+    [("float32", True), ("bfloat16", True), ("bfloat16", False), ("float8", True), ("float8", False)],
+    ids=["float32", "bfloat16", "bfloat16 widened", "float8", "float8 widened"],
 )
 @pytest.mark.parametrize("contract_last", [False, True])
 @pytest.mark.parametrize("features", [(11,), F], ids=["vector", "matrix"])
@@ -47,7 +53,8 @@ def test_linear_and_gradients_equal_numpy(monkeypatch, dtype, contract_last, fea
     assert y.dtype == d_bias.dtype == jnp.float32
     assert d_x.dtype == d_kernel.dtype == jnp.dtype(operands)
 
-    low_x, low_kernel, low_d_y = (rounded(a, dtype) for a in (x, kernel, d_y))
+    low_x, low_kernel = (rounded(a, dtype) for a in (x, kernel))
+    low_d_y = rounded(d_y, dtype, ml_dtypes.float8_e5m2)
     names = "fgd" if contract_last else "dfg"
     if len(features) == 1:
         names = names.replace("g", "")
@@ -55,7 +62,25 @@ def test_linear_and_gradients_equal_numpy(monkeypatch, dtype, contract_last, fea
     assert_close(y, np.einsum(f"abd,{names}->ab{out}", low_x, low_kernel) + bias)
     assert_close(d_x, np.einsum(f"ab{out},{names}->abd", low_d_y, low_kernel), operands)
     assert_close(d_kernel, np.einsum(f"abd,ab{out}->{names}", low_x, low_d_y), operands)
-    assert_close(d_bias, low_d_y.sum((0, 1)))
+    assert_close(d_bias, (d_y if dtype == "float8" else low_d_y).sum((0, 1)))
+
+
+@pytest.mark.parametrize("kind", [FORWARD, GRADIENT])
+def test_float8_holds_the_largest_number_and_what_is_not_finite(kind):
+    rng = np.random.default_rng(0)
+    for size in (1e-25, 1.0, 3e38):
+        x = (size * rng.uniform(-1, 1, 1000)).astype(np.float32)
+        small = jax.jit(lambda x: quantised(x, kind))(x)
+        assert np.log2(float(small.scale)) % 1 == 0 and np.isfinite(small.values.astype(np.float32)).all()
+        got = np.asarray(dequantised(small, "float32"))
+        np.testing.assert_array_equal(got, np.asarray(dequantised(small, "bfloat16"), np.float32))
+        largest = np.abs(x).max()
+        # Half of the last place of each number, or of the least that the scale leaves.
+        last_place = 2.0 ** -(jnp.finfo(kind).nmant + 1)
+        np.testing.assert_array_less(np.abs(got - x), last_place * np.maximum(np.abs(x), largest * 2.0**-13) * 1.0001)
+    assert not np.asarray(dequantised(quantised(jnp.zeros(3), kind), "float32")).any()
+    for bad in (np.inf, np.nan):
+        assert not np.isfinite(dequantised(quantised(jnp.array([1.0, bad]), kind), "float32")[1])
 
 
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
