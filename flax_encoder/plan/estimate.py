@@ -191,12 +191,12 @@ def kernel_flops(line: Line, segment_ids: Any = None) -> int:
     operands = arrays(layouts)
     name = f"{x.name} {x.op_name}"
     floats = [sizes for dtype, sizes, _ in operands if dtype in _FLOATS and len(sizes) >= 3]
-    # The widest, as RoPE's tables are narrower than all heads side by side; a bias comes first.
-    sizes = max(floats[BIAS_SAID in name :], key=math.prod)
-    if len(sizes) == 4 and (of_tiles := tile_pairs(name, segment_ids, sizes[1])) is not None:
-        B, _, N, H = sizes
-        return KERNEL_PRODUCTS[names[0]] * 2 * B * of_tiles * N * H
-    *_, length, width = sizes
+    if len(floats[0]) == 4:
+        (B, T, N, H), (_, S, *_) = floats[BIAS_SAID in name :][:2]
+        if (of_tiles := tile_pairs(name, segment_ids, (T, S))) is not None:
+            return KERNEL_PRODUCTS[names[0]] * 2 * B * of_tiles * N * H
+    # The widest, as RoPE's tables are narrower than all heads side by side.
+    *_, length, width = sizes = max(floats, key=math.prod)
     of_a_row = re.search(r"_of_(\d+)_pairs", name)  # `rows` says how many its window leaves
     met = length * sum(keys * share for keys, share in stretch_shares(name, segment_ids).items())
     pairs = math.prod(sizes[:-2]) * (int(of_a_row[1]) if of_a_row else round(met) or length * length)

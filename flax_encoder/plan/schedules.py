@@ -34,18 +34,24 @@ def stretch_shares(name: str, segment_ids: Any) -> dict[int, float]:
     return dict(zip(sizes, (np.bincount(which.ravel(), minlength=len(sizes)) / which.size).tolist(), strict=True))
 
 
-def tile_pairs(name: str, segment_ids: Any, length: int) -> int | None:
+def tile_pairs(name: str, segment_ids: Any, lengths: tuple[int, int]) -> int | None:
     """Pairs of a query and a key in all tiles of a row that meet, on average, as the name of `flash`' kernel states
-    them; None for another's."""
+    them; None for another's.
+
+    Args:
+      segment_ids: [B T] of the rows that the plan is of, or None. Of others, such as a decoder's, all tiles count.
+      lengths: of (queries, keys).
+    """
     found = re.search(r"_of_(\d+)_by_(\d+)_tiles(?:_within_(\d+)_(\d+))?", name)
     if not found:
         return None
     own, met, *window = (int(n) for n in found.groups() if n)
-    B = 1 if segment_ids is None else len(segment_ids)
-    first, stop = np.moveaxis(
-        np.asarray(tiles_met(segment_ids, segment_ids, tuple(window) or None, own, met, (B, length, length))), 2, 0
-    )
-    return own * met * int(np.maximum(stop - first, 0).sum()) // B
+    if segment_ids is not None and lengths != segment_ids.shape[1:] * 2:
+        segment_ids = None
+    shape = (1 if segment_ids is None else len(segment_ids), *lengths[:: -1 if "key_gradient" in name else 1])
+    met_by_each = tiles_met(segment_ids, segment_ids, tuple(window) or None, own, met, shape)
+    first, stop = np.moveaxis(np.asarray(met_by_each), 2, 0)
+    return own * met * int(np.maximum(stop - first, 0).sum()) // shape[0]
 
 
 def dump_schedules(folder: pathlib.Path) -> str:
