@@ -147,7 +147,7 @@ class EncoderConfig(ShortRepr):
     product_dtype: Literal["float8"] | None = None
     """Dtype of the operands of the layers' linear maps, where it is not `dtype`, which must be bfloat16 then: float8
     rounds inputs and kernels to 3 bits of mantissa and gradients to 2, with a scale for each tensor. GPUs from Hopper
-    on multiply it twice as fast; other devices compute the same numbers, but no sooner."""
+    on have products of it; other devices compute the same numbers, but no sooner."""
     attention_implementation: Literal["reference", "chunked", "rows", "splash", "flash", "cudnn"] | None = None
     """Backend of attention; None picks the fastest that can serve."""
     scan_layers: bool = True

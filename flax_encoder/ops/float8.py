@@ -18,6 +18,18 @@ class Float8(NamedTuple):
     scale: Float[Array, ""]
     """A power of two, float32."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def T(self) -> "Float8":
+        return self._replace(values=self.values.T)
+
 
 def quantised(x: Float[Array, "..."], dtype) -> Float8:
     """x rounded to float8, scaled so that its largest number is at most the dtype's. What is not finite stays so.
@@ -38,8 +50,5 @@ def quantised(x: Float[Array, "..."], dtype) -> Float8:
 
 
 def dequantised(x: Float8, dtype: str) -> Float[Array, "..."]:
-    """The numbers that x stands for, as bfloat16 or float32, both exactly.
-
-    A product of what comes of this is what XLA for GPUs looks for, to make one of float8 operands of it.
-    """
+    """The numbers that x stands for, as bfloat16 or float32, both exactly."""
     return x.values.astype(dtype) * x.scale.astype(dtype)

@@ -126,6 +126,9 @@ def _gradients(x, kernel, g, contract_last: bool, dtype: str, x_dtype: str):
 
 
 def _dot(a, b, contract: tuple[int, int] | tuple[tuple[int, ...], tuple[int, ...]], dtype: str = "float32"):
+    if isinstance(a, Float8):
+        y = _dot(a.values, b.values, contract, dtype)
+        return y * (a.scale * b.scale).astype(y.dtype)
     dims = tuple((axes,) if isinstance(axes, int) else axes for axes in contract), ((), ())
     return jax.lax.dot_general(a, b, dims, precision=precision(a, b), preferred_element_type=jnp.dtype(dtype))
 
@@ -162,9 +165,11 @@ def _kept(x, dtype: str, float8=FORWARD):
 
 
 def _operand(x, dtype: str, float8=FORWARD):
-    """What a product takes of x, which is rounded already or not."""
+    """What a product takes of x, which is rounded already or not: `Float8` on a GPU alone."""
     x = x if isinstance(x, Float8) else _kept(x, dtype, float8)
-    return dequantised(x, "float32" if _widens() else "bfloat16") if isinstance(x, Float8) else x
+    if isinstance(x, Float8) and platform() != "gpu":
+        return dequantised(x, "float32" if _widens() else "bfloat16")
+    return x
 
 
 def _rows_dot_over_rows(a, b):
