@@ -220,7 +220,7 @@ def main() -> None:
     everything = {"ours": ours} | {f"{kind}, {rate:g}": some for (kind, rate), some in runs.items()}
     show({"header": top, "rows": rows, "runs": everything}, rows, asked.json)
     if asked.plot:
-        plot(sides, f"{asked.recipe}, {asked.dtype}, {top['cores']} cores of {top['device']}", asked.plot)
+        plot(sides, f"{asked.recipe}, {asked.dtype}\n{top['cores']} cores of {top['device']}", asked.plot)
 
 
 if __name__ == "__main__":
