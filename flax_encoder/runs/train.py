@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from flax_encoder.config import ConfigError, RunConfig, to_dict
 from flax_encoder.config.phases import describe_phase, turn_of, with_ended
+from flax_encoder.config.rules import counted
 from flax_encoder.data.sources.remote import is_remote
 from flax_encoder.runs.best import best_evaluation, check_metric
 from flax_encoder.runs.evaluate import Evaluations
@@ -247,7 +248,7 @@ def _steps(
     kept = {at: found for at, found in held_out.by_step.items() if at in checkpoint_steps(run_dir)}
     chosen = best_evaluation(kept, config.keep_best)
     if chosen is not None:
-        of_all = f"of {len(held_out.by_step)} evaluations"
+        of_all = f"of {counted(len(held_out.by_step), 'evaluation')}"
         log.say(f"{config.keep_best} was best after step {chosen.step}, {of_all}: {chosen.value:.4f}")
         if chosen.step != step:
             params = read_params(run_dir / "checkpoints" / str(chosen.step), params)
@@ -290,5 +291,5 @@ def _compile(step_fn: Any, state: Any, batch: Any, shape: tuple[int, ...], log: 
         began = time.monotonic()
         compiled = step_fn.lower(state, batch).compile()
         how, seconds = "loaded" if hits else "compiled", time.monotonic() - began
-    log.say(f"{how} the step for {shape[0]} rows of {shape[1]} tokens in {seconds:.1f} s")
+    log.say(f"{how} the step for {counted(shape[0], 'row')} of {shape[1]} tokens in {seconds:.1f} s")
     return compiled
