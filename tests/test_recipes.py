@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from flax_encoder.commands.recipe import load_recipe
-from flax_encoder.config import DistillationConfig, MeshConfig
+from flax_encoder.config import ConfigError, DistillationConfig, MeshConfig
 from flax_encoder.data.rows.targets import HOST_FIELDS
 from flax_encoder.nn.partition import abstract_model, flatten
 from flax_encoder.plan.rows import sample_data
@@ -181,6 +181,15 @@ def test_a_recipe_elsewhere_may_build_on_those_of_configs(tmp_path, monkeypatch)
     monkeypatch.delitem(sys.modules, "quickstart", raising=False)
     (tmp_path / "mine.py").write_text("from quickstart import config\n")
     assert load_recipe(tmp_path / "mine.py") == load_recipe(CONFIGS / "quickstart.py")
+
+
+def test_a_recipe_that_breaks_a_rule_by_itself_is_named_since_no_option_can_correct_it(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from flax_encoder.config import Phase, RunConfig\n"
+        "config = RunConfig(steps=30, phases=(Phase(steps=10), Phase(steps=10)))\n"
+    )
+    with pytest.raises(ConfigError, match=r"10 \+ 10 = 20 steps for steps 30.* recipe .*mine\.py itself"):
+        load_recipe(tmp_path / "mine.py")
 
 
 def test_every_recipe_is_one_that_its_task_takes():

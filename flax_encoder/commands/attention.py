@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from flax_encoder.config import ConfigError
+    from flax_encoder.config.rules import counted
     from flax_encoder.pages.attention import MOST_TOKENS, attention_page, draw_attention
     from flax_encoder.runs.load import load
     from flax_encoder.training.run_log import write_atomically
@@ -55,7 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
             weights = np.take(weights, [number - 1], axis)
             which.append(f"{name} {number}")
     title = (" | " if arguments.packed else " / ").join(texts)
-    about = f"{arguments.folder}: {weights.shape[0]} layers, {weights.shape[1]} heads, {count} tokens"
+    sizes = zip((*weights.shape[:2], count), ("layer", "head", "token"), strict=True)
+    about = f"{arguments.folder}: {', '.join(counted(*size) for size in sizes)}"
     if out.suffix == ".html":
         segments = row["segment_ids"][0, :count].tolist()
         write_atomically(out, attention_page(found.tokens, weights, segments, title, about))

@@ -28,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from flax_encoder.config import ConfigError
+    from flax_encoder.config.rules import counted
     from flax_encoder.data.sources.records import DataError
     from flax_encoder.pages.map import draw_map, map_page, project
     from flax_encoder.runs.embed import load_embedder
@@ -49,11 +50,11 @@ def run(arguments: argparse.Namespace) -> None:
     points, axes = project(vectors, arguments.method)
     title = f"{pathlib.Path(arguments.input).name} by {pathlib.Path(arguments.folder).resolve().name}"
     if out.suffix == ".html":
-        about = f"{len(texts):,} texts, vectors of {vectors.shape[1]}, {arguments.method.upper()}"
+        about = f"{counted(len(texts), 'text')}, vectors of {vectors.shape[1]}, {arguments.method.upper()}"
         write_atomically(out, map_page(points, texts, labels, axes, title, about))
     else:
         draw_map(points, labels, axes, title, out)
-    print(f"wrote {out}: {len(texts):,} texts")
+    print(f"wrote {out}: {counted(len(texts), 'text')}")
 
 
 def _drawn(records: Iterator[Any], count: int) -> list[Any]:

@@ -16,6 +16,7 @@ from flax_encoder.commands.screen import (
     saying,
 )
 from flax_encoder.config import ConfigError, DataConfig, GenerationConfig
+from flax_encoder.config.rules import counted
 from flax_encoder.training.console import make_news_console
 
 HELP = "answer each text of a file: a label, score, tags, answer, choice or text, by the task of the model"
@@ -133,7 +134,7 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
             )  # fmt: skip
         if arguments.squad is not None:
             _write_by_id(path, arguments.squad)
-    print(f"wrote {arguments.output}: {total:,} answers" + _about_empty(empty))
+    print(f"wrote {arguments.output}: {counted(total, 'answer')}{_about_empty(empty)}")
 
 
 def _about_empty(count: int) -> str:

@@ -40,7 +40,7 @@ def load_recipe(path: str | pathlib.Path) -> RunConfig:
     """The `config` of a recipe, a Python file of the user's own.
 
     Raises:
-      ConfigError: no such file, or no RunConfig named `config` in it.
+      ConfigError: no such file, settings in it that cannot be, or no RunConfig named `config`.
     """
     file = find_recipe(str(path))
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -48,6 +48,9 @@ def load_recipe(path: str | pathlib.Path) -> RunConfig:
     sys.path[:0] = str(file.resolve().parent), str(HOME / "configs")  # it may build on its neighbours, and on ours
     try:
         spec.loader.exec_module(module)  # type: ignore[union-attr]
+    except ConfigError as error:
+        raise ConfigError(f"{error} This is the recipe {file} itself, which is read before any option: correct it in "
+                          f"that file.") from None  # fmt: skip
     finally:
         del sys.path[:2]
     config = getattr(module, "config", None)

@@ -10,6 +10,7 @@ import tyro
 
 from flax_encoder.commands.screen import failing_clearly, positive_count, show
 from flax_encoder.config import ConfigError, RunConfig
+from flax_encoder.config.rules import counted
 
 HELP = "fine-tune a model on every task of glue, superglue, ner or qa, with several seeds, and print one table"
 SETTINGS = RunConfig  # each is an option too, by a parser of their own
@@ -77,6 +78,5 @@ def run(arguments: argparse.Namespace) -> None:
     elif asked.json:
         print(json.dumps(summary))
     else:
-        seeds = f"{asked.seeds} seed{'s' * (asked.seeds > 1)}"
-        show(table_rows(summary, suite.tasks), f"{asked.suite}, {asked.folder}, {seeds}")
+        show(table_rows(summary, suite.tasks), f"{asked.suite}, {asked.folder}, {counted(asked.seeds, 'seed')}")
         print(f"{out / 'suite.json'} has every run's values; each run is a folder in {out}.")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from flax_encoder.config.rules import ConfigError, ShortRepr, require, require_finite
+from flax_encoder.config.rules import ConfigError, ShortRepr, counted, require, require_finite
 
 Shape = Literal["linear", "cosine", "one_minus_sqrt", "inverse_sqrt"]
 EXTENTS = ("share", "steps", "tokens", "minutes")  # a phase's first fields
@@ -227,8 +227,8 @@ def describe_phase(phases: Sequence[Phase], timeline: Timeline, number: int) -> 
     """A phase in words: its place, its steps and its batches, and what else it changes."""
     start, end = (0, *timeline.phase_ends)[number : number + 2]
     stages = [stage for stage in timeline.stages if stage.phase == number]
-    sizes = " to ".join(dict.fromkeys(f"{stage.batch_size}" for stage in (stages[0], stages[-1])))
-    said = [f"{sizes} rows of {stages[0].row_length}"]
+    first, last = stages[0].batch_size, stages[-1].batch_size
+    said = [f"{first} to " * (first != last) + f"{counted(last, 'row')} of {stages[0].row_length}"]
     for name in phases[number].changes:
         values = _pair(getattr(phases[number], name))
         if name not in ("row_length", "batch_size") and values is not None:
@@ -236,7 +236,7 @@ def describe_phase(phases: Sequence[Phase], timeline: Timeline, number: int) -> 
             shown = " ".join(words) if name == "weights" else " to ".join(dict.fromkeys(words))
             said.append(f"{name.replace('_', ' ')} {shown}")
     steps = f"steps {start + 1:,} to {end:,}" if start < end else "no step of so few"
-    extent = f"{phases[number].minutes:g} minutes" if phases[number].is_open else steps
+    extent = counted(phases[number].minutes, "minute") if phases[number].is_open else steps  # type: ignore[arg-type]
     return f"phase {number + 1} of {len(phases)}, {extent}: {', '.join(said)}"
 
 

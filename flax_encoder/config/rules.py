@@ -26,6 +26,11 @@ class ShortRepr:
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
+def counted(count: int | float, noun: str) -> str:
+    """So many of a thing whose plural ends in s: "1 shape", "1.5 epochs", "2,048 rows"."""
+    return f"{count:,.15g} {noun}{'s' * (count != 1)}"
+
+
 def require(condition: bool, rule: str) -> None:
     if not condition:
         raise ConfigError(rule)

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flax_encoder.config import EncoderConfig
+from flax_encoder.config.rules import counted
 from flax_encoder.nn.attention import PositionInputs, RelativePosition, SelfAttention
 from flax_encoder.nn.convolution import Convolution
 from flax_encoder.nn.embedding import Embedding, places
@@ -158,7 +159,7 @@ def short_repr(model: Any) -> str:
 
 
 def layers_said(config: EncoderConfig) -> str:
-    return f"{config.num_layers} layer{'s' * (config.num_layers > 1)} of width {config.embed_dim}"
+    return f"{counted(config.num_layers, 'layer')} of width {config.embed_dim}"
 
 
 class Encoder(nnx.Module):

@@ -8,6 +8,7 @@ import sys
 from typing import Any, NamedTuple
 
 from flax_encoder.config import ConfigError
+from flax_encoder.config.rules import counted
 
 
 class Chip(NamedTuple):
@@ -117,7 +118,7 @@ def parse_hardware(text: str) -> Hardware:
     dimensions = {"v5e": 2, "v6e": 2, "v5p": 3}.get(kind, 1)
     if len(sizes) != dimensions or min(sizes) < 1:
         raise ConfigError(
-            f"{kind} is counted in {dimensions} dimension{'s' * (dimensions > 1)}, each at least 1: got {text!r}. "
+            f"{kind} is counted in {counted(dimensions, 'dimension')}, each at least 1: got {text!r}. "
             f"Known are {_known()}."
         )
     count, topology = math.prod(sizes), f"{kind}:{found[3]}"

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from flax_encoder.config import RunConfig
+from flax_encoder.config.rules import counted
 from flax_encoder.data.sources.records import Say
 from flax_encoder.runs.best import Best
 
@@ -23,7 +24,8 @@ def settle_length(config: RunConfig, rows: int, texts: int, *, unit: int = 1, sa
     if config.epochs is not None:
         steps = max(1, math.ceil(config.epochs * rows / config.batch_size - 1e-6))
         config = dataclasses.replace(config, steps=steps)
-        say(f"steps are {steps:,}: {config.epochs:g} epochs of {rows:,} rows, {config.batch_size} per step")
+        read = f"{counted(config.epochs, 'epoch')} of {counted(rows, 'row')}"
+        say(f"steps are {steps:,}: {read}, {config.batch_size} per step")
     return config
 
 

@@ -86,6 +86,17 @@ class LoadedRun:
     def task(self) -> Task:
         return find_task(self.config.objective)
 
+    @property
+    def can_be_exported(self) -> bool:
+        """Whether a published family can express the model, with its head."""
+        from flax_encoder.runs.as_published import published_config
+
+        try:
+            published_config(self.config, None, self.task.head)
+        except ConfigError:
+            return False
+        return True
+
     def part(self, name: str | None = None) -> "LoadedRun":
         """One model of a run that trains several, as a run of its own. None is the run's main model; for a run with one
         model that is the run itself.

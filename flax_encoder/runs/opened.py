@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from flax_encoder.config import ConfigError, RunConfig, to_dict
 from flax_encoder.config.mesh import check_context
 from flax_encoder.data.pipeline import RunData, open_data
-from flax_encoder.data.sources.records import LabelError
+from flax_encoder.data.sources.records import LabelError, Say
 from flax_encoder.runs.goodput import Goodput
 from flax_encoder.runs.length import settle_length
 from flax_encoder.runs.loaded import model_factory
@@ -28,7 +28,7 @@ from flax_encoder.tasks import Task, find_task
 from flax_encoder.training.checkpoint import Checkpoints
 from flax_encoder.training.optimizer import make_optimizer
 from flax_encoder.training.parameters import count_trained, trained
-from flax_encoder.training.run_log import RunLog, write_atomically
+from flax_encoder.training.run_log import write_atomically
 from flax_encoder.training.sharding import check_batch, logical_axes, rows_of_process
 from flax_encoder.training.step import TrainState, init_train_state, with_params
 
@@ -49,29 +49,32 @@ class OpenedRun:
 
 
 def open_run(
-    config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh: Mesh,
+    config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, say: Say, mesh: Mesh,
     goodput: Goodput,
 ) -> OpenedRun:  # fmt: skip
     """Open a run at step `start`: at 0 from nothing or its origin, else from its checkpoint of that step.
+
+    Args:
+      say: what to do with the lines that tell of its data, its phases and its model.
 
     Raises:
       ConfigError: settings that cannot be, or that differ from those of the checkpoint.
       DataError: the data cannot be read, or is not what the task learns from.
       DamagedCheckpoint: the checkpoint cannot be restored.
     """
-    config, resumed, tokenizer, labels = settle(config, run_dir, start, log)
+    config, resumed, tokenizer, labels = settle(config, run_dir, start, say)
     teacher = open_teacher(config)
     if teacher is not None:
         before = resumed and resumed.config.distillation.teacher_hash
-        config, tokenizer, labels = teacher.settle(config, tokenizer, labels, log.say, before)
+        config, tokenizer, labels = teacher.settle(config, tokenizer, labels, say, before)
     task, process = find_task(config.objective), rows_of_process(mesh)
     options: dict[str, Any] = {
-        "tokenizer": tokenizer, "progress": log.say, "process": process,
+        "tokenizer": tokenizer, "progress": say, "process": process,
         "reading_of": lambda objective: find_task(objective).reading,
     }  # fmt: skip
     if not start:
         unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.num_microbatches
-        options["settle"] = functools.partial(settle_length, unit=unit, say=log.say)
+        options["settle"] = functools.partial(settle_length, unit=unit, say=say)
     try:
         data = open_data(config, task.reading, label_names=labels, **options)
     except LabelError:
@@ -83,9 +86,9 @@ def open_run(
         teacher.check_data(config, data)
     config = task.settle(with_vocab_size(data.config, data.tokenizer.vocab_size), data)
     check_batches(config, mesh)
-    log.say(describe_data(data))
+    say(describe_data(data))
     if len(config.timeline.stages) > 1:
-        log.say(describe_stages(config))
+        say(describe_stages(config))
     if resumed is not None and resumed.data_hash not in (None, data.hash):
         raise ConfigError(
             f"a run resumes on the text it began with: {config.data.source} has prepared contents {data.hash}, and "
@@ -105,18 +108,18 @@ def open_run(
     if start:
         with goodput.during("restore"):
             state = checkpoints.restore(start, state)
-        log.say(f"resuming {run_dir} from step {start}")
+        say(f"resuming {run_dir} from step {start}")
     elif config.init_from:
-        params = start_from(config, data.label_names, state.params, log.say)
+        params = start_from(config, data.label_names, state.params, say)
         state = with_params(state, params, tx, shardings)
     elif teacher is not None and config.distillation.initial_layers is not None:
-        params = teacher.initial_params(config, state.params, log.say)
+        params = teacher.initial_params(config, state.params, say)
         state = with_params(state, params, tx, shardings)
     elif config.data.word_vectors:
-        params = with_word_vectors(config.data.word_vectors, data.tokenizer, state.params, log.say)
+        params = with_word_vectors(config.data.word_vectors, data.tokenizer, state.params, say)
         state = with_params(state, params, tx, shardings)
     mask = trained(config.trained_by, state.params)
-    log.say(f"model: {describe_parameters(*count_trained(mask, state.params))} on {describe_mesh(mesh)}")
+    say(f"model: {describe_parameters(*count_trained(mask, state.params))} on {describe_mesh(mesh)}")
     of_mesh = teacher and teacher.on_mesh(config, mesh)
     programs = Programs(config, data.label_names, graphdef, tx, shardings, mask, of_mesh)
     return OpenedRun(config, task, data, record, state, shardings, programs)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from flax_encoder.config import ConfigError, RunConfig
 from flax_encoder.config.phases import describe_phase
+from flax_encoder.config.rules import counted
 from flax_encoder.data.pipeline import RunData, open_data
 from flax_encoder.runs.before import scores_before_training
 from flax_encoder.runs.load import load_run
@@ -38,17 +39,17 @@ def describe_data(data: RunData) -> str:
     length = data.config.data.target_length
     of_target, beside = (" or --data.target-length", f", beside {length} of the decoder") if length else ("", "")
     notes = [
-        (data.num_cut, f"documents are longer than a row and cut: a larger --data.row-length{of_target} keeps more"),
-        (data.num_left_out, "documents have a longer target than a decoder's row and are left out: a larger "
-         "--data.target-length keeps more"),
-        (contradictory, f"text{'s occur' if contradictory > 1 else ' occurs'} with more than one value"),
-        (sum(m.get("unread_words", 0) for m in manifests), "words have no token, so their tags are not learned"),
+        ("documents cut to the length of a row", data.num_cut, f"a larger --data.row-length{of_target} keeps more"),
+        ("documents left out for a target longer than a decoder's row", data.num_left_out,
+         "a larger --data.target-length keeps more"),
+        ("texts with more than one value", contradictory, ""),
+        ("words without a token, whose tags are not learned", sum(m.get("unread_words", 0) for m in manifests), ""),
     ]
     return (
-        f"data: {train['documents']:,} documents, {train['tokens']:,} tokens; held out {held_out['documents']:,} and "
-        f"{held_out['tokens']:,}{apart}{'; dropped ' + dropped if dropped else ''}; vocabulary "
-        f"{data.tokenizer.vocab_size:,}; {rows:,} rows an epoch{beside}, {fill:.1%} full"
-        + "".join(f"\ndata: {count:,} {what}" for count, what in notes if count)
+        f"data: {counted(train['documents'], 'document')}, {counted(train['tokens'], 'token')}; held out "
+        f"{held_out['documents']:,} and {held_out['tokens']:,}{apart}{'; dropped ' + dropped if dropped else ''}; "
+        f"vocabulary {data.tokenizer.vocab_size:,}; {counted(rows, 'row')} an epoch{beside}, {fill:.1%} full"
+        + "".join(f"\ndata: {what}: {count:,}{'; ' * bool(hint)}{hint}" for what, count, hint in notes if count)
         + _about_pairs(data)
     )
 
@@ -69,16 +70,17 @@ def describe_stages(config: RunConfig) -> str:
         (s.batch_size, T, s.row_length, s.num_microbatches, s.rope_theta, s.objective)
         for s in (*config.stages, *ahead) for T in (*config.data.buckets, s.row_length)
     }
+    compiled = f"the step is compiled for {counted(len(shapes), 'shape')}, each when a batch first has it"
     if config.phases:
         parts = [describe_phase(config.phases, config.timeline, number) for number in range(len(config.phases))]
-        return "\n".join([*parts, f"the step is compiled for {len(shapes)} shapes, each when a batch first has it"])
-    parts = [f"{s.batch_size} rows of {s.row_length} up to step {s.end_step}" for s in config.stages]
-    return f"batches: {', '.join(parts)}; the step is compiled for {len(shapes)} shapes, each when a batch first has it"
+        return "\n".join([*parts, compiled])
+    parts = [f"{counted(s.batch_size, 'row')} of {s.row_length} up to step {s.end_step}" for s in config.stages]
+    return f"batches: {', '.join(parts)}; {compiled}"
 
 
 def describe_mesh(mesh) -> str:
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    return f"{mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}{': ' + axes if axes else ''}"
+    return f"{counted(mesh.size, f'{jax.devices()[0].device_kind} device')}{': ' + axes if axes else ''}"
 
 
 def describe_parameters(count: int, trained: int) -> str:

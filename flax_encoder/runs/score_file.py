@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from flax_encoder.config import ConfigError, DataConfig
+from flax_encoder.config.rules import counted
 from flax_encoder.data.pipeline import cache_folder, open_stores
 from flax_encoder.data.rows.batches import Batches, OneByOne
 from flax_encoder.data.rows.documents import Documents, Frame
@@ -99,7 +100,7 @@ def score_answers(
     golds = check_golds(run, records)
     keep = [i for i, answer in enumerate(answers) if "error" not in answer]
     empty = f", {len(records) - len(keep):,} of them empty and left out" if len(keep) < len(records) else ""
-    about = f"{len(records):,} documents ({source.name}, {split}{empty})"
+    about = f"{counted(len(records), 'document')} ({source.name}, {split}{empty})"
     answers, golds, records = ([some[i] for i in keep] for some in (answers, golds, records))
     if corpus is not None:
         more = list(corpus_answers(run, corpus, say))
@@ -165,4 +166,4 @@ def _loss(run: LoadedRun, config: DataConfig, say: Say) -> tuple[dict[str, float
 
     totals = [total for _, some in blocks_of_all(range(len(batches)), losses, _BATCHES) for total in some]
     scores = run.task.report(functools.reduce(operator.add, totals))
-    return scores, {}, f"{len(split):,} documents ({config.sources[0]})"
+    return scores, {}, f"{counted(len(split), 'document')} ({config.sources[0]})"

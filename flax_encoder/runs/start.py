@@ -26,7 +26,6 @@ from flax_encoder.runs.length import with_lengths_of
 from flax_encoder.runs.load import read_origin, with_vectors_of
 from flax_encoder.runs.record import RunRecord, read_record
 from flax_encoder.tasks import is_setting_read, shares_head
-from flax_encoder.training.run_log import RunLog
 
 # Settings that do not change what is computed: a resumed run may differ in them. (Text may have moved, and its columns
 # have other names: the prepared text's hash says whether it is the same. So does the teacher's.)
@@ -46,7 +45,7 @@ LEFT_OPEN = {
 
 
 def settle(
-    config: RunConfig, run_dir: pathlib.Path, start: int, log: RunLog
+    config: RunConfig, run_dir: pathlib.Path, start: int, say: Say
 ) -> tuple[RunConfig, RunRecord | None, TextTokenizer | None, list[str] | None]:
     """(config, the record that is resumed, tokenizer, labels): what is fixed by the checkpoint that is resumed, or by
     the run that init_from names; None where it is still to be made.
@@ -54,7 +53,7 @@ def settle(
     Raises:
       ConfigError: a resumed run's settings that matter differ from before.
     """
-    config = with_vectors_of(config, config.init_from, (lambda message: None) if start else log.say)
+    config = with_vectors_of(config, config.init_from, (lambda message: None) if start else say)
     if start:
         record = read_record(run_dir)
         config, before = with_lengths_of(config, record.config)
@@ -88,14 +87,14 @@ def settle(
         settled = reaching(like_origin(config, record, has_head="head.out.kernel" in flatten(params)), config.model)
         model = dataclasses.replace(config.model, vocab_size=settled.model.vocab_size)
         for name, (was, now) in differences(dataclasses.replace(config, model=model), settled).items():
-            log.say(f"{name} is {now}, from {config.init_from} (the config has {was})")
+            say(f"{name} is {now}, from {config.init_from} (the config has {was})")
         if settled.model.rope_theta != (theirs := record.config.model.rope_theta):
             theta = settled.model.rope_theta
-            log.say(f"model.rope_theta is {theta:g}, from the config; {config.init_from} has {theirs:g}")
+            say(f"model.rope_theta is {theta:g}, from the config; {config.init_from} has {theirs:g}")
         if note := export_note(settled):
-            log.say(note)
+            say(note)
         if config.data.tokenizer is not None:
-            given = settle_tokenizer(config.data, Columns(), [], [], log.say)
+            given = settle_tokenizer(config.data, Columns(), [], [], say)
             if given.hash != record.tokenizer.hash:
                 raise ConfigError(
                     f"a model reads the tokens it was made for: data.tokenizer {config.data.tokenizer} is not that of "

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from flax_encoder.config import ConfigError, EncoderConfig, OptimizerConfig, RunConfig, differences, from_dict, to_dict
+from flax_encoder.data.pipeline import cache_folder
+from flax_encoder.data.sources.opening import open_source
 from flax_encoder.data.sources.records import DataError, Say
 from flax_encoder.runs.load import load
 from flax_encoder.runs.score_file import score_answers
 from flax_encoder.runs.start import FREE_ON_RESUME
 from flax_encoder.runs.suite_data import Place, find_files, find_source, open_place
 from flax_encoder.runs.suites import SUITES, SuiteTask
-from flax_encoder.tasks import check_task
+from flax_encoder.tasks import check_task, find_task
 from flax_encoder.training.run_log import write_atomically
 
 Train = Callable[[RunConfig], dict[str, float] | None]
@@ -93,16 +95,21 @@ def run_suite(suite: Suite, train: Train, settle: Settle, say: Say) -> dict[str,
     """
     missing: dict[str, str] = {}
     places: dict[str, Place] = {}
+    configs: dict[str, RunConfig] = {}
     for task in suite.tasks:
         try:
             if task.not_served:
                 raise DataError(task.not_served)
-            places[task.name] = open_place(task, suite.data_dir, suite.source, suite.out / "data" / task.name)
+            place = open_place(task, suite.data_dir, suite.source, suite.out / "data" / task.name)
+            config = _config(suite, task, place, settle)  # all are checked first
+            if suite.data_dir is not None and task.objective == "token_classification":
+                _check_tags(config)
         except DataError as error:
             missing[task.name] = str(error)
             say(f"{task.name} is left out: {error}")
+        else:
+            places[task.name], configs[task.name] = place, config
     tasks = [task for task in suite.tasks if task.name in places]
-    configs = {task.name: _config(suite, task, places[task.name], settle) for task in tasks}  # all are checked first
     results: dict[str, list[dict[str, Any]]] = {}
     for task in tasks:
         found: list[dict[str, Any]] = []
@@ -139,6 +146,19 @@ def _config(suite: Suite, task: SuiteTask, place: Place, settle: Settle) -> RunC
         )
     check_task(asked)
     return asked
+
+
+def _check_tags(config: RunConfig) -> None:
+    """Raises: DataError: the tags of a file's first words are numbers, which mark no entities."""
+    columns = find_task(config.objective).reading.columns
+    source = open_source(config.data.sources[0], config.data, columns, cache_folder(config.data))
+    first = next(source.records("train"), None)
+    numbers = sorted({tag for *_, tag in first.value if tag.isdecimal()}) if first else []
+    if numbers:
+        raise DataError(
+            f"tags have names that mark entities: {first.where or source.name} has {', '.join(numbers)}. Name them in "
+            f"their order, such as --data.label-names O B-PER I-PER"
+        )
 
 
 def _of_seed(config: RunConfig, suite: Suite, task: SuiteTask, i: int, say: Say) -> RunConfig:

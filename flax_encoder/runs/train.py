@@ -20,6 +20,8 @@ from jax.sharding import Mesh
 
 from flax_encoder.config import ConfigError, RunConfig, to_dict
 from flax_encoder.config.phases import describe_phase, turn_of, with_ended
+from flax_encoder.config.rules import counted
+from flax_encoder.data.sources.records import Say
 from flax_encoder.data.sources.remote import is_remote
 from flax_encoder.runs.best import best_evaluation, check_metric
 from flax_encoder.runs.evaluate import Evaluations
@@ -94,11 +96,12 @@ def _train_from(
     start, is_main = latest or 0, jax.process_index() == 0
     told, goodput = {"trackers": trackers, "config": to_dict(config)}, Goodput()
     with RunLog(run_dir, steps=config.steps, resume_step=start, is_main=is_main, **told) as log, jax.set_mesh(mesh):
+        say: Say = log.say
         while True:
             try:
-                return _steps(config, start, run_dir, checkpoints, log, mesh, goodput)
+                return _steps(config, start, run_dir, checkpoints, log, say, mesh, goodput)
             except PhaseEnded as ended:
-                start = ended.step
+                start, say = ended.step, lambda message: None  # data and model are those that were told of
 
 
 class PhaseEnded(Exception):
@@ -109,16 +112,19 @@ class PhaseEnded(Exception):
 
 
 def _steps(
-    config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, mesh: Mesh,
+    config: RunConfig, start: int, run_dir: pathlib.Path, checkpoints: Checkpoints, log: RunLog, say: Say, mesh: Mesh,
     goodput: Goodput,
 ) -> dict[str, float] | None:  # fmt: skip
     """The steps after `start`, with the folder, the log and the mesh open.
+
+    Args:
+      say: what to do with the lines that tell what is opened.
 
     Raises:
       PhaseEnded: the clock ended a phase, and the run goes on with the next.
     """
     made_before = max((line["step"] for line in read_metrics(run_dir)), default=0)
-    run = open_run(config, start, run_dir, checkpoints, log, mesh, goodput)
+    run = open_run(config, start, run_dir, checkpoints, say, mesh, goodput)
     config, task, data, state = run.config, run.task, run.data, run.state
     rows_per_epoch = data.rows_per_epoch
     held_out = Evaluations(task, data, config, run.programs, run.shardings, log, mesh, start)
@@ -247,7 +253,7 @@ def _steps(
     kept = {at: found for at, found in held_out.by_step.items() if at in checkpoint_steps(run_dir)}
     chosen = best_evaluation(kept, config.keep_best)
     if chosen is not None:
-        of_all = f"of {len(held_out.by_step)} evaluations"
+        of_all = f"of {counted(len(held_out.by_step), 'evaluation')}"
         log.say(f"{config.keep_best} was best after step {chosen.step}, {of_all}: {chosen.value:.4f}")
         if chosen.step != step:
             params = read_params(run_dir / "checkpoints" / str(chosen.step), params)
@@ -290,5 +296,5 @@ def _compile(step_fn: Any, state: Any, batch: Any, shape: tuple[int, ...], log: 
         began = time.monotonic()
         compiled = step_fn.lower(state, batch).compile()
         how, seconds = "loaded" if hits else "compiled", time.monotonic() - began
-    log.say(f"{how} the step for {shape[0]} rows of {shape[1]} tokens in {seconds:.1f} s")
+    log.say(f"{how} the step for {counted(shape[0], 'row')} of {shape[1]} tokens in {seconds:.1f} s")
     return compiled

@@ -196,8 +196,9 @@ def _said(answer: Answer) -> str:
 
 
 def _commands(run: Any, data: Any) -> list[str]:
-    text = "Send a message to the server and wait for its reply."
-    one = [f'python -m flax_encoder classify {shlex.quote(run.config.run_dir)} "{text}"']
+    ids = data.stores[0].validation.document(0)[:24]  # a line of it
+    text = " ".join(data.tokenizer.decode(ids).split())
+    one = [f"python -m flax_encoder classify {shlex.quote(run.config.run_dir)} {shlex.quote(text)}"]
     return [*(() if has_pairs(data) else one), *ask_file_commands(run, data)]
 
 

@@ -100,8 +100,8 @@ def columns_said(run: Any, data: Any, prefix: str = "--data.", has_label: bool =
 
 
 def export_commands(run: Any, *outs: str) -> list[str]:
-    """The commands that write a trained run as folders; none of recurrent layers, which nobody else reads."""
-    if run.config.model.layer != "attention":
+    """The commands that write a trained run as folders; none of a model that no published family has."""
+    if not run.can_be_exported:
         return []
     return [f"python -m flax_encoder export {shlex.quote(run.config.run_dir)} {out}" for out in outs]
 

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -124,12 +124,17 @@ def _baselines(run: Any, data: Any) -> dict[str, dict[str, float]]:
     return {"most frequent token": scores["most_frequent"], "guess from two neighbours": scores["neighbours"]}
 
 
-def _examples(run: Any, data: Any) -> list[str]:
-    lines = []
-    for sentence in gapped_sentences(data.stores[0].validation, run.tokenizer, 3):
+def _masked_sentences(run: Any, data: Any, count: int) -> Iterator[tuple[str, str]]:
+    """(held-out sentence with a mask, the word that it hides)."""
+    for sentence in gapped_sentences(data.stores[0].validation, run.tokenizer, count):
         at, ids = sentence.gaps[0], np.array(sentence.tokens)
         truth, ids[at] = run.tokenizer.decode(ids[[at]]).strip(), run.tokenizer.special("mask")
-        text = run.tokenizer.decode(ids)
+        yield run.tokenizer.decode(ids), truth
+
+
+def _examples(run: Any, data: Any) -> list[str]:
+    lines = []
+    for text, truth in _masked_sentences(run, data, 3):
         guesses = "  ".join(f"{g['token']} {g['probability']:.0%}" for g in run.fill_mask(text, 4)[0])
         lines.append(f"\n{text}\n  the model says {guesses}; the text has {truth!r}")
     return lines
@@ -137,8 +142,9 @@ def _examples(run: Any, data: Any) -> list[str]:
 
 def _commands(run: Any, data: Any) -> list[str]:
     mask = run.tokenizer.token(run.tokenizer.special("mask"))
+    text, _ = next(_masked_sentences(run, data, 1), (f"Return the {mask} of the list.", ""))
     run_dir = shlex.quote(run.config.run_dir)
-    commands = [f'python -m flax_encoder fill-mask {run_dir} "Return the {mask} of the list."']
+    commands = [f"python -m flax_encoder fill-mask {run_dir} {shlex.quote(' '.join(text.split()))}"]
     if run.config.data.source == "tfds:python_docs":
         commands.append(f"python -m flax_encoder train --config quickstart_classify --init-from {run_dir}")
     return commands

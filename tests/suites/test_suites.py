@@ -199,6 +199,19 @@ def test_the_suite_says_what_it_settles_itself(made, tmp_path):
         choose_tasks("glue", ["wnli"])
 
 
+def test_tags_without_names_are_said_before_anything_is_trained(tmp_path, cache_folder):
+    """As `to_json` writes a set of the Hub, whose names stay behind."""
+    (tmp_path / "wikiann").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"wikiann/{split}.jsonl").write_text('{"tokens": ["by", "Ann"], "ner_tags": [0, 1]}\n')
+    suite = Suite("ner", str(GOLDEN), tmp_path / "out", choose_tasks("ner", ["wikiann_en"]), 1, tmp_path)
+    trained = []
+    found = run_suite(suite, trained.append, lambda config: config, print)
+    assert not trained and "has 0, 1. Name them in their order, such as --data.label-names O" in str(found["missing"])
+    assert run_suite(suite, trained.append, lambda c: with_fields(c, data__label_names=("O", "B-PER")), print) is None
+    assert len(trained) == 1
+
+
 def test_a_listing_trains_nothing(made, capsys):
     main(["suite", "superglue", "FOLDER", "--list", "--json", "--data-dir", str(made / "superglue")])
     rows = {row["task"]: row for row in json.loads(capsys.readouterr().out)}

@@ -62,6 +62,7 @@ WORDS = ["apple", "river", "stone", "cloud", "candle", "window", "garden", "lett
 def test_texts_and_numbers_are_found_by_their_names(kinds, texts, label):
     layout = choose_columns(Table(kinds, "t"), DataConfig(), COLUMNS)
     assert layout.columns == (*texts, *([] if label is None else [label])) and layout.label == label
+    assert all(repr(name) in "".join(layout.notes) for name in layout.columns if name not in ("text", "label"))
     row = {name: {"str": name, "float": 2.5}.get(kind, [name, "more"]) for name, kind in kinds.items()}
     record = layout.make(row)
     assert record.value == (None if label is None else 2.5)

@@ -14,8 +14,10 @@ from flax_encoder.config import DataConfig
 from flax_encoder.data.pipeline import open_data
 from flax_encoder.data.sources.opening import open_source
 from flax_encoder.runs.ask_file import open_input
+from flax_encoder.runs.load import load
 from flax_encoder.tasks import TASKS
-from tests.runs import TINY, with_fields
+from flax_encoder.tasks.document_model import export_commands
+from tests.runs import ROOT, TINY, with_fields
 
 NAMED = {"data__text_column": "my text", "data__text_pair_column": "other", "data__label_column": "kind"}
 
@@ -50,3 +52,11 @@ def test_commands_read_a_file_such_as_the_run_learned_from(tmp_path, objective, 
     read = tyro.cli(evaluate.EvaluateArguments, args=scored[1:]).data
     read = dataclasses.replace(read, source=str(path))
     assert next(open_source(str(path), read, task.reading.columns, tmp_path).records()).value is not None
+
+
+def test_export_is_offered_where_a_published_family_has_the_model():
+    run = load(ROOT / "tests/golden/runs/classification")
+    assert export_commands(run, "OUT") == []  # rotary positions, and norms after the residual sums
+    bert = with_fields(run.config, model__position="learned", model__embedding_norm=True, pooling="cls")
+    [line] = export_commands(dataclasses.replace(run, config=bert), "OUT")
+    assert line.startswith("python -m flax_encoder export ") and line.endswith(" OUT")

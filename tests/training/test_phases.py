@@ -37,7 +37,7 @@ from flax_encoder.runs.record import read_record
 from flax_encoder.runs.start import settle
 from flax_encoder.tasks import TASKS, check_task
 from flax_encoder.training.checkpoint import checkpoint_steps
-from flax_encoder.training.run_log import Clock, RunLog, read_metrics
+from flax_encoder.training.run_log import Clock, read_metrics
 from tests.runs import ROOT, losses, tiny, with_fields
 from tests.test_train import Stops
 from train import train
@@ -345,15 +345,18 @@ class SecondAStep(Clock):
 
 
 def test_phases_in_minutes_are_ended_by_the_clock_and_are_then_phases_of_so_many_steps(
-    corpus, both, tmp_path, one_device, monkeypatch
+    corpus, both, tmp_path, one_device, monkeypatch, capsys
 ):
-    """To the bit, also where a run is stopped in its second phase, which another row length and mixture begin."""
+    """To the bit, also where a run is stopped in its second phase, which another row length and mixture begin. What is
+    read and trained is told once."""
     monkeypatch.setattr("flax_encoder.runs.train.Clock", SecondAStep)
     minutes = (
         Phase(minutes=0.1), Phase(minutes=0.1, row_length=64, weights=(1.0, 3.0)), Phase(minutes=0.05, masking_rate=0.1)
     )  # fmt: skip
     config = dataclasses.replace(phased(corpus, tmp_path / "run", both), phases=minutes, budget_minutes=0.25, steps=900)
     metrics = train(config)
+    said = capsys.readouterr().out
+    assert [said.count(line) for line in (" an epoch", "model: ", "resuming", "begins phase")] == [1, 1, 0, 3]
     phases = read_record(tmp_path / "run").config.phases
     steps = [phase.steps for phase in phases]
     assert steps == [8, 6, None] and max(checkpoint_steps(tmp_path / "run")) == 17
@@ -438,26 +441,17 @@ def test_an_objective_with_other_parameters_is_refused():
         RunConfig(phases=phases[:1] * 2)
 
 
-class Says(RunLog):
-    """A log that keeps what is said."""
-
-    def __init__(self):
-        self.said = []
-
-    def say(self, message):
-        self.said.append(message)
-
-
 def test_another_runs_context_is_extended_by_the_settings_of_a_command(whole, tmp_path):
     """Longer rows and another rope_theta than the model came with; a table of positions cannot be made longer."""
     config = RunConfig(init_from=whole[0].run_dir, data=DataConfig(row_length=2048), steps=5)
-    settled, *_ = settle(config, tmp_path, 0, log := Says())
+    said: list[str] = []
+    settled, *_ = settle(config, tmp_path, 0, said.append)
     assert (settled.model.rope_theta, settled.model.max_length) == (1e5, 2048)
-    settled, *_ = settle(with_fields(config, model__rope_theta=5e5), tmp_path, 0, log)
+    settled, *_ = settle(with_fields(config, model__rope_theta=5e5), tmp_path, 0, said.append)
     assert settled.model.rope_theta == 5e5
-    assert any(line.startswith("model.rope_theta is 500000, from the config; ") for line in log.said)
+    assert any(line.startswith("model.rope_theta is 500000, from the config; ") for line in said)
     longer = (Phase(share=0.5), Phase(share=0.5, row_length=4096, batch_size=8, rope_theta=7e5))
-    settled, *_ = settle(dataclasses.replace(config, phases=longer), tmp_path, 0, log)
+    settled, *_ = settle(dataclasses.replace(config, phases=longer), tmp_path, 0, said.append)
     assert settled.model.max_length == 4096 and settled.after(5).model.rope_theta == 7e5
 
 
@@ -468,4 +462,4 @@ def test_a_table_of_positions_is_not_made_longer(tmp_path, monkeypatch):
     monkeypatch.setattr("flax_encoder.runs.start.read_origin", lambda *_: (record, {"encoder": {}}))
     config = RunConfig(init_from="FOLDER", data=DataConfig(row_length=64))
     with pytest.raises(ConfigError, match=r"row_length 64 for model\.max_length 32\. Give rows of at most 32, or"):
-        settle(config, tmp_path, 0, Says())
+        settle(config, tmp_path, 0, print)

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from flax_encoder.config import SentencesConfig
+from flax_encoder.config.rules import counted
 from flax_encoder.data.rows.documents import Batch, Documents, Frame
 from flax_encoder.data.rows.randomness import random_bits
 from flax_encoder.data.rows.targets import Rows, TargetInputs, Targets, masked_lm
@@ -88,7 +89,7 @@ def _check_places(cutting: Cutting, split: Split, objective: str) -> None:
         "longer texts")  # fmt: skip
     raise DataError(
         f"{objective} cuts a text between two of its {unit}: of the {len(some):,} texts that were looked at none has "
-        f"two, with {between} token{'s' * (between != 1)} to go between them. Give {way_out} (--data.text-unit "
+        f"two, with {counted(between, 'token')} to go between them. Give {way_out} (--data.text-unit "
         f"paragraph or file)."
     )
 

@@ -161,8 +161,9 @@ class _Chooser:
         if self.table.is_fixed or all(names == (role,) for role, names in self._guessed.items()):
             return self.table.notes  # `text` and `label` are what the settings' help promises
         taken = ", ".join(f"{role} {' and '.join(map(repr, names))}" for role, names in self._guessed.items())
-        options = " and ".join(dict.fromkeys(_OPTION[role] for role in self._guessed))
-        return *self.table.notes, f"{self.table.where}: columns taken by their names: {taken}; {options} name others."
+        options = " and ".join(dict.fromkeys(_OPTION[role] for role in self._guessed if role in _OPTION))
+        others = f"; {options} name others" * bool(options)
+        return *self.table.notes, f"{self.table.where}: columns taken by their names: {taken}{others}."
 
 
 def _key(name: str) -> str:
@@ -260,7 +261,10 @@ def _texts(chooser: _Chooser, labels: tuple[str, ...]) -> tuple[str, ...]:
                 if kind in ("str", "list[str]"))  # fmt: skip
     negatives = sorted((int(match[1] or 0), name) for name, match in numbered if match)
     texts = _text_or_pair(chooser, (*labels, *(name for _, name in negatives)), (*_PAIRS, *_ANCHORS))
-    return (*texts, *(name for _, name in negatives)) if len(texts) == 2 else texts
+    if len(texts) != 2 or not negatives:
+        return texts
+    chooser.guessed("negatives", *(name for _, name in negatives))  # which no option names
+    return (*texts, *(name for _, name in negatives))
 
 
 def _text_or_pair(

@@ -8,6 +8,8 @@ import dataclasses
 import io
 import itertools
 import json
+import re
+import tokenize
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from flax_encoder.data.sources.streams import Span, decode, name_without_packing
 
 _SAMPLED_BYTES, _SAMPLED_LINES = 2**20, 100
 _FIELD_CHARACTERS = 2**27  # Python's own limit is 2**17
+_WITHOUT_COMMA = re.compile(r"""['"\d]\s+['"\d-]""")
 _TEXTUAL = ("str", "float", "null")  # kinds of columns whose fields are what is written
 
 
@@ -180,9 +183,30 @@ def _value(cell: str) -> Any:
 
 def _python_literal(text: str) -> Any:
     """Raises: whatever `ast.literal_eval` does, TypeError for a set or keys of lists among it."""
+    text = _with_commas(text) if _WITHOUT_COMMA.search(text) else text
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of "\d" as if the cell were somebody's program
         return ast.literal_eval(text)
+
+
+def _with_commas(text: str) -> str:
+    """NumPy, whose arrays are what `datasets` and pandas write into tables, puts no commas between elements: Python
+    would read ['a' 'b'] as ['ab'].
+
+    Raises:
+      ValueError: these are no words of Python.
+    """
+    parts, is_element = [], False
+    try:
+        for word in tokenize.generate_tokens(io.StringIO(text).readline):
+            is_next = word.type in (tokenize.STRING, tokenize.NUMBER)
+            if is_element and (is_next or word.string == "-"):
+                parts.append(",")
+            parts.append(word.string)
+            is_element = is_next or (is_element and not word.string.strip())
+    except tokenize.TokenError as error:
+        raise ValueError(str(error)) from None
+    return " ".join(parts)
 
 
 def _spells_number(cell: str) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flax_encoder.config import DataConfig
+from flax_encoder.config.rules import counted
 from flax_encoder.data.sources.columns import Columns, Layout
 from flax_encoder.data.sources.files import KINDS, file_layout, file_parts, kind_of
 from flax_encoder.data.sources.named import open_hf, open_tfds
@@ -60,7 +61,7 @@ class Source:
             if split in (None, part.split):
                 left_out += (yield from part.read()) or 0
         if left_out:
-            tell(f"{self.name}: {left_out:,} row{'s' * (left_out > 1)} cannot be used, and left out")
+            tell(f"{self.name}: {counted(left_out, 'row')} cannot be used, and left out")
 
 
 def open_source(name: str, config: DataConfig, columns: Columns, cache_dir: pathlib.Path) -> Source:

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from flax_encoder.config.rules import counted
 from flax_encoder.data.sources.records import BadRow, Record, SoftLabel
 from flax_encoder.data.sources.words import word_pattern
 
@@ -151,7 +152,7 @@ def answered_turns(column: str, every: bool, row: Row) -> tuple[Record, ...]:
         speakers = ", ".join(dict.fromkeys(turn.speaker for turn in found if turn.speaker is not None))
         raise BadRow(
             "a conversation must have a turn and an answer to it",
-            f"holds {len(found)} turn{'s' * (len(found) != 1)}{speakers and f' of {speakers}'}", column,
+            f"holds {counted(len(found), 'turn')}{speakers and f' of {speakers}'}", column,
         )  # fmt: skip
     group = "\x1e".join(text.strip() for text in texts[: answers[0]])
     chosen = answers if every else answers[-1:]
