@@ -298,7 +298,7 @@ def test_numbers_reach_the_loss_of_pairs_or_of_triples(trained_run, tmp_path, te
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     made = Contrastive(SMALL, ContrastiveConfig(temperature=1 / 7), rngs=nnx.Rngs(0))
     real = batch["target_weights"] > 0
-    want = loss(vectors[real], numbers, np.ones(len(numbers), "f4"), 7.0)
+    want = jax.jit(loss)(vectors[real], numbers, np.ones(len(numbers), "f4"), 7.0)
     got = made.coupled_loss(jnp.asarray(vectors), jax.tree.map(jnp.asarray, batch))
     np.testing.assert_allclose(got.sum, want.sum, rtol=1e-5)
     config = with_fields(config, contrastive=ContrastiveConfig(loss="infonce"))
