@@ -11,8 +11,8 @@ addresses, precision 0.878, recall 0.905, accuracy of words 0.899. On the 131 he
 frequent tag of each word has 0.509, and tagging all words O has 0.
 These are of rows packed best-fit. Rows of all lengths (packing mixed) and transformers on torch, on the same texts with
 AdamW at 5e-4, four epochs, 37 texts an update and dropout (benchmarks/peer_finetune.py), five seeds: F1 on the test
-addresses is 0.885, 0.896, 0.888, 0.883 and 0.883 here, 0.893, 0.891, 0.886, 0.890 and 0.895 there; packed best-fit it is
-0.884 and 0.884.
+addresses is 0.885, 0.896, 0.888, 0.883 and 0.883 here, 0.893, 0.891, 0.886, 0.890 and 0.895 there; packed best-fit it
+is 0.884 and 0.884.
 """
 
 from flax_encoder.config import DataConfig, EncoderConfig, OptimizerConfig, RunConfig
