@@ -378,11 +378,14 @@ def _settled(file: TextTokenizer | None, tokenizer: Tokenizer | None, beside: _B
     """
     if tokenizer is None and file.settings:
         return file  # of a run or a store
-    raw = None if file is None else file.plain_json
-    own = None if file is None else file.parts
+    raw = read = own = None
+    if file is not None:
+        raw = file.plain_json
+        read = json.loads(raw)
+        own = file.parts | {"truncation": read.get("truncation")}
     made = own if tokenizer is None else json.loads(tokenizer.to_str())
     is_same = own is not None and all(own[member] == made[member] for member in _OF_IDS)
-    is_whole, content = is_same, json.loads(raw) if is_same else made | {"truncation": None, "padding": None}
+    is_whole, content = is_same, read if is_same else made | {"truncation": None, "padding": None}
     frame = frame_of(made["post_processor"])
     if tokenizer is not None and frame is None:
         frame = [], []  # a published tokenizer without a template adds nothing
