@@ -40,6 +40,12 @@ def test_an_old_classifier_gives_the_answers_of_its_day():
     np.testing.assert_allclose([a["probability"] for a in answers], [w["probability"] for w in want], rtol=1e-5)
 
 
+def test_a_run_of_float8_is_asked_in_another_dtype():
+    run = load(GOLDEN / "masked_lm")
+    narrow = run.with_model_settings(dtype="bfloat16", product_dtype="float8")
+    assert narrow.with_dtype("float32").config.model == run.with_dtype("float32").config.model
+
+
 def test_it_is_said_how_many_texts_are_cut_to_be_asked(caplog):
     run = load(GOLDEN / "classification")
     assert len(list(run.predict(["short", "word " * 3 * run.row_length]))) == 2

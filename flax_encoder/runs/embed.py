@@ -348,8 +348,9 @@ def load_embedder(
         run = load_run(folder)
         settings = settings_of_run(run.config) or settings
         encoder, tokenizer, limits = run.model.encoder, run.tokenizer, [run.tokenizer.max_tokens or run.row_length]
-    if dtype is not None and dtype != encoder.config.dtype:
-        encoder = nnx.merge(_graphdef(dataclasses.replace(encoder.config, dtype=dtype)), nnx.split(encoder)[1])
+    if dtype is not None:
+        config = dataclasses.replace(encoder.config, dtype=dtype, product_dtype=None)
+        encoder = nnx.merge(_graphdef(config), nnx.split(encoder)[1])
     check_layers(folder, settings, encoder.config.embed_dim)
     most = encoder.config.max_length if encoder.config.position == "learned" else None
     if max_tokens is not None and not (_is_count(max_tokens) and 3 <= max_tokens <= (most or max_tokens)):

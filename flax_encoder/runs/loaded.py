@@ -171,7 +171,7 @@ class LoadedRun:
     def with_dtype(self, dtype: Literal["float32", "bfloat16"] | None) -> "LoadedRun":
         """This run with the operands of its matrix products in another dtype; None leaves the model's own. Parameters,
         sums and norms stay float32."""
-        return self if dtype is None else self.with_model_settings(dtype=dtype)
+        return self if dtype is None else self.with_model_settings(dtype=dtype, product_dtype=None)
 
     def with_model_settings(self, **settings: Any) -> "LoadedRun":
         """This run with other values of settings of `config.model` that its parameters do not depend on."""
