@@ -227,6 +227,22 @@ def test_a_document_neither_changes_nor_moves_another(implementation, dtype):
         assert not np.array_equal(before[SEGMENTS == 1], after[SEGMENTS == 1])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_document_has_the_same_bits_in_another_place_of_its_row(dtype):
+    """Of `chunked` on a CPU, without gradients: rows of answers are packed at multiples of 8."""
+    mine, others = (draw(*[(16, T, 12, 64)] * 3, seed=T, dtype=dtype) for T in (40, 128))
+    function = jax.jit(lambda qkv, segments: attention(*qkv, segment_ids=segments, implementation="chunked"))
+    found = []
+    for start in (0, 8, 24, 80):
+        place = (slice(None), slice(start, start + 40))
+        segments = np.ones((16, 128), np.int32)
+        segments[place] = 2
+        row = [jnp.asarray(other).at[place].set(x) for x, other in zip(mine, others, strict=True)]
+        found.append(np.asarray(function(row, segments)[place]))
+    for out in found[1:]:
+        np.testing.assert_array_equal(out, found[0])
+
+
 @pytest.mark.parametrize("window", [None, (1, 2)])
 def test_padding_comes_out_as_zeros_with_zero_gradients(implementation, window):
     query, key, value, d_out = (1e3 * x for x in draw((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)))
