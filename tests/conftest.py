@@ -25,7 +25,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    for name in ("faults", "every_mesh", "installs"):
+    for name in ("faults", "every_mesh"):
         if name not in (config.option.markexpr or ""):
             skip = pytest.mark.skip(reason=f"takes minutes: pytest -m {name}")
             for item in items:
@@ -57,10 +57,10 @@ def quick_compilation(request):
     """Compile without LLVM's optimisations, which takes a third of the time.
 
     The laws hold of the program, however well it is vectorised, and so do those of interpreted kernels. The ops, what
-    `plan` reads of a program, the runs of test_train.py and what is compared with golden runs are compiled as they are
-    for users.
+    `plan` reads of a program and what is compared with golden runs are compiled as they are for users, and so is what
+    tests run as programs.
     """
-    as_for_users = {"ops", "plan", "benchmarks", "test_train.py", "test_golden_runs.py"}
+    as_for_users = {"ops", "plan", "benchmarks", "test_golden_runs.py"}
     place, file = request.path.parent.name, request.path.name
     is_quick = file == "test_attention_kernels.py" or as_for_users.isdisjoint((place, file))
     jax.config.update("jax_disable_most_optimizations", is_quick)

@@ -42,7 +42,6 @@ def uninterrupted(corpus, tmp_path_factory) -> tuple[RunConfig, dict]:
     return config, losses(pathlib.Path(config.run_dir))
 
 
-@pytest.mark.xdist_group("resume")
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_resume_after_a_signal_is_bitwise_identical(uninterrupted, tmp_path, signal_number):
     config = dataclasses.replace(uninterrupted[0], run_dir=str(tmp_path / "run"))
@@ -59,7 +58,6 @@ def test_resume_after_a_signal_is_bitwise_identical(uninterrupted, tmp_path, sig
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("resume")
 def test_resume_after_kill_at_any_moment_is_bitwise_identical(uninterrupted, tmp_path):
     rng = random.Random(11)
     config = dataclasses.replace(uninterrupted[0], run_dir=str(tmp_path / "run"))

@@ -414,7 +414,6 @@ class Lethal:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("workers")
 def test_a_thousand_batches_survive_their_workers_deaths(make, tmp_path, split, tokenizer, caplog):
     at = np.random.default_rng(0).choice(1000, 3, replace=False).tolist()
     batches = Batches(

@@ -10,8 +10,6 @@ from flax_encoder.data.sources.opening import open_source
 from flax_encoder.data.sources.python_docs import AREAS, documents
 from flax_encoder.data.sources.python_docs import test_modules as held_out_modules
 
-pytestmark = pytest.mark.xdist_group("python_docs")
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
