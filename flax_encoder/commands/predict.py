@@ -121,6 +121,10 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
             print(f"continuing after {done:,} answers", file=sys.stderr)
         began, empty = time.monotonic(), 0
 
+        def progress_line(n: int) -> str:
+            rate = (n - done) / (time.monotonic() - began)
+            return f"{counted(n, 'answer')}, {rate:{',.0f' if rate >= 10 else '.1g'}} a second"
+
         def answers():
             nonlocal empty
             for answer in ask(itertools.islice(records, done, None)):
@@ -128,10 +132,7 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
                 yield shown(answer, *options)
 
         with saying() as say:
-            total = out.write(
-                answers(), done,
-                lambda n: say(f"{n:,} answers, {(n - done) / (time.monotonic() - began):,.0f} a second"),
-            )  # fmt: skip
+            total = out.write(answers(), done, lambda n: say(progress_line(n)))
         if arguments.squad is not None:
             _write_by_id(path, arguments.squad)
     print(f"wrote {arguments.output}: {counted(total, 'answer')}{_about_empty(empty)}")

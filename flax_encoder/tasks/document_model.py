@@ -76,8 +76,12 @@ def ask_file_commands(run: Any, data: Any, scored: str = "test.csv") -> list[str
     run_dir, texts = shlex.quote(run.config.run_dir), "texts.txt"
     if has_pairs(data):
         texts, scored = f"pairs.jsonl{columns_said(run, data, '--', has_label=False)}", "test.jsonl"
-    if run.task.reading.columns.writes:  # the second text
+    if run.task.reading.columns.writes:  # the last text
         texts = "texts.txt"
+        if data.stores[0].train.values["text_lengths"].shape[1] > 2:  # after what was said before
+            own = run.config.data
+            named = {"text-column": own.text_column, "history-column": own.history_column}
+            texts = f"conversations.jsonl{_options('--', named)}"
     return [
         f"python -m flax_encoder predict {run_dir} --input {texts} --output answers.jsonl",
         f"python -m flax_encoder evaluate {run_dir} --data.source {scored}{columns_said(run, data)}",
@@ -95,6 +99,11 @@ def columns_said(run: Any, data: Any, prefix: str = "--data.", has_label: bool =
     own = run.config.data
     text, pair = data.stores[0].pair or (own.text_column, own.text_pair_column)
     named = {"text-column": text, "text-pair-column": pair, "label-column": own.label_column if has_label else None}
+    return _options(prefix, named)
+
+
+def _options(prefix: str, named: dict[str, Any]) -> str:
+    """Options of columns, of those that are named."""
     columns = {name: (own,) if isinstance(own, str) else own for name, own in named.items() if own is not None}
     return "".join(f" {prefix}{name} {shlex.join(own)}" for name, own in columns.items())
 

@@ -62,6 +62,7 @@ def test_answers_follow_from_the_turns_before(run):
     baselines = loaded.task.baselines(loaded, data)
     assert set(baselines) == {"the newest turn itself", "the most frequent answer"}
     assert baselines["the newest turn itself"]["rougeL"] == 0.0
+    assert " --input conversations.jsonl " in loaded.task.commands(loaded, data)[0]
     shown = loaded.task.examples(loaded, data)
     assert all(line.count("\n") >= 4 and "the model writes" in line for line in shown)
 
