@@ -123,7 +123,7 @@ def _run(arguments: argparse.Namespace, is_first: bool) -> None:
 
         def progress_line(n: int) -> str:
             rate = (n - done) / (time.monotonic() - began)
-            return f"{counted(n, 'answer')}, {rate:{',.0f' if rate >= 10 else '.1g'}} a second"
+            return f"{counted(n, 'answer')}, {rate:{',.0f' if rate >= 10 else '.2g'}} a second"
 
         def answers():
             nonlocal empty

@@ -75,13 +75,11 @@ def ask_file_commands(run: Any, data: Any, scored: str = "test.csv") -> list[str
     """The commands that use a trained run on a file; of pairs of texts, which need columns, these are named."""
     run_dir, texts = shlex.quote(run.config.run_dir), "texts.txt"
     if has_pairs(data):
-        texts, scored = f"pairs.jsonl{columns_said(run, data, '--', has_label=False)}", "test.jsonl"
+        texts, scored = f"pairs.jsonl{columns_said(run, data, '--', is_right_known=False)}", "test.jsonl"
     if run.task.reading.columns.writes:  # the last text
         texts = "texts.txt"
         if data.stores[0].train.values["text_lengths"].shape[1] > 2:  # after what was said before
-            own = run.config.data
-            named = {"text-column": own.text_column, "history-column": own.history_column}
-            texts = f"conversations.jsonl{_options('--', named)}"
+            texts = f"conversations.jsonl{columns_said(run, data, '--', is_right_known=False)}"
     return [
         f"python -m flax_encoder predict {run_dir} --input {texts} --output answers.jsonl",
         f"python -m flax_encoder evaluate {run_dir} --data.source {scored}{columns_said(run, data)}",
@@ -93,17 +91,17 @@ def has_pairs(data: Any) -> bool:
     return "text_lengths" in data.stores[0].train.values
 
 
-def columns_said(run: Any, data: Any, prefix: str = "--data.", has_label: bool = True) -> str:
+def columns_said(run: Any, data: Any, prefix: str = "--data.", is_right_known: bool = True) -> str:
     """Options that name the columns of a file such as a run learned from: of two texts those that were read, of others
-    what its settings name."""
-    own = run.config.data
+    what its settings name. Where the right answer is not known, neither a label nor a text to write has a column."""
+    own, is_asked = run.config.data, not is_right_known
     text, pair = data.stores[0].pair or (own.text_column, own.text_pair_column)
-    named = {"text-column": text, "text-pair-column": pair, "label-column": own.label_column if has_label else None}
-    return _options(prefix, named)
-
-
-def _options(prefix: str, named: dict[str, Any]) -> str:
-    """Options of columns, of those that are named."""
+    named = {
+        "text-column": text,
+        "text-pair-column": None if is_asked and run.task.reading.columns.writes else pair,
+        "history-column": own.history_column,
+        "label-column": None if is_asked else own.label_column,
+    }
     columns = {name: (own,) if isinstance(own, str) else own for name, own in named.items() if own is not None}
     return "".join(f" {prefix}{name} {shlex.join(own)}" for name, own in columns.items())
 

@@ -1,5 +1,6 @@
 """A run on conversations answers by what was said before, in training, evaluation and predictions."""
 
+import dataclasses
 import itertools
 import json
 
@@ -63,6 +64,9 @@ def test_answers_follow_from_the_turns_before(run):
     assert set(baselines) == {"the newest turn itself", "the most frequent answer"}
     assert baselines["the newest turn itself"]["rougeL"] == 0.0
     assert " --input conversations.jsonl " in loaded.task.commands(loaded, data)[0]
+    named = dataclasses.replace(loaded, config=with_fields(config, data__history_column="said"))
+    asked, scored = loaded.task.commands(named, data)[:2]
+    assert " conversations.jsonl --history-column said " in asked and scored.endswith(" --data.history-column said")
     shown = loaded.task.examples(loaded, data)
     assert all(line.count("\n") >= 4 and "the model writes" in line for line in shown)
 

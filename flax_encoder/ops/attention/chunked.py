@@ -129,8 +129,8 @@ class _Context(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _chunked(query, key, value, bias, context, plan):
-    # What is only asked has the same bits in whatever column its document begins: AMX adds up bfloat16 by tiles of 32
-    # keys, so that a document that crosses an edge elsewhere would be summed in another order.
+    # Without gradients a document has the same bits in whatever column it begins. In bfloat16 it had not: AMX adds up
+    # tiles of 32 keys, so that a document which crosses a tile's edge elsewhere is summed in another order.
     value = value.astype(jnp.float32) if platform() == "cpu" else value
     return _forward(query, key, value, bias, context, plan)[0]
 
